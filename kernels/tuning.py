@@ -1,0 +1,287 @@
+"""Launch parameters as data: frozen configs, JSON rows per compute capability, analytical defaults.
+
+`lookup` answers with the row of exactly this shape, else with the row of the nearest shape, else with the
+family's analytical default, which follows from shared memory and register limits alone. It never measures
+anything, so a first call costs nothing and can be captured in a CUDA graph.
+
+A kernel file defines its config dataclass and default and calls `register` when imported. Rows live in
+`configs/sm_XX.json`, by family:
+
+    {"compute_capability": 90, "families": {"expand": [
+        {"shape": {"tokens_per_image": 256, "dim": 896, "hidden": 3584}, "dtype": "bf16", "use": "throughput",
+         "config": {"block_m": 128, ...}, "evidence": {"kind": "compiled", "triton": "3.6.0"}}]}}
+
+`use` keeps bits apart from speed: "throughput" rows depend on the shape of one image alone, so an image's
+bits do not depend on the batch around it; "latency" rows are for one image at a time, chosen by the
+caller.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from functools import cache, lru_cache
+from importlib import resources
+from typing import Any
+
+import torch
+
+from .common import cdiv, dtype_name
+
+Shape = Mapping[str, int]
+USES = ("throughput", "latency")
+COMPUTE_CAPABILITIES = (80, 89, 90, 100, 120)
+# the nearest relative with at least as much shared memory
+_RELATIVE = {86: 89, 87: 80, 101: 100, 103: 100, 110: 100, 121: 120}
+# rows further away than this, in octaves summed over the near keys, lose to the analytical default
+REACH_OCTAVES = 4.0
+REGISTERS_PER_SM = 65536
+SMEM_RESERVED_PER_CTA = 1024
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Shared memory of one compute capability, in bytes."""
+
+    cc: int
+    smem_per_cta: int
+    smem_per_sm: int
+    threads_per_sm: int
+
+
+LIMITS: dict[int, Limits] = {
+    80: Limits(80, 166912, 167936, 2048),
+    89: Limits(89, 101376, 102400, 1536),
+    90: Limits(90, 232448, 233472, 2048),
+    100: Limits(100, 232448, 233472, 2048),
+    120: Limits(120, 101376, 102400, 1536),
+}
+
+
+def base_cc(cc: int) -> int:
+    """The compute capability whose rows and limits serve `cc`: itself, a relative, or the highest below."""
+    if cc in LIMITS:
+        return cc
+    if cc in _RELATIVE:
+        return _RELATIVE[cc]
+    below = [known for known in LIMITS if known <= cc]
+    if not below:
+        raise ValueError(f"compute capability {cc} is below {min(LIMITS)}, the lowest supported one")
+    return max(below)
+
+
+def limits(cc: int) -> Limits:
+    """Limits of `cc`, or of the relative that serves it."""
+    return LIMITS[base_cc(cc)]
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """Tile and launch shape of a GEMM kernel.
+
+    `tma` loads both operands through host-made tensor descriptors (sm_90 and later); `split_k` > 1 sums
+    that many slices of K in a second launch, in order.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    group_m: int
+    num_warps: int
+    num_stages: int
+    maxnreg: int | None = None
+    tma: bool = False
+    split_k: int = 1
+
+
+@dataclass(frozen=True)
+class Family:
+    """One kernel family: its config type, how its rows match a shape, and its default.
+
+    Attributes:
+        exact: shape keys that a row must share with the request.
+        near: shape keys by which the closest row wins, compared by ratio.
+        default: (compute capability, shape, dtype, use) -> config.
+    """
+
+    name: str
+    config: type
+    exact: tuple[str, ...]
+    near: tuple[str, ...]
+    default: Callable[[int, Shape, torch.dtype, str], Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a config file."""
+
+    family: str
+    cc: int
+    shape: Mapping[str, int]
+    dtype: str
+    use: str
+    config: Any
+    evidence: Mapping[str, Any]
+
+
+_FAMILIES: dict[str, Family] = {}
+
+
+def register(family: Family) -> Family:
+    """Make a family known to `lookup`; a second family of the same name is refused."""
+    if _FAMILIES.get(family.name, family) != family:
+        raise ValueError(f"kernel family {family.name} is registered twice")
+    _FAMILIES[family.name] = family
+    _cached_lookup.cache_clear()
+    return family
+
+
+def families() -> tuple[Family, ...]:
+    """Every registered family, by name."""
+    return tuple(_FAMILIES[name] for name in sorted(_FAMILIES))
+
+
+def lookup(
+    family: str, cc: int, shape: Mapping[str, int], dtype: torch.dtype, use: str = "throughput"
+) -> Any:
+    """The config of `family` for a shape: exact row, else nearest row, else the analytical default.
+
+    Args:
+        cc: compute capability, e.g. 90.
+        shape: the family's shape keys, e.g. {"tokens_per_image": 256, "dim": 896, "hidden": 3584}.
+        dtype: dtype of the activations.
+        use: "throughput" (bits independent of the batch) or "latency".
+
+    Raises:
+        ValueError: unknown family or use, or a shape that lacks one of the family's keys.
+    """
+    return _cached_lookup(family, cc, tuple(sorted(shape.items())), dtype, use)
+
+
+@lru_cache(maxsize=4096)
+def _cached_lookup(
+    name: str, cc: int, items: tuple[tuple[str, int], ...], dtype: torch.dtype, use: str
+) -> Any:
+    if name not in _FAMILIES:
+        raise ValueError(
+            f"no kernel family {name!r}: import the module that registers it; known: {sorted(_FAMILIES)}"
+        )
+    if use not in USES:
+        raise ValueError(f"use is {use!r}, expected one of {USES}")
+    family, shape = _FAMILIES[name], dict(items)
+    missing = [key for key in (*family.exact, *family.near) if key not in shape]
+    if missing:
+        raise ValueError(f"shape of {name} lacks {missing}: it has {sorted(shape)}")
+    candidates = [
+        row
+        for row in rows(base_cc(cc), name)
+        if row.dtype == dtype_name(dtype)
+        and row.use == use
+        and all(row.shape[key] == shape[key] for key in family.exact)
+    ]
+    if candidates:
+        best = min(candidates, key=lambda row: _distance(family, row, shape))
+        if _distance(family, best, shape) <= REACH_OCTAVES:
+            return best.config
+    return family.default(base_cc(cc), shape, dtype, use)
+
+
+def _distance(family: Family, row: Row, shape: Shape) -> float:
+    return sum(abs(math.log2(row.shape[key] / shape[key])) for key in family.near)
+
+
+def rows(cc: int, family: str | None = None) -> tuple[Row, ...]:
+    """Rows of the config file of `cc`, of one family or of every registered one.
+
+    Raises:
+        ValueError: a row that does not fit its family's config; the message names file and row.
+    """
+    document = _document(cc)
+    names = [family] if family is not None else [f.name for f in families()]
+    return tuple(
+        _parse_row(_FAMILIES[name], cc, index, raw)
+        for name in names
+        for index, raw in enumerate(document.get("families", {}).get(name, ()))
+    )
+
+
+def config_families(cc: int) -> tuple[str, ...]:
+    """Names of the families that have rows in the config file of `cc`, registered or not."""
+    return tuple(sorted(_document(cc).get("families", {})))
+
+
+@cache
+def _document(cc: int) -> dict[str, Any]:
+    path = resources.files(__package__) / "configs" / f"sm_{cc}.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _parse_row(family: Family, cc: int, index: int, raw: Mapping[str, Any]) -> Row:
+    where = f"configs/sm_{cc}.json, {family.name}, row {index}"
+    known = {f.name for f in fields(family.config)}
+    unknown = sorted(set(raw["config"]) - known)
+    if unknown:
+        raise ValueError(f"{where}: unknown fields {unknown}, {family.config.__name__} has {sorted(known)}")
+    keys = {*family.exact, *family.near}
+    if set(raw["shape"]) != keys:
+        raise ValueError(f"{where}: shape has {sorted(raw['shape'])}, expected {sorted(keys)}")
+    use = raw.get("use", "throughput")
+    if use not in USES:
+        raise ValueError(f"{where}: use is {use!r}, expected one of {USES}")
+    try:
+        config = family.config(**raw["config"])
+    except TypeError as error:
+        raise ValueError(f"{where}: {error}") from None
+    return Row(family.name, cc, raw["shape"], raw["dtype"], use, config, raw.get("evidence", {}))
+
+
+def gemm_smem(config: GemmConfig, itemsize: int, buffers: int | None = None) -> int:
+    """Bytes of shared memory that the operand stages of a GEMM take."""
+    stages = config.num_stages - 1 if buffers is None else buffers
+    return stages * (config.block_m + config.block_n) * config.block_k * itemsize
+
+
+def pick_block_m(tokens_per_image: int, candidates: tuple[int, ...] = (128, 64, 32, 16)) -> int:
+    """The largest row tile that pads an image by at most 15 % more than the least padding candidate does."""
+
+    def padded(block: int) -> int:
+        return cdiv(tokens_per_image, block) * block
+
+    least = min(padded(block) for block in candidates)
+    return max(block for block in candidates if padded(block) <= 1.15 * least)
+
+
+def next_power_of_2(n: int) -> int:
+    """Smallest power of two that is at least n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def gemm_default(cc: int, tokens_per_image: int, n: int, k: int, dtype: torch.dtype) -> GemmConfig:
+    """A GEMM config from the limits alone.
+
+    Tiles of 128 columns where N has them; rows by least padding; the depth of the pipeline such that two
+    CTAs share an SM, so that the epilogue of one hides under the products of the other. float32 products
+    run on CUDA cores: small tiles.
+    """
+    top = 64 if dtype == torch.float32 else 128
+    itemsize = torch.finfo(dtype).bits // 8
+    # wgmma and tcgen05 take 64 rows at least; fewer rows than half of that are not worth the padding
+    rows = (128, 64) if cc in (90, 100) and tokens_per_image > 32 else (128, 64, 32, 16)
+    block_m = min(pick_block_m(tokens_per_image, rows), top)
+    block_n = min(top, max(16, next_power_of_2(n)))
+    # wgmma (sm_90) and tcgen05 (sm_100) hold a 128 x 128 tile in eight warps; the others do best with
+    # four and a shallow k
+    big = block_m * block_n >= 128 * 128
+    block_k = 32 if (big and cc not in (90, 100)) or dtype == torch.float32 else 64
+    block_k = min(block_k, max(16, next_power_of_2(k)))
+    warps = 8 if big and cc in (90, 100) else 4
+    stages = 2
+    half = limits(cc).smem_per_sm // 2 - SMEM_RESERVED_PER_CTA
+    while stages < 4:
+        deeper = GemmConfig(block_m, block_n, block_k, 8, warps, stages + 1)
+        if gemm_smem(deeper, itemsize, buffers=stages + 1) > half:
+            break
+        stages += 1
+    return GemmConfig(block_m, block_n, block_k, group_m=8, num_warps=warps, num_stages=stages)
