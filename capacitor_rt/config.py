@@ -1,0 +1,179 @@
+"""What a checkpoint is (`ModelConfig`) and how it is sampled (`FullCapacitorInferenceConfig`)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigError
+
+POSTERIOR_KINDS = ("diagonal_gaussian", "deterministic")
+NORM_MODES = ("disabled", "channel_wise")
+SAMPLERS = ("ddim", "dpmpp_2m")
+SCHEDULES = ("linear", "cosine")
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} {value!r} is unknown: use one of {', '.join(map(repr, choices))}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Architecture of an FCDM autoencoder; the field names and defaults are those of `config.json`.
+
+    `encoder_depth` 0 means a decoder-only checkpoint. `latent_patch` is not stored in `config.json`: it is 2 where
+    the running statistics have `4 * bottleneck_dim` entries (the latents are then 2x2-patchified before whitening).
+    """
+
+    in_channels: int = 3
+    patch_size: int = 16
+    model_dim: int = 896
+    encoder_depth: int = 8
+    decoder_depth: int = 8
+    decoder_start_blocks: int = 2
+    decoder_end_blocks: int = 2
+    bottleneck_dim: int = 128
+    mlp_ratio: float = 4.0
+    depthwise_kernel_size: int = 7
+    adaln_low_rank_rank: int = 128
+    bottleneck_posterior_kind: str = "diagonal_gaussian"
+    bottleneck_norm_mode: str = "disabled"
+    logsnr_min: float = -10.0
+    logsnr_max: float = 10.0
+    pixel_noise_std: float = 0.558
+    latent_running_stats_eps: float = 1e-4
+    latent_patch: int = 1
+
+    def __post_init__(self) -> None:
+        for name in (
+            "in_channels",
+            "patch_size",
+            "model_dim",
+            "decoder_depth",
+            "bottleneck_dim",
+            "adaln_low_rank_rank",
+        ):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} {getattr(self, name)} is too small: it is at least 1")
+        for name in ("encoder_depth", "decoder_start_blocks", "decoder_end_blocks"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} {getattr(self, name)} is negative: it is a number of blocks")
+        if self.decoder_middle_blocks < 0:
+            raise ConfigError(
+                f"decoder_start_blocks {self.decoder_start_blocks} + decoder_end_blocks {self.decoder_end_blocks} "
+                f"exceed decoder_depth {self.decoder_depth}"
+            )
+        if self.depthwise_kernel_size % 2 == 0 or self.depthwise_kernel_size < 1:
+            raise ConfigError(
+                f"depthwise_kernel_size {self.depthwise_kernel_size} is not a positive odd number"
+            )
+        if self.hidden_dim < 1:
+            raise ConfigError(
+                f"mlp_ratio {self.mlp_ratio} gives a hidden width of {self.hidden_dim}: it must be positive"
+            )
+        if not self.logsnr_min < self.logsnr_max:
+            raise ConfigError(f"logsnr_min {self.logsnr_min} is not below logsnr_max {self.logsnr_max}")
+        if self.latent_patch not in (1, 2):
+            raise ConfigError(f"latent_patch {self.latent_patch} is neither 1 nor 2")
+        _check_choice("bottleneck_posterior_kind", self.bottleneck_posterior_kind, POSTERIOR_KINDS)
+        _check_choice("bottleneck_norm_mode", self.bottleneck_norm_mode, NORM_MODES)
+
+    @property
+    def hidden_dim(self) -> int:
+        """Width F of a block's hidden layer."""
+        return int(self.model_dim * self.mlp_ratio)
+
+    @property
+    def decoder_middle_blocks(self) -> int:
+        return self.decoder_depth - self.decoder_start_blocks - self.decoder_end_blocks
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the public (whitened) latents."""
+        return self.bottleneck_dim * self.latent_patch**2
+
+    @property
+    def latent_stride(self) -> int:
+        """Pixels per latent in each direction."""
+        return self.patch_size * self.latent_patch
+
+    @property
+    def posterior_channels(self) -> int:
+        """Output channels of `to_bottleneck`: mean and logsnr, or the mean alone."""
+        return self.bottleneck_dim * (2 if self.bottleneck_posterior_kind == "diagonal_gaussian" else 1)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str = "config.json") -> ModelConfig:
+        """Read a parsed `config.json`: missing keys take the defaults, unknown keys warn.
+
+        Raises:
+            ConfigError: a value has the wrong type or is out of range.
+        """
+        known = {f.name: f.type for f in dataclasses.fields(cls) if f.name != "latent_patch"}
+        unknown = sorted(k for k in values if k not in known and not k.startswith("_"))
+        if unknown:
+            warnings.warn(f"{source}: unknown keys ignored: {', '.join(unknown)}", stacklevel=2)
+        read = {}
+        for name in known.keys() & values.keys():
+            read[name] = _coerce(name, values[name], known[name], source)
+        return cls(**read)
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> ModelConfig:
+        """Read `config.json` at `path` (see `from_dict`)."""
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ConfigError(f"{path} is not valid JSON: {error}; download the file again") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path} holds a {type(values).__name__}, not an object of settings")
+        return cls.from_dict(values, source=str(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The contents of `config.json`."""
+        values = dataclasses.asdict(self)
+        del values["latent_patch"]
+        return values
+
+
+def _coerce(name: str, value: Any, kind: str, source: str) -> Any:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind == "int" and number and int(value) == value:
+        return int(value)
+    if kind == "float" and number:
+        return float(value)
+    if kind == "str" and isinstance(value, str):
+        return value
+    raise ConfigError(f"{source}: {name} is {value!r}, which is not {'an' if kind == 'int' else 'a'} {kind}")
+
+
+@dataclass(frozen=True)
+class FullCapacitorInferenceConfig:
+    """How `decode` samples.
+
+    Attributes:
+        num_steps: passes through the decoder, at least 1. The model is made for 1.
+        sampler: "ddim" or "dpmpp_2m".
+        schedule: time grid, "linear" or "cosine".
+        pdg: path-drop guidance: a second pass a step, without the middle blocks.
+        pdg_strength: `x0 = x0_uncond + strength * (x0_cond - x0_uncond)`.
+        seed: the start noise; the same on every device. None draws on the latents' device.
+    """
+
+    num_steps: int = 1
+    sampler: str = "ddim"
+    schedule: str = "linear"
+    pdg: bool = False
+    pdg_strength: float = 2.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.num_steps, int) or self.num_steps < 1:
+            raise ConfigError(f"num_steps {self.num_steps!r} is not a whole number of at least 1")
+        _check_choice("sampler", self.sampler, SAMPLERS)
+        _check_choice("schedule", self.schedule, SCHEDULES)

@@ -1,0 +1,35 @@
+"""Expected failures. Each message names the thing, the value and the way out; the CLI prints it without a traceback."""
+
+from __future__ import annotations
+
+
+class CapacitorError(Exception):
+    """Base of every failure that a user can cause and mend."""
+
+
+class ConfigError(CapacitorError, ValueError):
+    """A configuration value that no model or sampler of this family can have."""
+
+
+class InputError(CapacitorError, ValueError):
+    """A tensor, size or argument that does not fit the model."""
+
+
+class CheckpointError(CapacitorError):
+    """A checkpoint that cannot be found or read, or whose tensors do not fit together. `problems` lists every one."""
+
+    def __init__(self, message: str, problems: list[str] | None = None):
+        super().__init__("\n  ".join([message, *(problems or [])]))
+        self.problems = problems or []
+
+
+class ImageError(CapacitorError):
+    """An image file that cannot be turned into pixels. `reason` is the stable word written to the quarantine."""
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+class CacheError(CapacitorError):
+    """A latent cache that cannot be written, continued or read as asked."""
