@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from .common import cdiv, dtype_name
+from .common import Launch, cdiv, dtype_name
 
 Shape = Mapping[str, int]
 USES = ("throughput", "latency")
@@ -104,6 +104,8 @@ class Family:
         exact: shape keys that a row must share with the request.
         near: shape keys by which the closest row wins, compared by ratio.
         default: (compute capability, shape, dtype, use) -> config.
+        example: (shape, dtype, config) -> the launches at that shape, on meta tensors; the ahead-of-time check
+            compiles exactly these.
     """
 
     name: str
@@ -111,6 +113,7 @@ class Family:
     exact: tuple[str, ...]
     near: tuple[str, ...]
     default: Callable[[int, Shape, torch.dtype, str], Any]
+    example: Callable[[Shape, torch.dtype, Any], list[Launch]] | None = None
 
 
 @dataclass(frozen=True)
