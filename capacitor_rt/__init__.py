@@ -27,7 +27,20 @@ _EXPORTS = {
     "CacheError": "errors",
 }
 
-__all__ = ["__version__", *sorted(_EXPORTS)]  # noqa: PLE0604
+__all__ = [
+    "BucketBatchSampler",
+    "CacheError",
+    "CapacitorError",
+    "CheckpointError",
+    "ConfigError",
+    "FullCapacitor",
+    "FullCapacitorInferenceConfig",
+    "ImageError",
+    "InputError",
+    "LatentDataset",
+    "ModelConfig",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -69,9 +69,7 @@ class ModelConfig:
                 f"exceed decoder_depth {self.decoder_depth}"
             )
         if self.depthwise_kernel_size % 2 == 0 or self.depthwise_kernel_size < 1:
-            raise ConfigError(
-                f"depthwise_kernel_size {self.depthwise_kernel_size} is not a positive odd number"
-            )
+            raise ConfigError(f"depthwise_kernel_size {self.depthwise_kernel_size} is not a positive odd number")
         if self.hidden_dim < 1:
             raise ConfigError(
                 f"mlp_ratio {self.mlp_ratio} gives a hidden width of {self.hidden_dim}: it must be positive"
@@ -86,7 +84,8 @@ class ModelConfig:
     @property
     def hidden_dim(self) -> int:
         """Width F of a block's hidden layer."""
-        return int(self.model_dim * self.mlp_ratio)
+        # a ratio read back from the shapes may fall short of the whole number by a rounding error
+        return int(self.model_dim * self.mlp_ratio + 1e-6)
 
     @property
     def decoder_middle_blocks(self) -> int:

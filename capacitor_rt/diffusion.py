@@ -1,7 +1,7 @@
 """Noise schedule and samplers: float32 steps with coefficients computed in float64.
 
 The schedule is the shifted-cosine log-SNR of variance-preserving diffusion,
-`lambda(t) = -2 ln tan(a t + b)`, `alpha^2 = sigmoid(lambda)`, `sigma^2 = sigmoid(-lambda)`; times run from 1 (noise) to 0.
+`lambda(t) = -2 ln tan(a t + b)`, `alpha^2 = sigmoid(lambda)`, `sigma^2 = sigmoid(-lambda)`; t runs from 1 (noise) to 0.
 DDIM: Song et al., "Denoising Diffusion Implicit Models", eq. 12 with eta = 0.
 DPM-Solver++(2M): Lu et al., "DPM-Solver++", algorithm 2 (data prediction, exponential integrator in lambda/2).
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -63,7 +64,7 @@ def unit_noise(shape: tuple[int, ...], seed: int | None, device: torch.device) -
 
 def ddim(predict_x0: PredictX0, x: Tensor, levels: list[NoiseLevel]) -> Tensor:
     """Deterministic DDIM. `x` float32 is the state at `levels[0]`; returns the state at `levels[-1]`."""
-    for now, after in zip(levels[:-1], levels[1:], strict=True):
+    for now, after in pairwise(levels):
         x0 = predict_x0(x, now.t)
         # eps = (x - alpha x0) / sigma, put into x' = alpha' x0 + sigma' eps
         ratio = after.sigma / now.sigma
@@ -75,7 +76,7 @@ def dpmpp_2m(predict_x0: PredictX0, x: Tensor, levels: list[NoiseLevel]) -> Tens
     """DPM-Solver++(2M), first step of first order. Arguments as in `ddim`."""
     previous: Tensor | None = None
     previous_h = 0.0
-    for now, after in zip(levels[:-1], levels[1:], strict=True):
+    for now, after in pairwise(levels):
         x0 = predict_x0(x, now.t)
         h = after.half_logsnr - now.half_logsnr
         data = x0
@@ -90,9 +91,7 @@ def dpmpp_2m(predict_x0: PredictX0, x: Tensor, levels: list[NoiseLevel]) -> Tens
 SAMPLERS = {"ddim": ddim, "dpmpp_2m": dpmpp_2m}
 
 
-def sample(
-    predict_x0: PredictX0, noise: Tensor, model: ModelConfig, inference: FullCapacitorInferenceConfig
-) -> Tensor:
+def sample(predict_x0: PredictX0, noise: Tensor, model: ModelConfig, inference: FullCapacitorInferenceConfig) -> Tensor:
     """Integrate from pure noise to the image.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from os import PathLike
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from . import reference
 from .config import FullCapacitorInferenceConfig, ModelConfig
 from .diffusion import sample, unit_noise
 from .errors import InputError
+
+if TYPE_CHECKING:
+    from .checkpoint import CheckpointSource
 
 BACKENDS = ("auto", "torch")
 SIZE_MULTIPLE = 32
@@ -50,6 +53,7 @@ class FullCapacitor(nn.Module):
         self.config = config
         self.backend = backend
         self.strict_size = strict_size
+        self.source: CheckpointSource | None = None
         self.encoder = reference.Encoder(config) if config.encoder_depth else None
         self.decoder = reference.Decoder(config)
         for name in ("latent_norm_running_mean", "latent_norm_running_var"):
@@ -59,7 +63,7 @@ class FullCapacitor(nn.Module):
 
     @classmethod
     def from_pretrained(cls, id_or_path: str | PathLike[str], **kwargs) -> FullCapacitor:
-        """Load a checkpoint: a hub id, a folder, a `.safetensors` file, or "sample" (see `checkpoint.from_pretrained`)."""
+        """Load a hub id, a folder, a `.safetensors` file, or "sample" (see `checkpoint.from_pretrained`)."""
         from .checkpoint import from_pretrained
 
         return from_pretrained(id_or_path, cls=cls, **kwargs)
@@ -107,8 +111,8 @@ class FullCapacitor(nn.Module):
         """Image to whitened latents: the mode of the posterior.
 
         Args:
-            image: `[B,3,H,W]` or `[B,H,W,3]`, float32, bfloat16 or float16 in [-1,1] or uint8 in [0,255], of any strides,
-                on the model's device. B may be 0.
+            image: `[B,3,H,W]` or `[B,H,W,3]`, float32, bfloat16 or float16 in [-1,1] or uint8 in [0,255],
+                of any strides, on the model's device. B may be 0.
 
         Returns:
             float32 `[B,C,H/s,W/s]`.
@@ -167,14 +171,12 @@ class FullCapacitor(nn.Module):
             noise = unit_noise(shape, inference_config.seed, latents.device)
             return sample(self._predictor(z, inference_config), noise, self.config, inference_config)
 
-    def reconstruct(
-        self, image: Tensor, inference_config: FullCapacitorInferenceConfig | None = None
-    ) -> Tensor:
+    def reconstruct(self, image: Tensor, inference_config: FullCapacitorInferenceConfig | None = None) -> Tensor:
         """`decode(encode(image))`: float32 `[B,3,H,W]` (NCHW also for an NHWC image)."""
         return self.decode(self.encode(image), inference_config=inference_config)
 
     def whiten(self, z: Tensor) -> Tensor:
-        """Raw latents `[B,C,h,w]` to the model's own normalised space, float32. The identity for a decoder-only model."""
+        """Raw latents `[B,C,h,w]` to the model's own normalised space, float32; the identity without statistics."""
         if self.latent_norm_running_mean is None:
             return z.float()
         return reference.whiten(z, *self._statistics())
@@ -186,7 +188,9 @@ class FullCapacitor(nn.Module):
         return reference.dewhiten(z, *self._statistics())
 
     def extra_repr(self) -> str:
-        return f"backend={self.backend!r}, strict_size={self.strict_size}, {self.latent_channels}x1/{self.latent_stride}"
+        return (
+            f"backend={self.backend!r}, strict_size={self.strict_size}, {self.latent_channels}x1/{self.latent_stride}"
+        )
 
     def _statistics(self) -> tuple[Tensor, Tensor, float]:
         return (
@@ -198,16 +202,10 @@ class FullCapacitor(nn.Module):
     def _mode(self, posterior: Posterior) -> Tensor:
         mode = reference.posterior_mode(*posterior)
         # order c*4 + i*2 + j of the family's 2x2 latent patches
-        return (
-            mode
-            if self.config.latent_patch == 1
-            else nn.functional.pixel_unshuffle(mode, self.config.latent_patch)
-        )
+        return mode if self.config.latent_patch == 1 else nn.functional.pixel_unshuffle(mode, self.config.latent_patch)
 
     def _unfold_latents(self, z: Tensor) -> Tensor:
-        return (
-            z if self.config.latent_patch == 1 else nn.functional.pixel_shuffle(z, self.config.latent_patch)
-        )
+        return z if self.config.latent_patch == 1 else nn.functional.pixel_shuffle(z, self.config.latent_patch)
 
     def _predictor(self, z: Tensor, inference: FullCapacitorInferenceConfig):
         z = z.to(self.dtype)
@@ -240,7 +238,7 @@ class FullCapacitor(nn.Module):
         return image.to(self.dtype)
 
     def check_size(self, height: int, width: int) -> None:
-        """Raise InputError, naming the nearest legal sizes, unless an image of `height` x `width` pixels can be encoded."""
+        """Raise InputError, naming the nearest legal sizes, unless `height` x `width` pixels can be encoded."""
         multiple = self.size_multiple
         for name, size in (("height", height), ("width", width)):
             if size % multiple or size == 0:
@@ -254,9 +252,7 @@ class FullCapacitor(nn.Module):
     def _check_latents(self, latents: Tensor) -> None:
         _check_tensor("latents", latents, LATENT_DTYPES, self.device)
         if latents.shape[1] != self.latent_channels:
-            raise InputError(
-                f"latents have shape {list(latents.shape)}: expected [B,{self.latent_channels},h,w] of this model's latents"
-            )
+            raise InputError(f"latents have shape {list(latents.shape)}: expected [B,{self.latent_channels},h,w]")
         if 0 in latents.shape[2:]:
             raise InputError(f"latents have shape {list(latents.shape)}: h and w must be at least 1")
 

@@ -1,8 +1,8 @@
 """The autoencoder in plain torch: truth for the tests, baseline for the bench, backend where there is no GPU.
 
-Shapes: B batch, D model width, F hidden width, Z bottleneck channels, p patch; an image `[B,3,H,W]` has `h = H/p`, `w = W/p`.
-Weights may be float64, float32, bfloat16 or float16. Norm statistics, the time embedding, AdaLN vectors and the posterior
-are computed in float32 at least; `Float32Module`s keep their weights there when the model is cast to a shorter type.
+Shapes: B batch, D model width, F hidden width, Z bottleneck channels, p patch; for an image `[B,3,H,W]`, `h = H/p`
+and `w = W/p`. Weights may be float64, float32, bfloat16 or float16. Norm statistics, the time embedding, AdaLN vectors
+and the posterior are computed in float32 at least; a `Float32Module` keeps its weights there when the model is cast.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class RMSNorm(nn.Module):
 
 
 class GRN(nn.Module):
-    """Global response normalisation (Woo et al., ConvNeXt V2): `gamma * h * n + beta + h`, `n = G / (mean_c G + eps)`."""
+    """Global response normalisation (ConvNeXt V2, Woo et al.): `gamma*h*n + beta + h`, `n = G / (mean_c G + eps)`."""
 
     eps = 1e-6
 
@@ -109,7 +109,7 @@ class Patchify(nn.Module):
 
 
 class Encoder(nn.Module):
-    """`[B,3,H,W]` -> raw posterior `(mean, logsnr)`, each `[B,Z,h,w]`; logsnr is None for a deterministic bottleneck."""
+    """`[B,3,H,W]` -> raw posterior `(mean, logsnr)`, each `[B,Z,h,w]`; logsnr None if deterministic."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -123,9 +123,7 @@ class Encoder(nn.Module):
         for block in self.blocks:
             x = block(x)
         x = self.to_bottleneck(x)
-        mean, logsnr = (
-            x.chunk(2, 1) if self.config.bottleneck_posterior_kind == "diagonal_gaussian" else (x, None)
-        )
+        mean, logsnr = x.chunk(2, 1) if self.config.bottleneck_posterior_kind == "diagonal_gaussian" else (x, None)
         if self.config.bottleneck_norm_mode == "channel_wise":
             mean = RMSNorm()(mean)
         return mean, logsnr
@@ -220,7 +218,8 @@ class Decoder(nn.Module):
         """Predict the clean image.
 
         Args:
-            x_t: noised image `[B,3,H,W]`; t: times `[B]`; latents: dewhitened `[B,Z,h,w]`; all cast to the weights' dtype.
+            x_t: noised image `[B,3,H,W]`, cast to the weights' dtype; t: times `[B]`.
+            latents: dewhitened `[B,Z,h,w]`, cast likewise.
             drop_path: the unconditional pass of path-drop guidance: the middle blocks' output is replaced.
 
         Returns:

@@ -1,0 +1,349 @@
+"""Checkpoints: a hub id, a folder or a file -> validated tensors -> a model, and back.
+
+One error lists everything that is wrong with a checkpoint; files are only read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import uuid
+import warnings
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .errors import CheckpointError, ConfigError, InputError
+from .layout import DERIVED, Reading, read_layout
+from .reference import default_freqs
+
+if TYPE_CHECKING:
+    from .model import FullCapacitor
+
+WEIGHTS_NAME = "model.safetensors"
+CONFIG_NAME = "config.json"
+SAMPLE = "sample"
+Model = TypeVar("Model", bound="FullCapacitor")
+
+
+@dataclass
+class CheckpointSource:
+    """Where a model's weights came from.
+
+    Attributes:
+        id: hub id, absolute path, or "sample".
+        revision: commit hash on the hub; None for local files.
+        weights: the weights file.
+        config: `config.json` beside it, None where there is none.
+    """
+
+    id: str
+    revision: str | None
+    weights: Path
+    config: Path | None = field(default=None)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the weights file, hex."""
+        with open(self.weights, "rb") as file:
+            digest = hashlib.sha256()
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+        return digest.hexdigest()
+
+    @property
+    def latent_space(self) -> str:
+        """Name of the space that `encode` returns, e.g. `full_capacitor/whitened@<revision>`."""
+        name = Path(self.id).stem if os.path.isabs(self.id) else self.id.rsplit("/", 1)[-1]
+        return f"{name}/whitened@{self.revision or 'sha256:' + self.sha256[:16]}"
+
+
+def resolve(
+    id_or_path: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+    force_download: bool = False,
+    subfolder: str | None = None,
+) -> CheckpointSource:
+    """Find a checkpoint's files, downloading them through `huggingface_hub` where `id_or_path` is a hub id.
+
+    "sample" is the checkpoint bundled with this package (write "./sample" for a folder of that name).
+
+    Raises:
+        CheckpointError: nothing there, no access, or offline and not in the cache.
+    """
+    name = os.fspath(id_or_path)
+    path = Path(name).expanduser()
+    if name == SAMPLE:
+        return _in_folder(Path(__file__).parent / "sample", SAMPLE, None)
+    if path.is_dir():
+        folder = path / subfolder if subfolder else path
+        return _in_folder(folder, str(folder.resolve()), None)
+    if path.is_file():
+        config = path.with_name(CONFIG_NAME)
+        return CheckpointSource(str(path.resolve()), None, path, config if config.is_file() else None)
+    if path.suffix == ".safetensors" or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise CheckpointError(
+            f"{name!r} is neither a folder, nor a .safetensors file, nor a hub id like 'data-archetype/full_capacitor'"
+        )
+    options = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+    return _from_hub(name, revision, subfolder, force_download, options)
+
+
+def _in_folder(folder: Path, id: str, revision: str | None) -> CheckpointSource:
+    weights = folder / WEIGHTS_NAME
+    if not weights.is_file():
+        candidates = sorted(folder.glob("*.safetensors"))
+        if len(candidates) != 1:
+            found = ", ".join(c.name for c in candidates) or "no .safetensors file"
+            raise CheckpointError(f"{folder} holds {found}: expected {WEIGHTS_NAME}, or give the file itself")
+        weights = candidates[0]
+    config = folder / CONFIG_NAME
+    return CheckpointSource(id, revision, weights, config if config.is_file() else None)
+
+
+def _from_hub(
+    id: str, revision: str | None, subfolder: str | None, force_download: bool, options: dict[str, Any]
+) -> CheckpointSource:
+    from huggingface_hub import errors as hub_errors
+    from huggingface_hub import hf_hub_download
+
+    def fetch(filename: str, at: str | None) -> Path:
+        return Path(
+            hf_hub_download(id, filename, revision=at, subfolder=subfolder, force_download=force_download, **options)
+        )
+
+    try:
+        try:
+            config = fetch(CONFIG_NAME, revision)
+        except hub_errors.LocalEntryNotFoundError:
+            raise
+        except hub_errors.EntryNotFoundError:
+            config = None
+        # both files of one commit, also while the repository is being changed
+        commit = _commit_of(config) if config else None
+        weights = fetch(WEIGHTS_NAME, commit or revision)
+    except hub_errors.GatedRepoError as error:
+        raise CheckpointError(f"{id} is gated: accept its terms on the hub and pass token=") from error
+    except hub_errors.RepositoryNotFoundError as error:
+        raise CheckpointError(f"{id} is not on the hub, or is private: check the name, or pass token=") from error
+    except hub_errors.RevisionNotFoundError as error:
+        raise CheckpointError(f"{id} has no revision {revision!r}: name a branch, a tag or a commit") from error
+    except hub_errors.LocalEntryNotFoundError as error:
+        raise CheckpointError(
+            f"{id} is not in the local cache and the hub was not asked or not reached: "
+            "connect, unset HF_HUB_OFFLINE / local_files_only, or pass a folder"
+        ) from error
+    except hub_errors.EntryNotFoundError as error:
+        where = f"{id}/{subfolder}" if subfolder else id
+        raise CheckpointError(f"{where} holds no {WEIGHTS_NAME} at revision {revision or 'main'}") from error
+    except hub_errors.HFValidationError as error:
+        raise CheckpointError(f"{id!r} is not a hub id: {error}") from error
+    except (hub_errors.HfHubHTTPError, OSError) as error:
+        raise CheckpointError(f"{id} could not be downloaded: {error}") from error
+    return CheckpointSource(id, _commit_of(weights), weights, config)
+
+
+def _commit_of(path: Path) -> str | None:
+    parts = path.parts
+    return parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
+
+
+def read_header(source: CheckpointSource) -> Reading:
+    """Match the header of a checkpoint with the architecture, without reading the weights.
+
+    Raises:
+        CheckpointError: the weights file or `config.json` cannot be read at all.
+    """
+    settings = _read_settings(source.config)
+    try:
+        with safe_open(source.weights, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            shapes = {name: tuple(s.get_shape()) for name, s in slices.items()}
+            dtypes = {name: s.get_dtype() for name, s in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{source.weights} cannot be read as safetensors ({error}): it is damaged or cut short; download it again"
+        ) from error
+    try:
+        return read_layout(shapes, dtypes, settings, str(source.config or source.weights))
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def _read_settings(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}): download it again") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(settings).__name__}: expected an object of settings")
+    return settings
+
+
+def read_tensors(source: CheckpointSource, reading: Reading) -> tuple[dict[str, Tensor], list[str]]:
+    """The model's tensors by their names there, memory-mapped where possible, and the problems of their values."""
+    tensors, problems = {}, []
+    with safe_open(source.weights, framework="pt") as file:
+        for entry in reading.entries:
+            if entry.read_as is None:
+                continue
+            t = file.get_tensor(entry.name)
+            bad = t.numel() - int(torch.isfinite(t).sum())
+            if bad:
+                problems.append(f"not finite: {entry.name} has {bad} NaN or Inf among {t.numel()} values")
+            elif entry.read_as.endswith("running_var") and bool((t < 0).any()):
+                problems.append(f"negative variance: {entry.name} has {int((t < 0).sum())} values below 0")
+            tensors[entry.read_as] = t
+    return tensors, problems
+
+
+def problems_of(source: CheckpointSource) -> tuple[Reading, list[str]]:
+    """Everything that is wrong with a checkpoint, its values included; for `capacitor-rt inspect`."""
+    reading = read_header(source)
+    _, value_problems = read_tensors(source, reading)
+    return reading, [*reading.problems, *reading.leftovers, *value_problems]
+
+
+def from_pretrained(
+    id_or_path: str | os.PathLike[str],
+    *,
+    cls: type[Model] | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    torch_dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+    force_download: bool = False,
+    subfolder: str | None = None,
+    strict: bool = True,
+    backend: str = "auto",
+    strict_size: bool = True,
+) -> Model:
+    """Load a model, frozen and in eval mode.
+
+    Args:
+        id_or_path: hub id, folder, `.safetensors` file, or "sample" for the bundled one.
+        device: default CPU.
+        dtype, torch_dtype: of the convolutions' weights, default float32 whatever the file holds. Statistics, time
+            embedding and AdaLN stay in float32.
+        revision, cache_dir, token, local_files_only, force_download, subfolder: as in `huggingface_hub`;
+            HF_HUB_OFFLINE is honoured.
+        strict: False only warns of tensors that belong to no part of the model. Missing tensors are always an error.
+        backend, strict_size: see `FullCapacitor`.
+
+    Raises:
+        CheckpointError: not found, not readable, or its tensors do not fit; all of them are listed.
+        InputError: `device` is not there.
+    """
+    from .model import FullCapacitor
+
+    if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
+        raise InputError(f"dtype {dtype} and torch_dtype {torch_dtype} differ: pass one of them")
+    dtype = dtype or torch_dtype or torch.float32
+    target = _check_device(device)
+    source = resolve(
+        id_or_path,
+        revision=revision,
+        cache_dir=cache_dir,
+        token=token,
+        local_files_only=local_files_only,
+        force_download=force_download,
+        subfolder=subfolder,
+    )
+    reading = read_header(source)
+    problems = list(reading.problems)
+    if strict:
+        problems += reading.leftovers
+    tensors, value_problems = read_tensors(source, reading)
+    problems += value_problems
+    if problems:
+        raise CheckpointError(f"{source.weights} does not fit ({len(problems)} problems):", problems)
+    for note in reading.notes + ([] if strict else reading.leftovers):
+        if note.startswith(str(source.config)) or note in reading.leftovers:
+            warnings.warn(note, stacklevel=3)
+    model = build(cls or FullCapacitor, reading, tensors, backend=backend, strict_size=strict_size)
+    model.source = source
+    return model.to(device=target, dtype=dtype)
+
+
+def build(cls: type[Model], reading: Reading, tensors: dict[str, Tensor], **options) -> Model:
+    """A model of `reading.config` that holds `tensors`, reshaped and in float32, frozen and in eval mode."""
+    with torch.device("meta"):
+        model = cls(reading.config, **options)
+    expected = {entry.read_as: entry.read_shape for entry in reading.entries}
+    state = {name: t.reshape(expected[name]).to(torch.float32) for name, t in tensors.items()}
+    for name in DERIVED:
+        state.setdefault(name, default_freqs())
+    if reading.has_statistics and model.latent_norm_running_mean is None:
+        model.latent_norm_running_mean = torch.empty(reading.config.latent_channels, device="meta")
+        model.latent_norm_running_var = torch.empty(reading.config.latent_channels, device="meta")
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def _check_device(device: torch.device | str | None) -> torch.device:
+    try:
+        target = torch.device(device if device is not None else "cpu")
+    except RuntimeError as error:
+        raise InputError(f"device {device!r} is not a torch device: use e.g. 'cpu' or 'cuda:0'") from error
+    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device {device!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
+    return target
+
+
+def save_pretrained(model: FullCapacitor, folder: str | os.PathLike[str]) -> None:
+    """Write `config.json` and `model.safetensors` into `folder`, each whole or not at all.
+
+    Tensors keep their dtype; `from_pretrained(folder)` gives the same model back.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    # safetensors refuses tensors that share memory
+    state = {name: t.clone() if t.untyped_storage().nbytes() != t.nbytes else t for name, t in state.items()}
+    with _replacing(folder / WEIGHTS_NAME) as path:
+        save_file(state, path, metadata={"format": "pt"})
+    with _replacing(folder / CONFIG_NAME) as path:
+        path.write_text(json.dumps(model.config.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+class _replacing:
+    """A temporary path beside `path` that takes its place when the block ends well."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.temporary = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex}")
+
+    def __enter__(self) -> Path:
+        return self.temporary
+
+    def __exit__(self, kind, *_) -> None:
+        if kind is None:
+            os.replace(self.temporary, self.path)
+        else:
+            self.temporary.unlink(missing_ok=True)
+
+
+def parameter_counts(model: nn.Module) -> dict[str, int]:
+    """Numbers of parameters of the encoder, of the decoder and in all; buffers do not count."""
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    parts = {part: sum(n for name, n in sizes.items() if name.startswith(part)) for part in ("encoder", "decoder")}
+    return {**parts, "total": sum(sizes.values())}

@@ -1,0 +1,199 @@
+"""Names and shapes of a checkpoint's tensors: what a file may hold, what it is read as, everything wrong with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .config import ConfigError, ModelConfig
+
+Shape = tuple[int, ...]
+PREFIXES = ("model.", "module.")
+STATISTICS = ("latent_norm_running_mean", "latent_norm_running_var")
+# tensors that a checkpoint may lack because their values follow from the architecture
+DERIVED = ("decoder.time_embed.freqs",)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of the file: its name and shape there, and the model's tensor it was read as (None: left over)."""
+
+    name: str
+    shape: Shape
+    dtype: str
+    read_as: str | None
+    read_shape: Shape | None
+
+
+@dataclass
+class Reading:
+    """A checkpoint's header matched against the architecture."""
+
+    config: ModelConfig
+    has_statistics: bool
+    entries: list[Entry] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    leftovers: list[str] = field(default_factory=list)
+
+
+def expected_shapes(config: ModelConfig, has_statistics: bool) -> dict[str, Shape]:
+    """Name and shape of every tensor of a model of this `config`."""
+    from .model import FullCapacitor
+
+    with torch.device("meta"):
+        model = FullCapacitor(config)
+    shapes = {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in STATISTICS}
+    if has_statistics:
+        shapes |= dict.fromkeys(STATISTICS, (config.latent_channels,))
+    return shapes
+
+
+def same_memory(name: str, shape: Shape, expected: Shape) -> bool:
+    """Whether a tensor of `shape` is, element by element, the one of shape `expected`.
+
+    Dimensions of 1 do not matter (a 1x1 convolution is a linear); a patchify weight may have its patch flattened.
+    """
+    if "patchify.proj.weight" in name and shape:
+        return shape[0] == expected[0] and math.prod(shape[1:]) == math.prod(expected[1:])
+    return [n for n in shape if n != 1] == [n for n in expected if n != 1]
+
+
+def canonical_names(names: Iterable[str]) -> dict[str, str]:
+    """File name -> model name: prefixes are dropped, the top-level statistics pair is renamed."""
+    stripped = {}
+    for name in names:
+        bare = name
+        while (prefix := next((p for p in PREFIXES if bare.startswith(p)), None)) is not None:
+            bare = bare.removeprefix(prefix)
+        stripped[name] = bare
+    for suffix, canonical in zip(("running_mean", "running_var"), STATISTICS, strict=True):
+        found = [name for name, bare in stripped.items() if "." not in bare and bare.endswith(suffix)]
+        if len(found) == 1:
+            stripped[found[0]] = canonical
+    return stripped
+
+
+def read_layout(
+    shapes: Mapping[str, Shape], dtypes: Mapping[str, str], settings: dict[str, Any], source: str
+) -> Reading:
+    """Match a file's tensors with the architecture.
+
+    Args:
+        shapes, dtypes: of the file's tensors, by their names there.
+        settings: the parsed `config.json`, empty where there is none. Shapes win over it, with a note.
+        source: path shown in messages.
+
+    Returns:
+        The reading; its `problems` list every tensor that is missing or of an impossible shape.
+    """
+    names = canonical_names(shapes)
+    by_model_name: dict[str, str] = {}
+    problems = []
+    for name, bare in names.items():
+        if bare in by_model_name:
+            problems.append(f"twice: {name!r} and {by_model_name[bare]!r} are both {bare}")
+        by_model_name[bare] = name
+    bare_shapes = {bare: tuple(shapes[name]) for bare, name in by_model_name.items()}
+    has_statistics = any(name in bare_shapes for name in STATISTICS) or any(
+        n.startswith("encoder.") for n in bare_shapes
+    )
+    config, notes = infer_config(bare_shapes, settings, source)
+    reading = Reading(config, has_statistics, notes=notes, problems=problems)
+    expected = expected_shapes(config, has_statistics)
+
+    for bare, name in sorted(by_model_name.items()):
+        shape = bare_shapes[bare]
+        target = expected.get(bare)
+        reading.entries.append(Entry(name, shape, dtypes[name], bare if target else None, target))
+        if target is None:
+            reading.leftovers.append(f"left over: {name} {list(shape)} belongs to no part of this architecture")
+        elif not same_memory(bare, shape, target):
+            reading.problems.append(f"misshaped: {name} is {list(shape)}, expected {list(target)}")
+        elif not dtypes[name].startswith(("F", "BF")) or dtypes[name].startswith("F8"):
+            reading.problems.append(f"wrong type: {name} is stored as {dtypes[name]}, expected F16, BF16, F32 or F64")
+    for bare in sorted(expected.keys() - by_model_name.keys()):
+        if bare in DERIVED:
+            reading.notes.append(f"{bare} is absent: computed")
+        else:
+            reading.missing.append(bare)
+            reading.problems.append(f"missing: {bare} {list(expected[bare])}")
+    return reading
+
+
+def infer_config(shapes: Mapping[str, Shape], settings: dict[str, Any], source: str) -> tuple[ModelConfig, list[str]]:
+    """The configuration that the tensors have, and a note for each key where `config.json` says otherwise.
+
+    Widths are voted by all tensors that show them, so that one damaged tensor is reported as such. A number of blocks
+    may grow against `config.json` but not shrink: fewer blocks are missing tensors.
+    """
+    base = ModelConfig.from_dict(settings, source=source)
+    found: dict[str, Any] = {}
+
+    def vote(key: str, values: Iterable[int | None]) -> None:
+        counts = Counter(v for v in values if v)
+        if counts:
+            current = getattr(base, key)
+            found[key] = max(counts, key=lambda v: (counts[v], v == current))
+
+    def dims(pattern: str, axis: int, rank: int = 1) -> list[int | None]:
+        matching = [s for n, s in shapes.items() if re.fullmatch(pattern, n)]
+        return [s[axis] for s in matching if len(s) >= rank]
+
+    def blocks(part: str) -> int:
+        indices = [int(m[1]) for n in shapes if (m := re.match(rf"{re.escape(part)}\.(\d+)\.", n))]
+        return max(indices, default=-1) + 1
+
+    vote("model_dim", dims(r".*\.(dwconv|patchify\.proj|latent_up|fuse_in|fuse_skip)\.bias", 0))
+    dim = found.get("model_dim", base.model_dim)
+    hidden = Counter(dims(r".*\.pwconv1\.bias", 0)).most_common(1)
+    if hidden and hidden[0][0] != base.hidden_dim:
+        found["mlp_ratio"] = hidden[0][0] / dim
+    elif hidden:
+        found["mlp_ratio"] = hidden[0][0] / dim if dim != base.model_dim else base.mlp_ratio
+    vote("depthwise_kernel_size", dims(r".*\.dwconv\.weight", -1, rank=4))
+    vote("adaln_low_rank_rank", dims(r"decoder\.adaln_deltas\.\d+\.down\.weight", 0))
+    for name, shape in shapes.items():
+        if name.endswith("patchify.proj.weight") and len(shape) == 4 and shape[2] == shape[3] > 1:
+            found.setdefault("in_channels", shape[1])
+            found.setdefault("patch_size", shape[2])
+        elif name.endswith("patchify.proj.weight") and len(shape) >= 2:
+            found.setdefault("patch_size", math.isqrt(max(1, math.prod(shape[1:]) // base.in_channels)))
+    vote("bottleneck_dim", dims(r"decoder\.latent_up\.weight", 1, rank=2))
+    z = found.get("bottleneck_dim", base.bottleneck_dim)
+    for width in dims(r"encoder\.to_bottleneck\.bias", 0):
+        if width in (z, 2 * z):
+            found["bottleneck_posterior_kind"] = "deterministic" if width == z else "diagonal_gaussian"
+    for name in STATISTICS:
+        if name in shapes and math.prod(shapes[name]) == 4 * z:
+            found["latent_patch"] = 2
+
+    encoder = blocks("encoder.blocks")
+    has_encoder = any(name.startswith("encoder.") for name in shapes)
+    found["encoder_depth"] = encoder if has_encoder else 0
+    start, middle, end = (blocks(f"decoder.{part}_blocks") for part in ("start", "middle", "end"))
+    if start + middle + end:
+        found |= {"decoder_start_blocks": start, "decoder_end_blocks": end, "decoder_depth": start + middle + end}
+    for key in ("encoder_depth", "decoder_depth", "decoder_start_blocks", "decoder_end_blocks"):
+        if key in settings and key in found and found[key] < getattr(base, key) and (has_encoder or "decoder" in key):
+            del found[key]
+
+    notes = []
+    for key, value in found.items():
+        stated = getattr(base, key)
+        if key in settings and value != stated and not (key == "encoder_depth" and not has_encoder):
+            notes.append(f"{source}: {key} is {stated}, but the tensors have {value}: using {value}")
+    if not has_encoder:
+        notes.append("no encoder.* tensors: a decoder-only model")
+    try:
+        return dataclasses.replace(base, **found), notes
+    except ConfigError as error:
+        return base, [*notes, f"the tensors' shapes fit no architecture of this family: {error}"]
