@@ -167,6 +167,17 @@ def check_int32(name: str, n: int) -> None:
         raise ValueError(f"{name} is {n}, over the 32-bit limit {INT32_MAX}: split the batch")
 
 
+def check_tma(tma: bool, **operands: torch.Tensor) -> None:
+    """Refuse tensor descriptors for operands whose rows are not multiples of 16 bytes or number over 2^31."""
+    for name, t in operands.items() if tma else ():
+        check_int32(f"number of rows of {name}", t.shape[0])
+        if t.shape[1] * t.element_size() % ALIGNMENT:
+            raise ValueError(
+                f"{name} has rows of {t.shape[1]} elements, not a multiple of {ALIGNMENT} bytes as tensor "
+                "descriptors need: use a config with tma=False"
+            )
+
+
 def compute_capability(device: torch.device | torch.Tensor) -> int:
     """Compute capability as major * 10 + minor, e.g. 90; under the interpreter CAPACITOR_INTERPRET_CC or 90.
 

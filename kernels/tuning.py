@@ -146,9 +146,7 @@ def families() -> tuple[Family, ...]:
     return tuple(_FAMILIES[name] for name in sorted(_FAMILIES))
 
 
-def lookup(
-    family: str, cc: int, shape: Mapping[str, int], dtype: torch.dtype, use: str = "throughput"
-) -> Any:
+def lookup(family: str, cc: int, shape: Mapping[str, int], dtype: torch.dtype, use: str = "throughput") -> Any:
     """The config of `family` for a shape: exact row, else nearest row, else the analytical default.
 
     Args:
@@ -164,13 +162,9 @@ def lookup(
 
 
 @lru_cache(maxsize=4096)
-def _cached_lookup(
-    name: str, cc: int, items: tuple[tuple[str, int], ...], dtype: torch.dtype, use: str
-) -> Any:
+def _cached_lookup(name: str, cc: int, items: tuple[tuple[str, int], ...], dtype: torch.dtype, use: str) -> Any:
     if name not in _FAMILIES:
-        raise ValueError(
-            f"no kernel family {name!r}: import the module that registers it; known: {sorted(_FAMILIES)}"
-        )
+        raise ValueError(f"no kernel family {name!r}: import the module that registers it; known: {sorted(_FAMILIES)}")
     if use not in USES:
         raise ValueError(f"use is {use!r}, expected one of {USES}")
     family, shape = _FAMILIES[name], dict(items)
