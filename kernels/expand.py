@@ -34,7 +34,7 @@ from .common import (
     image_tile,
     run_launches,
 )
-from .tuning import Family, GemmConfig, Shape, gemm_default, lookup, register
+from .tuning import Family, GemmConfig, Shape, gemm_default, lookup, register, suits_image
 
 GELU_KINDS = ("fit", "erf")
 
@@ -227,4 +227,4 @@ def _example(shape: Shape, dtype: torch.dtype, config: GemmConfig) -> list[Launc
     return _launches(y, w1, b1, sumsq, h, partials, tokens_per_image, 1e-6, "fit", config)
 
 
-register(Family("expand", GemmConfig, ("dim", "hidden"), ("tokens_per_image",), _default, _example))
+register(Family("expand", GemmConfig, ("dim", "hidden"), ("tokens_per_image",), _default, _example, suits_image))

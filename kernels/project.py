@@ -37,7 +37,7 @@ from .common import (
     image_tile,
     run_launches,
 )
-from .tuning import Family, GemmConfig, Shape, gemm_default, lookup, register
+from .tuning import Family, GemmConfig, Shape, gemm_default, lookup, register, suits_image
 
 REDUCE_BLOCK = 1024
 
@@ -279,4 +279,4 @@ def _example(shape: Shape, dtype: torch.dtype, config: GemmConfig) -> list[Launc
     return _launches(h, gain, w2, b2, residual, out, tokens_per_image, workspace, config)
 
 
-register(Family("project", GemmConfig, ("hidden", "dim"), ("tokens_per_image",), _default, _example))
+register(Family("project", GemmConfig, ("hidden", "dim"), ("tokens_per_image",), _default, _example, suits_image))

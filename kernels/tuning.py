@@ -106,6 +106,7 @@ class Family:
         default: (compute capability, shape, dtype, use) -> config.
         example: (shape, dtype, config) -> the launches at that shape, on meta tensors; the ahead-of-time check
             compiles exactly these.
+        accepts: (config of a row, requested shape) -> whether the row suits a shape that is not its own.
     """
 
     name: str
@@ -114,6 +115,7 @@ class Family:
     near: tuple[str, ...]
     default: Callable[[int, Shape, torch.dtype, str], Any]
     example: Callable[[Shape, torch.dtype, Any], list[Launch]] | None = None
+    accepts: Callable[[Any, Shape], bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -177,6 +179,7 @@ def _cached_lookup(name: str, cc: int, items: tuple[tuple[str, int], ...], dtype
         if row.dtype == dtype_name(dtype)
         and row.use == use
         and all(row.shape[key] == shape[key] for key in family.exact)
+        and (dict(row.shape) == shape or family.accepts is None or family.accepts(row.config, shape))
     ]
     if candidates:
         best = min(candidates, key=lambda row: _distance(family, row, shape))
@@ -242,12 +245,19 @@ def gemm_smem(config: GemmConfig, itemsize: int, buffers: int | None = None) -> 
 
 def pick_block_m(tokens_per_image: int, candidates: tuple[int, ...] = (128, 64, 32, 16)) -> int:
     """The largest row tile that pads an image by at most 15 % more than the least padding candidate does."""
+    least = min(_padded(tokens_per_image, block) for block in candidates)
+    return max(block for block in candidates if _padded(tokens_per_image, block) <= 1.15 * least)
 
-    def padded(block: int) -> int:
-        return cdiv(tokens_per_image, block) * block
 
-    least = min(padded(block) for block in candidates)
-    return max(block for block in candidates if padded(block) <= 1.15 * least)
+def _padded(tokens_per_image: int, block: int) -> int:
+    return cdiv(tokens_per_image, block) * block
+
+
+def suits_image(config: GemmConfig, shape: Shape) -> bool:
+    """Whether a row's tile pads images of this shape little enough; the `accepts` of GEMM families."""
+    tokens_per_image = shape["tokens_per_image"]
+    least = _padded(tokens_per_image, pick_block_m(tokens_per_image, (128, 64, 32)))
+    return _padded(tokens_per_image, config.block_m) <= 1.15 * least
 
 
 def next_power_of_2(n: int) -> int:
