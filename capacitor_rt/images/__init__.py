@@ -1,0 +1,1 @@
+"""Image files to pixels (`decode`) and pixels to the sizes a model takes (`geometry`)."""

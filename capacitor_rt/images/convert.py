@@ -1,0 +1,113 @@
+"""Pillow images of every mode to 8-bit RGB arrays."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image, ImageChops
+
+from ..errors import ImageError
+
+_WITH_ALPHA = ("RGBA", "LA", "PA", "La", "RGBa")
+_DEEP = {f"{kind};16{order}" for kind in ("RGB", "RGBA", "RGBX") for order in "LBN"}
+_OTHER_ORDER = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}
+
+
+def to_rgb8(image: Image.Image, background: tuple[int, int, int], reopen: Callable[[], Image.Image]) -> np.ndarray:
+    """Pixels of an opened, not yet loaded image: uint8 `[H,W,3]`, contiguous and writable.
+
+    Transparency is composited on `background`. `reopen` opens the same file anew (16-bit colour is read twice).
+    Raises whatever Pillow raises, and ImageError("unsupported") for samples without a defined range.
+    """
+    if (deep := _deep_samples(image, reopen)) is not None:
+        return _composite(_with_key(deep, image.info.get("transparency")), background)
+    image.load()
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        grey = _grey16(image)[..., None]
+        samples = np.broadcast_to(grey, (*grey.shape[:2], 3))
+        return _composite(_with_key(samples, image.info.get("transparency")), background)
+    if image.mode in _WITH_ALPHA or "transparency" in image.info:
+        return _composite(np.asarray(image.convert("RGBA")), background)
+    if image.mode == "CMYK" and image.format in ("JPEG", "MPO") and "adobe" not in image.info:
+        # Pillow takes every CMYK JPEG for an inverted one; without Adobe's marker 0 means no ink (ITU-T T.872)
+        image = ImageChops.invert(image)
+    if image.mode in ("F", "LAB", "HSV"):
+        raise ImageError("unsupported", f"samples of mode {image.mode}: convert the file to 8 or 16 bits RGB")
+    return np.array(image.convert("RGB"))
+
+
+def orient(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Undo EXIF `orientation` 1-8 of uint8 `[H,W,3]`; contiguous."""
+    if orientation >= 5:
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)
+
+
+def _deep_samples(image: Image.Image, reopen: Callable[[], Image.Image]) -> np.ndarray | None:
+    """16-bit colour as uint16 `[H,W,3 or 4]`, or None for other images.
+
+    Pillow keeps the high byte of each sample; read in the other byte order it keeps the low one.
+    """
+    rawmode = _rawmode(image)
+    if rawmode == "LA;16B":
+        # as wide as RGBA: grey high, grey low, alpha high, alpha low
+        image.tile = [tile._replace(args="RGBA") for tile in image.tile]
+        pairs = np.asarray(image).view(">u2")
+        return pairs[..., (0, 0, 0, 1)].astype(np.uint16)
+    if rawmode not in _DEEP:
+        return None
+    swapped = rawmode[:-1] + _OTHER_ORDER[rawmode[-1]]
+    twin = reopen()
+    twin.tile = [tile._replace(args=_swap(tile.args, rawmode, swapped)) for tile in twin.tile]
+    return np.asarray(image).astype(np.uint16) << 8 | np.asarray(twin)
+
+
+def _rawmode(image: Image.Image) -> str | None:
+    tiles = getattr(image, "tile", None)
+    if not tiles:
+        return None
+    args = tiles[0][3]
+    rawmode = args if isinstance(args, str) else args[0] if args else None
+    return rawmode if isinstance(rawmode, str) else None
+
+
+def _swap(args, old: str, new: str):
+    return new if isinstance(args, str) else type(args)(new if a == old else a for a in args)
+
+
+def _grey16(image: Image.Image) -> np.ndarray:
+    samples = np.asarray(image)
+    if samples.dtype != np.uint16:
+        if samples.size and (samples.min() < 0 or samples.max() > 65535):
+            raise ImageError("unsupported", "32-bit grey samples: convert the file to 8 or 16 bits")
+        samples = samples.astype(np.uint16)
+    return samples
+
+
+def _with_key(samples: np.ndarray, key: object) -> np.ndarray:
+    """Scale uint16 `[H,W,C]` to uint8; a colour key (PNG's tRNS, in 16 bits) becomes an alpha channel."""
+    pixels = _scale16(samples)
+    if key is None or samples.shape[2] == 4:
+        return pixels
+    opaque = (samples != np.asarray(key, np.uint16)).any(axis=2)
+    return np.dstack([pixels, opaque.astype(np.uint8) * 255])
+
+
+def _scale16(samples: np.ndarray) -> np.ndarray:
+    # round(v * 255 / 65535) in integers
+    return ((samples.astype(np.uint32) * 255 + 32895) >> 16).astype(np.uint8)
+
+
+def _composite(pixels: np.ndarray, background: tuple[int, int, int]) -> np.ndarray:
+    """uint8 `[H,W,3]` unchanged; `[H,W,4]` over `background`, rounded to nearest."""
+    if pixels.shape[2] == 3:
+        return np.ascontiguousarray(pixels)
+    alpha = pixels[..., 3:].astype(np.uint16)
+    over = pixels[..., :3] * alpha + np.array(background, np.uint16) * (255 - alpha)
+    return ((over + 127) // 255).astype(np.uint8)

@@ -1,0 +1,327 @@
+"""Image files to 8-bit RGB pixels, or to an `ImageError` with one of the reasons below.
+
+What becomes of what: the EXIF orientation is applied; grey is repeated; transparency (alpha, palette, colour key) is
+composited on `background`; 16-bit samples become `round(v * 255 / 65535)`; of an animation the first frame is taken;
+CMYK is converted without its profile, and read as inverted when an Adobe marker says so. An ICC profile is noted in the
+header and not applied. Pixels are those of Pillow: JPEGs go through simplejpeg where it is installed, which is faster and
+gives the same bytes (both are libjpeg-turbo with the accurate DCT and smooth chroma; the tests compare them), and what
+simplejpeg refuses Pillow judges, so that neither pixels nor failures depend on it.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from os import PathLike
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, ImageFile, UnidentifiedImageError
+
+from ..errors import ImageError, InputError
+from .convert import orient, to_rgb8
+
+try:
+    import simplejpeg
+except ImportError:
+    simplejpeg = None
+
+EMPTY = "empty"
+"""No bytes."""
+NOT_AN_IMAGE = "not_an_image"
+"""No known image format begins like this."""
+TRUNCATED = "truncated"
+"""The file ends before the picture does."""
+CORRUPT = "corrupt"
+"""The file has the form of an image and cannot be decoded."""
+TOO_LARGE = "too_large"
+"""More pixels than allowed; found in the header, before memory is taken."""
+UNREADABLE = "unreadable"
+"""The file cannot be opened or read: permission, I/O error, missing, not a regular file."""
+UNSUPPORTED = "unsupported"
+"""An image, of a format or sample type that is not decoded here."""
+REASONS = (EMPTY, NOT_AN_IMAGE, TRUNCATED, CORRUPT, TOO_LARGE, UNREADABLE, UNSUPPORTED)
+
+DEFAULT_MAX_PIXELS = 178_956_970
+"""Pillow's own hard limit, 512 MiB of RGB; beyond it a file counts as a decompression bomb."""
+
+# formats decoded by native code alone: EPS would start ghostscript, WMF needs Windows, TGA has no signature
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF", "QOI", "MPO")
+
+_FOREIGN = (
+    (4, b"ftypheic", "HEIC"),
+    (4, b"ftypheix", "HEIC"),
+    (4, b"ftypmif1", "HEIF"),
+    (0, b"\xff\x0a", "JPEG XL"),
+    (0, b"\0\0\0\x0cJXL ", "JPEG XL"),
+    (0, b"%PDF", "PDF"),
+    (0, b"%!PS", "PostScript"),
+    (0, b"8BPS", "Photoshop"),
+    (0, b"<svg", "SVG"),
+    (0, b"v/1\x01", "OpenEXR"),
+)
+_OWN = (
+    (0, b"\xff\xd8\xff", "JPEG"),
+    (0, b"\x89PNG\r\n\x1a\n", "PNG"),
+    (0, b"GIF8", "GIF"),
+    (8, b"WEBP", "WEBP"),
+    (0, b"II*\0", "TIFF"),
+    (0, b"MM\0*", "TIFF"),
+    (4, b"ftypavif", "AVIF"),
+)
+_END_MARKS = {"JPEG": b"\xff\xd9", "PNG": b"IEND", "GIF": b";"}
+
+# the limit that counts is `max_pixels`; Pillow's warning half way to the same limit would only disturb
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+Image.init()
+_KNOWN_FORMATS = tuple(f for f in FORMATS if f in Image.OPEN)
+
+
+@dataclass(frozen=True)
+class ImageHeader:
+    """What a file says of itself: `width` and `height` as displayed (after orientation), EXIF `orientation` 1-8 (1 if absent
+    or invalid), `format` and sample `mode` in Pillow's words, and whether it carries an ICC profile."""
+
+    width: int
+    height: int
+    orientation: int
+    format: str
+    mode: str = ""
+    icc: bool = False
+
+
+@dataclass(frozen=True)
+class DecodedImage:
+    """`pixels`: uint8 `[H,W,3]`, contiguous and writable, upright."""
+
+    pixels: np.ndarray
+    header: ImageHeader
+
+
+def read_bytes(path: str | PathLike[str]) -> bytes:
+    """The contents of a regular file.
+
+    Raises:
+        ImageError: "unreadable" (also for a directory, FIFO or device, which are never opened for reading); "empty".
+    """
+    with _regular_file(path) as file, _os_errors(path):
+        data = file.read()
+    return _not_empty(data, path)
+
+
+def probe(
+    source: bytes | bytearray | memoryview | str | PathLike[str], *, max_pixels: int = DEFAULT_MAX_PIXELS
+) -> ImageHeader:
+    """Read the header of an image: bytes are the file's contents, anything else is its path. No pixel is decoded.
+
+    Raises:
+        ImageError: with one of `REASONS`. A header in order says nothing of the pixels behind it.
+    """
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        stream = io.BytesIO(_not_empty(source, "image"))
+        return _header(_open(stream, "image", max_pixels))
+    with _regular_file(source) as file:
+        if os.fstat(file.fileno()).st_size == 0:
+            raise ImageError(EMPTY, f"{_shown(source)} has no bytes")
+        return _header(_open(file, _shown(source), max_pixels))
+
+
+def decode_image(
+    data: bytes,
+    *,
+    background: tuple[int, int, int] = (255, 255, 255),
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    name: str = "image",
+) -> DecodedImage:
+    """Decode the contents of an image file. Safe to call from several threads; the decoders release the GIL.
+
+    Args:
+        data: the file's bytes.
+        background: RGB, 0-255, behind transparent pixels.
+        max_pixels: largest width x height that is decoded.
+        name: what messages call the image, for instance its path.
+
+    Raises:
+        ImageError: with one of `REASONS`.
+        InputError: `background` is not a colour; Pillow was told to fill truncated files with grey.
+    """
+    _check_background(background)
+    if ImageFile.LOAD_TRUNCATED_IMAGES:
+        raise InputError(
+            "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is True, which turns truncated files into grey pixels: set it to False"
+        )
+    _not_empty(data, name)
+    image = _open(io.BytesIO(data), name, max_pixels)
+    header = _header(image)
+    pixels = _fast_jpeg(data, image)
+    if pixels is None:
+        with _decoder_errors(io.BytesIO(data), name):
+            pixels = to_rgb8(image, background, lambda: _open(io.BytesIO(data), name, max_pixels))
+    return DecodedImage(orient(pixels, header.orientation), header)
+
+
+def decoder_versions() -> dict[str, str]:
+    """Names and versions of the libraries that decode here, for the record."""
+    from PIL import __version__, features
+
+    versions = {"pillow": __version__, "libjpeg_turbo": features.version_feature("libjpeg_turbo") or "none"}
+    if simplejpeg is not None:
+        versions["simplejpeg"] = simplejpeg.__version__
+    return versions
+
+
+def _fast_jpeg(data: bytes, image: Image.Image) -> np.ndarray | None:
+    """Pixels of an RGB JPEG by simplejpeg; None if it is not installed or objects, for Pillow to judge."""
+    if simplejpeg is None or image.format not in ("JPEG", "MPO") or image.mode != "RGB":
+        return None
+    try:
+        pixels = simplejpeg.decode_jpeg(data, "RGB", strict=True)
+    except ValueError:
+        return None
+    return pixels if pixels.shape == (image.height, image.width, 3) else None
+
+
+def _header(image: Image.Image) -> ImageHeader:
+    orientation = _orientation(image)
+    width, height = image.size if orientation < 5 else image.size[::-1]
+    return ImageHeader(width, height, orientation, image.format or "", image.mode, bool(image.info.get("icc_profile")))
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        # the base class's method: the PNG plugin's decodes the picture in search of a late chunk
+        value = Image.Image.getexif(image).get(0x0112, 1)
+    except Exception:
+        # damaged metadata says nothing of the pixels
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _open(stream: BinaryIO, name: str, max_pixels: int) -> Image.Image:
+    """Identify and read the header; `stream` stays in use by the image."""
+    try:
+        with _decoder_errors(stream, name):
+            image = Image.open(stream, formats=_KNOWN_FORMATS)
+    except UnidentifiedImageError:
+        raise _unidentified(stream, name) from None
+    if image.width * image.height > max_pixels:
+        raise ImageError(
+            TOO_LARGE,
+            f"{name} is {image.width}x{image.height}, {image.width * image.height} pixels: the limit is {max_pixels}",
+        )
+    return image
+
+
+@contextmanager
+def _decoder_errors(stream: BinaryIO, name: str) -> Iterator[None]:
+    """Give what Pillow raises a reason. Its plugins raise nearly every built-in exception on damaged files."""
+    try:
+        yield
+    except (ImageError, UnidentifiedImageError):
+        raise
+    except Image.DecompressionBombError as error:
+        raise ImageError(TOO_LARGE, f"{name}: {error}") from error
+    except MemoryError as error:
+        raise ImageError(TOO_LARGE, f"{name} needs more memory than there is") from error
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise ImageError(UNREADABLE, f"{name}: {os.strerror(error.errno)}") from error
+        early = "truncat" in str(error).lower() or _ends_early(stream)
+        detail = str(error) or type(error).__name__
+        raise ImageError(TRUNCATED if early else CORRUPT, f"{name} cannot be decoded: {detail}") from error
+
+
+def _unidentified(stream: BinaryIO, name: str) -> ImageError:
+    stream.seek(0)
+    head = stream.read(16)
+    if (known := _match(head, _OWN)) is not None:
+        if known not in _KNOWN_FORMATS:
+            return ImageError(UNSUPPORTED, f"{name} is {known}, which this build of Pillow cannot decode")
+        if _ends_early(stream):
+            return ImageError(TRUNCATED, f"{name} ends within its {known} header")
+        return ImageError(CORRUPT, f"{name} begins like {known}, but its header cannot be read")
+    if (foreign := _match(head, _FOREIGN)) is not None:
+        return ImageError(UNSUPPORTED, f"{name} is {foreign}: convert it to PNG, JPEG, WebP or TIFF")
+    return ImageError(NOT_AN_IMAGE, f"{name} begins with {head!r}, like no image format known here")
+
+
+def _match(head: bytes, signatures: tuple[tuple[int, bytes, str], ...]) -> str | None:
+    return next((name for at, mark, name in signatures if head[at : at + len(mark)] == mark), None)
+
+
+def _ends_early(stream: BinaryIO) -> bool:
+    """Whether the end of the file lacks its format's end mark. Only tells "truncated" from "corrupt" after a failure."""
+    try:
+        size = stream.seek(0, os.SEEK_END)
+        stream.seek(0)
+        head = stream.read(16)
+        stream.seek(max(0, size - 1024))
+        tail = stream.read()
+    except (OSError, ValueError):
+        return False
+    kind = _match(head, _OWN)
+    if kind == "WEBP":
+        return int.from_bytes(head[4:8], "little") + 8 > size
+    if kind == "GIF":
+        return not tail.rstrip(b"\0").endswith(_END_MARKS[kind])
+    return kind in _END_MARKS and _END_MARKS[kind] not in tail
+
+
+@contextmanager
+def _regular_file(path: str | PathLike[str]) -> Iterator[BinaryIO]:
+    with _os_errors(path):
+        # O_NONBLOCK: opening a FIFO waits for a writer otherwise; stat first, as opening a device may have effects
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode):
+            raise ImageError(UNREADABLE, f"{_shown(path)} is {_kind(mode)}, not a regular file")
+        fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        file = os.fdopen(fd, "rb")
+    with file:
+        if not stat.S_ISREG(mode := os.fstat(file.fileno()).st_mode):
+            raise ImageError(UNREADABLE, f"{_shown(path)} is {_kind(mode)}, not a regular file")
+        yield file
+
+
+@contextmanager
+def _os_errors(path: str | PathLike[str]) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        why = os.strerror(error.errno) if error.errno else str(error)
+        raise ImageError(UNREADABLE, f"{_shown(path)} cannot be read: {why}") from error
+    except ValueError as error:
+        raise ImageError(UNREADABLE, f"{_shown(path)} is not a path: {error}") from error
+
+
+def _kind(mode: int) -> str:
+    kinds = {
+        stat.S_IFDIR: "a directory",
+        stat.S_IFIFO: "a FIFO",
+        stat.S_IFSOCK: "a socket",
+        stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+    }
+    return kinds.get(stat.S_IFMT(mode), "special")
+
+
+def _shown(path: str | PathLike[str]) -> str:
+    """The path in a form that any terminal and any encoding takes."""
+    text = os.fspath(path)
+    text = os.fsdecode(text)
+    return text if text.isprintable() else ascii(text)
+
+
+def _not_empty(data: bytes, name: object) -> bytes:
+    if len(data) == 0:
+        raise ImageError(EMPTY, f"{name if isinstance(name, str) else _shown(name)} has no bytes")
+    return data
+
+
+def _check_background(background: tuple[int, int, int]) -> None:
+    if len(background) != 3 or not all(isinstance(v, int) and 0 <= v <= 255 for v in background):
+        raise InputError(f"background {background!r} is not three whole numbers of 0-255, like (255, 255, 255)")
