@@ -122,19 +122,19 @@ class FullCapacitor(nn.Module):
         """
         return self.whiten(self._mode(self.encode_posterior(image)))
 
-    @torch.no_grad()
     def encode_posterior(self, image: Tensor) -> Posterior:
         """Image to the raw posterior, before the mode is taken and whitened. Arguments and errors as in `encode`.
 
         Returns:
             (mean, logsnr), each float32 `[B,Z,H/p,W/p]`.
         """
-        image = self._prepare_image(image)
-        with torch.autocast(image.device.type, enabled=False):
+        self._check_image(image)
+        # an enclosing autocast would override the dtypes chosen here
+        with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
+            image = self._normalise(image)
             mean, logsnr = self.encoder(image)
         return Posterior(mean.float(), None if logsnr is None else logsnr.float())
 
-    @torch.no_grad()
     def decode(
         self,
         latents: Tensor,
@@ -166,7 +166,7 @@ class FullCapacitor(nn.Module):
                     f"pass {name}={fits} or leave it out"
                 )
         shape = (batch, self.config.in_channels, *size)
-        with torch.autocast(latents.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(latents.device.type, enabled=False):
             z = self._unfold_latents(self.dewhiten(latents))
             noise = unit_noise(shape, inference_config.seed, latents.device)
             return sample(self._predictor(z, inference_config), noise, self.config, inference_config)
@@ -220,19 +220,19 @@ class FullCapacitor(nn.Module):
 
         return predict_x0
 
-    def _prepare_image(self, image: Tensor) -> Tensor:
-        """Check `image` and bring it to NCHW in [-1,1] in the weights' dtype."""
+    def _check_image(self, image: Tensor) -> None:
         if self.encoder is None:
             raise InputError("this checkpoint has a decoder only: encode needs one with encoder.* tensors")
         _check_tensor("image", image, IMAGE_DTYPES, self.device)
         channels = self.config.in_channels
-        if image.shape[1] != channels:
-            if image.shape[3] != channels:
-                raise InputError(
-                    f"image has shape {list(image.shape)}: expected [B,{channels},H,W] or [B,H,W,{channels}]"
-                )
+        if channels not in (image.shape[1], image.shape[3]):
+            raise InputError(f"image has shape {list(image.shape)}: expected [B,{channels},H,W] or [B,H,W,{channels}]")
+        self.check_size(*(image.shape[2:] if image.shape[1] == channels else image.shape[1:3]))
+
+    def _normalise(self, image: Tensor) -> Tensor:
+        """NCHW in [-1,1] in the weights' dtype."""
+        if image.shape[1] != self.config.in_channels:
             image = image.permute(0, 3, 1, 2)
-        self.check_size(image.shape[2], image.shape[3])
         if image.dtype == torch.uint8:
             image = image.float() / 127.5 - 1.0
         return image.to(self.dtype)

@@ -1,0 +1,204 @@
+"""FullCapacitor as its users call it: inputs it takes, inputs it refuses, and what an nn.Module must do."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from golden_cases import relative_error
+
+from capacitor_rt import FullCapacitor, FullCapacitorInferenceConfig, InputError, ModelConfig
+
+SMALL = ModelConfig(
+    model_dim=32,
+    encoder_depth=1,
+    decoder_depth=3,
+    decoder_start_blocks=1,
+    decoder_end_blocks=1,
+    bottleneck_dim=8,
+    adaln_low_rank_rank=4,
+)
+SEEDED = FullCapacitorInferenceConfig(seed=0)
+
+
+def randomise(model: FullCapacitor) -> FullCapacitor:
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn_like(p) * (0.5 / max(1, p[0].numel()) ** 0.5))
+        if model.latent_norm_running_mean is not None:
+            model.latent_norm_running_mean.normal_()
+            model.latent_norm_running_var.uniform_(0.5, 2.0)
+    return model.requires_grad_(False).eval()
+
+
+@pytest.fixture
+def model() -> FullCapacitor:
+    return randomise(FullCapacitor(SMALL))
+
+
+@pytest.fixture
+def image() -> torch.Tensor:
+    return torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)
+
+
+def test_uint8_and_float_images_agree(model, image):
+    as_float = image.float() / 127.5 - 1
+    truth = model.encode(as_float)
+    assert truth.shape == (2, 8, 4, 6) and truth.dtype == torch.float32
+    assert torch.equal(model.encode(image), truth)
+    for dtype in (torch.bfloat16, torch.float16):
+        assert relative_error(model.encode(as_float.to(dtype)), truth) < 2e-2
+
+
+def test_layouts_agree(model, image):
+    truth = model.encode(image)
+    nhwc = image.permute(0, 2, 3, 1)
+    for same in (nhwc, nhwc.contiguous(), image.contiguous(memory_format=torch.channels_last)):
+        torch.testing.assert_close(model.encode(same), truth, rtol=1e-4, atol=1e-5)
+    # a view into a larger picture
+    padded = torch.nn.functional.pad(image, (16, 16, 32, 0))
+    torch.testing.assert_close(model.encode(padded[:, :, 32:, 16:-16]), truth, rtol=1e-4, atol=1e-5)
+
+
+def test_empty_batch(model):
+    latents = model.encode(torch.zeros(0, 3, 64, 32))
+    assert latents.shape == (0, 8, 4, 2)
+    assert model.decode(latents).shape == (0, 3, 64, 32)
+
+
+def test_decode_and_reconstruct(model, image):
+    latents = model.encode(image)
+    out = model.decode(latents, height=64, width=96, inference_config=SEEDED)
+    assert out.shape == (2, 3, 64, 96) and out.dtype == torch.float32
+    assert torch.equal(out, model.reconstruct(image, SEEDED))
+    assert not torch.equal(model.decode(latents), model.decode(latents))
+
+
+def test_whiten_is_the_inverse_of_dewhiten(model):
+    z = torch.randn(2, 8, 3, 5)
+    torch.testing.assert_close(model.dewhiten(model.whiten(z)), z, rtol=1e-5, atol=1e-5)
+    assert model.whiten(z.bfloat16()).dtype == torch.float32
+
+
+def test_latents_are_the_whitened_mode_of_the_posterior(model, image):
+    mean, logsnr = model.encode_posterior(image)
+    mode = torch.sqrt(torch.sigmoid(logsnr)) * mean
+    std = torch.sqrt(model.latent_norm_running_var + 1e-4)
+    expected = (mode - model.latent_norm_running_mean.view(1, -1, 1, 1)) / std.view(1, -1, 1, 1)
+    torch.testing.assert_close(model.encode(image), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (torch.zeros(1, 3, 500, 64), "height 500 is not a multiple of 32: use 480 or 512"),
+        (torch.zeros(1, 3, 64, 48), r"width 48 is not a multiple of 32: use 32 or 64, or strict_size=False"),
+        (torch.zeros(1, 3, 7, 64), "height 7 is not a multiple of 32: use 32$"),
+        (torch.zeros(1, 3, 0, 64), "height 0"),
+        (torch.zeros(3, 64, 64), r"rank 3 .* add the batch dimension"),
+        (torch.zeros(1, 4, 64, 64), r"shape \[1, 4, 64, 64\]: expected \[B,3,H,W\] or \[B,H,W,3\]"),
+        (torch.zeros(1, 3, 64, 64, dtype=torch.int64), "dtype torch.int64: convert it to one of float32"),
+        (torch.zeros(1, 3, 64, 64, dtype=torch.float64), "dtype torch.float64"),
+        (torch.zeros(1, 3, 64, 64, requires_grad=True), r"requires grad.*detach"),
+        (torch.zeros(1, 3, 64, 64, device="meta"), "image is on meta and the model on cpu"),
+        ([[1.0]], "image is a list"),
+    ],
+)
+def test_bad_images_are_named(model, image, message):
+    with pytest.raises(InputError, match=message):
+        model.encode(image)
+
+
+@pytest.mark.parametrize(
+    ("latents", "size", "message"),
+    [
+        (
+            torch.zeros(1, 8, 4, 4),
+            (64, 100),
+            "width 100 does not fit latents of 4x4, which decode to 64x64: pass width=64",
+        ),
+        (torch.zeros(1, 8, 4, 4), (128, None), "height 128 does not fit"),
+        (torch.zeros(1, 9, 4, 4), (None, None), r"expected \[B,8,h,w\]"),
+        (torch.zeros(8, 4, 4), (None, None), "rank 3"),
+        (torch.zeros(1, 8, 0, 4), (None, None), "at least 1"),
+        (torch.zeros(1, 8, 4, 4, dtype=torch.uint8), (None, None), "dtype torch.uint8"),
+    ],
+)
+def test_bad_latents_are_named(model, latents, size, message):
+    with pytest.raises(InputError, match=message):
+        model.decode(latents, *size)
+
+
+def test_strict_size_off_admits_multiples_of_the_stride():
+    model = randomise(FullCapacitor(SMALL, strict_size=False))
+    assert model.encode(torch.zeros(1, 3, 48, 16)).shape == (1, 8, 3, 1)
+    with pytest.raises(InputError, match=r"height 40 is not a multiple of 16: use 32 or 48$"):
+        model.encode(torch.zeros(1, 3, 40, 32))
+
+
+def test_unknown_backend_is_refused():
+    with pytest.raises(InputError, match="'cuda-magic' is unknown: use one of 'auto', 'torch'"):
+        FullCapacitor(SMALL, backend="cuda-magic")
+
+
+def test_half_precision_keeps_sensitive_tensors_in_float32(model, image):
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    assert half.dtype == torch.bfloat16 and half.encoder.blocks[0].dwconv.weight.dtype == torch.bfloat16
+    kept = {k for k, v in half.state_dict().items() if v.dtype == torch.float32}
+    sensitive = ("latent_norm", "decoder.time_embed", "decoder.adaln")
+    assert kept == {k for k in before if k.startswith(sensitive)}
+    for k in kept:
+        assert torch.equal(half.state_dict()[k], before[k])
+    latents = half.encode(image)
+    assert latents.dtype == torch.float32
+    assert relative_error(latents, model.encode(image)) < 3e-2
+
+
+def test_autocast_and_grad_mode_change_nothing(model, image):
+    truth = model.encode(image)
+    out = model.decode(truth, inference_config=SEEDED)
+    with torch.autocast("cpu", torch.bfloat16), torch.enable_grad():
+        assert torch.equal(model.encode(image), truth)
+        assert torch.equal(model.decode(truth, inference_config=SEEDED), out)
+        assert not model.encode(image).requires_grad
+
+
+def test_module_life(model, image):
+    truth = model.encode(image)
+    assert torch.equal(copy.deepcopy(model).encode(image), truth)
+    assert torch.equal(pickle.loads(pickle.dumps(model)).encode(image), truth)
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    buffer.seek(0)
+    other = FullCapacitor(SMALL)
+    other.load_state_dict(torch.load(buffer, weights_only=True))
+    assert torch.equal(other.eval().encode(image), truth)
+    assert torch.equal(model.float().cpu()(image), truth)
+
+
+def test_latent_patch_gives_stride_32():
+    """Running statistics of 4Z channels: the mode is 2x2-patchified (order c*4 + i*2 + j) before whitening."""
+    import dataclasses
+
+    model = randomise(FullCapacitor(dataclasses.replace(SMALL, latent_patch=2)))
+    image = torch.randn(1, 3, 64, 96)
+    latents = model.encode(image)
+    assert latents.shape == (1, 32, 2, 3) and model.latent_stride == 32
+    mean, logsnr = model.encode_posterior(image)
+    mode = torch.sqrt(torch.sigmoid(logsnr)) * mean
+    raw = model.dewhiten(latents)
+    for c, i, j in [(0, 0, 0), (3, 0, 1), (5, 1, 0), (7, 1, 1)]:
+        torch.testing.assert_close(raw[:, c * 4 + i * 2 + j], mode[:, c, i::2, j::2], rtol=1e-4, atol=1e-5)
+    assert model.decode(latents).shape == image.shape
+
+
+def test_multi_step_decode_is_deterministic_by_seed(model, image):
+    latents = model.encode(image)
+    inference = FullCapacitorInferenceConfig(num_steps=3, sampler="dpmpp_2m", pdg=True, seed=4)
+    assert torch.equal(
+        model.decode(latents, inference_config=inference), model.decode(latents, inference_config=inference)
+    )
