@@ -1,0 +1,73 @@
+# Each target sets itself up: a virtual environment in .venv, versions pinned by constraints.txt.
+PYTHON ?= python3
+VENV   ?= .venv
+PIP    := $(VENV)/bin/python -m pip --disable-pip-version-check
+RUN    := $(VENV)/bin/python
+CORES  ?= 2
+# one thread a test process: the processes are the parallelism
+TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_DISABLE_TELEMETRY=1
+
+TORCH  := $(shell grep '^torch==' constraints.txt)
+TRITON := $(shell grep '^triton==' constraints.txt)
+
+.PHONY: demo test test-slow test-newest lint format bench clean
+
+demo: $(VENV)/.demo
+	$(RUN) -m capacitor_rt.demo --out demo-out
+
+test: $(VENV)/.test
+	$(TEST_ENV) $(RUN) -m pytest -n $(CORES) --dist worksteal -q
+
+# real sizes under the interpreter, minutes of CPU time; `make test` leaves them out
+test-slow: $(VENV)/.test
+	$(TEST_ENV) $(RUN) -m pytest -q -m slow
+
+# the kernel suites once more on the other end of the Triton window
+test-newest: $(VENV)/.test
+	$(PYTHON) -m venv $(VENV)-newest
+	$(MAKE) VENV=$(VENV)-newest $(VENV)-newest/.test
+	$(VENV)-newest/bin/python -m pip install -q --no-deps 'triton>=3.6,<3.10' --upgrade
+	$(TEST_ENV) $(VENV)-newest/bin/python -m pytest -n $(CORES) --dist worksteal -q tests/kernels
+
+lint: $(VENV)/.lint
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+format: $(VENV)/.lint
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+bench: $(VENV)/.bench
+	$(RUN) -m pytest bench --benchmark-only -q
+
+clean:
+	rm -rf $(VENV) $(VENV)-newest demo-out .pytest_cache .ruff_cache .hypothesis .benchmarks .triton_cache
+
+# torch first, so that nothing else chooses another build of it; then our Triton over the one that torch asks for,
+# because the compiled facts in the tests are those of one version
+$(VENV)/.torch: constraints.txt
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q '$(TORCH)'
+	$(PIP) install -q --no-deps '$(TRITON)'
+	touch $@
+
+define install
+	grep -v '^triton==' constraints.txt > $(VENV)/constraints.txt
+	$(PIP) install -q -c $(VENV)/constraints.txt $(1)
+	$(PIP) install -q --no-deps '$(TRITON)'
+	touch $@
+endef
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	$(call install,-e '.[cache]')
+
+$(VENV)/.test: $(VENV)/.torch pyproject.toml
+	$(call install,-e '.[test]')
+
+$(VENV)/.bench: $(VENV)/.torch pyproject.toml
+	$(call install,-e '.[test]')
+
+$(VENV)/.lint: constraints.txt
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c constraints.txt ruff pre-commit
+	touch $@
