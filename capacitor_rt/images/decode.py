@@ -1,9 +1,9 @@
 """Image files to 8-bit RGB pixels, or to an `ImageError` with one of the reasons below.
 
-What becomes of what: the EXIF orientation is applied; grey is repeated; transparency (alpha, palette, colour key) is
-composited on `background`; 16-bit samples become `round(v * 255 / 65535)`; of an animation the first frame is taken;
-CMYK is converted without its profile, and read as inverted when an Adobe marker says so. An ICC profile is noted in the
-header and not applied. Pixels are those of Pillow: JPEGs go through simplejpeg where it is installed, which is faster and
+The EXIF orientation is applied; grey is repeated; transparency (alpha, palette, colour key) is composited on
+`background`; 16-bit samples become `round(v * 255 / 65535)`; of an animation the first frame is taken; CMYK is
+converted without its profile, and read as inverted when an Adobe marker says so. An ICC profile is noted in the header
+and not applied. Pixels are those of Pillow: JPEGs go through simplejpeg where it is installed, which is faster and
 gives the same bytes (both are libjpeg-turbo with the accurate DCT and smooth chroma; the tests compare them), and what
 simplejpeg refuses Pillow judges, so that neither pixels nor failures depend on it.
 """
@@ -13,7 +13,6 @@ from __future__ import annotations
 import io
 import os
 import stat
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from os import PathLike
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile
 
 from ..errors import ImageError, InputError
 from .convert import orient, to_rgb8
@@ -50,10 +49,12 @@ REASONS = (EMPTY, NOT_AN_IMAGE, TRUNCATED, CORRUPT, TOO_LARGE, UNREADABLE, UNSUP
 DEFAULT_MAX_PIXELS = 178_956_970
 """Pillow's own hard limit, 512 MiB of RGB; beyond it a file counts as a decompression bomb."""
 
-# formats decoded by native code alone: EPS would start ghostscript, WMF needs Windows, TGA has no signature
-FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF", "QOI", "MPO")
+# decoded by native code alone: EPS would start ghostscript, WMF needs Windows, TGA has no signature
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF", "QOI")
 
-_FOREIGN = (
+_WEAK_SIGNATURES = ("BMP", "PPM")
+_OTHERS = (
+    (4, b"ftypavif", "AVIF"),
     (4, b"ftypheic", "HEIC"),
     (4, b"ftypheix", "HEIC"),
     (4, b"ftypmif1", "HEIF"),
@@ -65,27 +66,20 @@ _FOREIGN = (
     (0, b"<svg", "SVG"),
     (0, b"v/1\x01", "OpenEXR"),
 )
-_OWN = (
-    (0, b"\xff\xd8\xff", "JPEG"),
-    (0, b"\x89PNG\r\n\x1a\n", "PNG"),
-    (0, b"GIF8", "GIF"),
-    (8, b"WEBP", "WEBP"),
-    (0, b"II*\0", "TIFF"),
-    (0, b"MM\0*", "TIFF"),
-    (4, b"ftypavif", "AVIF"),
-)
+_BEYOND_PILLOW = ("unknown pixel mode", "cannot handle", "not supported", "unsupported")
 _END_MARKS = {"JPEG": b"\xff\xd9", "PNG": b"IEND", "GIF": b";"}
 
-# the limit that counts is `max_pixels`; Pillow's warning half way to the same limit would only disturb
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 Image.init()
 _KNOWN_FORMATS = tuple(f for f in FORMATS if f in Image.OPEN)
 
 
 @dataclass(frozen=True)
 class ImageHeader:
-    """What a file says of itself: `width` and `height` as displayed (after orientation), EXIF `orientation` 1-8 (1 if absent
-    or invalid), `format` and sample `mode` in Pillow's words, and whether it carries an ICC profile."""
+    """What a file says of itself.
+
+    `width` and `height` are as displayed, after the EXIF `orientation` (1-8; 1 if absent or invalid); `format` and
+    `mode` (of the samples) are Pillow's words; `icc` tells whether there is a colour profile.
+    """
 
     width: int
     height: int
@@ -162,7 +156,8 @@ def decode_image(
     if pixels is None:
         with _decoder_errors(io.BytesIO(data), name):
             pixels = to_rgb8(image, background, lambda: _open(io.BytesIO(data), name, max_pixels))
-    return DecodedImage(orient(pixels, header.orientation), header)
+    # asked again: Pillow turns a TIFF while it loads, and then drops the tag
+    return DecodedImage(orient(pixels, _orientation(image)), header)
 
 
 def decoder_versions() -> dict[str, str]:
@@ -188,7 +183,10 @@ def _fast_jpeg(data: bytes, image: Image.Image) -> np.ndarray | None:
 
 def _header(image: Image.Image) -> ImageHeader:
     orientation = _orientation(image)
-    width, height = image.size if orientation < 5 else image.size[::-1]
+    # the size of an opened TIFF is as stored in some versions of Pillow and as displayed in others
+    width, height = (image.tag_v2[256], image.tag_v2[257]) if image.format == "TIFF" else image.size
+    if orientation >= 5:
+        width, height = height, width
     return ImageHeader(width, height, orientation, image.format or "", image.mode, bool(image.info.get("icc_profile")))
 
 
@@ -202,13 +200,23 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def _open(stream: BinaryIO, name: str, max_pixels: int) -> Image.Image:
-    """Identify and read the header; `stream` stays in use by the image."""
-    try:
-        with _decoder_errors(stream, name):
-            image = Image.open(stream, formats=_KNOWN_FORMATS)
-    except UnidentifiedImageError:
-        raise _unidentified(stream, name) from None
+def _open(stream: BinaryIO, name: str, max_pixels: int) -> ImageFile.ImageFile:
+    """Identify and read the header; `stream` stays in use by the image.
+
+    The registered plugin is called rather than `Image.open`, which hides what the plugin said, warns of large images
+    and has a limit that only a global variable changes.
+    """
+    with _decoder_errors(stream, name, None):
+        stream.seek(0)
+        head = stream.read(16)
+    format = next((f for f in _KNOWN_FORMATS if Image.OPEN[f][1](head)), None)
+    if format is None:
+        raise _unidentified(head, name)
+    with _decoder_errors(stream, name, format):
+        stream.seek(0)
+        image = Image.OPEN[format][0](stream, "")
+    if image.width < 1 or image.height < 1:
+        raise ImageError(CORRUPT, f"{name} declares {image.width}x{image.height} pixels")
     if image.width * image.height > max_pixels:
         raise ImageError(
             TOO_LARGE,
@@ -218,44 +226,41 @@ def _open(stream: BinaryIO, name: str, max_pixels: int) -> Image.Image:
 
 
 @contextmanager
-def _decoder_errors(stream: BinaryIO, name: str) -> Iterator[None]:
+def _decoder_errors(stream: BinaryIO, name: str, opening: str | None = None) -> Iterator[None]:
     """Give what Pillow raises a reason. Its plugins raise nearly every built-in exception on damaged files."""
     try:
         yield
-    except (ImageError, UnidentifiedImageError):
+    except ImageError:
         raise
-    except Image.DecompressionBombError as error:
-        raise ImageError(TOO_LARGE, f"{name}: {error}") from error
-    except MemoryError as error:
-        raise ImageError(TOO_LARGE, f"{name} needs more memory than there is") from error
+    except (Image.DecompressionBombError, MemoryError) as error:
+        raise ImageError(TOO_LARGE, f"{name} needs more memory than there is: {error}") from error
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise ImageError(UNREADABLE, f"{name}: {os.strerror(error.errno)}") from error
-        early = "truncat" in str(error).lower() or _ends_early(stream)
         detail = str(error) or type(error).__name__
-        raise ImageError(TRUNCATED if early else CORRUPT, f"{name} cannot be decoded: {detail}") from error
+        reason = _reason(stream, detail, opening)
+        raise ImageError(reason, f"{name} cannot be decoded: {detail}") from error
 
 
-def _unidentified(stream: BinaryIO, name: str) -> ImageError:
-    stream.seek(0)
-    head = stream.read(16)
-    if (known := _match(head, _OWN)) is not None:
-        if known not in _KNOWN_FORMATS:
-            return ImageError(UNSUPPORTED, f"{name} is {known}, which this build of Pillow cannot decode")
-        if _ends_early(stream):
-            return ImageError(TRUNCATED, f"{name} ends within its {known} header")
-        return ImageError(CORRUPT, f"{name} begins like {known}, but its header cannot be read")
-    if (foreign := _match(head, _FOREIGN)) is not None:
-        return ImageError(UNSUPPORTED, f"{name} is {foreign}: convert it to PNG, JPEG, WebP or TIFF")
-    return ImageError(NOT_AN_IMAGE, f"{name} begins with {head!r}, like no image format known here")
+def _reason(stream: BinaryIO, detail: str, opening: str | None) -> str:
+    if opening in _WEAK_SIGNATURES:
+        # two letters, with which many a text begins
+        return NOT_AN_IMAGE
+    detail = detail.lower()
+    if any(words in detail for words in _BEYOND_PILLOW):
+        return UNSUPPORTED
+    return TRUNCATED if "truncat" in detail or _ends_early(stream) else CORRUPT
 
 
-def _match(head: bytes, signatures: tuple[tuple[int, bytes, str], ...]) -> str | None:
-    return next((name for at, mark, name in signatures if head[at : at + len(mark)] == mark), None)
+def _unidentified(head: bytes, name: str) -> ImageError:
+    known = next((kind for at, mark, kind in _OTHERS if head[at : at + len(mark)] == mark), None)
+    if known is None:
+        return ImageError(NOT_AN_IMAGE, f"{name} begins with {head!r}, like no image format known here")
+    return ImageError(UNSUPPORTED, f"{name} is {known}: convert it to PNG, JPEG, WebP or TIFF")
 
 
 def _ends_early(stream: BinaryIO) -> bool:
-    """Whether the end of the file lacks its format's end mark. Only tells "truncated" from "corrupt" after a failure."""
+    """Whether the file lacks its format's end: after a failure, tells "truncated" from "corrupt"."""
     try:
         size = stream.seek(0, os.SEEK_END)
         stream.seek(0)
@@ -264,12 +269,15 @@ def _ends_early(stream: BinaryIO) -> bool:
         tail = stream.read()
     except (OSError, ValueError):
         return False
-    kind = _match(head, _OWN)
-    if kind == "WEBP":
+    format = next((f for f in _KNOWN_FORMATS if Image.OPEN[f][1](head)), None)
+    if format == "TIFF":
+        # the directory often stands behind the pixels
+        return int.from_bytes(head[4:8], "little" if head[:1] == b"I" else "big") + 2 > size
+    if format == "WEBP":
         return int.from_bytes(head[4:8], "little") + 8 > size
-    if kind == "GIF":
-        return not tail.rstrip(b"\0").endswith(_END_MARKS[kind])
-    return kind in _END_MARKS and _END_MARKS[kind] not in tail
+    if format == "GIF":
+        return not tail.rstrip(b"\0").endswith(_END_MARKS[format])
+    return format in _END_MARKS and _END_MARKS[format] not in tail
 
 
 @contextmanager

@@ -1,0 +1,542 @@
+from __future__ import annotations
+
+import io
+import os
+import resource
+import signal
+import struct
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import image_files as files
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageCms, ImageFile
+
+import capacitor_rt.images.decode as decode_module
+from capacitor_rt.errors import ImageError, InputError
+from capacitor_rt.images.decode import REASONS, decode_image, decoder_versions, probe, read_bytes
+
+PICTURE = files.texture(37, 53)
+PHOTOS = sorted((Path(decode_module.__file__).parents[1] / "sample" / "photos").glob("*.jp*g"))
+
+
+@pytest.fixture
+def no_hang():
+    def stop(*_):
+        raise TimeoutError("reading hangs")
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(10)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, previous)
+
+
+def pixels_of(data: bytes, **options) -> np.ndarray:
+    decoded = decode_image(data, **options)
+    pixels, header = decoded.pixels, decoded.header
+    assert pixels.dtype == np.uint8 and pixels.shape == (header.height, header.width, 3)
+    assert pixels.flags.c_contiguous and pixels.flags.writeable
+    assert probe(data) == header
+    return pixels
+
+
+def reason_of(data: bytes, **options) -> str:
+    with pytest.raises(ImageError) as caught:
+        decode_image(data, **options)
+    assert caught.value.reason in REASONS
+    return caught.value.reason
+
+
+def outcome(data: bytes) -> tuple:
+    try:
+        return decode_image(data).pixels.tobytes(), probe(data)
+    except ImageError as error:
+        assert error.reason in REASONS
+        return (error.reason,)
+
+
+class TestExact:
+    @pytest.mark.parametrize("format", ["PNG", "BMP", "TIFF", "PPM", "WEBP", "JPEG2000", "QOI"])
+    @pytest.mark.parametrize("size", [(37, 53), (1, 1), (1, 40), (40, 1)])
+    def test_lossless_formats(self, format, size):
+        picture = files.texture(*size)
+        options = {"lossless": True, "exact": True} if format == "WEBP" else {}
+        if format == "JPEG2000":
+            options = {"irreversible": False}
+        if format == "QOI" and "QOI" not in Image.SAVE:
+            pytest.skip("this Pillow does not write QOI")
+        np.testing.assert_array_equal(pixels_of(files.encoded(picture, format, **options)), picture)
+
+    @pytest.mark.parametrize("format", ["JPEG", "WEBP", "GIF", "AVIF"])
+    def test_one_pixel(self, format):
+        if format not in Image.OPEN:
+            pytest.skip(f"this Pillow has no {format}")
+        picture = np.full((1, 1, 3), 200, np.uint8)
+        assert abs(pixels_of(files.encoded(picture, format)).astype(int) - 200).max() <= 3
+
+    def test_grey_and_bilevel(self):
+        grey = PICTURE[..., 0]
+        expected = np.repeat(grey[..., None], 3, 2)
+        np.testing.assert_array_equal(pixels_of(files.encoded(grey, "PNG")), expected)
+        bilevel = Image.fromarray(grey).convert("1")
+        expected = np.repeat(np.array(bilevel.convert("L"))[..., None], 3, 2)
+        np.testing.assert_array_equal(pixels_of(files.encoded(bilevel, "PNG")), expected)
+        np.testing.assert_array_equal(pixels_of(files.encoded(bilevel, "TIFF", compression="group4")), expected)
+
+    def test_grey_jpeg_has_equal_channels(self):
+        pixels = pixels_of(files.encoded(PICTURE[..., 0], "JPEG", quality=95))
+        assert (pixels == pixels[..., :1]).all()
+        assert abs(pixels[..., 0].astype(int) - PICTURE[..., 0]).mean() < 3
+
+    def test_first_frame_of_animations(self):
+        frames = [Image.new("RGB", (20, 10), c) for c in ((255, 0, 0), (0, 255, 0), (0, 0, 255))]
+        for format, options in (("GIF", {}), ("WEBP", {"lossless": True}), ("PNG", {}), ("TIFF", {})):
+            data = files.encoded(frames[0], format, save_all=True, append_images=frames[1:], **options)
+            assert Image.open(io.BytesIO(data)).n_frames == 3
+            assert (pixels_of(data) == (255, 0, 0)).all(), format
+
+    def test_icc_profile_is_noted_and_not_applied(self):
+        profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+        data = files.encoded(PICTURE, "PNG", icc_profile=profile)
+        assert probe(data).icc and not probe(files.encoded(PICTURE, "PNG")).icc
+        np.testing.assert_array_equal(pixels_of(data), PICTURE)
+
+
+class TestJpeg:
+    @pytest.mark.parametrize("progressive", [False, True])
+    @pytest.mark.parametrize("subsampling", ["444", "422", "420", "440", "411"])
+    def test_fast_path_gives_pillows_pixels(self, subsampling, progressive, monkeypatch):
+        simplejpeg = pytest.importorskip("simplejpeg")
+        for height, width in ((64, 96), (63, 95), (17, 1), (1, 1), (9, 130)):
+            for quality in (40, 90, 100):
+                data = simplejpeg.encode_jpeg(files.texture(height, width), quality, colorsubsampling=subsampling)
+                if progressive:
+                    buffer = io.BytesIO()
+                    Image.open(io.BytesIO(data)).save(buffer, "JPEG", quality="keep", progressive=True)
+                    data = buffer.getvalue()
+                fast = pixels_of(data)
+                with monkeypatch.context() as patch:
+                    patch.setattr(decode_module, "simplejpeg", None)
+                    np.testing.assert_array_equal(fast, pixels_of(data))
+
+    def test_fast_path_is_taken(self, monkeypatch):
+        simplejpeg = pytest.importorskip("simplejpeg")
+        calls = []
+        monkeypatch.setattr(simplejpeg, "decode_jpeg", lambda *a, **k: calls.append(a) or PICTURE.copy())
+        np.testing.assert_array_equal(decode_image(files.encoded(PICTURE, "JPEG")).pixels, PICTURE)
+        assert len(calls) == 1
+
+    @pytest.mark.skipif(not PHOTOS, reason="no bundled JPEG photographs")
+    def test_fast_path_on_the_bundled_photographs(self, monkeypatch):
+        pytest.importorskip("simplejpeg")
+        fast = [pixels_of(path.read_bytes()) for path in PHOTOS]
+        monkeypatch.setattr(decode_module, "simplejpeg", None)
+        for path, pixels in zip(PHOTOS, fast, strict=True):
+            np.testing.assert_array_equal(pixels, pixels_of(path.read_bytes()), err_msg=path.name)
+
+    def test_rgb_colour_space(self):
+        data = files.encoded(PICTURE, "JPEG", quality=98, subsampling=0, keep_rgb=True)
+        assert abs(pixels_of(data).astype(int) - PICTURE).mean() < 2
+
+    @pytest.mark.parametrize("adobe", [True, False])
+    @pytest.mark.parametrize("ink", [(0, 0, 0, 0), (255, 0, 0, 0), (30, 200, 90, 40), (0, 0, 0, 255)])
+    def test_cmyk(self, ink, adobe):
+        if adobe:
+            data = files.encoded(Image.new("CMYK", (24, 16), ink), "JPEG", quality=100)
+        else:
+            # Pillow stores inverted samples under Adobe's marker: the plain file holds the ink itself, and no marker
+            inverted = tuple(255 - v for v in ink)
+            data = files.encoded(Image.new("CMYK", (24, 16), inverted), "JPEG", quality=100)
+            at = data.index(b"\xff\xee\x00\x0eAdobe")
+            data = data[:at] + data[at + 16 :]
+        c, m, y, k = (1 - v / 255 for v in ink)
+        expected = np.array([c * k, m * k, y * k]) * 255
+        assert abs(pixels_of(data) - expected).max() <= 2
+
+    @pytest.mark.parametrize("ink", [(0, 0, 0, 0), (30, 200, 90, 40), (240, 10, 60, 0)])
+    def test_ycck(self, ink):
+        # stored: the inks' YCbCr, and inverted black, under Adobe's transform 2
+        luma = Image.new("RGB", (1, 1), ink[:3]).convert("YCbCr").getpixel((0, 0))
+        samples = (*luma, 255 - ink[3])
+        data = files.encoded(Image.new("CMYK", (24, 16), tuple(255 - v for v in samples)), "JPEG", quality=100)
+        at = data.index(b"Adobe") + 11
+        assert data[at] == 0
+        data = data[:at] + b"\2" + data[at + 1 :]
+        c, m, y, k = (1 - v / 255 for v in ink)
+        assert abs(pixels_of(data) - np.array([c * k, m * k, y * k]) * 255).max() <= 3
+
+
+class TestSixteenBits:
+    SAMPLES = np.array([0, 1, 127, 128, 129, 255, 256, 257, 32767, 32768, 65279, 65407, 65408, 65534, 65535])
+
+    @staticmethod
+    def scaled(samples):
+        return np.floor(samples.astype(np.float64) * 255 / 65535 + 0.5).astype(np.uint8)
+
+    def samples(self, channels):
+        rng = np.random.default_rng(channels)
+        values = np.concatenate([self.SAMPLES, rng.integers(0, 65536, 20 * 9 * channels)])
+        return values[: 20 * 9 * channels].astype(np.uint16).reshape(9, 20, channels)
+
+    def test_every_value(self):
+        ramp = np.arange(65536, dtype=np.uint16).reshape(256, 256, 1)
+        np.testing.assert_array_equal(pixels_of(files.png16(ramp))[..., :1], self.scaled(ramp))
+
+    @pytest.mark.parametrize("channels", [1, 3])
+    def test_png(self, channels):
+        samples = self.samples(channels)
+        expected = np.broadcast_to(self.scaled(samples), (9, 20, 3))
+        np.testing.assert_array_equal(pixels_of(files.png16(samples)), expected)
+
+    @pytest.mark.parametrize("channels", [2, 4])
+    def test_png_with_alpha(self, channels):
+        samples = self.samples(channels)
+        scaled = self.scaled(samples).astype(float)
+        color, alpha = scaled[..., :-1], scaled[..., -1:] / 255
+        expected = np.floor(color * alpha + np.array([10, 20, 30]) * (1 - alpha) + 0.5 + 1e-9)
+        got = pixels_of(files.png16(samples), background=(10, 20, 30))
+        np.testing.assert_array_equal(got, np.broadcast_to(expected, got.shape))
+
+    @pytest.mark.parametrize("channels", [1, 3])
+    def test_png_colour_key_counts_all_sixteen_bits(self, channels):
+        samples = np.full((4, 4, channels), 0x1234, np.uint16)
+        samples[1, 2] = 0x1235
+        key = (b"tRNS", struct.pack(f">{channels}H", *[0x1234] * channels))
+        got = pixels_of(files.png16(samples, key), background=(255, 0, 255))
+        expected = np.full((4, 4, 3), (255, 0, 255), np.uint8)
+        expected[1, 2] = 0x12
+        np.testing.assert_array_equal(got, expected)
+
+    @pytest.mark.parametrize("deflate", [False, True])
+    @pytest.mark.parametrize("big_endian", [False, True])
+    @pytest.mark.parametrize("channels", [1, 3])
+    def test_tiff(self, channels, big_endian, deflate):
+        samples = self.samples(channels)
+        data = files.tiff16(samples, big_endian=big_endian, deflate=deflate)
+        expected = np.broadcast_to(self.scaled(samples), (9, 20, 3))
+        np.testing.assert_array_equal(pixels_of(data), expected)
+
+    def test_pgm(self):
+        samples = self.samples(1)
+        data = b"P5 20 9 65535\n" + samples.astype(">u2").tobytes()
+        np.testing.assert_array_equal(pixels_of(data), np.broadcast_to(self.scaled(samples), (9, 20, 3)))
+
+    @pytest.mark.parametrize("mode", ["F", "I"])
+    def test_samples_without_a_range_are_refused(self, mode):
+        data = files.encoded(Image.new(mode, (8, 8), 70000), "TIFF")
+        assert reason_of(data) == "unsupported"
+
+
+class TestTransparency:
+    BACKGROUND = (10, 200, 30)
+
+    def composite(self, rgba):
+        alpha = rgba[..., 3:] / 255
+        return np.floor(rgba[..., :3] * alpha + np.array(self.BACKGROUND) * (1 - alpha) + 0.5 + 1e-9).astype(np.uint8)
+
+    @pytest.mark.parametrize("format", ["PNG", "WEBP", "TIFF"])
+    def test_rgba(self, format):
+        alpha = np.random.default_rng(1).integers(0, 256, (*PICTURE.shape[:2], 1), np.uint8)
+        rgba = np.concatenate([PICTURE, alpha], 2)
+        options = {"lossless": True, "exact": True} if format == "WEBP" else {}
+        got = pixels_of(files.encoded(rgba, format, **options), background=self.BACKGROUND)
+        np.testing.assert_array_equal(got, self.composite(rgba))
+
+    def test_white_is_the_default(self):
+        assert (pixels_of(files.encoded(Image.new("RGBA", (4, 4), (9, 9, 9, 0)), "PNG")) == 255).all()
+
+    def test_grey_with_alpha(self):
+        alpha = np.random.default_rng(2).integers(0, 256, PICTURE.shape[:2], np.uint8)
+        grey = PICTURE[..., 0]
+        image = Image.merge("LA", (Image.fromarray(grey), Image.fromarray(alpha)))
+        rgba = np.dstack([grey, grey, grey, alpha])
+        got = pixels_of(files.encoded(image, "PNG"), background=self.BACKGROUND)
+        np.testing.assert_array_equal(got, self.composite(rgba))
+
+    def test_palette_with_alpha_per_entry(self):
+        palette = Image.fromarray(PICTURE).quantize(16)
+        colors = np.array(palette.getpalette()[:48], np.uint8).reshape(-1, 3)
+        alphas = np.linspace(0, 255, len(colors)).astype(np.uint8)
+        data = files.encoded(palette, "PNG", transparency=alphas.tobytes())
+        rgba = np.concatenate([colors, alphas[:, None]], 1)[np.array(palette)]
+        np.testing.assert_array_equal(pixels_of(data, background=self.BACKGROUND), self.composite(rgba))
+
+    @pytest.mark.parametrize("format", ["PNG", "GIF"])
+    def test_palette_with_one_transparent_entry(self, format):
+        palette = Image.fromarray(PICTURE).quantize(16)
+        colors = np.array(palette.getpalette()[:48], np.uint8).reshape(-1, 3)
+        data = files.encoded(palette, format, transparency=3)
+        expected = colors[np.array(palette)]
+        expected[np.array(palette) == 3] = self.BACKGROUND
+        np.testing.assert_array_equal(pixels_of(data, background=self.BACKGROUND), expected)
+
+    def test_palette_without_transparency(self):
+        palette = Image.fromarray(PICTURE).quantize(200)
+        np.testing.assert_array_equal(pixels_of(files.encoded(palette, "PNG")), np.array(palette.convert("RGB")))
+
+    def test_colour_key(self):
+        image = Image.new("RGB", (4, 4), (1, 2, 3))
+        image.putpixel((2, 1), (1, 2, 4))
+        expected = np.full((4, 4, 3), self.BACKGROUND, np.uint8)
+        expected[1, 2] = (1, 2, 4)
+        data = files.encoded(image, "PNG", transparency=(1, 2, 3))
+        np.testing.assert_array_equal(pixels_of(data, background=self.BACKGROUND), expected)
+
+    @pytest.mark.parametrize("background", [(0, 0), (0, 0, 256), (0, 0, 0.5), "red"])
+    def test_background_is_checked(self, background):
+        with pytest.raises(InputError, match="background"):
+            decode_image(files.encoded(PICTURE, "PNG"), background=background)
+
+
+class TestOrientation:
+    UPRIGHT = files.texture(11, 17, seed=3)
+
+    @pytest.mark.parametrize("orientation", range(1, 9))
+    @pytest.mark.parametrize("format", ["PNG", "WEBP", "TIFF"])
+    def test_lossless(self, format, orientation):
+        options = {"lossless": True, "exact": True} if format == "WEBP" else {}
+        data = files.encoded(files.stored(self.UPRIGHT, orientation), format, exif=files.exif(orientation), **options)
+        header = probe(data)
+        assert (header.width, header.height, header.orientation) == (17, 11, orientation)
+        np.testing.assert_array_equal(pixels_of(data), self.UPRIGHT)
+
+    @pytest.mark.parametrize("orientation", range(1, 9))
+    def test_jpeg_corners(self, orientation):
+        upright = np.full((48, 64, 3), 128, np.uint8)
+        corners = {(0, 0): (255, 0, 0), (0, 1): (0, 255, 0), (1, 0): (0, 0, 255), (1, 1): (255, 255, 255)}
+        for (y, x), color in corners.items():
+            upright[y * 32 : y * 32 + 16, x * 48 : x * 48 + 16] = color
+        stored = files.stored(upright, orientation)
+        data = files.encoded(stored, "JPEG", quality=98, subsampling=0, exif=files.exif(orientation))
+        pixels = pixels_of(data)
+        assert pixels.shape == (48, 64, 3)
+        for (y, x), color in corners.items():
+            assert abs(pixels[y * 32 + 8, x * 48 + 8].astype(int) - color).max() <= 4
+
+    @pytest.mark.parametrize("orientation", [0, 9, 65535])
+    def test_invalid_values_mean_upright(self, orientation):
+        data = files.encoded(self.UPRIGHT, "PNG", exif=files.exif(orientation))
+        assert probe(data).orientation == 1
+        np.testing.assert_array_equal(pixels_of(data), self.UPRIGHT)
+
+    @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
+    @pytest.mark.parametrize(
+        "block",
+        [
+            b"Exif\0\0",
+            b"Exif\0\0garbage",
+            b"Exif\0\0II*\0\xff\xff\xff\x7f",
+            b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12",
+            b"Exif\0\0" + bytes(range(256)),
+        ],
+    )
+    def test_broken_exif_does_no_harm(self, format, block):
+        options = {"lossless": True, "exact": True} if format == "WEBP" else {}
+        data = files.encoded(self.UPRIGHT, format, exif=block, **options)
+        np.testing.assert_array_equal(pixels_of(data), pixels_of(files.encoded(self.UPRIGHT, format, **options)))
+
+
+FORMAT_OPTIONS = {
+    "JPEG": {},
+    "PNG": {},
+    "WEBP": {},
+    "GIF": {},
+    "TIFF": {"compression": "tiff_lzw"},
+    "BMP": {},
+    "JPEG2000": {},
+    "AVIF": {},
+}
+
+
+def sample_file(format: str, **options) -> bytes:
+    if format not in Image.OPEN:
+        pytest.skip(f"this Pillow has no {format}")
+    return files.encoded(files.texture(60, 80), format, **FORMAT_OPTIONS[format] | options)
+
+
+class TestDamage:
+    @pytest.mark.parametrize("format", [*FORMAT_OPTIONS, "progressive JPEG"])
+    def test_cut_anywhere_is_an_error_or_the_same_picture(self, format):
+        data = sample_file("JPEG", progressive=True, quality=95) if format.startswith("prog") else sample_file(format)
+        whole = pixels_of(data)
+        rng = np.random.default_rng(0)
+        cuts = {*range(1, 40), *rng.integers(40, len(data), 60).tolist(), *range(len(data) - 12, len(data))}
+        for cut in sorted(cuts):
+            try:
+                pixels = decode_image(data[:cut]).pixels
+            except ImageError as error:
+                assert error.reason in ("truncated", "corrupt", "not_an_image"), (cut, error)
+                if format in ("JPEG", "PNG", "GIF", "WEBP", "progressive JPEG") and cut >= 16:
+                    assert error.reason == "truncated", (cut, error)
+            else:
+                np.testing.assert_array_equal(pixels, whole, err_msg=f"cut at {cut} of {len(data)}")
+
+    @pytest.mark.parametrize("fraction", [0.3, 0.6, 0.9])
+    @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
+    def test_half_a_file_is_truncated(self, format, fraction):
+        data = sample_file(format)
+        assert reason_of(data[: int(len(data) * fraction)]) == "truncated"
+
+    @pytest.mark.parametrize("format", FORMAT_OPTIONS)
+    @settings(max_examples=60, deadline=None)
+    @given(draw=st.data())
+    def test_changed_bytes_raise_nothing_else(self, format, draw):
+        data = bytearray(sample_file(format))
+        at = st.one_of(st.integers(0, min(700, len(data) - 1)), st.integers(0, len(data) - 1))
+        for index, value in draw.draw(st.lists(st.tuples(at, st.integers(0, 255)), min_size=1, max_size=6)):
+            data[index] = value
+        with pytest.MonkeyPatch.context() as patch:
+            first = outcome(bytes(data))
+            patch.setattr(decode_module, "simplejpeg", None)
+            assert outcome(bytes(data)) == first
+
+    @settings(max_examples=60, deadline=None)
+    @given(
+        head=st.sampled_from([b"", b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"II*\0", b"BM", b"P6 "]),
+        tail=st.binary(max_size=80),
+    )
+    def test_noise_raises_nothing_else(self, head, tail):
+        assert len(outcome(head + tail)) in (1, 2)
+
+    def test_empty(self):
+        assert reason_of(b"") == "empty"
+
+    @pytest.mark.parametrize(
+        "data",
+        [b"hello, this is no picture\n" * 9, b"\0" * 4096, b"<html></html>", b"x", b"Python", b"P5 is text", b"BMW"],
+    )
+    def test_not_an_image(self, data):
+        assert reason_of(data) == "not_an_image"
+
+    @pytest.mark.parametrize(
+        "head", [b"\0\0\0\x18ftypheic\0\0\0\0", b"\xff\x0a\xfa", b"%PDF-1.7", b"%!PS-Adobe-3.0 EPSF-3.0", b"8BPS\0\1"]
+    )
+    def test_other_formats_are_named(self, head):
+        with pytest.raises(ImageError, match="convert it to") as caught:
+            decode_image(head + bytes(64))
+        assert caught.value.reason == "unsupported"
+
+    def test_twelve_bit_jpeg_is_unsupported(self):
+        data = bytearray(files.encoded(PICTURE, "JPEG"))
+        data[data.index(b"\xff\xc0") + 4] = 12
+        assert reason_of(bytes(data)) == "unsupported"
+
+    def test_truncated_stays_an_error_when_pillow_was_told_to_fill_in(self, monkeypatch):
+        monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+        with pytest.raises(InputError, match="LOAD_TRUNCATED_IMAGES"):
+            decode_image(files.encoded(PICTURE, "JPEG")[:-200])
+
+    def test_messages_name_the_image(self):
+        with pytest.raises(ImageError, match=r"^cats/1\.jpg "):
+            decode_image(b"no", name="cats/1.jpg")
+
+
+class TestBomb:
+    @pytest.mark.parametrize("side", [60_000, 2**31 - 1])
+    def test_fails_before_allocating(self, side):
+        bomb = files.png(side, side, 8, 2, bytes(1000))
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        assert reason_of(bomb) == "too_large"
+        with pytest.raises(ImageError) as caught:
+            probe(bomb)
+        assert caught.value.reason == "too_large"
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024
+
+    def test_between_pillows_warning_and_the_limit_is_no_bomb(self, recwarn):
+        header = probe(files.png(12_000, 10_000, 8, 2, bytes(1000)))
+        assert (header.width, header.height) == (12_000, 10_000)
+        assert not recwarn.list
+
+    def test_limit_is_inclusive_and_adjustable(self):
+        data = files.encoded(PICTURE, "PNG")
+        area = PICTURE.shape[0] * PICTURE.shape[1]
+        np.testing.assert_array_equal(pixels_of(data, max_pixels=area), PICTURE)
+        with pytest.raises(ImageError, match=f"53x37.*{area - 1}"):
+            decode_image(data, max_pixels=area - 1)
+
+
+class TestFiles:
+    @pytest.mark.parametrize("name", ["plain.png", "with space.png", "new\nline.png", os.fsdecode(b"not\xffutf8.png")])
+    def test_names(self, tmp_path, name):
+        path = tmp_path / name
+        data = files.encoded(PICTURE, "PNG")
+        path.write_bytes(data)
+        assert read_bytes(path) == data
+        assert probe(path) == probe(str(path)) == probe(data)
+        path.write_bytes(b"text")
+        with pytest.raises(ImageError) as caught:
+            probe(path)
+        assert caught.value.reason == "not_an_image"
+        str(caught.value).encode("utf-8")
+        assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize("kind", ["directory", "fifo", "device", "missing", "loop", "nul"])
+    def test_unreadable(self, tmp_path, kind, no_hang):
+        path = tmp_path / "it.jpg"
+        if kind == "directory":
+            path.mkdir()
+        elif kind == "fifo":
+            os.mkfifo(path)
+        elif kind == "device":
+            path = Path("/dev/zero")
+        elif kind == "loop":
+            path.symlink_to(path)
+        elif kind == "nul":
+            path = f"{path}\0"
+        for read in (probe, read_bytes):
+            with pytest.raises(ImageError) as caught:
+                read(path)
+            assert caught.value.reason == "unreadable"
+
+    @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+    def test_permission(self, tmp_path):
+        path = tmp_path / "it.png"
+        path.write_bytes(files.encoded(PICTURE, "PNG"))
+        path.chmod(0)
+        for read in (probe, read_bytes):
+            with pytest.raises(ImageError) as caught:
+                read(path)
+            assert caught.value.reason == "unreadable"
+
+    def test_input_output_error(self, no_hang):
+        # reads of this file fail: nothing is mapped at address 0
+        path = Path("/proc/self/mem")
+        if not path.exists():
+            pytest.skip("no procfs")
+        with pytest.raises(ImageError) as caught:
+            read_bytes(path)
+        assert caught.value.reason == "unreadable"
+
+    def test_empty_file(self, tmp_path):
+        path = tmp_path / "zero.jpg"
+        path.touch()
+        for read in (probe, read_bytes):
+            with pytest.raises(ImageError) as caught:
+                read(path)
+            assert caught.value.reason == "empty"
+
+    def test_probe_reads_only_the_header(self, tmp_path):
+        data = files.encoded(files.texture(400, 500), "PNG")
+        path = tmp_path / "cut.png"
+        path.write_bytes(data[: len(data) // 2])
+        assert (probe(path).width, probe(path).height) == (500, 400)
+        assert reason_of(read_bytes(path)) == "truncated"
+
+
+def test_threads_agree_with_one():
+    datas = [files.encoded(files.texture(90, 70, seed), f) for seed in range(4) for f in ("JPEG", "PNG", "WEBP")]
+    alone = [decode_image(d).pixels for d in datas]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(3):
+            for a, b in zip(alone, pool.map(decode_image, datas), strict=True):
+                np.testing.assert_array_equal(a, b.pixels)
+
+
+def test_versions_are_recorded():
+    versions = decoder_versions()
+    assert versions["pillow"] == Image.__version__
+    assert all(isinstance(v, str) for v in versions.values())
