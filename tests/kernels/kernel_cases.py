@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from capacitor_kernels.common import INTERPRETED
@@ -18,9 +19,7 @@ class Guarded:
     `tensor` starts out as NaN, or as `values`; `check()` fails if anything around it changed.
     """
 
-    def __init__(
-        self, shape: tuple[int, ...], dtype: torch.dtype, values: torch.Tensor | None = None
-    ) -> None:
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, values: torch.Tensor | None = None) -> None:
         count = 1
         for size in shape:
             count *= size
@@ -85,29 +84,17 @@ def assert_close(
     where that is more.
     """
     got64, truth64 = got.double().cpu(), truth.double().cpu()
-    assert got64.shape == truth64.shape, (
-        f"{name}: shape {tuple(got64.shape)}, expected {tuple(truth64.shape)}"
-    )
+    assert got64.shape == truth64.shape, f"{name}: shape {tuple(got64.shape)}, expected {tuple(truth64.shape)}"
     bad = ~got64.isfinite()
-    assert not bad.any(), (
-        f"{name}: {int(bad.sum())} values are not finite, first at {bad.nonzero()[0].tolist()}"
-    )
+    assert not bad.any(), f"{name}: {int(bad.sum())} values are not finite, first at {bad.nonzero()[0].tolist()}"
     scale = max(rms(truth64), 1e-30)
     error = (got64 - truth64).abs()
     error_rms, error_max = rms(error) / scale, error.max().item() / scale
-    base = (
-        (baseline.double().cpu() - truth64).abs()
-        if baseline is not None
-        else torch.zeros(1, dtype=torch.float64)
-    )
+    base = (baseline.double().cpu() - truth64).abs() if baseline is not None else torch.zeros(1, dtype=torch.float64)
     base_rms, base_max = rms(base) / scale, base.max().item() / scale
-    print(
-        f"{name}: rms error {error_rms:.2e} (baseline {base_rms:.2e}), max {error_max:.2e} ({base_max:.2e})"
-    )
+    print(f"{name}: rms error {error_rms:.2e} (baseline {base_rms:.2e}), max {error_max:.2e} ({base_max:.2e})")
     where = [int(i) for i in torch.unravel_index(error.argmax(), error.shape)]
-    assert error_rms <= ratio * base_rms + floor, (
-        f"{name}: rms error {error_rms:.2e}, baseline {base_rms:.2e}"
-    )
+    assert error_rms <= ratio * base_rms + floor, f"{name}: rms error {error_rms:.2e}, baseline {base_rms:.2e}"
     limit = max(max_ratio, 2 * base_max)
     assert error_max <= limit, (
         f"{name}: max error {error_max:.2e} of rms at {where}: {got64[tuple(where)]:.6g}, "
@@ -117,9 +104,23 @@ def assert_close(
 
 def assert_same_bits(name: str, a: torch.Tensor, b: torch.Tensor) -> None:
     """Bitwise equality, with the first differing coordinate."""
-    assert a.shape == b.shape and a.dtype == b.dtype, (
-        f"{name}: {a.shape} {a.dtype} against {b.shape} {b.dtype}"
-    )
+    assert a.shape == b.shape and a.dtype == b.dtype, f"{name}: {a.shape} {a.dtype} against {b.shape} {b.dtype}"
     if not torch.equal(a, b):
         where = (a != b).nonzero()[0].tolist()
         raise AssertionError(f"{name}: differs first at {where}: {a[tuple(where)]} against {b[tuple(where)]}")
+
+
+def tolerance(dtype: torch.dtype) -> dict[str, float]:
+    """Limits of `assert_close` beyond the baseline's own error: a few roundings of the dtype."""
+    return {"floor": 1e-6, "max_ratio": 3e-5} if dtype == torch.float32 else {"floor": 2e-5, "max_ratio": 1e-2}
+
+
+def needs_gpu(test):
+    """Mark a test as `gpu` and skip it, with the reason, where there is none."""
+    skip = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs an NVIDIA GPU and no interpreter")
+    return pytest.mark.gpu(skip(test))
+
+
+def grid_id(grid: tuple[int, int]) -> str:
+    """Readable test id of a token grid."""
+    return f"{grid[0]}x{grid[1]}"

@@ -1,0 +1,158 @@
+"""Config lookup: exact row, nearest row, analytical default; and the shipped rows themselves."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bench.aot import load_families
+from capacitor_kernels import tuning
+from capacitor_kernels.tuning import COMPUTE_CAPABILITIES, Family, GemmConfig, Row
+
+load_families()
+SHAPE = {"tokens_per_image": 256, "dim": 896, "hidden": 3584}
+BF16 = torch.bfloat16
+
+
+@pytest.mark.parametrize("cc", COMPUTE_CAPABILITIES)
+@pytest.mark.parametrize("family", ["expand", "project"])
+def test_exact_row_wins(family, cc):
+    row = next(r for r in tuning.rows(cc, family) if r.shape == SHAPE and r.use == "throughput")
+    assert tuning.lookup(family, cc, SHAPE, BF16) == row.config
+
+
+@pytest.mark.parametrize("tokens", [200, 512, 1024, 4096])
+def test_nearest_row_serves_other_sizes(tokens):
+    exact = tuning.lookup("expand", 90, SHAPE, BF16)
+    assert tuning.lookup("expand", 90, SHAPE | {"tokens_per_image": tokens}, BF16) == exact
+
+
+def test_a_row_that_pads_too_much_is_passed_over():
+    # 144 tokens: two tiles of 128 pad by 78 %, three of 64 by 33 %
+    config = tuning.lookup("expand", 90, SHAPE | {"tokens_per_image": 144}, BF16)
+    assert config.block_m == 64
+
+
+@pytest.mark.parametrize(
+    ("change", "dtype"),
+    [({"dim": 64}, BF16), ({"hidden": 4096}, BF16), ({}, torch.float32), ({"tokens_per_image": 2**20}, BF16)],
+    ids=["dim", "hidden", "dtype", "too far"],
+)
+def test_default_serves_what_no_row_covers(change, dtype):
+    shape = SHAPE | change
+    family = next(f for f in tuning.families() if f.name == "expand")
+    assert tuning.lookup("expand", 90, shape, dtype) == family.default(90, shape, dtype, "throughput")
+
+
+def test_latency_rows_are_only_for_latency():
+    fast = tuning.lookup("project", 90, SHAPE, BF16, use="latency")
+    assert fast.split_k > 1
+    assert tuning.lookup("project", 90, SHAPE, BF16).split_k == 1
+
+
+def test_latency_default_splits_k_until_the_gpu_is_full():
+    shape = {"tokens_per_image": 64, "dim": 128, "hidden": 2048}
+    config = tuning.lookup("project", 90, shape, BF16, use="latency")
+    assert config.split_k == 8
+    many = tuning.lookup("project", 90, shape | {"tokens_per_image": 65536}, BF16, use="latency")
+    assert many.split_k == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("nonsense", 90, SHAPE, BF16), "no kernel family 'nonsense'"),
+        (("expand", 90, {"dim": 1}, BF16), r"shape of expand lacks \['hidden', 'tokens_per_image'\]"),
+        (("expand", 90, SHAPE, BF16, "speed"), "use is 'speed'"),
+        (("expand", 75, SHAPE, BF16), "compute capability 75 is below 80"),
+    ],
+)
+def test_lookup_refuses(args, message):
+    with pytest.raises(ValueError, match=message):
+        tuning.lookup(*args)
+
+
+@pytest.mark.parametrize(
+    ("cc", "base"), [(80, 80), (86, 89), (87, 80), (90, 90), (103, 100), (110, 100), (121, 120), (130, 120)]
+)
+def test_relatives_share_rows(cc, base):
+    assert tuning.base_cc(cc) == base
+    assert tuning.lookup("expand", cc, SHAPE, BF16) == tuning.lookup("expand", base, SHAPE, BF16)
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({"config": {"block_q": 1}}, r"sm_90.json, expand, row 3: unknown fields \['block_q'\]"),
+        ({"shape": {"dim": 1}}, r"row 3: shape has \['dim'\], expected"),
+        ({"config": {"block_m": 1}}, "row 3: .*missing"),
+        ({"use": "x"}, "row 3: use is 'x'"),
+    ],
+)
+def test_bad_rows_name_file_and_row(raw, message):
+    family = next(f for f in tuning.families() if f.name == "expand")
+    with pytest.raises(ValueError, match=message):
+        tuning._parse_row(family, 90, 3, {"shape": SHAPE, "dtype": "bf16", "config": {}} | raw)
+
+
+def test_a_family_registers_once():
+    family = next(f for f in tuning.families() if f.name == "expand")
+    assert tuning.register(family) is family
+    with pytest.raises(ValueError, match="expand is registered twice"):
+        tuning.register(dataclasses.replace(family, near=("dim",)))
+
+
+@pytest.mark.parametrize("cc", COMPUTE_CAPABILITIES)
+def test_every_row_of_every_file_belongs_to_a_family(cc):
+    assert set(tuning.config_families(cc)) <= {f.name for f in tuning.families()}
+    rows = tuning.rows(cc)
+    assert {row.family for row in rows} >= {"expand", "grn", "project"}
+    keys = [(row.family, tuple(sorted(row.shape.items())), row.dtype, row.use) for row in rows]
+    assert len(keys) == len(set(keys)), "two rows for one shape"
+    for row in rows:
+        assert row.evidence["kind"] in ("compiled", "measured")
+
+
+def test_nearest_row_is_by_ratio(monkeypatch):
+    rows = tuple(
+        Row("expand", 90, SHAPE | {"tokens_per_image": n}, "bf16", "throughput", GemmConfig(n, 64, 32, 8, 4, 2), {})
+        for n in (16, 128)
+    )
+    monkeypatch.setattr(tuning, "rows", lambda cc, family: rows)
+    tuning._cached_lookup.cache_clear()
+    family = tuning._FAMILIES["expand"]
+    monkeypatch.setitem(tuning._FAMILIES, "expand", dataclasses.replace(family, accepts=None))
+    found = [tuning.lookup("expand", 90, SHAPE | {"tokens_per_image": n}, BF16).block_m for n in (40, 50)]
+    tuning._cached_lookup.cache_clear()
+    # 40 is 2.5 times 16 and 3.2 times below 128
+    assert found == [16, 128]
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    cc=st.sampled_from(COMPUTE_CAPABILITIES),
+    tokens=st.integers(1, 20000),
+    n=st.integers(1, 5000),
+    k=st.integers(1, 5000),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+)
+def test_default_fits_every_gpu(cc, tokens, n, k, dtype):
+    config = tuning.gemm_default(cc, tokens, n, k, dtype)
+    for size in (config.block_m, config.block_n, config.block_k):
+        assert size >= 16 and size & (size - 1) == 0
+    assert config.block_n < 2 * max(n, 9) and config.block_k < 2 * max(k, 9)
+    itemsize = torch.finfo(dtype).bits // 8
+    smem = tuning.gemm_smem(config, itemsize, buffers=config.num_stages)
+    assert smem <= tuning.LIMITS[cc].smem_per_cta
+    assert smem + tuning.SMEM_RESERVED_PER_CTA <= tuning.LIMITS[cc].smem_per_sm // 2, "two CTAs on an SM"
+    # the accumulator alone may take half of the registers
+    assert config.block_m * config.block_n / (32 * config.num_warps) <= 128
+
+
+def test_family_is_data():
+    family = Family("x", GemmConfig, ("dim",), ("tokens_per_image",), lambda *a: None)
+    assert family.example is None and dataclasses.is_dataclass(family)
