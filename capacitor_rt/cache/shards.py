@@ -1,0 +1,309 @@
+"""Shards and their index on disk: safetensors files of one bucket each, and a Parquet row per input.
+
+A shard is an ordinary safetensors file with the tensors of `plan.tensors`, each `[N,C,h,w]` in the stored dtype; the header is padded
+with spaces so that tensor data begins on a 4 KiB boundary. The index has one row per input of the shard's slice of the plan, cached or
+not. `bytes_hash` is the XXH3-128 (16 bytes, big-endian) of the file, `row_hash` that of the row's bytes, all tensors in the order of
+`plan.tensors`. `id` is the relative path as text (`scan.path_to_id`), `path` its raw bytes. Sizes and crops are in pixels.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import CacheError
+from ..images.geometry import Size
+from .disk import CommitLog, PendingFile, hash_file, require_extra, xxh3
+from .inputs import parquet_bytes
+from .job import FORMAT, Plan, Shard
+
+ALIGN = 4096
+CODES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+OK, QUARANTINED = "ok", "quarantined"
+
+
+def index_schema() -> Any:
+    """Columns of `index/*.parquet`; those after `message` are null where they do not apply."""
+    pa = require_extra("pyarrow")
+    int32, float32, digest = pa.int32(), pa.float32(), pa.binary(16)
+    required = [
+        ("input", pa.int64()),
+        ("id", pa.string()),
+        ("path", pa.binary()),
+        ("status", pa.string()),
+    ]
+    optional = [
+        ("reason", pa.string()),
+        ("message", pa.string()),
+        ("bytes_hash", digest),
+        ("width", int32),
+        ("height", int32),
+        ("orientation", int32),
+        ("bucket_height", int32),
+        ("bucket_width", int32),
+        ("resize_height", int32),
+        ("resize_width", int32),
+        ("crop_top", int32),
+        ("crop_left", int32),
+        ("shard", pa.string()),
+        ("row", int32),
+        ("row_hash", digest),
+        ("min", float32),
+        ("max", float32),
+        ("mean", float32),
+        ("std", float32),
+    ]
+    fields = [pa.field(*f, nullable=False) for f in required] + [pa.field(*f) for f in optional]
+    return pa.schema(fields)
+
+
+def byte_view(t: Tensor) -> np.ndarray:
+    """The bytes of a contiguous tensor on the CPU, uint8 `[nbytes]`, without a copy."""
+    return t.flatten().view(torch.uint8).numpy()
+
+
+def row_hashes(tensors: Sequence[Tensor]) -> list[bytes]:
+    """XXH3-128 of each row: the bytes of its tensors one after the other. `tensors`: contiguous `[N,...]` on the CPU."""
+    digests = [xxh3() for _ in range(len(tensors[0]))]
+    for t in tensors:
+        for digest, row in zip(digests, byte_view(t).reshape(len(t), -1), strict=True):
+            digest.update(row)
+    return [d.digest() for d in digests]
+
+
+def shard_header(plan: Plan, bucket: Size, rows: int) -> bytes:
+    """The safetensors header with its length field, a multiple of 4 KiB."""
+    shape = (rows, *plan.row_shape(bucket))
+    size = plan.row_bytes(bucket) // len(plan.tensors) * rows
+    metadata = {
+        "format": FORMAT,
+        "plan": plan.id,
+        "bucket": str(bucket),
+        "latent_space": plan.fields["model"]["latent_space"],
+    }
+    header: dict[str, Any] = {"__metadata__": metadata}
+    for i, name in enumerate(plan.tensors):
+        offsets = [i * size, (i + 1) * size]
+        header[name] = {"dtype": CODES[plan.dtype], "shape": list(shape), "data_offsets": offsets}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGN)
+    return len(text).to_bytes(8, "little") + text
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """A shard as its header describes it: where each tensor begins, in bytes from the start of the file."""
+
+    path: Path
+    rows: int
+    offsets: dict[str, int]
+    row_shape: tuple[int, ...]
+    dtype: torch.dtype
+    nbytes: int
+
+    @property
+    def row_nbytes(self) -> int:
+        """Bytes of one row of one tensor."""
+        return int(np.prod(self.row_shape)) * self.dtype.itemsize
+
+
+def read_shard_header(path: Path) -> ShardFile:
+    """Parse the header of a shard.
+
+    Raises:
+        CacheError: missing, damaged, or not written by this package.
+    """
+    try:
+        with open(path, "rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            if not 0 < length <= os.fstat(f.fileno()).st_size:
+                raise ValueError(f"its header length {length} is impossible")
+            header = json.loads(f.read(length))
+        if header.pop("__metadata__")["format"] != FORMAT:
+            raise ValueError(f"it is not of format {FORMAT}")
+        codes = {code: getattr(torch, name) for name, code in CODES.items()}
+        (rows, *row_shape), dtype = header["latents"]["shape"], codes[header["latents"]["dtype"]]
+        offsets = {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items()}
+        end = 8 + length + max(entry["data_offsets"][1] for entry in header.values())
+    except OSError as e:
+        raise CacheError(f"shard {path} cannot be read: {e.strerror}") from e
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise CacheError(f"shard {path} is damaged: its header cannot be read ({e})") from e
+    return ShardFile(path, rows, offsets, tuple(row_shape), dtype, end)
+
+
+def read_rows(fd: int, shard: ShardFile, name: str, start: int, count: int) -> Tensor:
+    """Rows `start` to `start + count` of a tensor, `[count,C,h,w]`, in memory of their own.
+
+    Plain reads, not a memory map: safe from any number of threads, quick on network file systems, and a file cut short is an
+    error rather than a signal.
+    """
+    rows = torch.empty(count, *shard.row_shape, dtype=shard.dtype)
+    view = memoryview(byte_view(rows)).cast("B")
+    at = shard.offsets[name] + start * shard.row_nbytes
+    while view:
+        n = os.preadv(fd, [view], at)
+        if n == 0:
+            raise CacheError(f"shard {shard.path} is damaged: it ends before row {start + count - 1} of {name}")
+        view, at = view[n:], at + n
+    return rows
+
+
+def disk_row_hashes(shard: ShardFile, block: int = 256) -> list[bytes]:
+    """Hash of every row of a shard as it lies on disk."""
+    hashes: list[bytes] = []
+    with open(shard.path, "rb") as f:
+        for start in range(0, shard.rows, block):
+            count = min(block, shard.rows - start)
+            hashes += row_hashes([read_rows(f.fileno(), shard, name, start, count) for name in shard.offsets])
+    return hashes
+
+
+def read_index(path: Path, digest: str | None = None) -> Any:
+    """An index file as an Arrow table; `digest` is its XXH3-128 (hex) by the commit line.
+
+    Raises:
+        CacheError: missing or damaged.
+    """
+    pa, pq = require_extra("pyarrow"), require_extra("pyarrow.parquet")
+    try:
+        data = path.read_bytes()
+    except OSError as e:
+        raise CacheError(f"index {path} cannot be read: {e.strerror}") from e
+    if digest is not None:
+        found = xxh3()
+        found.update(data)
+        if found.hexdigest() != digest:
+            raise CacheError(f"index {path} is damaged: its hash is not that of its commit line")
+    try:
+        table = pq.read_table(pa.BufferReader(data))
+    except (OSError, pa.ArrowException) as e:
+        raise CacheError(f"index {path} is damaged: {e}") from e
+    if table.schema.names != index_schema().names:
+        raise CacheError(f"index {path} is damaged: its columns are not those of {FORMAT}")
+    return table
+
+
+class ShardStore:
+    """Writes shards and knows which are done. One per run, under the writer's lock."""
+
+    def __init__(self, out: Path, plan: Plan, log: CommitLog):
+        self.out = out
+        self.plan = plan
+        self.log = log
+
+    def is_done(self, shard: Shard) -> bool:
+        """Whether a shard is committed and its files are there, by name and size.
+
+        Raises:
+            CacheError: a committed file has another size than its commit line says.
+        """
+        commit = self.log.commits.get(shard.index)
+        if commit is None:
+            return False
+        for kind in ("index", "shard"):
+            if commit[kind] is None:
+                continue
+            path = self.out / commit[kind]
+            if not path.exists():
+                return False
+            if (size := path.stat().st_size) != commit[f"{kind}_bytes"]:
+                raise CacheError(
+                    f"{path} is damaged: it has {size} bytes, and {commit[f'{kind}_bytes']} were committed: "
+                    f"{rebuild_hint(commit)}"
+                )
+        return True
+
+    def recover(self, shard: Shard) -> bool:
+        """Commit a shard whose files are whole but have no commit line: a crash came between, or the log was lost.
+
+        An index alone is removed: it was published for a shard that never was.
+
+        Raises:
+            CacheError: shard and index are there and do not fit each other.
+        """
+        index = self.out / shard.index
+        if shard.index in self.log.commits or not index.exists():
+            return False
+        path = self.out / shard.name if shard.name else None
+        table = read_index(index)
+        if table["input"].to_pylist() != shard.inputs.tolist():
+            raise CacheError(f"{index} does not list the inputs of its shard: delete it, and run the command again")
+        cached = table["status"].to_pylist().count(OK)
+        if cached and not path.exists():
+            index.unlink()
+            return False
+        if cached:
+            file = read_shard_header(path)
+            expected = [h for h in table["row_hash"].to_pylist() if h is not None]
+            if file.rows != cached or disk_row_hashes(file) != expected:
+                raise CacheError(
+                    f"{path} does not match its index {index}, and neither is committed: delete both, and run the command again"
+                )
+        self._commit(shard, cached)
+        return True
+
+    def write(self, shard: Shard, rows: list[dict[str, Any]], pieces: dict[str, list[Tensor]]) -> None:
+        """Write, publish and commit one shard.
+
+        Args:
+            rows: index entries of the shard's inputs in order, without `shard`, `row` and `row_hash`.
+            pieces: for each tensor of the plan a list of contiguous `[n,C,h,w]` on the CPU: the rows with status "ok", in order.
+
+        Raises:
+            DiskFull: no space left; nothing of this shard remains.
+            CacheError: a file of that name and other contents is there.
+        """
+        cached = [row for row in rows if row["status"] == OK]
+        names = self.plan.tensors
+        hashes = [h for group in zip(*(pieces.get(name, []) for name in names), strict=True) for h in row_hashes(group)]
+        for i, (row, digest) in enumerate(zip(cached, hashes, strict=True)):
+            row |= {"shard": shard.name, "row": i, "row_hash": digest}
+        pa = require_extra("pyarrow")
+        index = PendingFile(self.out / shard.index, [parquet_bytes(pa.Table.from_pylist(rows, index_schema()))])
+        try:
+            data = PendingFile(self.out / shard.name, self._chunks(shard, len(cached), pieces)) if cached else None
+        except BaseException:
+            index.discard()
+            raise
+        # the index first: a shard without one would be rows that nobody can name
+        index.publish()
+        if data is not None:
+            data.publish()
+        self._commit(shard, len(cached), index, data)
+
+    def _chunks(self, shard: Shard, rows: int, pieces: dict[str, list[Tensor]]) -> Iterator[Any]:
+        yield shard_header(self.plan, shard.bucket, rows)
+        for name in self.plan.tensors:
+            yield from (byte_view(t) for t in pieces[name])
+
+    def _commit(
+        self,
+        shard: Shard,
+        cached: int,
+        index: PendingFile | None = None,
+        data: PendingFile | None = None,
+    ) -> None:
+        record: dict[str, Any] = {"inputs": len(shard.inputs), "rows": cached}
+        for kind, name, pending in (("index", shard.index, index), ("shard", shard.name, data)):
+            if kind == "shard" and not cached:
+                record |= {"shard": None, "shard_bytes": 0, "shard_xxh3": None}
+                continue
+            path = self.out / name
+            size, digest = (pending.size, pending.digest) if pending else (path.stat().st_size, hash_file(path))
+            record |= {kind: name, f"{kind}_bytes": size, f"{kind}_xxh3": digest}
+        self.log.append(record)
+
+
+def rebuild_hint(commit: dict[str, Any]) -> str:
+    """How to make a damaged shard anew."""
+    files = " and ".join(commit[kind] for kind in ("shard", "index") if commit[kind])
+    return f"delete {files}, and run the cache command again"
