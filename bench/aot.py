@@ -57,6 +57,7 @@ class Facts:
         stack: bytes of local memory per thread; anything above zero is spilled registers.
         smem: bytes of shared memory per CTA.
         ctas: CTAs that fit on an SM by registers, shared memory and threads.
+        dot: whether the kernel multiplies matrices.
         instructions: counts in the PTX of matrix and copy instructions.
     """
 
@@ -71,6 +72,7 @@ class Facts:
     stack: int
     smem: int
     ctas: int
+    dot: bool
     instructions: dict[str, int]
 
 
@@ -159,7 +161,10 @@ def compile_row(cc: int, family: str, index: int) -> list[Facts]:
         raise ValueError(f"family {family} registers no example launches to compile")
     facts = []
     for launch in example(row.shape, getattr(torch, _DTYPES[row.dtype]), row.config):
-        kernel, registers, stack = compile_launch(launch, cc)
+        try:
+            kernel, registers, stack = compile_launch(launch, cc)
+        except Exception as error:
+            raise RuntimeError(f"{launch.kernel.__name__} for sm_{cc}, {row.config}: {error}") from error
         counts = {name: len(re.findall(regex, kernel.asm["ptx"])) for name, regex in _INSTRUCTIONS.items()}
         smem, warps = kernel.metadata.shared, launch.options["num_warps"]
         facts.append(
@@ -175,6 +180,7 @@ def compile_row(cc: int, family: str, index: int) -> list[Facts]:
                 stack=stack,
                 smem=smem,
                 ctas=ctas_per_sm(cc, registers, smem, warps),
+                dot="tt.dot" in kernel.asm["ttir"],
                 instructions={name: count for name, count in counts.items() if count},
             )
         )

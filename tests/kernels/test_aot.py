@@ -1,0 +1,138 @@
+"""Every shipped config row compiles for its GPU, without spills, within shared memory, onto the tensor cores."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+
+from bench import aot
+from capacitor_kernels import tuning
+from capacitor_kernels.common import Launch
+
+ROOT = Path(__file__).parents[2]
+# (kernel, compute capability) -> bytes of stack that are accepted, at most 16, with the reason in a comment
+EXCUSED: dict[tuple[str, int], int] = {}
+MATRIX_INSTRUCTION = {80: "mma", 89: "mma", 90: "wgmma", 100: "tcgen05", 120: "mma"}
+
+
+def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | environment
+    command = [sys.executable, "-m", "bench.aot", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """(facts as dicts, table) of one run over every row; parallel test workers take turns and share the cache."""
+    folder = tmp_path_factory.mktemp("aot")
+    cache = ROOT / ".triton_cache"
+    cache.mkdir(exist_ok=True)
+    with (cache / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = _run("--json", str(folder / "facts.json"), "--out", str(folder / "aot.md"))
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads((folder / "facts.json").read_text()), (folder / "aot.md").read_text()
+
+
+def _name(fact: dict) -> str:
+    return f"{fact['kernel']} sm_{fact['cc']} {fact['dtype']} {fact['config']}"
+
+
+@pytest.mark.aot
+def test_every_row_of_every_gpu_is_compiled(compiled):
+    facts, _ = compiled
+    aot.load_families()
+    for cc in tuning.COMPUTE_CAPABILITIES:
+        for row in tuning.rows(cc):
+            found = [f for f in facts if f["cc"] == cc and f["family"] == row.family and f["shape"] == row.shape]
+            assert any(f["use"] == row.use and f["dtype"] == row.dtype for f in found), (cc, row)
+
+
+@pytest.mark.aot
+def test_no_spills(compiled):
+    assert all(limit <= 16 for limit in EXCUSED.values())
+    spilled = [
+        f"{_name(f)}: {f['stack']} bytes" for f in compiled[0] if f["stack"] > EXCUSED.get((f["kernel"], f["cc"]), 0)
+    ]
+    assert not spilled, "\n".join(spilled)
+
+
+@pytest.mark.aot
+def test_shared_memory_fits(compiled):
+    over = [
+        f"{_name(f)}: {f['smem']} of {tuning.LIMITS[f['cc']].smem_per_cta} bytes"
+        for f in compiled[0]
+        if f["smem"] > tuning.LIMITS[f["cc"]].smem_per_cta
+    ]
+    assert not over, "\n".join(over)
+
+
+@pytest.mark.aot
+def test_products_run_on_tensor_cores(compiled):
+    products = [f for f in compiled[0] if f["dot"] and f["dtype"] != "fp32"]
+    assert {f["family"] for f in products} >= {"expand", "project"}
+    slow = [
+        f"{_name(f)}: {f['instructions']}" for f in products if MATRIX_INSTRUCTION[f["cc"]] not in f["instructions"]
+    ]
+    assert not slow, "\n".join(slow)
+
+
+@pytest.mark.aot
+def test_large_tiles_leave_room_for_two_ctas(compiled):
+    large = [f for f in compiled[0] if f["kernel"] in ("expand_kernel", "project_kernel") and f["use"] == "throughput"]
+    crowded = [f"{_name(f)}: {f['registers']} registers, {f['smem']} bytes" for f in large if f["ctas"] < 2]
+    assert large and not crowded, "\n".join(crowded)
+
+
+@pytest.mark.aot
+def test_committed_table_is_current(compiled):
+    committed = aot.DEFAULT_TABLE.read_text()
+    if f"Triton {triton.__version__} " not in committed:
+        pytest.skip(f"the table was written with another Triton than {triton.__version__}")
+    assert committed == compiled[1], "run python -m bench.aot and commit bench/results/aot.md"
+
+
+def test_refuses_the_interpreter():
+    done = _run(TRITON_INTERPRET="1")
+    assert done.returncode == 2
+    assert "TRITON_INTERPRET is set" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("cc", "registers", "smem", "warps", "expected"),
+    [
+        (90, 128, 0, 8, 2),  # 65536 / (128 * 256)
+        (90, 129, 0, 8, 1),  # rounded up to 136
+        (120, 64, 49344, 4, 2),  # 102400 / (49344 + 1024)
+        (89, 16, 0, 4, 12),  # 1536 threads
+        (80, 16, 0, 4, 16),  # 2048 threads
+    ],
+)
+def test_ctas_per_sm(cc, registers, smem, warps, expected):
+    assert aot.ctas_per_sm(cc, registers, smem, warps) == expected
+
+
+def test_signature_follows_the_launch():
+    class Parameter:
+        def __init__(self, name: str, is_constexpr: bool = False):
+            self.name, self.is_constexpr = name, is_constexpr
+
+    class Kernel:
+        params = (*map(Parameter, "xnmkef"), Parameter("BLOCK", True))
+
+    x = torch.empty(4, dtype=torch.bfloat16, device="meta")
+    args = {"x": x, "n": 32, "m": 1, "k": 7, "e": 1e-6, "f": 2**33, "BLOCK": 64}
+    types, constants, hints = aot.signature(Launch(Kernel, (1,), args))
+    assert types == {
+        "x": "*bf16", "n": "i32", "m": "constexpr", "k": "i32", "e": "fp32", "f": "i64", "BLOCK": "constexpr"
+    }  # fmt: skip
+    assert constants == {(2,): 1, (6,): 64}
+    assert set(hints) == {(0,), (1,), (5,)}
