@@ -153,14 +153,14 @@ def apply(pixels: np.ndarray, placement: Placement, filter: str = "lanczos") -> 
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
         raise InputError(f"pixels are {pixels.dtype} {list(pixels.shape)}: expected uint8 [H,W,3]")
     resize, crop = placement.resize, placement.crop
+    top, left, bottom, right = placement.top, placement.left, placement.top + crop.height, placement.left + crop.width
+    if min(top, left) < 0 or bottom > resize.height or right > resize.width:
+        raise InputError(f"crop {crop} at row {top}, column {left} does not lie within {resize}: use place()")
     if pixels.shape[:2] != (resize.height, resize.width):
         image = Image.fromarray(np.ascontiguousarray(pixels))
         image = image.resize((resize.width, resize.height), FILTERS[filter])
-        box = (placement.left, placement.top, placement.left + crop.width, placement.top + crop.height)
-        return np.array(image.crop(box))
-    rows = slice(placement.top, placement.top + crop.height)
-    columns = slice(placement.left, placement.left + crop.width)
-    return np.ascontiguousarray(pixels[rows, columns])
+        return np.array(image.crop((left, top, right, bottom)))
+    return pixels[top:bottom, left:right].copy()
 
 
 def _rounded(numerator: int, denominator: int) -> int:
