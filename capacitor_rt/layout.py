@@ -44,6 +44,13 @@ class Reading:
     problems: list[str] = field(default_factory=list)
     leftovers: list[str] = field(default_factory=list)
 
+    def counts(self) -> dict[str, int]:
+        """Numbers of parameters of the encoder, of the decoder and in all, as the file has them; no buffers."""
+        buffers = (*STATISTICS, *DERIVED)
+        sizes = {e.read_as: math.prod(e.shape) for e in self.entries if e.read_as and e.read_as not in buffers}
+        parts = {p: sum(n for name, n in sizes.items() if name.startswith(p)) for p in ("encoder", "decoder")}
+        return {**parts, "total": sum(sizes.values())}
+
 
 def expected_shapes(config: ModelConfig, has_statistics: bool) -> dict[str, Shape]:
     """Name and shape of every tensor of a model of this `config`."""

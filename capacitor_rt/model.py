@@ -120,7 +120,11 @@ class FullCapacitor(nn.Module):
         Raises:
             InputError: wrong rank, channels, dtype, device or size; a decoder-only model; an input that requires grad.
         """
-        return self.whiten(self._mode(self.encode_posterior(image)))
+        return self.latents_of(self.encode_posterior(image))
+
+    def latents_of(self, posterior: Posterior) -> Tensor:
+        """Whitened mode, float32 `[B,C,h,w]`, of what `encode_posterior` returned."""
+        return self.whiten(self._mode(posterior))
 
     def encode_posterior(self, image: Tensor) -> Posterior:
         """Image to the raw posterior, before the mode is taken and whitened. Arguments and errors as in `encode`.

@@ -1,0 +1,361 @@
+"""`capacitor-rt`: images to latents and back from a shell.
+
+Exit codes: 0 done; 3 finished, but some inputs failed; 2 usage; 1 failed; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import sys
+import warnings
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from tqdm import tqdm
+
+from .errors import CapacitorError, CheckpointError, InputError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Fast runtime for the full_capacitor image autoencoder.",
+)
+
+Model = Annotated[str, typer.Option("--model", "-m", help="Hub id, folder, .safetensors file, or 'sample'.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto is a GPU where there is one.")]
+Backend = Annotated[str, typer.Option(help="auto or torch.")]
+SizeOption = Annotated[int | None, typer.Option(min=1, help="Resize and centre-crop to N x N pixels.")]
+AreaOption = Annotated[int | None, typer.Option(min=1, help="About N^2 pixels, in the bucket nearest in aspect.")]
+Background = Annotated[str, typer.Option(help="Colour behind transparent pixels, RRGGBB.")]
+Steps = Annotated[int, typer.Option(min=1, help="Passes through the decoder; the model is made for 1.")]
+Seed = Annotated[int, typer.Option(help="Of the decoder's start noise.")]
+Images = Annotated[list[Path], typer.Argument(help="Image files or folders.", show_default=False)]
+
+
+class Dtype(str, Enum):
+    """Floating point formats by their short names."""
+
+    bf16 = "bf16"
+    fp16 = "fp16"
+    fp32 = "fp32"
+
+    def torch(self):
+        import torch
+
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[self.value]
+
+
+class Sampler(str, Enum):
+    ddim = "ddim"
+    dpmpp_2m = "dpmpp_2m"
+
+
+class Schedule(str, Enum):
+    linear = "linear"
+    cosine = "cosine"
+
+
+ComputeDtype = Annotated[
+    Dtype | None, typer.Option("--compute-dtype", help="Of the convolutions; bf16 on a GPU, fp32 on a CPU.")
+]
+
+
+def load_model(model: str, revision: str | None, device: str, dtype: Dtype | None, backend: str):
+    """The model for a command: "auto" takes a GPU and bfloat16 where there is one, else the CPU and float32."""
+    import torch
+
+    from .model import FullCapacitor
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    compute = dtype.torch() if dtype else (torch.bfloat16 if device.startswith("cuda") else torch.float32)
+    return FullCapacitor.from_pretrained(model, revision=revision, device=device, dtype=compute, backend=backend)
+
+
+def parse_background(text: str) -> tuple[int, int, int]:
+    digits = text.removeprefix("#")
+    try:
+        if len(digits) != 6:
+            raise ValueError
+        return tuple(bytes.fromhex(digits))
+    except ValueError:
+        raise InputError(f"background {text!r} is not a colour: write it as RRGGBB, for instance ffffff") from None
+
+
+def list_images(inputs: list[Path]) -> list[tuple[Path, Path]]:
+    """(file, path relative to the input it was found under) of every image; folders are searched."""
+    from .cache.scan import scan
+
+    found = []
+    for item in inputs:
+        if item.is_dir():
+            listing = scan(item)
+            found += [(Path(os.fsdecode(listing.locate(p))), Path(os.fsdecode(p))) for p in listing.paths]
+        elif item.exists():
+            found.append((item, Path(item.name)))
+        else:
+            raise InputError(f"{str(item)!r} does not exist: give image files or folders")
+    return found
+
+
+def bar(items: Any, total: int, unit: str) -> Any:
+    """Progress with rate and ETA on standard error."""
+    return tqdm(items, total=total, unit=unit, disable=None, dynamic_ncols=True, leave=False)
+
+
+def note(message: str) -> None:
+    """A line on standard error that does not tear the progress bar; file names may hold any bytes."""
+    tqdm.write(message.encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
+
+
+def finish(done: int, failed: int, what: str) -> None:
+    """Say what was written; exit 3 if some inputs failed."""
+    typer.echo(f"{done} {what}" + (f", {failed} failed" if failed else ""))
+    if failed:
+        raise typer.Exit(3)
+
+
+def refuse_collisions(outputs: dict[Path, Path]) -> None:
+    """`outputs` is input -> output: two inputs must not write one file."""
+    seen: dict[Path, Path] = {}
+    for source, target in outputs.items():
+        if target in seen:
+            raise InputError(f"{seen[target]} and {source} would both be written to {target}: encode them apart")
+        seen[target] = source
+
+
+@app.command()
+def encode(
+    images: Images,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for NAME.safetensors files.")],
+    model: Model = "sample",
+    size: SizeOption = None,
+    area: AreaOption = None,
+    posterior: Annotated[bool, typer.Option(help="Also store the posterior's raw mean and logsnr.")] = False,
+    dtype: Annotated[Dtype, typer.Option(help="Stored type of the latents.")] = Dtype.fp32,
+    background: Background = "ffffff",
+    revision: Revision = None,
+    device: Device = "auto",
+    compute_dtype: ComputeDtype = None,
+    backend: Backend = "auto",
+) -> None:
+    """Encode images, one .safetensors file each (for many images, see `cache`)."""
+    from .errors import ImageError
+    from .files import Framing, load_frames, save_latents, to_batch
+
+    framing, colour = Framing(size, area), parse_background(background)
+    found = list_images(images)
+    # the whole name stays in the output's name: a.png and a.jpg are two images
+    targets = {path: out / relative.with_name(relative.name + ".safetensors") for path, relative in found}
+    refuse_collisions(targets)
+    capacitor = load_model(model, revision, device, compute_dtype, backend)
+    failed = 0
+    frames = load_frames(targets, framing, capacitor.size_multiple, colour)
+    for path, frame in bar(frames, len(targets), "image"):
+        if isinstance(frame, ImageError):
+            note(f"{frame.reason}: {frame}")
+            failed += 1
+            continue
+        mean_logsnr = capacitor.encode_posterior(to_batch([frame], capacitor.device))
+        tensors = {"latents": capacitor.latents_of(mean_logsnr).to(dtype.torch())}
+        if posterior:
+            tensors |= {k: v for k, v in mean_logsnr._asdict().items() if v is not None}
+        targets[path].parent.mkdir(parents=True, exist_ok=True)
+        save_latents(targets[path], tensors, frame, capacitor.source.latent_space)
+    finish(len(targets) - failed, failed, f"images encoded to {out}")
+
+
+@app.command()
+def decode(
+    latents: Annotated[list[Path], typer.Argument(help="Files of `encode`, or shards of `cache`.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for PNG files.")],
+    model: Model = "sample",
+    steps: Steps = 1,
+    sampler: Sampler = Sampler.ddim,
+    schedule: Schedule = Schedule.linear,
+    pdg: Annotated[float | None, typer.Option(help="Path-drop guidance of this strength.")] = None,
+    seed: Seed = 0,
+    any_space: Annotated[bool, typer.Option(help="Decode latents that another model made.")] = False,
+    revision: Revision = None,
+    device: Device = "auto",
+    compute_dtype: ComputeDtype = None,
+    backend: Backend = "auto",
+) -> None:
+    """Decode latents to PNG images."""
+    from PIL import Image
+
+    from .config import FullCapacitorInferenceConfig
+    from .files import read_latents, to_uint8
+
+    inference = FullCapacitorInferenceConfig(
+        steps, sampler.value, schedule.value, pdg=pdg is not None, pdg_strength=2.0 if pdg is None else pdg, seed=seed
+    )
+    targets = {path: out / f"{path.name.removesuffix('.safetensors')}.png" for path in latents}
+    refuse_collisions(targets)
+    capacitor = load_model(model, revision, device, compute_dtype, backend)
+    failed = written = 0
+    for path in bar(latents, len(latents), "file"):
+        try:
+            rows, space = read_latents(path)
+            if space not in (None, capacitor.source.latent_space) and not any_space:
+                raise InputError(
+                    f"{path} holds latents of {space}, and the model decodes {capacitor.source.latent_space}: "
+                    "give --model the model that made them, or pass --any-space"
+                )
+            out.mkdir(parents=True, exist_ok=True)
+            for i, row in enumerate(rows):
+                image = capacitor.decode(row[None].to(capacitor.device), inference_config=inference)[0]
+                name = targets[path] if len(rows) == 1 else targets[path].with_stem(f"{targets[path].stem}-{i:06d}")
+                Image.fromarray(to_uint8(image)).save(name)
+                written += 1
+        except InputError as error:
+            note(f"error: {error}")
+            failed += 1
+    finish(written, failed, f"images written to {out}")
+
+
+@app.command()
+def psnr(
+    images: Images,
+    model: Model = "sample",
+    against: Annotated[str | None, typer.Option(help="A second model, compared with the first.")] = None,
+    against_backend: Annotated[str | None, typer.Option(help="The same with another backend.")] = None,
+    against_dtype: Annotated[Dtype | None, typer.Option(help="The same with another compute type.")] = None,
+    size: SizeOption = None,
+    area: AreaOption = None,
+    steps: Steps = 1,
+    seed: Seed = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Images of one size that run together, at most.")] = 8,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the table as JSON ('-': stdout).")] = None,
+    csv_file: Annotated[Path | None, typer.Option("--csv", help="Write one row an image.")] = None,
+    background: Background = "ffffff",
+    revision: Revision = None,
+    device: Device = "auto",
+    compute_dtype: ComputeDtype = None,
+    backend: Backend = "auto",
+) -> None:
+    """Reconstruct every image and print the table of PSNRs: mean, std, median, P5, P95."""
+    from . import metrics
+    from .config import FullCapacitorInferenceConfig
+    from .evaluate import evaluate
+    from .files import Framing
+
+    framing, colour = Framing(size, area), parse_background(background)
+    found = [path for path, _ in list_images(images)]
+    models = {model: load_model(model, revision, device, compute_dtype, backend)}
+    if against or against_backend or against_dtype:
+        second = against or model
+        name = " ".join(filter(None, [second, against_backend, against_dtype and against_dtype.value]))
+        models[name if name != model else f"{name} (2)"] = load_model(
+            second, None if against else revision, device, against_dtype or compute_dtype, against_backend or backend
+        )
+    inference = FullCapacitorInferenceConfig(num_steps=steps, seed=seed)
+    scores = list(
+        bar(evaluate(found, models, framing, inference=inference, background=colour, batch=batch), len(found), "image")
+    )
+    good = [s for s in scores if s.error is None]
+    for score in scores:
+        if score.error is not None:
+            note(f"{score.error.reason}: {score.error}")
+    if csv_file:
+        with open(csv_file, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            rows = csv.writer(file)
+            rows.writerow(["path", "height", "width", *models])
+            rows.writerows([s.path, s.height, s.width, *(f"{s.psnr[m]:.4f}" for m in models)] for s in good)
+    if not good:
+        raise InputError(f"none of the {len(found)} images could be decoded")
+    table = metrics.PsnrTable.of({name: [s.psnr[name] for s in good] for name in models})
+    if json_file and str(json_file) == "-":
+        typer.echo(json.dumps(table.to_dict(), indent=2))
+    else:
+        typer.echo(table.render())
+        if json_file:
+            json_file.write_text(json.dumps(table.to_dict(), indent=2) + "\n", encoding="utf-8")
+    if len(good) < len(scores):
+        note(f"{len(scores) - len(good)} of {len(scores)} images could not be decoded")
+        raise typer.Exit(3)
+
+
+@app.command()
+def inspect(
+    checkpoint: Annotated[str, typer.Argument(help="Hub id, folder, .safetensors file, or 'sample'.")] = "sample",
+    revision: Revision = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print a checkpoint's tensors, what each was read as, the counts, and every problem. Exit 1 if there is one."""
+    from .checkpoint import problems_of, resolve
+
+    source = resolve(checkpoint, revision=revision)
+    reading, problems = problems_of(source)
+    if as_json:
+        document = {
+            "source": {"id": source.id, "revision": source.revision, "sha256": source.sha256},
+            "config": reading.config.to_dict(),
+            "tensors": [vars(entry) for entry in reading.entries],
+            "counts": reading.counts(),
+            "notes": reading.notes,
+            "problems": problems,
+        }
+        typer.echo(json.dumps(document, indent=2))
+    else:
+        _print_reading(source, reading, problems)
+    if problems:
+        raise typer.Exit(1)
+
+
+def _print_reading(source, reading, problems: list[str]) -> None:
+    width = max((len(e.name) for e in reading.entries), default=0)
+    for entry in reading.entries:
+        if entry.read_as is None:
+            meaning = "left over"
+        elif (entry.read_as, entry.read_shape) == (entry.name, entry.shape):
+            meaning = ""
+        else:
+            meaning = f"read as {entry.read_as} {list(entry.read_shape)}"
+        typer.echo(f"{entry.name:<{width}}  {entry.dtype:<4}  {entry.shape!s:<20}  {meaning}".rstrip())
+    config, counts = reading.config, reading.counts()
+    typer.echo(
+        f"\n{source.weights}\n  sha256 {source.sha256}\n"
+        f"  {counts['total']:,} parameters in {len(reading.entries)} tensors: "
+        f"encoder {counts['encoder']:,}, decoder {counts['decoder']:,}\n"
+        f"  patch {config.patch_size}, width {config.model_dim}, hidden {config.hidden_dim}, "
+        f"blocks {config.encoder_depth} + {config.decoder_depth} "
+        f"({config.decoder_start_blocks}+{config.decoder_middle_blocks}+{config.decoder_end_blocks}), "
+        f"latents {config.latent_channels} channels at stride {config.latent_stride}\n"
+        f"  latent space {source.latent_space}"
+    )
+    for line in reading.notes:
+        typer.echo(f"note: {line}")
+    for line in problems:
+        typer.echo(f"problem: {line}")
+    typer.echo(f"{len(problems)} problems" if problems else "no problems")
+
+
+def main() -> None:
+    """Entry point: expected failures end in one line and an exit code, never in a traceback."""
+    warnings.showwarning = lambda message, *_, **__: note(f"warning: {message}")
+    try:
+        app()
+    except CapacitorError as error:
+        note(f"error: {error}")
+        sys.exit(2 if isinstance(error, InputError) and not isinstance(error, CheckpointError) else 1)
+    except KeyboardInterrupt:
+        note("interrupted")
+        sys.exit(130)
+    except BrokenPipeError:
+        # the reader went away, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except OSError as error:
+        note(f"error: {error}")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Reconstruction quality over a folder of images: every model sees the same frames, memory stays bounded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .config import FullCapacitorInferenceConfig
+from .errors import ImageError
+from .files import RGB, Frame, Framing, load_frames, to_batch, to_uint8
+from .metrics import psnr
+from .model import FullCapacitor
+
+
+@dataclass(frozen=True)
+class Score:
+    """One image: the size that was encoded and the PSNR in dB of each model, or why there is none."""
+
+    path: Path
+    height: int = 0
+    width: int = 0
+    psnr: dict[str, float] = field(default_factory=dict)
+    error: ImageError | None = None
+
+
+def evaluate(
+    paths: Iterable[Path],
+    models: Mapping[str, FullCapacitor],
+    framing: Framing,
+    *,
+    inference: FullCapacitorInferenceConfig | None = None,
+    background: RGB = (255, 255, 255),
+    batch: int = 8,
+    workers: int = 4,
+) -> Iterator[Score]:
+    """Encode and decode every image with every model and compare the 8-bit pixels.
+
+    Args:
+        paths: image files.
+        models: by the name that the table shows. The frames satisfy the size rules of all of them.
+        inference: sampler settings; by default one step, seed 0.
+        batch: neighbouring images of one size that are encoded together, at most.
+
+    Yields:
+        A score an image, in order; an undecodable file yields its error.
+    """
+    inference = inference or FullCapacitorInferenceConfig(seed=0)
+    multiple = math.lcm(*(model.size_multiple for model in models.values()))
+    waiting: list[Frame] = []
+    for path, frame in load_frames(paths, framing, multiple, background, workers):
+        error = isinstance(frame, ImageError)
+        if waiting and (error or len(waiting) == batch or waiting[0].pixels.shape != frame.pixels.shape):
+            yield from _scores(waiting, models, inference)
+            waiting = []
+        if error:
+            yield Score(path, error=frame)
+        else:
+            waiting.append(frame)
+    if waiting:
+        yield from _scores(waiting, models, inference)
+
+
+def _scores(
+    frames: list[Frame], models: Mapping[str, FullCapacitor], inference: FullCapacitorInferenceConfig
+) -> Iterator[Score]:
+    decibels: list[dict[str, float]] = [{} for _ in frames]
+    for name, model in models.items():
+        out = model.reconstruct(to_batch(frames, model.device), inference)
+        for scores, frame, image in zip(decibels, frames, out, strict=True):
+            scores[name] = psnr(frame.pixels, to_uint8(image))
+    for scores, frame in zip(decibels, frames, strict=True):
+        yield Score(frame.path, *frame.pixels.shape[:2], scores)
