@@ -48,7 +48,7 @@ def legal_sizes(area_side: int, multiple: int, max_aspect: float) -> set[Size]:
 
 
 class TestBuckets:
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=30, deadline=None)
     @given(tables())
     def test_exactly_the_sizes_that_cannot_grow(self, arguments):
         legal = legal_sizes(*arguments)
@@ -107,7 +107,7 @@ class TestBuckets:
 
 
 class TestAssign:
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=60, deadline=None)
     @given(sizes, tables(), st.randoms(use_true_random=False))
     def test_nearest_aspect_whatever_the_order(self, size, arguments, rng: random.Random):
         table = list(bucket_table(*arguments))
@@ -141,7 +141,7 @@ class TestAssign:
 
 
 class TestPlace:
-    @settings(max_examples=300)
+    @settings(max_examples=150)
     @given(sizes, sizes)
     def test_covers_and_centres(self, size, bucket):
         try:
@@ -192,7 +192,7 @@ class TestPlace:
 
 
 class TestApply:
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=30, deadline=None)
     @given(small, small, st.sampled_from(sorted(FILTERS)))
     def test_is_pillows_resize_then_crop(self, size, bucket, filter):
         pixels = files.texture(size.height, size.width)
