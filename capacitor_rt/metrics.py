@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,14 +14,6 @@ from torch import Tensor
 from .errors import InputError
 
 COLUMNS = {"mean": "mean", "std": "std", "median": "median", "p5": "P5", "p95": "P95"}
-
-
-def to_pixels(images: Tensor) -> np.ndarray:
-    """Images `[B,3,H,W]` in [-1,1] to uint8 `[B,H,W,3]`: clamped and rounded, the inverse of `x / 127.5 - 1`."""
-    if images.dim() != 4 or not images.is_floating_point():
-        raise InputError(f"images are {images.dtype} {list(images.shape)}: expected floats [B,3,H,W] in [-1,1]")
-    scaled = images.detach().float().add(1).mul(127.5).round_().clamp_(0, 255)
-    return scaled.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
@@ -65,22 +57,33 @@ def summary(values: Sequence[float]) -> dict[str, float | int]:
 
 @dataclass(frozen=True)
 class PsnrTable:
-    """PSNR in dB of one or more models (or backends) on the same images.
+    """PSNR in dB of one or more models (or backends) on the same images; made by `of`.
 
-    Args:
-        images: names, in the order of the values.
-        values: per model, one PSNR per image.
+    `values` holds per model one PSNR per image, `images` the images' names or nothing.
     """
 
-    images: Sequence[str]
-    values: dict[str, Sequence[float]]
+    values: dict[str, tuple[float, ...]]
+    images: tuple[str, ...] = ()
 
-    def __post_init__(self) -> None:
-        if not self.values:
+    @classmethod
+    def of(cls, values: Mapping[str, Sequence[float]], images: Sequence[str] = ()) -> PsnrTable:
+        """A table of `values` per model, each in the order of `images`.
+
+        Raises:
+            InputError: no models, no values, or different numbers of them.
+        """
+        if not values:
             raise InputError("a table needs the values of at least one model")
-        for name, values in self.values.items():
-            if len(values) != len(self.images):
-                raise InputError(f"{name} has {len(values)} values for {len(self.images)} images")
+        count = len(images) or len(next(iter(values.values())))
+        for name, column in values.items():
+            if len(column) != count or count == 0:
+                raise InputError(f"{name} has {len(column)} values for {count} images")
+        return cls({name: tuple(column) for name, column in values.items()}, tuple(images))
+
+    @property
+    def count(self) -> int:
+        """Number of images."""
+        return len(next(iter(self.values.values())))
 
     @property
     def rows(self) -> dict[str, dict[str, float | int]]:
@@ -105,7 +108,7 @@ class PsnrTable:
         if self.delta is not None:
             first, second = self.values
             rows.append([f"{first} - {second}", *_cells(self.delta, "+")])
-        counted = f"{len(self.images)} image{'' if len(self.images) == 1 else 's'}"
+        counted = f"{self.count} image{'' if self.count == 1 else 's'}"
         text = _align([f"PSNR dB, {counted}", *COLUMNS.values()], rows, markdown)
         exact = {name: row["identical"] for name, row in self.rows.items() if row["identical"]}
         return text + "".join(f"\n{name}: {n} reproduced exactly, left out of the figures" for name, n in exact.items())

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from capacitor_rt.errors import InputError
-from capacitor_rt.metrics import PsnrTable, cosine_similarity, psnr, summary, to_pixels
+from capacitor_rt.metrics import PsnrTable, cosine_similarity, psnr, summary
 
 
 def flat(value: int, shape=(8, 8, 3)) -> np.ndarray:
@@ -41,24 +41,6 @@ class TestPsnr:
             psnr(a, b)
 
 
-class TestToPixels:
-    def test_inverts_the_models_scaling_exactly(self):
-        levels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).expand(1, 3, 16, 16)
-        for dtype in (torch.float32, torch.float64):
-            np.testing.assert_array_equal(to_pixels(levels.to(dtype) / 127.5 - 1), levels.permute(0, 2, 3, 1).numpy())
-
-    def test_clamps_and_leaves_its_argument(self):
-        images = torch.tensor([-3.0, -1.0, 1.0, 1.5]).reshape(1, 1, 2, 2).expand(1, 3, 2, 2).contiguous()
-        before = images.clone()
-        assert to_pixels(images)[0, :, :, 0].tolist() == [[0, 0], [255, 255]]
-        assert torch.equal(images, before)
-
-    def test_rank_and_dtype(self):
-        for images in (torch.zeros(3, 4, 4), torch.zeros(1, 3, 4, 4, dtype=torch.uint8)):
-            with pytest.raises(InputError, match="expected floats"):
-                to_pixels(images)
-
-
 class TestSummary:
     def test_figures(self):
         values = [30.0, 31.0, 32.0, 33.0, 39.0]
@@ -83,13 +65,13 @@ class TestTable:
     A, B = (36.0, 30.0, 40.0), (35.0, 31.0, 37.0)
 
     def test_delta_is_of_the_images_not_of_the_figures(self):
-        table = PsnrTable(("x", "y", "z"), {"ours": self.A, "other": self.B})
+        table = PsnrTable.of({"ours": self.A, "other": self.B}, ("x", "y", "z"))
         assert table.delta == summary([1.0, -1.0, 3.0])
         assert table.delta["p5"] != table.rows["ours"]["p5"] - table.rows["other"]["p5"]
-        assert PsnrTable(("x",), {"ours": (1.0,)}).delta is None
+        assert PsnrTable.of({"ours": (1.0,)}, ("x",)).delta is None
 
     def test_markdown(self):
-        lines = PsnrTable(("x", "y", "z"), {"ours": self.A, "other": self.B}).render().splitlines()
+        lines = PsnrTable.of({"ours": self.A, "other": self.B}, ("x", "y", "z")).render().splitlines()
         cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
         assert len({len(line) for line in lines}) == 1
         assert cells[0] == ["PSNR dB, 3 images", "mean", "std", "median", "P5", "P95"]
@@ -97,27 +79,31 @@ class TestTable:
         assert cells[4] == ["ours - other", "+1.00", "1.63", "+1.00", "-0.80", "+2.80"]
 
     def test_plain_text(self):
-        text = PsnrTable(("x",), {"ours": (36.0,)}).render(markdown=False)
+        text = PsnrTable.of({"ours": (36.0,)}, ("x",)).render(markdown=False)
         assert "|" not in text
         assert text.splitlines()[1].split() == ["ours", "36.00", "0.00", "36.00", "36.00", "36.00"]
 
     def test_identical_images_are_told(self):
-        table = PsnrTable(("x", "y"), {"ours": (math.inf, 30.0), "other": (31.0, 30.0)})
+        table = PsnrTable.of({"ours": (math.inf, 30.0), "other": (31.0, 30.0)}, ("x", "y"))
         assert "ours: 1 reproduced exactly" in table.render()
         assert table.delta["identical"] == 1 and table.delta["mean"] == 0
         assert json.loads(json.dumps(table.to_dict(), allow_nan=False))["values"]["ours"] == [None, 30.0]
 
     def test_dictionary_is_json(self):
-        table = PsnrTable(("x", "y", "z"), {"ours": self.A, "other": self.B})
+        table = PsnrTable.of({"ours": self.A, "other": self.B}, ("x", "y", "z"))
         read = json.loads(json.dumps(table.to_dict(), allow_nan=False))
         assert read["models"]["ours"]["mean"] == pytest.approx(106 / 3)
         assert read["delta"]["count"] == 3 and read["images"] == ["x", "y", "z"]
 
     def test_lengths_are_checked(self):
         with pytest.raises(InputError, match="ours has 1 values for 2 images"):
-            PsnrTable(("x", "y"), {"ours": (1.0,)})
+            PsnrTable.of({"ours": (1.0,)}, ("x", "y"))
+        with pytest.raises(InputError, match="other has 2 values for 1 images"):
+            PsnrTable.of({"ours": (1.0,), "other": (1.0, 2.0)})
+        with pytest.raises(InputError, match="0 values"):
+            PsnrTable.of({"ours": ()})
         with pytest.raises(InputError, match="at least one model"):
-            PsnrTable((), {})
+            PsnrTable.of({})
 
 
 class TestCosine:
