@@ -1,7 +1,8 @@
 """Each launch in plain torch: the truth in float64, the eager yardstick in the working dtype.
 
 One function a launch, same arguments in the same layout, results returned instead of written. Statistics are taken in
-float32 or better, as in the model; everything else happens in the dtype of the activations, as eager torch would.
+float32 or better, as in the model; everything else happens in the dtype of the activations, as eager
+torch would.
 """
 
 from __future__ import annotations
@@ -59,3 +60,15 @@ def project(
     per_token = gain.to(h.dtype).repeat_interleave(tokens_per_image, dim=0)
     scaled = h + h * per_token
     return residual.to(h.dtype) + (scaled @ w2.to(h.dtype) + b2.to(h.dtype))
+
+
+def dwconv(
+    x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, *, batch: int, height: int, width: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(y [T, C], sums [T, 1]): depthwise 7x7 with zero padding and bias, and the sums of y^2 over channels."""
+    channels = x.shape[1]
+    image = x.view(batch, height, width, channels).permute(0, 3, 1, 2)
+    kernel = w.to(x.dtype).t().reshape(channels, 1, 7, 7)
+    y = F.conv2d(image, kernel, b.to(x.dtype), padding=3, groups=channels)
+    y = y.permute(0, 2, 3, 1).reshape(-1, channels)
+    return y, y.to(_wide(x.dtype)).square().sum(1, keepdim=True)
