@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: temporary names, fsync, publishing if absent, the writer's lock, the commit log."""
+"""Files that appear whole or not at all: temporary names, fsync, publishing if absent; the lock; the commit log."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def write_all(fd: int, data: Any) -> None:
 
 
 class PendingFile:
-    """A complete, fsynced file under a temporary name beside `final`: `size` in bytes and its XXH3-128 `digest` (hex)."""
+    """A complete, fsynced file under a temporary name beside `final`; `size` in bytes, `digest` XXH3-128 in hex."""
 
     def __init__(self, final: Path, chunks: Iterable[Any]):
         self.final = final
@@ -144,7 +144,8 @@ def _link_if_absent(tmp: Path, final: Path) -> None:
 def _write_error(path: Path, e: OSError) -> CacheError:
     if e.errno in _FULL:
         return DiskFull(
-            f"no space left for {path} ({e.strerror}): free some and run the same command again, finished shards are safe"
+            f"no space left for {path} ({e.strerror}): free some and run the same command again; "
+            "finished shards are safe"
         )
     return CacheError(f"cannot write {path}: {e.strerror or e}")
 
@@ -170,10 +171,11 @@ def remove_stale(out: Path) -> int:
 
 
 class Lock:
-    """One writer per cache: an advisory lock on OUT/.lock that the kernel drops when its holder dies, however it dies.
+    """One writer per cache: a lock on OUT/.lock that the kernel drops when its holder dies, however it dies.
 
-    The file names the holder (host, process id). It is gone when no run is going on, and a killed run's is taken over. On a
-    file system without locks the file itself is the lock: it is taken over if its holder ran on this host and is dead.
+    The file names the holder (host, process id). It is gone when no run is going on, and a killed run's is taken
+    over. On a file system without locks the file itself is the lock: it is taken over if its holder ran on this host
+    and is dead.
     """
 
     def __init__(self, out: Path):
@@ -274,7 +276,8 @@ def read_commits(out: Path) -> tuple[dict[str, dict[str, Any]], int]:
             commits[record["index"]] = record
         except (ValueError, KeyError, TypeError):
             raise CacheError(
-                f"{path} line {number} is damaged: delete that line, and the same cache command checks its shard and commits it again"
+                f"{path} line {number} is damaged: delete that line, and the same cache command "
+                "checks its shard and commits it again"
             ) from None
     return commits, whole
 

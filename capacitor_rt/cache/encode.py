@@ -21,7 +21,7 @@ from ..reference import posterior_mode
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """What a plan records of a model. `sha256` is that of the weights file, or of the state dict of a model built in memory."""
+    """What a plan records of a model. `sha256`: of the weights file, or of the tensors of a model built in memory."""
 
     id: str
     revision: str | None
@@ -55,7 +55,8 @@ class Checkpoint:
     """A checkpoint by name: hub id, folder, file or "sample". Identified by its header and hash, loaded on demand.
 
     Attributes:
-        compute_dtype: "bfloat16", "float16" or "float32"; None: an existing plan's, else bfloat16 on CUDA and float32 on the CPU.
+        compute_dtype: "bfloat16", "float16" or "float32"; None: an existing plan's, else bfloat16 on CUDA and
+            float32 on the CPU.
     """
 
     name: str
@@ -146,8 +147,8 @@ def _bytes(t: Tensor) -> np.ndarray:
 class Encoded:
     """A batch under way: on the host once `BatchEncoder.fetch` has returned it.
 
-    `tensors`: name -> stored dtype `[B,C,h,w]`; `stats`: float32 `[B,4]`, min, max, mean and standard deviation of each row of
-    `latents` as stored; `finite`: bool `[B]`, of all tensors of the row.
+    `tensors`: name -> stored dtype `[B,C,h,w]`; `stats`: float32 `[B,4]`, min, max, mean and standard deviation of
+    each row of `latents` as stored; `finite`: bool `[B]`, of all tensors of the row.
     """
 
     tensors: dict[str, Tensor]
@@ -170,7 +171,7 @@ class BatchEncoder:
         self.busy = 0.0
 
     def buffer(self, rows: int, height: int, width: int) -> Tensor:
-        """uint8 `[rows,height,width,3]` to be filled with pixels; page-locked where that speeds up the copy to the device."""
+        """uint8 `[rows,height,width,3]` to be filled with pixels, page-locked for a GPU."""
         return torch.empty(rows, height, width, 3, dtype=torch.uint8, pin_memory=self.on_gpu)
 
     @torch.no_grad()

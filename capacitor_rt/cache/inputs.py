@@ -1,4 +1,4 @@
-"""The list of inputs of a planned cache, `OUT/inputs.parquet`: names, sizes, headers, buckets, failures found in headers."""
+"""The inputs of a planned cache, `OUT/inputs.parquet`: names, sizes, headers, buckets, failures seen in headers."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ _CHUNK = 256
 class Inputs:
     """Columns over the N inputs in the order of the plan.
 
-    `sizes` (bytes), `mtimes` (ns): int64. `width`, `height` as displayed, `orientation` (EXIF, 1-8): int32, 0 where the header could
-    not be read. `bucket`: int32 position in the plan's buckets, -1 without one. `failures`: ordinal -> (reason, message).
+    `sizes` (bytes), `mtimes` (ns): int64. `width`, `height` as displayed, `orientation` (EXIF, 1-8): int32, 0 where
+    the header could not be read. `bucket`: int32 position in the plan's buckets, -1 without one. `failures`: ordinal
+    -> (reason, message).
     """
 
     paths: list[bytes]
@@ -50,7 +51,7 @@ class Inputs:
         return Size(int(self.height[i]), int(self.width[i]))
 
     def digest(self) -> str:
-        """SHA-256 (hex) of names, sizes, headers and failures. Times and folders differ between machines and stay out."""
+        """SHA-256 (hex) of names, sizes, headers and failures; not of times, which differ between machines."""
         digest = hashlib.sha256(b"\0".join(self.paths) + b"\0\0")
         for column in (self.sizes, self.width, self.height, self.orientation):
             digest.update(np.ascontiguousarray(column, dtype="<i8"))

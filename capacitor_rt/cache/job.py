@@ -78,7 +78,8 @@ class Request:
 class Shard:
     """A contiguous slice of the sorted inputs of one bucket: their ordinals `inputs`, in order.
 
-    `bucket` None stands for the inputs that have none, because their header could not be read; they get an index and no tensors.
+    `bucket` None stands for the inputs that have none, because their header could not be read; they get an index and
+    no tensors.
     """
 
     bucket: Size | None
@@ -128,7 +129,7 @@ class Plan:
         return int(np.prod(self.row_shape(bucket))) * ITEM_SIZE[self.dtype] * len(self.tensors)
 
     def shards(self, bucket_of: np.ndarray) -> Iterator[Shard]:
-        """Every shard in the order of writing. `bucket_of`: position in `buckets` of each input, int `[N]`, -1 without one."""
+        """Every shard in the order of writing. `bucket_of`: int `[N]`, position in `buckets` of each input or -1."""
         name = self.id[:8]
         unplanned = np.flatnonzero(bucket_of < 0)
         if len(unplanned):

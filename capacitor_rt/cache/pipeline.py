@@ -1,7 +1,10 @@
-"""The stages of a run: read, decode and resize, encode, write. Memory is bounded by two shards and a window of pixels.
+"""The stages of a run: read, decode and resize, encode, write.
 
-Read and decode share a pool of threads that works ahead in the order of the plan. The calling thread stacks a batch, has it encoded,
-and while the device works stacks the next one. A full shard goes to a thread that hashes, writes and commits it.
+Memory is bounded by two shards and a window of pixels.
+
+Read and decode share a pool of threads that works ahead in the order of the plan. The calling thread stacks a batch,
+has it encoded, and while the device works stacks the next one. A full shard goes to a thread that hashes, writes and
+commits it.
 """
 
 from __future__ import annotations
@@ -98,7 +101,8 @@ class Loader:
             if e.reason == UNREADABLE and self.root != _stat_id(self.scan.root):
                 # an unmounted disk is no property of the images
                 raise CacheError(
-                    f"{os.fsdecode(self.scan.root)} went away during the run: bring it back and run the same command again"
+                    f"{os.fsdecode(self.scan.root)} went away during the run: "
+                    "bring it back and run the same command again"
                 ) from e
             quarantine(slot.row, e.reason, name_in_message(str(e), where, path))
         return slot
@@ -138,7 +142,7 @@ def quarantine(row: dict[str, Any], reason: str, message: str) -> None:
 
 @dataclass
 class Batch:
-    """A slice of a shard's inputs; what of it can be decoded is encoded in one call, so its composition is the plan's."""
+    """A slice of a shard's inputs. What of it can be decoded is encoded in one call."""
 
     shard: Shard
     inputs: np.ndarray

@@ -21,15 +21,14 @@ from ..images.decode import read_bytes
 from ..images.geometry import Size
 from ..model import FullCapacitor
 from . import disk
-from .disk import TMP, CommitLog, Lock, PendingFile, require_extra, xxh3
+from .disk import TMP, CommitLog, Lock, require_extra, xxh3
 from .encode import BatchEncoder, Checkpoint, Loaded, ModelIdentity, ModelSource, with_whitening
 from .inputs import TABLE, Inputs, changed_inputs, load_inputs, read_header, read_headers
 from .job import PLAN, Plan, Request, Shard, check_plan, load_plan, make_plan
 from .pipeline import Loader, Meters, Pipeline, device_threads
+from .quarantine import QUARANTINE, write_quarantine
 from .scan import Scan, scan
 from .shards import ShardStore, read_index
-
-QUARANTINE = "quarantine.jsonl"
 
 
 @dataclass
@@ -44,7 +43,6 @@ class Report:
     new_images: int = 0
     seconds: float = 0.0
     meters: Meters | None = None
-    notes: list[str] = field(default_factory=list)
 
     @property
     def exit_code(self) -> int:
@@ -54,7 +52,7 @@ class Report:
 
 @dataclass
 class Forecast:
-    """What a run would do: inputs per bucket, failures seen in headers, shards and bytes in all and still to be written."""
+    """What a run would do: inputs per bucket, failures seen in headers, shards and bytes, in all and still to do."""
 
     buckets: dict[Size, int]
     quarantined: Counter[str]
@@ -100,6 +98,7 @@ def cache_images(
     *,
     workers: int | None = None,
     progress: bool = True,
+    note: Callable[[str], None] = lambda line: None,
 ) -> Report:
     """Encode every image of `src` into the latent cache `out`, or go on with it. Originals are only read.
 
@@ -109,6 +108,7 @@ def cache_images(
         model: a model, the name of a checkpoint, or a `ModelSource`. It is not loaded when nothing is left to do.
         workers: threads for reading and decoding; default every core.
         progress: show a bar on stderr.
+        note: told, a line at a time, what a user may want to know before the work starts.
 
     Raises:
         CacheError: `out` belongs to another plan, other inputs or a running process; a file is damaged; the disk is full.
@@ -127,6 +127,8 @@ def cache_images(
             store = ShardStore(out, job.plan, log)
             shards = job.shards()
             todo = [s for s in shards if not (store.is_done(s) or store.recover(s))]
+            for line in job.notes + _outlook(job, shards, todo):
+                note(line)
             meters, new = None, sum(len(s.inputs) for s in todo if s.bucket)
             try:
                 meters = _work(job, store, todo, source, workers, progress)
@@ -211,7 +213,7 @@ def _check_folder(out: Path) -> None:
 def _prepare(
     src: Path, out: Path, source: ModelSource, request: Request, workers: int | None, progress: bool, load: bool
 ) -> Job:
-    """Check everything that can be checked before work starts. The model is loaded only for a new plan, and with `load`."""
+    """Check what can be checked before work starts. The model is loaded only for a new plan, and with `load`."""
     for extra in ("pyarrow", "xxhash"):
         require_extra(extra)
     plan = load_plan(out)
@@ -308,7 +310,6 @@ def _work(
     images = [s for s in todo if s.bucket is not None]
     if not images:
         return None
-    _check_space(job, images)
     model = job.model or source.load(_identity_of(job.plan, source))
     encoder = BatchEncoder(model, job.plan.tensors, job.plan.dtype)
     threads = workers or device_threads(str(model.device))
@@ -337,35 +338,17 @@ def _identity_of(plan: Plan, source: ModelSource) -> ModelIdentity:
     return source.identity(plan.fields["model"]["compute_dtype"])
 
 
-def _check_space(job: Job, todo: list[Shard]) -> None:
+def _outlook(job: Job, shards: list[Shard], todo: list[Shard]) -> list[str]:
+    lines = []
+    if todo and len(todo) < len(shards):
+        lines.append(f"going on: {len(shards) - len(todo)} of {len(shards)} shards are done")
     need, free = job.nbytes(todo), shutil.disk_usage(job.out).free
     if need > free:
-        job.notes.append(
-            f"{need / 1e9:.2f} GB are to be written and {job.out} has {free / 1e9:.2f} GB free: the run will stop when it is full, "
-            "and go on when there is more"
+        lines.append(
+            f"{need / 1e9:.2f} GB are to be written and {job.out} has {free / 1e9:.2f} GB free: "
+            "the run will stop when it is full, and go on when there is more"
         )
-
-
-def write_quarantine(out: Path, commits: dict[str, dict[str, Any]]) -> None:
-    """Make `quarantine.jsonl` anew from the index, in the order of the inputs; untouched if it is right already."""
-    data = quarantine_bytes(out, commits)
-    path = out / QUARANTINE
-    if not path.exists() or path.read_bytes() != data:
-        PendingFile(path, [data]).replace()
-
-
-def quarantine_bytes(out: Path, commits: dict[str, dict[str, Any]]) -> bytes:
-    """What `quarantine.jsonl` says by the index: one line per input that is not cached."""
-    lines: list[tuple[int, bytes]] = []
-    for commit in commits.values():
-        if commit["inputs"] == commit["rows"]:
-            continue
-        table = read_index(out / commit["index"], commit["index_xxh3"])
-        for row in table.select(["input", "id", "status", "reason", "message"]).to_pylist():
-            if row["reason"] is not None:
-                entry = {"path": row["id"], "reason": row["reason"], "message": row["message"]}
-                lines.append((row["input"], disk.canonical_json(entry) + b"\n"))
-    return b"".join(line for _, line in sorted(lines))
+    return lines
 
 
 def _account(job: Job, commits: dict[str, dict[str, Any]]) -> Report:
@@ -377,5 +360,4 @@ def _account(job: Job, commits: dict[str, dict[str, Any]]) -> Report:
         quarantined=reasons,
         shards=sum(c["shard"] is not None for c in commits.values()),
         nbytes=sum(c["shard_bytes"] for c in commits.values()),
-        notes=job.notes,
     )

@@ -21,7 +21,7 @@ MISSING = -1
 
 
 def path_to_id(path: bytes) -> str:
-    """Relative path to text: UTF-8, a byte that is not UTF-8 as `\\xhh`, a backslash doubled. Reversible, so ids are unique."""
+    """Relative path to text: a byte that is not UTF-8 becomes `\\xhh`, a backslash is doubled. Reversible."""
     return path.replace(b"\\", b"\\\\").decode("utf-8", "backslashreplace")
 
 
@@ -35,8 +35,9 @@ def id_to_path(text: str) -> bytes:
 class Scan:
     """Files found under `root`, sorted by the bytes of their relative POSIX path.
 
-    `sizes` (bytes) and `mtimes` (ns) are int64 `[N]`, `MISSING` where the file cannot be read; `errors` then says why. `loops` are
-    links to a folder that contains them, which are not followed; `ignored` counts files by extension that are no images.
+    `sizes` (bytes) and `mtimes` (ns) are int64 `[N]`, `MISSING` where the file cannot be read; `errors` then says
+    why. `loops` are links to a folder that contains them, which are not followed; `ignored` counts files by
+    extension that are no images.
     """
 
     root: bytes

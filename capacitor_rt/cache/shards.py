@@ -1,9 +1,10 @@
 """Shards and their index on disk: safetensors files of one bucket each, and a Parquet row per input.
 
-A shard is an ordinary safetensors file with the tensors of `plan.tensors`, each `[N,C,h,w]` in the stored dtype; the header is padded
-with spaces so that tensor data begins on a 4 KiB boundary. The index has one row per input of the shard's slice of the plan, cached or
-not. `bytes_hash` is the XXH3-128 (16 bytes, big-endian) of the file, `row_hash` that of the row's bytes, all tensors in the order of
-`plan.tensors`. `id` is the relative path as text (`scan.path_to_id`), `path` its raw bytes. Sizes and crops are in pixels.
+A shard is an ordinary safetensors file with the tensors of `plan.tensors`, each `[N,C,h,w]` in the stored dtype; the
+header is padded with spaces so that tensor data begins on a 4 KiB boundary. The index has one row per input of the
+shard's slice of the plan, cached or not. `bytes_hash` is the XXH3-128 (16 bytes, big-endian) of the file, `row_hash`
+that of the row's bytes, all tensors in the order of `plan.tensors`. `id` is the relative path as text
+(`scan.path_to_id`), `path` its raw bytes. Sizes and crops are in pixels.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def byte_view(t: Tensor) -> np.ndarray:
 
 
 def row_hashes(tensors: Sequence[Tensor]) -> list[bytes]:
-    """XXH3-128 of each row: the bytes of its tensors one after the other. `tensors`: contiguous `[N,...]` on the CPU."""
+    """XXH3-128 of each row: its tensors' bytes one after the other. `tensors`: contiguous `[N,...]` on the CPU."""
     digests = [xxh3() for _ in range(len(tensors[0]))]
     for t in tensors:
         for digest, row in zip(digests, byte_view(t).reshape(len(t), -1), strict=True):
@@ -143,8 +144,8 @@ def read_shard_header(path: Path) -> ShardFile:
 def read_rows(fd: int, shard: ShardFile, name: str, start: int, count: int) -> Tensor:
     """Rows `start` to `start + count` of a tensor, `[count,C,h,w]`, in memory of their own.
 
-    Plain reads, not a memory map: safe from any number of threads, quick on network file systems, and a file cut short is an
-    error rather than a signal.
+    Plain reads, not a memory map: safe from any number of threads, quick on network file systems, and a file cut
+    short is an error rather than a signal.
     """
     rows = torch.empty(count, *shard.row_shape, dtype=shard.dtype)
     view = memoryview(byte_view(rows)).cast("B")
@@ -246,7 +247,8 @@ class ShardStore:
             expected = [h for h in table["row_hash"].to_pylist() if h is not None]
             if file.rows != cached or disk_row_hashes(file) != expected:
                 raise CacheError(
-                    f"{path} does not match its index {index}, and neither is committed: delete both, and run the command again"
+                    f"{path} does not match its index {index}, and neither is committed: "
+                    "delete both, and run the command again"
                 )
         self._commit(shard, cached)
         return True
@@ -256,7 +258,8 @@ class ShardStore:
 
         Args:
             rows: index entries of the shard's inputs in order, without `shard`, `row` and `row_hash`.
-            pieces: for each tensor of the plan a list of contiguous `[n,C,h,w]` on the CPU: the rows with status "ok", in order.
+            pieces: for each tensor of the plan a list of contiguous `[n,C,h,w]` on the CPU: the rows with status
+                "ok", in order.
 
         Raises:
             DiskFull: no space left; nothing of this shard remains.
