@@ -319,13 +319,13 @@ def save_pretrained(model: FullCapacitor, folder: str | os.PathLike[str]) -> Non
     state = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     # safetensors refuses tensors that share memory
     state = {name: t.clone() if t.untyped_storage().nbytes() != t.nbytes else t for name, t in state.items()}
-    with _replacing(folder / WEIGHTS_NAME) as path:
+    with replacing(folder / WEIGHTS_NAME) as path:
         save_file(state, path, metadata={"format": "pt"})
-    with _replacing(folder / CONFIG_NAME) as path:
+    with replacing(folder / CONFIG_NAME) as path:
         path.write_text(json.dumps(model.config.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 
-class _replacing:
+class replacing:
     """A temporary path beside `path` that takes its place when the block ends well."""
 
     def __init__(self, path: Path):
@@ -337,6 +337,10 @@ class _replacing:
 
     def __exit__(self, kind, *_) -> None:
         if kind is None:
+            # safetensors makes its files private; ours are like any other file
+            mask = os.umask(0)
+            os.umask(mask)
+            self.temporary.chmod(0o666 & ~mask)
             os.replace(self.temporary, self.path)
         else:
             self.temporary.unlink(missing_ok=True)

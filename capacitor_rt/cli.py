@@ -248,11 +248,12 @@ def psnr(
 
     framing, colour = Framing(size, area), parse_background(background)
     found = [path for path, _ in list_images(images)]
-    models = {model: load_model(model, revision, device, compute_dtype, backend)}
+    label = Path(model).name
+    models = {label: load_model(model, revision, device, compute_dtype, backend)}
     if against or against_backend or against_dtype:
         second = against or model
-        name = " ".join(filter(None, [second, against_backend, against_dtype and against_dtype.value]))
-        models[name if name != model else f"{name} (2)"] = load_model(
+        name = " ".join(filter(None, [Path(second).name, against_backend, against_dtype and against_dtype.value]))
+        models[name if name != label else f"{name} (2)"] = load_model(
             second, None if against else revision, device, against_dtype or compute_dtype, against_backend or backend
         )
     inference = FullCapacitorInferenceConfig(num_steps=steps, seed=seed)
@@ -270,7 +271,8 @@ def psnr(
             rows.writerows([s.path, s.height, s.width, *(f"{s.psnr[m]:.4f}" for m in models)] for s in good)
     if not good:
         raise InputError(f"none of the {len(found)} images could be decoded")
-    table = metrics.PsnrTable.of({name: [s.psnr[name] for s in good] for name in models})
+    names = [os.fsencode(s.path).decode("utf-8", "backslashreplace") for s in good]
+    table = metrics.PsnrTable.of({name: [s.psnr[name] for s in good] for name in models}, names)
     if json_file and str(json_file) == "-":
         typer.echo(json.dumps(table.to_dict(), indent=2))
     else:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .checkpoint import replacing
 from .errors import ImageError, InputError
 from .images.decode import DecodedImage, decode_image, read_bytes
 from .images.geometry import Placement, Size, apply, assign, bucket_table, place, square_bucket
@@ -106,7 +107,7 @@ def to_uint8(image: Tensor) -> np.ndarray:
 
 
 def save_latents(path: Path, tensors: dict[str, Tensor], frame: Frame, latent_space: str) -> None:
-    """Write the latents of one image, with the space they are in and the geometry they stand for, as metadata."""
+    """Write the latents of one image; the space they are in and the geometry they stand for are its metadata."""
     header = frame.image.header
     metadata = {
         "format": LATENT_FORMAT,
@@ -115,7 +116,8 @@ def save_latents(path: Path, tensors: dict[str, Tensor], frame: Frame, latent_sp
         "image": json.dumps({"height": header.height, "width": header.width, "orientation": header.orientation}),
         "placement": json.dumps(asdict(frame.placement)),
     }
-    save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, path, metadata=metadata)
+    with replacing(path) as temporary:
+        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, temporary, metadata=metadata)
 
 
 def read_latents(path: Path) -> tuple[Tensor, str | None]:
