@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 from tqdm import tqdm
 
+from .cache.command import cache, verify
 from .errors import CapacitorError, CheckpointError, InputError
 
 app = typer.Typer(
@@ -337,6 +338,10 @@ def _print_reading(source, reading, problems: list[str]) -> None:
     for line in problems:
         typer.echo(f"problem: {line}")
     typer.echo(f"{len(problems)} problems" if problems else "no problems")
+
+
+app.command()(cache)
+app.command()(verify)
 
 
 def main() -> None:

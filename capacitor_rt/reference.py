@@ -7,7 +7,6 @@ and the posterior are computed in float32 at least; a `Float32Module` keeps its 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -158,7 +157,7 @@ class TimeEmbed(Float32Module):
 
 def default_freqs() -> Tensor:
     """The 128 frequencies `10000^(-k/127)` of the time embedding, float32."""
-    return torch.exp(-math.log(10000.0) * torch.arange(128, dtype=torch.float64) / 127).float()
+    return torch.tensor([10000.0 ** (-k / 127) for k in range(128)], dtype=torch.float32)
 
 
 class AdaLNBase(Float32Module):
