@@ -52,7 +52,7 @@ def steps(out: Path, device: str) -> tuple[Step, ...]:
     return (
         Step("tests", ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"), "tests.log", 240),
         Step("ceilings", ("-m", "bench.gpu", "--measure-ceilings", device, "--out", str(out)), "ceilings.log", 60),
-        Step("kernels", (*kernels, "--out", str(out / "kernels.jsonl")), "kernels.log", 300),
+        Step("kernels", (*kernels, "--out", str(out / "kernels.jsonl")), "kernels.log", 330),
         Step("sanitizer", tiny, "sanitizer.log", 180, ("compute-sanitizer", "--error-exitcode", "9")),
     )
 
