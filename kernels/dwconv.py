@@ -115,7 +115,7 @@ def dwconv_kernel(
     even, odd = tl.split(tl.reshape(bias + tl.zeros([STRIPS, BLOCK_C], tl.float32), PAIRS))
     acc = ()
     for _ in tl.static_range(COLS):
-        acc = acc + (even, odd)
+        acc += (even, odd)
 
     x_ptrs = x_ptr.to(tl.pointer_type(tl.uint32)) if PACKED else x_ptr
     x_ptrs += first * (CHANNELS // WORD) + rw
@@ -130,14 +130,14 @@ def dwconv_kernel(
         for dx in tl.static_range(7):
             in_tap = in_h if EVEN_C else in_h & in_c
             w = tl.load(w_ptrs + dx * CHANNELS, mask=in_tap, other=0.0).to(tl.float32)  # [STRIPS, BLOCK_C]
-            weights = weights + tl.split(tl.reshape(w, PAIRS))
+            weights += tl.split(tl.reshape(w, PAIRS))
         pixels = ()
         for c in tl.static_range(LEFT, RIGHT):
             in_x = (w0 + (c - 3)).to(tl.uint32) < limit_w
             in_x = in_x if EVEN_C else in_x & in_w
             p_x = p_row + c * (CHANNELS // WORD)
             masked = not (EVEN_C and EVEN_W and c >= 3 and c < COLS + 3)
-            pixels = pixels + _load_pairs(p_x, in_x, PAIRS, masked, PACKED)
+            pixels += _load_pairs(p_x, in_x, PAIRS, masked, PACKED)
         sums = ()
         for s in tl.static_range(COLS):
             even = acc[2 * s]
@@ -146,7 +146,7 @@ def dwconv_kernel(
                 if s + dx >= LEFT and s + dx < RIGHT:
                     even = tl.fma(pixels[2 * (s + dx - LEFT)], weights[2 * dx], even)
                     odd = tl.fma(pixels[2 * (s + dx - LEFT) + 1], weights[2 * dx + 1], odd)
-            sums = sums + (even, odd)
+            sums += (even, odd)
         acc = sums
         w_ptrs += 7 * CHANNELS
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache, lru_cache
 from importlib import resources
 from typing import Any
@@ -292,3 +292,16 @@ def gemm_default(cc: int, tokens_per_image: int, n: int, k: int, dtype: torch.dt
             break
         stages += 1
     return GemmConfig(block_m, block_n, block_k, group_m=8, num_warps=warps, num_stages=stages)
+
+
+def flat_gemm_default(cc: int, tokens_per_image: int, n: int, k: int, dtype: torch.dtype, use: str) -> GemmConfig:
+    """A GEMM config for kernels whose tiles may mix images, so that only the last tile of a batch is padded.
+
+    One image at a time, at most 4096 tokens of it, gets tiles of 64 x 64: large ones would leave most SMs
+    idle.
+    """
+    config = gemm_default(cc, 1024, n, k, dtype)
+    if use == "latency" and tokens_per_image <= 4096:
+        small = {"block_m": min(config.block_m, 64), "block_n": min(config.block_n, 64), "num_warps": 4}
+        return replace(config, **small, num_stages=3)
+    return config
