@@ -94,8 +94,9 @@ def verify(
     workers: Annotated[int, typer.Option(min=1, help="Threads that read.")] = 4,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
-    """Compare every byte of a cache with its hashes and name what is damaged. Exit code 1 if it is damaged or
-    unfinished.
+    """Compare every byte of a cache with its hashes and name what is damaged.
+
+    Ends with 1 if something is damaged or still to be written.
     """
     with _interruptible():
         from .verify import verify as check

@@ -1,6 +1,4 @@
-"""Reading a latent cache: `LatentDataset`, a map-style dataset, and `BucketBatchSampler`, which never mixes sizes in
-a batch.
-"""
+"""Reading a latent cache: `LatentDataset`, map-style, and `BucketBatchSampler`, which never mixes sizes in a batch."""
 
 from __future__ import annotations
 
@@ -20,7 +18,8 @@ from ..errors import CacheError, InputError
 from ..images.geometry import Size
 from .disk import read_commits, require_extra
 from .job import Plan, load_plan
-from .shards import ShardFile, read_index, read_rows, read_shard_header, row_hashes
+from .scan import id_to_path
+from .shards import OK, ShardFile, read_index, read_rows, read_shard_header, row_hashes
 
 OPEN_FILES = 128
 """Shards that one process keeps open at a time."""
@@ -67,21 +66,23 @@ class LatentDataset(Dataset):
                 f"{self.root} is not finished: {seen} of {total} inputs are done: run the cache command again, "
                 "or pass allow_partial=True"
             )
-        names = ["input", "id", "path", "bucket_height", "bucket_width", "row", "row_hash"]
+        names = ["input", "id", "bucket_height", "bucket_width", "row", "row_hash"]
         tables = []
         self._shards: list[str] = []
         for commit in commits:
             if commit["shard"] is None:
                 continue
             table = read_index(self.root / commit["index"], commit["index_xxh3"])
-            table = table.filter(pc.equal(table["status"], "ok")).select(names)
+            table = table.filter(pc.equal(table["status"], OK)).select(names)
+            # 32-bit offsets would end at 2 GiB of names
+            table = table.set_column(1, "id", table["id"].cast(pa.large_string()))
             number = pa.array(np.full(len(table), len(self._shards), np.int32))
             tables.append(table.append_column("shard", number))
             self._shards.append(commit["shard"])
         if not tables:
             raise CacheError(f"{self.root} holds no rows: none of its {total} inputs could be cached")
         table = pa.concat_tables(tables).sort_by("input").combine_chunks()
-        self._ids, self._paths = table["id"].combine_chunks(), table["path"].combine_chunks()
+        self._ids = table["id"].combine_chunks()
         self._shard = table["shard"].to_numpy()
         self._row = table["row"].to_numpy()
         self._hash = np.frombuffer(b"".join(table["row_hash"].to_pylist()), np.dtype("V16"))
@@ -129,7 +130,7 @@ class LatentDataset(Dataset):
 
     def path(self, i: int) -> str:
         """Relative path of the input, for `os` functions: bytes that are not UTF-8 are surrogate escapes."""
-        return os.fsdecode(self._paths[self._position(i)].as_py())
+        return os.fsdecode(id_to_path(self._ids[self._position(i)].as_py()))
 
     def tensors(self, i: int) -> dict[str, Tensor]:
         """The tensors of row `i` alone, each `[C,h,w]` in the stored dtype.

@@ -290,9 +290,10 @@ class CommitLog:
         self.commits, whole = read_commits(out)
         try:
             self.fd = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o644)
-            os.ftruncate(self.fd, whole)
+            if os.fstat(self.fd).st_size != whole:
+                os.ftruncate(self.fd, whole)
+                os.fsync(self.fd)
             os.lseek(self.fd, whole, os.SEEK_SET)
-            os.fsync(self.fd)
         except OSError as e:
             raise _write_error(self.path, e) from e
         fsync_dir(out)

@@ -175,9 +175,10 @@ class OpenShard:
                 quarantine(
                     row, NAN_LATENT, "a latent is not finite in the stored dtype: try another compute or storage dtype"
                 )
+        if not encoded.finite.any():
+            return
         for name, t in encoded.tensors.items():
-            kept = t if bool(encoded.finite.all()) else t[encoded.finite]
-            self.pieces.setdefault(name, []).append(kept)
+            self.pieces.setdefault(name, []).append(t if encoded.finite.all() else t[encoded.finite])
 
 
 class Pipeline:

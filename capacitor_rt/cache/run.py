@@ -111,7 +111,8 @@ def cache_images(
         note: told, a line at a time, what a user may want to know before the work starts.
 
     Raises:
-        CacheError: `out` belongs to another plan, other inputs or a running process; a file is damaged; the disk is full.
+        CacheError: `out` belongs to another plan, other inputs or a running process; a file is damaged; the disk is
+            full.
         KeyboardInterrupt: all but the open shard are safe, and the same call goes on from there.
     """
     begin = time.perf_counter()

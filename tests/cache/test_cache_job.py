@@ -1,0 +1,263 @@
+"""Plans: what they fix, what they refuse, and that a finished cache is left alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from cache_cases import Forbidden, flip_byte, small_model, snapshot, stamps, write_images
+from PIL import Image
+
+from capacitor_rt.cache import Request, cache_images, forecast
+from capacitor_rt.cache.job import load_plan
+from capacitor_rt.errors import CacheError, InputError
+from capacitor_rt.images.geometry import Size
+
+REQUEST = Request(64, area=True, shard_rows=3, batch=2)
+
+
+def run(src, out, model, request=REQUEST, **options):
+    return cache_images(src, out, model, request, workers=2, progress=False, **options)
+
+
+@pytest.fixture
+def cached(tmp_path):
+    model = small_model()
+    src, out = tmp_path / "src", tmp_path / "out"
+    write_images(src, 8)
+    run(src, out, model)
+    return src, out, model
+
+
+def test_layout_of_a_finished_cache(cached):
+    _, out, _ = cached
+    plan = load_plan(out)
+    assert sorted(p.name for p in out.iterdir()) == [
+        "commits.jsonl", "index", "inputs.parquet", "plan.json", "quarantine.jsonl", "shards",
+    ]  # fmt: skip
+    for folder in (out / "shards").iterdir():
+        height, width = map(int, folder.name.split("x"))
+        assert Size(height, width) in plan.buckets
+        names = sorted(p.name for p in folder.iterdir())
+        assert names == [f"{plan.id[:8]}-{n:06d}.safetensors" for n in range(len(names))]
+    assert plan.fields["format"] == "capacitor-latents/1"
+    assert plan.fields["inputs"]["count"] == 8
+    assert plan.fields["model"]["latent_space"].startswith("full_capacitor/whitened@")
+    assert (out / "quarantine.jsonl").read_bytes() == b""
+
+
+def test_shards_are_contiguous_slices_of_each_bucket():
+    from capacitor_rt.cache.job import Plan
+
+    plan = Plan(
+        {
+            "format": "", "pipeline": 1, "inputs": {}, "model": {"sha256": ""},
+            "geometry": {"buckets": [[32, 64], [64, 32]]}, "store": {"shard_rows": 2},
+        }
+    )  # fmt: skip
+    shards = list(plan.shards(np.array([1, 0, -1, 0, 0, 1])))
+    assert [(s.bucket, s.inputs.tolist()) for s in shards] == [
+        (None, [2]),
+        (Size(32, 64), [1, 3]),
+        (Size(32, 64), [4]),
+        (Size(64, 32), [0, 5]),
+    ]
+    assert shards[2].name == f"shards/32x64/{plan.id[:8]}-000001.safetensors"
+
+
+def test_a_second_run_writes_nothing_and_does_not_load_the_model(cached, monkeypatch):
+    src, out, model = cached
+    before = stamps(out)
+    for name in ("probe", "decode_image", "read_bytes"):
+        for module in ("inputs", "pipeline", "run"):
+            monkeypatch.delattr(f"capacitor_rt.cache.{module}.{name}", raising=False)
+    report = run(src, out, Forbidden(model))
+    assert (report.inputs, report.cached, report.new_images, report.exit_code) == (8, 8, 0, 0)
+    after = stamps(out)
+    assert after == before
+
+
+def test_the_same_images_elsewhere_give_the_same_files(cached, tmp_path):
+    _src, out, model = cached
+    moved = tmp_path / "elsewhere" / "photos"
+    write_images(moved, 8)
+    run(moved, tmp_path / "out2", model)
+    a, b = snapshot(out), snapshot(tmp_path / "out2")
+    # times of the input files are the one thing that is this machine's own
+    assert {k: v for k, v in a.items() if k != "inputs.parquet"} == {
+        k: v for k, v in b.items() if k != "inputs.parquet"
+    }
+    assert run(moved, out, Forbidden(model)).cached == 8
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"side": 96}, r"geometry\.side 64 -> 96"),
+        ({"area": False}, r"geometry\.mode area -> size"),
+        ({"max_aspect": 2.0}, r"geometry\.max_aspect 4\.0 -> 2\.0"),
+        ({"background": (0, 0, 0)}, r"geometry\.background \[255, 255, 255\] -> \[0, 0, 0\]"),
+        ({"dtype": "fp32"}, r"store\.dtype bfloat16 -> float32"),
+        ({"posterior": True}, r"store\.posterior False -> True"),
+        ({"flip": True}, r"store\.flip False -> True"),
+        ({"batch": 4}, r"store\.batch 2 -> 4"),
+        ({"shard_rows": 5}, r"store\.shard_rows 3 -> 5"),
+    ],
+)
+def test_other_settings_are_refused_by_field(cached, change, message):
+    src, out, model = cached
+    before = snapshot(out)
+    settings = {"side": 64, "area": True, "shard_rows": 3, "batch": 2} | change
+    with pytest.raises(CacheError, match=message) as error:
+        run(src, out, model, Request(**settings))
+    # an aspect is a matter of areas alone
+    assert str(error.value).count("->") == 1 + ("area" in change)
+    assert snapshot(out) == before
+
+
+def test_another_model_is_refused_and_the_same_under_another_name_is_not(cached, tmp_path):
+    src, out, _model = cached
+    with pytest.raises(CacheError, match=r"model\.sha256 [0-9a-f]{64} -> [0-9a-f]{64}"):
+        run(src, out, small_model(seed=1))
+    with pytest.raises(CacheError, match=r"model\.config\.latent_running_stats_eps 0\.0001 -> 0\.001"):
+        run(src, out, small_model(latent_running_stats_eps=1e-3))
+    with pytest.raises(CacheError, match=r"model\.compute_dtype float32 -> bfloat16"):
+        run(src, out, small_model().to(dtype=torch.bfloat16))
+
+
+def test_checkpoints_are_identified_by_content_not_by_name(tmp_path):
+    model = small_model()
+    write_images(tmp_path / "src", 3)
+    for name in ("one", "two"):
+        model.save_pretrained(tmp_path / name)
+    run(tmp_path / "src", tmp_path / "out", tmp_path / "one")
+    before = snapshot(tmp_path / "out")
+    assert run(tmp_path / "src", tmp_path / "out", tmp_path / "two").new_images == 0
+    assert snapshot(tmp_path / "out") == before
+
+
+def test_left_out_batch_and_shard_rows_are_those_of_the_plan(cached):
+    src, out, model = cached
+    assert run(src, out, Forbidden(model), Request(64, area=True)).new_images == 0
+
+
+def test_added_removed_and_changed_inputs_are_refused_by_name(cached):
+    src, out, model = cached
+    before = snapshot(out)
+    (src / "003.png").unlink()
+    write_images(src / "more", 5)
+    Image.new("RGB", (9, 9)).save(src / "000.png")
+    with pytest.raises(CacheError) as error:
+        run(src, out, model)
+    text = str(error.value)
+    assert "5 added: 'more/000.png', 'more/001.png', 'more/002.png', ..." in text
+    assert "1 removed: '003.png'" in text
+    assert "1 changed: '000.png'" in text
+    assert "new OUT" in text
+    assert snapshot(out) == before
+
+
+def test_an_edited_file_of_the_same_size_is_found_by_its_bytes(cached):
+    src, out, model = cached
+    path = src / "002.png"
+    data = path.read_bytes()
+    os.utime(path, ns=(1, 1))
+    assert run(src, out, Forbidden(model)).new_images == 0
+    path.write_bytes(data[:-20] + bytes([data[-20] ^ 1]) + data[-19:])
+    with pytest.raises(CacheError, match=r"1 changed: '002\.png'"):
+        run(src, out, model)
+
+
+def test_damaged_plan_and_input_table_are_named(cached):
+    src, out, model = cached
+    plan = (out / "plan.json").read_text()
+    for bad in ("", plan[: len(plan) // 2], plan.replace('"side": 64', '"side": 96'), "[]", "{}"):
+        (out / "plan.json").write_text(bad)
+        with pytest.raises(CacheError, match=r"plan\.json is damaged .*new OUT"):
+            run(src, out, model)
+    (out / "plan.json").write_text(json.dumps({**json.loads(plan), "format": "capacitor-latents/9"}))
+    with pytest.raises(CacheError, match="capacitor-latents/9"):
+        run(src, out, model)
+    (out / "plan.json").write_text(plan)
+    flip_byte(out / "inputs.parquet", 200)
+    with pytest.raises(CacheError, match=r"inputs\.parquet is .*damaged"):
+        run(src, out, model)
+
+
+def test_a_plan_that_was_never_finished_is_made_anew(cached):
+    src, out, model = cached
+    whole = snapshot(out)
+    for name in ("index", "shards"):
+        shutil.rmtree(out / name)
+    for name in ("plan.json", "commits.jsonl", "quarantine.jsonl"):
+        (out / name).unlink()
+    (out / "inputs.parquet").write_bytes(b"half a table")
+    (out / "plan.json.tmp-0123").write_text("half a plan")
+    run(src, out, model)
+    assert snapshot(out) == whole
+
+
+def test_folders_that_are_no_cache_are_refused_and_left_alone(tmp_path):
+    src, out = tmp_path / "src", tmp_path / "out"
+    write_images(src, 1)
+    out.mkdir()
+    (out / "thesis.tex").write_text("x")
+    with pytest.raises(CacheError, match=r"no latent cache: it holds 'thesis\.tex'"):
+        run(src, out, small_model())
+    assert snapshot(out) == {"thesis.tex": b"x"}
+    with pytest.raises(CacheError, match=r"cannot use .*Not a directory"):
+        run(src, out / "thesis.tex", small_model())
+    with pytest.raises(CacheError, match=r"is not empty and no latent cache"):
+        run(src, src, small_model())
+
+
+def test_what_is_refused_leaves_no_folder_behind(tmp_path):
+    model = small_model()
+    with pytest.raises(CacheError, match="No such file"):
+        run(tmp_path / "nowhere", tmp_path / "out", model)
+    write_images(tmp_path / "src", 1)
+    with pytest.raises(InputError, match="100 is not a multiple of 32: use 96 or 128"):
+        run(tmp_path / "src", tmp_path / "out", model, Request(100))
+    with pytest.raises(CacheError, match="deterministic"):
+        deterministic = small_model(bottleneck_posterior_kind="deterministic")
+        run(tmp_path / "src", tmp_path / "out", deterministic, Request(64, posterior=True))
+    with pytest.raises(CacheError, match="decoder only"):
+        run(tmp_path / "src", tmp_path / "out", small_model(encoder_depth=0))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_without_write_permission_is_refused(tmp_path, as_nobody):
+    write_images(tmp_path / "src", 1)
+    (tmp_path / "locked").mkdir(mode=0o555)
+    model = small_model()
+    with as_nobody(tmp_path):
+        for out in (tmp_path / "locked", tmp_path / "locked" / "out"):
+            with pytest.raises(CacheError, match=r"cannot (write to|create) .*Permission denied: give an OUT"):
+                run(tmp_path / "src", out, model)
+
+
+def test_forecast_counts_and_writes_nothing(cached, tmp_path):
+    src, out, model = cached
+    (src / "broken.png").write_text("no image")
+    new = forecast(src, tmp_path / "new", Forbidden(model), REQUEST, progress=False)
+    assert sum(new.buckets.values()) == 8
+    assert new.quarantined == {"not_an_image": 1}
+    # 8 channels of 2 bytes on a grid of 1/16: 8 rows of 64^2 pixels
+    assert new.nbytes == new.todo_nbytes == 8 * 8 * 16 * 2
+    assert not (tmp_path / "new").exists()
+    (src / "broken.png").unlink()
+    old = forecast(src, out, Forbidden(model), REQUEST, progress=False)
+    assert (old.shards, old.todo, old.todo_nbytes) == (new.shards, 0, 0)
+
+
+def test_the_cache_may_lie_among_its_inputs(tmp_path):
+    model = small_model()
+    write_images(tmp_path, 3)
+    run(tmp_path, tmp_path / "cache", model)
+    before = stamps(tmp_path)
+    assert run(tmp_path, tmp_path / "cache", Forbidden(model)).cached == 3
+    assert stamps(tmp_path).keys() == before.keys()

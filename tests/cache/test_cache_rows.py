@@ -1,0 +1,310 @@
+"""What a cache holds: the latents of the right pixels, for every kind of file; and typed reasons for the rest."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from cache_cases import pixels, small_model, snapshot, stamps, write_images
+from PIL import Image
+from safetensors.torch import load_file
+
+from capacitor_rt.cache import LatentDataset, Request, cache_images
+from capacitor_rt.cache import pipeline as pipeline_module
+from capacitor_rt.cache.inputs import MAX_FILE_BYTES
+from capacitor_rt.cache.scan import path_to_id
+from capacitor_rt.cache.shards import read_index, read_shard_header
+from capacitor_rt.cache.verify import verify
+from capacitor_rt.errors import CacheError
+from capacitor_rt.images.decode import decode_image
+from capacitor_rt.images.geometry import Size, apply, place
+
+
+def run(src, out, model, request, workers=2):
+    return cache_images(src, out, model, request, workers=workers, progress=False)
+
+
+def quarantine(out):
+    return {e["path"]: e["reason"] for e in map(json.loads, (out / "quarantine.jsonl").read_text().splitlines())}
+
+
+def index(out):
+    rows = [row for path in sorted((out / "index").iterdir()) for row in read_index(path).to_pylist()]
+    return {row["id"]: row for row in rows}
+
+
+@pytest.mark.parametrize(("dtype", "torch_dtype"), [("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", "float32")])
+def test_rows_are_the_models_latents_of_the_resized_pixels(tmp_path, dtype, torch_dtype):
+    model = small_model()
+    paths = write_images(tmp_path / "src", 7)
+    run(tmp_path / "src", tmp_path / "out", model, Request(64, area=True, dtype=dtype, shard_rows=3, batch=1))
+    rows = LatentDataset(tmp_path / "out", verify=True)
+    assert [rows[i]["id"] for i in range(7)] == [p.name for p in paths]
+    for i, path in enumerate(paths):
+        image = decode_image(path.read_bytes()).pixels
+        bucket = rows.bucket(i)
+        framed = apply(image, place(Size(*image.shape[:2]), bucket))
+        expected = model.encode(torch.from_numpy(framed)[None])[0].to(getattr(torch, torch_dtype))
+        assert rows[i]["latents"].dtype == expected.dtype
+        assert torch.equal(rows[i]["latents"], expected)
+
+
+def test_posterior_and_mirror_images(tmp_path):
+    model = small_model()
+    paths = write_images(tmp_path / "src", 3, sizes=((64, 64),))
+    request = Request(64, dtype="fp32", posterior=True, flip=True, batch=3)
+    run(tmp_path / "src", tmp_path / "out", model, request)
+    rows = LatentDataset(tmp_path / "out", verify=True)
+    batch = torch.from_numpy(np.stack([np.array(Image.open(p)) for p in paths]))
+    for suffix, images in (("", batch), ("_flip", batch.flip(2))):
+        stored = {k: torch.stack([rows[i][k + suffix] for i in range(3)]) for k in ("latents", "logsnr")}
+        assert torch.equal(stored["latents"], model.encode(images))
+        assert torch.equal(stored["logsnr"], model.encode_posterior(images).logsnr)
+
+
+@pytest.mark.parametrize("latent_patch", [1, 2])
+def test_draws_have_the_posteriors_mean_and_spread(tmp_path, latent_patch):
+    model = small_model(latent_patch=latent_patch)
+    path = write_images(tmp_path / "src", 1, sizes=((64, 64),))[0]
+    run(tmp_path / "src", tmp_path / "out", model, Request(64, dtype="fp32", posterior=True))
+    rows = LatentDataset(tmp_path / "out")
+    row = rows[0]
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.stack([rows.draw(row, generator) for _ in range(4000)])
+    mean, logsnr = model.encode_posterior(torch.from_numpy(np.array(Image.open(path)))[None])
+    # from the model itself: samples of the raw posterior, patched and whitened
+    noise = torch.randn(4000, *mean.shape[1:], generator=generator)
+    raw = torch.sigmoid(logsnr).sqrt() * mean + torch.sigmoid(-logsnr).sqrt() * noise
+    if latent_patch == 2:
+        raw = torch.nn.functional.pixel_unshuffle(raw, 2)
+    expected = model.whiten(raw)
+    error = expected.std(0) / 4000**0.5
+    assert ((draws.mean(0) - expected.mean(0)).abs() < 6 * 2**0.5 * error).all()
+    assert torch.allclose(draws.std(0), expected.std(0), rtol=0.1)
+
+
+def test_shards_are_plain_safetensors_with_aligned_data(tmp_path):
+    write_images(tmp_path / "src", 5, sizes=((64, 64),))
+    request = Request(64, posterior=True, flip=True, shard_rows=3)
+    run(tmp_path / "src", tmp_path / "out", small_model(), request)
+    for path in (tmp_path / "out" / "shards" / "64x64").iterdir():
+        tensors = load_file(path)
+        assert set(tensors) == {"latents", "logsnr", "latents_flip", "logsnr_flip"}
+        header = read_shard_header(path)
+        assert header.offsets["latents"] % 4096 == 0
+        assert all(t.shape == (header.rows, 8, 4, 4) and t.dtype == torch.bfloat16 for t in tensors.values())
+        assert path.stat().st_size == header.nbytes
+
+
+def test_index_says_what_became_of_each_input(tmp_path):
+    src, out = tmp_path / "src", tmp_path / "out"
+    src.mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    # stored lying, shown upright: 40 wide, 100 high
+    Image.fromarray(pixels(40, 100)).save(src / "turned.png", exif=exif)
+    run(src, out, small_model(), Request(64, dtype="fp32"))
+    row = index(out)["turned.png"]
+    placement = place(Size(100, 40), Size(64, 64))
+    assert (row["width"], row["height"], row["orientation"]) == (40, 100, 6)
+    assert (row["resize_height"], row["resize_width"]) == (placement.resize.height, placement.resize.width) == (160, 64)
+    assert (row["crop_top"], row["crop_left"]) == (48, 0)
+    latents = LatentDataset(out)[0]["latents"]
+    assert row["min"] == latents.min() and row["max"] == latents.max()
+    assert row["mean"] == pytest.approx(float(latents.mean()), abs=1e-6)
+    assert row["std"] == pytest.approx(float(latents.std(correction=0)), rel=1e-5)
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and ends there."""
+    body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    end = b"IEND"
+    return (
+        b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body))
+        + struct.pack(">I", 0) + end + struct.pack(">I", zlib.crc32(end))
+    )  # fmt: skip
+
+
+def bad_folder(src) -> dict[str, str | None]:
+    """Fill `src` with the difficult files of the world; id -> reason, None for those that are good."""
+    src.mkdir()
+    good = pixels(50, 70)
+    expected: dict[str, str | None] = {}
+
+    def put(name: str | bytes, reason: str | None, data: bytes) -> None:
+        path = os.path.join(os.fsencode(src), os.fsencode(name))
+        with open(path, "wb") as f:
+            f.write(data)
+        expected[path_to_id(os.fsencode(name))] = reason
+
+    def image(name: str, picture: Image.Image, **options) -> None:
+        picture.save(src / name, **options)
+        expected[name] = None
+
+    rgb = Image.fromarray(good)
+    image("rgb.jpg", rgb)
+    image("rgb.png", rgb)
+    image("cmyk.jpg", rgb.convert("CMYK"))
+    image("grey16.png", Image.fromarray((good[..., 0].astype(np.uint16) << 8) + 7))
+    image("palette.png", rgb.quantize(16), transparency=3)
+    image("greyalpha.png", rgb.convert("LA"))
+    image("rgba.webp", rgb.convert("RGBA"))
+    image("dot.png", Image.new("RGB", (1, 1), (9, 8, 7)))
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        image(f"exif{orientation}.jpg", rgb, exif=exif)
+    data = (src / "rgb.png").read_bytes()
+    put("with space.png", None, data)
+    put("new\nline.png", None, data)
+    put(b"not-utf8-\xff.png", None, data)
+    put("zero.jpg", "empty", b"")
+    put("text.jpg", "not_an_image", b"hello, I am a letter")
+    put("cut.png", "truncated", data[: len(data) // 2])
+    put("cut.jpg", "truncated", (src / "rgb.jpg").read_bytes()[:700])
+    put("bomb.png", "too_large", png_header(60000, 60000))
+    image("sliver.png", Image.new("RGB", (1, 60000)))
+    expected["sliver.png"] = "too_large"
+    put("photo.heic", "unsupported", b"\0\0\0\x18ftypheic" + bytes(40))
+    put("private.png", "unreadable", data)
+    os.chmod(src / "private.png", 0)
+    os.mkfifo(src / "pipe.png")
+    (src / "gone.png").symlink_to("nowhere")
+    expected |= {"pipe.png": "unreadable", "gone.png": "unreadable"}
+    with open(src / "huge.tif", "wb") as f:
+        f.truncate(MAX_FILE_BYTES + 1)
+    expected["huge.tif"] = "too_large"
+    (src / "loop").symlink_to(".")
+    return expected
+
+
+def test_difficult_files_are_cached_right_or_quarantined_with_a_reason(tmp_path, as_nobody):
+    src = tmp_path / "src"
+    expected = bad_folder(src)
+    model = small_model()
+    work = tmp_path / "work"
+    work.mkdir(mode=0o777)
+    work.chmod(0o777)
+    before = stamps(src)
+    with as_nobody(tmp_path):
+        report = run(src, work / "out", model, Request(64, dtype="fp32", shard_rows=4, batch=1))
+    assert report.exit_code == 3
+    assert stamps(src) == before
+    rows = index(work / "out")
+    assert {name: row["reason"] for name, row in rows.items()} == expected
+    assert quarantine(work / "out") == {name: reason for name, reason in expected.items() if reason}
+    found = LatentDataset(work / "out", verify=True)
+    assert len(found) == report.cached == sum(reason is None for reason in expected.values())
+    for i in range(len(found)):
+        image = decode_image((src / found.path(i)).read_bytes()).pixels
+        framed = apply(image, place(Size(*image.shape[:2]), Size(64, 64)))
+        assert torch.equal(found[i]["latents"], model.encode(torch.from_numpy(framed)[None])[0]), found[i]["id"]
+    # upright and lying images of one stored picture
+    assert {rows[f"exif{n}.jpg"]["width"] for n in (1, 2, 3, 4)} == {70}
+    assert {rows[f"exif{n}.jpg"]["width"] for n in (5, 6, 7, 8)} == {50}
+    assert verify(work / "out").problems == []
+
+
+def test_messages_do_not_depend_on_the_place(tmp_path, as_nobody):
+    expected = bad_folder(tmp_path / "one")
+    shutil.copytree(
+        tmp_path / "one", tmp_path / "two", symlinks=True, ignore=shutil.ignore_patterns("pipe.png", "*.tif")
+    )
+    for name in ("pipe.png", "huge.tif"):
+        (tmp_path / "one" / name).unlink()
+    for name in ("one", "two"):
+        run(tmp_path / name, tmp_path / f"{name}-out", small_model(), Request(64))
+    one, two = snapshot(tmp_path / "one-out"), snapshot(tmp_path / "two-out")
+    assert one["quarantine.jsonl"] == two["quarantine.jsonl"]
+    assert len(one["quarantine.jsonl"].splitlines()) >= sum(r is not None for r in expected.values()) - 3
+    del one["inputs.parquet"], two["inputs.parquet"]
+    assert one == two
+
+
+def test_two_files_of_one_stem_are_two_rows(tmp_path):
+    src = tmp_path / "src"
+    write_images(src, 1)
+    Image.fromarray(pixels(40, 40, seed=5)).save(src / "000.jpg")
+    run(src, tmp_path / "out", small_model(), Request(32))
+    rows = LatentDataset(tmp_path / "out")
+    assert [rows[i]["id"] for i in range(2)] == ["000.jpg", "000.png"]
+    assert not torch.equal(rows[0]["latents"], rows[1]["latents"])
+
+
+def test_only_the_image_whose_latent_overflows_is_quarantined(tmp_path):
+    # a grey image lies at the mean of this model's statistics, and whitening magnifies what does not beyond float16
+    model = small_model(latent_running_stats_eps=1e-16)
+    model.encoder.blocks[0].layer_scale.zero_()
+    src = tmp_path / "src"
+    src.mkdir()
+    grey = Image.new("RGB", (32, 32), (100, 100, 100))
+    mode = model.encode_posterior(torch.from_numpy(np.array(grey))[None])
+    model.latent_norm_running_mean.copy_((torch.sigmoid(mode.logsnr).sqrt() * mode.mean)[0, :, 0, 0])
+    model.latent_norm_running_var.zero_()
+    for name, colour in (("a", 100), ("b", 250), ("c", 100)):
+        Image.new("RGB", (32, 32), (colour,) * 3).save(src / f"{name}.png")
+    report = run(src, tmp_path / "out", model, Request(32, dtype="fp16", batch=3))
+    assert report.exit_code == 3
+    assert quarantine(tmp_path / "out") == {"b.png": "nan_latent"}
+    rows = LatentDataset(tmp_path / "out", verify=True)
+    assert [rows[i]["id"] for i in range(2)] == ["a.png", "c.png"]
+    assert all(rows[i]["latents"].isfinite().all() for i in range(2))
+
+
+def test_a_model_of_nans_writes_no_shard(tmp_path):
+    model = small_model()
+    model.encoder.to_bottleneck.bias.fill_(float("nan"))
+    write_images(tmp_path / "src", 3)
+    report = run(tmp_path / "src", tmp_path / "out", model, Request(32))
+    assert (report.cached, report.quarantined) == (0, {"nan_latent": 3})
+    assert not (tmp_path / "out" / "shards").exists()
+    assert verify(tmp_path / "out").problems == []
+    with pytest.raises(CacheError, match="none of its 3 inputs could be cached"):
+        LatentDataset(tmp_path / "out")
+
+
+def run_with_change(monkeypatch, change, *args):
+    """`run`, where `change` is called after the headers have been read and before the files are."""
+    original = pipeline_module.Pipeline.run
+
+    def changed(self, shards):
+        change()
+        original(self, shards)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline_module.Pipeline, "run", changed)
+        return run(*args)
+
+
+def test_files_that_change_after_planning_are_quarantined(tmp_path, monkeypatch):
+    src = tmp_path / "src"
+    paths = write_images(src, 4, sizes=((40, 40),), suffix=".bmp")
+    size = paths[0].stat().st_size
+
+    def change():
+        paths[0].write_bytes(paths[0].read_bytes() + b"more")
+        Image.fromarray(pixels(20, 80)).save(paths[1])
+        paths[1].write_bytes(paths[1].read_bytes().ljust(size, b"\0"))
+        paths[2].unlink()
+
+    report = run_with_change(monkeypatch, change, src, tmp_path / "out", small_model(), Request(32))
+    assert report.cached == 1
+    assert quarantine(tmp_path / "out") == {"000.bmp": "changed", "001.bmp": "changed", "002.bmp": "unreadable"}
+
+
+def test_a_source_that_goes_away_stops_the_run_and_quarantines_nothing(tmp_path, monkeypatch):
+    src, out, model = tmp_path / "src", tmp_path / "out", small_model()
+    write_images(src, 4)
+    with pytest.raises(CacheError, match="went away during the run"):
+        run_with_change(monkeypatch, lambda: src.rename(tmp_path / "unmounted"), src, out, model, Request(32))
+    assert (out / "quarantine.jsonl").read_bytes() == b""
+    (tmp_path / "unmounted").rename(src)
+    assert run(src, out, model, Request(32)).cached == 4
+    run(src, tmp_path / "undisturbed", model, Request(32))
+    assert snapshot(out) == snapshot(tmp_path / "undisturbed")
