@@ -4,12 +4,12 @@ Matrices are `[K, N]` row-major, as the launches take them. What is folded (MODE
 
 - AdaLN's `1 + scale` into the rows of W1, gate or layer scale into the columns of W2 and its bias;
 - GRN's beta into the bias of W2: `b2 + beta @ W2`;
-- the decoder's patchify, latent_up, fuse_in and dewhitening into one matrix `[3pp + Z, D]`;
-- the dropped middle path of guidance into a bias of fuse_skip.
+- the decoder's patchify, latent_up, fuse_in and dewhitening into one matrix `[3pp + Z, D]`.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 
@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..config import ModelConfig
 from ..model import FullCapacitor
 
 Statistics = tuple[Tensor, Tensor]
@@ -53,8 +52,8 @@ class PackedEncoder:
 class PackedDecoder:
     """The decoder at one time t. `in_w [3pp+Z,D]`: rows of the image patch, then of the whitened latents.
 
-    `skip_w [2D,D]`: rows of the start blocks' output, then of the middle blocks'; `skip_b_dropped` is the bias that
-    stands for the second half when the middle blocks are dropped. `out_w [D,3pp]`: columns as `patch_w`'s rows.
+    `skip_w [2D,D]`: rows of the start blocks' output, then of the middle blocks', which `drop_feature [D]` replaces in
+    the unconditional pass of guidance. `out_w [D,3pp]`: columns in the order (channel, row, column).
     """
 
     in_w: Tensor
@@ -62,7 +61,7 @@ class PackedDecoder:
     blocks: tuple[PackedBlock, ...]
     skip_w: Tensor
     skip_b: Tensor
-    skip_b_dropped: Tensor
+    drop_feature: Tensor
     out_w: Tensor
     out_b: Tensor
 
@@ -122,16 +121,15 @@ def fold_decoder(model: FullCapacitor, t: float, image_scale: float = 1.0) -> Pa
     latent = up @ fuse_latent
     in_b = _wide(decoder.fuse_in.bias) + _wide(decoder.patchify.proj.bias) @ fuse_patch
     in_b = in_b + _wide(decoder.latent_up.bias) @ fuse_latent + mean @ latent
-    skip, skip_b = _matrix(decoder.fuse_skip), _wide(decoder.fuse_skip.bias)
     modulations = modulations_at(model, t)
     blocks = [*decoder.start_blocks, *decoder.middle_blocks, *decoder.end_blocks]
     return PackedDecoder(
         in_w=torch.cat([image_scale * (patch @ fuse_patch), std[:, None] * latent]),
         in_b=in_b,
         blocks=tuple(fold_block(b, m[:dim], m[dim:]) for b, m in zip(blocks, modulations, strict=True)),
-        skip_w=skip,
-        skip_b=skip_b,
-        skip_b_dropped=skip_b + _wide(decoder.path_drop_mask_feature).flatten() @ skip[dim:],
+        skip_w=_matrix(decoder.fuse_skip),
+        skip_b=_wide(decoder.fuse_skip.bias),
+        drop_feature=_wide(decoder.path_drop_mask_feature).flatten(),
         out_w=_matrix(decoder.out_proj),
         out_b=_wide(decoder.out_proj.bias),
     )
@@ -139,8 +137,6 @@ def fold_decoder(model: FullCapacitor, t: float, image_scale: float = 1.0) -> Pa
 
 def modulations_at(model: FullCapacitor, t: float) -> list[Tensor]:
     """Packed (scale, gate) `[2D]` of every decoder block at time `t`, float64."""
-    import copy
-
     decoder = model.decoder
     # the model's tensors may be on a GPU and in float32; these few are cheap to copy
     embed, base = (copy.deepcopy(m).to("cpu", torch.float64) for m in (decoder.time_embed, decoder.adaln_base))
@@ -163,11 +159,11 @@ def _statistics(model: FullCapacitor) -> Statistics:
     return _wide(model.latent_norm_running_mean), var.sqrt()
 
 
-MATRICES = ("patch_w", "head_w", "in_w", "skip_w", "out_w", "w1", "w2")
+MATRICES = ("patch_w", "head_w", "in_w", "skip_w", "out_w", "w1", "w2", "drop_feature")
 
 
 def pack(folded, dtype: torch.dtype, device: torch.device | str):
-    """Round a folded part once and move it: matrices to `dtype`, everything else to float32."""
+    """Round a folded part once and move it: what meets activations to `dtype`, everything else to float32."""
 
     def convert(name: str, value):
         if isinstance(value, tuple):
@@ -191,9 +187,3 @@ def tensors_of(packed) -> Iterator[Tensor]:
 def nbytes(packed) -> int:
     """Bytes of a packed part."""
     return sum(t.nbytes for t in tensors_of(packed))
-
-
-def decoder_depth(config: ModelConfig) -> tuple[int, int]:
-    """(first middle block, first end block) among the decoder's blocks."""
-    first = config.decoder_start_blocks
-    return first, first + config.decoder_middle_blocks
