@@ -14,6 +14,13 @@ _WITH_ALPHA = ("RGBA", "LA", "PA", "La", "RGBa")
 _DEEP = {f"{kind};16{order}" for kind in ("RGB", "RGBA", "RGBX") for order in "LBN"}
 _OTHER_ORDER = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}
 
+_TURNS = {
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
 
 def to_rgb8(image: Image.Image, background: tuple[int, int, int], reopen: Callable[[], Image.Image]) -> np.ndarray:
     """Pixels of an opened, not yet loaded image: uint8 `[H,W,3]`, contiguous and writable.
@@ -35,18 +42,18 @@ def to_rgb8(image: Image.Image, background: tuple[int, int, int], reopen: Callab
         image = ImageChops.invert(image)
     if image.mode in ("F", "LAB", "HSV"):
         raise ImageError("unsupported", f"samples of mode {image.mode}: convert the file to 8 or 16 bits RGB")
-    return np.array(image.convert("RGB"))
+    # convert() copies an image that is RGB already
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def orient(pixels: np.ndarray, orientation: int) -> np.ndarray:
     """Undo EXIF `orientation` 1-8 of uint8 `[H,W,3]`; contiguous."""
-    if orientation >= 5:
-        pixels = pixels.transpose(1, 0, 2)
-    if orientation in (3, 4, 7, 8):
-        pixels = pixels[::-1]
-    if orientation in (2, 3, 6, 7):
-        pixels = pixels[:, ::-1]
-    return np.ascontiguousarray(pixels)
+    if orientation in _TURNS:
+        # Pillow walks in blocks: half the time of a transposed copy by numpy
+        return np.array(Image.fromarray(pixels).transpose(_TURNS[orientation]))
+    rows = slice(None, None, -1 if orientation in (3, 4) else 1)
+    columns = slice(None, None, -1 if orientation in (2, 3) else 1)
+    return np.ascontiguousarray(pixels[rows, columns])
 
 
 def _deep_samples(image: Image.Image, reopen: Callable[[], Image.Image]) -> np.ndarray | None:
@@ -87,6 +94,9 @@ def _grey16(image: Image.Image) -> np.ndarray:
         if samples.size and (samples.min() < 0 or samples.max() > 65535):
             raise ImageError("unsupported", "32-bit grey samples: convert the file to 8 or 16 bits")
         samples = samples.astype(np.uint16)
+    if image.format == "TIFF" and image.tag_v2.get(262) == 0:
+        # white is zero: Pillow inverts 8 bits and forgets 16
+        samples = 65535 - samples
     return samples
 
 

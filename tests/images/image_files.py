@@ -48,8 +48,10 @@ def png16(samples: np.ndarray, *extra: tuple[bytes, bytes]) -> bytes:
     return png(width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], rows, *extra)
 
 
-def tiff16(samples: np.ndarray, *, big_endian: bool = False, deflate: bool = False) -> bytes:
-    """TIFF of uint16 `[H,W,1 or 3]` in one strip."""
+def tiff16(
+    samples: np.ndarray, *, big_endian: bool = False, deflate: bool = False, white_is_zero: bool = False
+) -> bytes:
+    """TIFF of uint16 `[H,W,1 or 3]` in one strip; `white_is_zero` only says so, for grey."""
     order = ">" if big_endian else "<"
     height, width, channels = samples.shape
     strip = samples.astype(order + "u2").tobytes()
@@ -62,7 +64,7 @@ def tiff16(samples: np.ndarray, *, big_endian: bool = False, deflate: bool = Fal
         (257, long, 1, height),
         (258, short, channels, 16 if channels == 1 else bits_at),
         (259, short, 1, 8 if deflate else 1),
-        (262, short, 1, 1 if channels == 1 else 2),
+        (262, short, 1, 2 if channels == 3 else int(not white_is_zero)),
         (273, long, 1, 8),
         (277, short, 1, channels),
         (278, long, 1, height),

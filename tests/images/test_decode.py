@@ -220,6 +220,12 @@ class TestSixteenBits:
         expected = np.broadcast_to(self.scaled(samples), (9, 20, 3))
         np.testing.assert_array_equal(pixels_of(data), expected)
 
+    @pytest.mark.parametrize("deflate", [False, True])
+    def test_tiff_with_white_as_zero(self, deflate):
+        samples = self.samples(1)
+        expected = np.broadcast_to(self.scaled(65535 - samples), (9, 20, 3))
+        np.testing.assert_array_equal(pixels_of(files.tiff16(samples, deflate=deflate, white_is_zero=True)), expected)
+
     def test_pgm(self):
         samples = self.samples(1)
         data = b"P5 20 9 65535\n" + samples.astype(">u2").tobytes()
@@ -278,6 +284,15 @@ class TestTransparency:
         palette = Image.fromarray(PICTURE).quantize(200)
         np.testing.assert_array_equal(pixels_of(files.encoded(palette, "PNG")), np.array(palette.convert("RGB")))
 
+    @pytest.mark.parametrize(("mode", "key", "other"), [("L", 7, 8), ("1", 0, 255)])
+    def test_grey_key(self, mode, key, other):
+        image = Image.new(mode, (4, 4), key)
+        image.putpixel((2, 1), other)
+        expected = np.full((4, 4, 3), self.BACKGROUND, np.uint8)
+        expected[1, 2] = other
+        data = files.encoded(image, "PNG", transparency=key)
+        np.testing.assert_array_equal(pixels_of(data, background=self.BACKGROUND), expected)
+
     def test_colour_key(self):
         image = Image.new("RGB", (4, 4), (1, 2, 3))
         image.putpixel((2, 1), (1, 2, 4))
@@ -323,6 +338,7 @@ class TestOrientation:
         assert probe(data).orientation == 1
         np.testing.assert_array_equal(pixels_of(data), self.UPRIGHT)
 
+    @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
     @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
     @pytest.mark.parametrize(
         "block",
@@ -358,6 +374,7 @@ def sample_file(format: str, **options) -> bytes:
     return files.encoded(files.texture(60, 80), format, **FORMAT_OPTIONS[format] | options)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 class TestDamage:
     @pytest.mark.parametrize("format", [*FORMAT_OPTIONS, "progressive JPEG"])
     def test_cut_anywhere_is_an_error_or_the_same_picture(self, format):
