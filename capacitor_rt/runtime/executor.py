@@ -1,0 +1,91 @@
+"""Walks a plan on the current stream: arguments are resolved once, a run only launches."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .arena import ALIGNMENT
+from .plan import Plan, Step
+
+
+def broadcast(*, row: Tensor, out: Tensor) -> None:
+    """Fill the rows of `out [T,D]` with `row [D]`."""
+    out.copy_(row.expand_as(out))
+
+
+def combine(*, out: Tensor, coefficients: tuple[float, ...], **images: Tensor) -> None:
+    """`out = sum_i coefficients[i] * x{i}`, elementwise, float32; allocates nothing."""
+    torch.mul(images["x0"], coefficients[0], out=out)
+    for i in range(1, len(coefficients)):
+        out.add_(images[f"x{i}"], alpha=coefficients[i])
+
+
+LOCAL = {"broadcast": broadcast, "combine": combine}
+
+
+def launcher(name: str) -> Callable[..., None]:
+    """The function that runs a step of this name: one of ours, or the launch of that name in its module."""
+    return LOCAL[name] if name in LOCAL else getattr(importlib.import_module(f"capacitor_kernels.{name}"), name)
+
+
+class Executor:
+    """A plan bound to tensors.
+
+    Args:
+        plan: what to run.
+        weights: packed tensors by the names that the plan uses.
+        arena: uint8 memory of at least `plan.arena_bytes`, aligned to 256 bytes.
+        inputs, outputs: tensors of the shapes and dtypes that the plan states.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        weights: Mapping[str, Tensor],
+        arena: Tensor,
+        inputs: Mapping[str, Tensor],
+        outputs: Mapping[str, Tensor],
+    ):
+        _check(plan.inputs, inputs)
+        _check(plan.outputs, outputs)
+        if arena.nbytes < plan.arena_bytes or (arena.nbytes and arena.data_ptr() % ALIGNMENT):
+            raise ValueError(
+                f"arena has {arena.nbytes} bytes, the plan needs {plan.arena_bytes} aligned to {ALIGNMENT}"
+            )
+        self.plan = plan
+        views = {b.name: arena[b.offset :][: _size(b)].view(b.dtype).view(b.shape) for b in plan.buffers}
+        places = {"buffer": views, "weight": weights, "input": inputs, "output": outputs}
+        self._calls = [_bind(step, places) for step in plan.steps]
+
+    def run(self) -> None:
+        """Launch every step in order on the current stream."""
+        for call in self._calls:
+            call()
+
+
+def _bind(step: Step, places: Mapping[str, Mapping[str, Tensor]]) -> Callable[[], None]:
+    tensors = {}
+    for argument, ref in step.args.items():
+        place, name = ref.split(":")
+        tensors[argument] = places[place][name]
+    return functools.partial(launcher(step.kernel), **tensors, **step.options)
+
+
+def _size(buffer: Any) -> int:
+    n = buffer.dtype.itemsize
+    for side in buffer.shape:
+        n *= side
+    return n
+
+
+def _check(expected: Mapping[str, tuple[tuple[int, ...], torch.dtype]], given: Mapping[str, Tensor]) -> None:
+    for name, (shape, dtype) in expected.items():
+        t = given[name]
+        if tuple(t.shape) != shape or t.dtype != dtype or not t.is_contiguous():
+            raise ValueError(f"{name} is {t.dtype} {list(t.shape)}, the plan needs contiguous {dtype} {list(shape)}")
