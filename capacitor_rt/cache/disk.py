@@ -273,13 +273,20 @@ def read_commits(out: Path) -> tuple[dict[str, dict[str, Any]], int]:
     for number, line in enumerate(data[:whole].splitlines(), 1):
         try:
             record = json.loads(line)
+            if {k: type(v) for k, v in record.items()} not in _COMMIT_TYPES:
+                raise ValueError
             commits[record["index"]] = record
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, AttributeError):
             raise CacheError(
                 f"{path} line {number} is damaged: delete that line, and the same cache command "
                 "checks its shard and commits it again"
             ) from None
     return commits, whole
+
+
+_COMMIT = {"index": str, "index_bytes": int, "index_xxh3": str, "inputs": int, "rows": int, "shard_bytes": int}
+# a shard of which no input could be cached has no file
+_COMMIT_TYPES = tuple({**_COMMIT, "shard": kind, "shard_xxh3": kind} for kind in (str, type(None)))
 
 
 class CommitLog:

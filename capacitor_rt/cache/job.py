@@ -19,6 +19,7 @@ import numpy as np
 
 from .. import __version__
 from ..errors import CacheError, InputError
+from ..images.decode import decoder_versions
 from ..images.geometry import Size, bucket_table, square_bucket
 from .disk import PendingFile, canonical_json
 from .encode import ModelIdentity
@@ -197,7 +198,7 @@ def make_plan(request: Request, model: ModelIdentity, inputs: Inputs, buckets: t
         "model": model.fields(),
         "whitening": model.whitening,
         "store": {"dtype": DTYPES[request.dtype], "tensors": tensors},
-        "code": {"capacitor_rt": __version__, **_versions()},
+        "code": code_versions(),
     }
     fields["store"] |= {
         "batch": request.batch or _default_batch(model.device, buckets),
@@ -221,10 +222,9 @@ def _geometry(request: Request) -> dict[str, Any]:
     }
 
 
-def _versions() -> dict[str, str]:
-    from ..images.decode import decoder_versions
-
-    return decoder_versions()
+def code_versions() -> dict[str, str]:
+    """Versions of what makes the pixels, for the record: they are not part of a plan's identity."""
+    return {"capacitor_rt": __version__, **decoder_versions()}
 
 
 def _default_batch(device: str, buckets: tuple[Size, ...]) -> int:

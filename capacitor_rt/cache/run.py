@@ -24,7 +24,7 @@ from . import disk
 from .disk import TMP, CommitLog, Lock, require_extra, xxh3
 from .encode import BatchEncoder, Checkpoint, Loaded, ModelIdentity, ModelSource, with_whitening
 from .inputs import TABLE, Inputs, changed_inputs, load_inputs, read_header, read_headers
-from .job import PLAN, Plan, Request, Shard, check_plan, load_plan, make_plan
+from .job import PLAN, Plan, Request, Shard, check_plan, code_versions, load_plan, make_plan
 from .pipeline import Loader, Meters, Pipeline, device_threads
 from .quarantine import QUARANTINE, write_quarantine
 from .scan import Scan, scan
@@ -229,6 +229,7 @@ def _prepare(
     if plan:
         inputs = load_inputs(out, plan.fields["inputs"]["sha256"])
         _check_inputs(out, inputs, found)
+        notes += _version_notes(plan)
         return Job(out, plan, inputs, found, None, notes)
     model = source.load(identity) if load else None
     if model is not None:
@@ -249,6 +250,12 @@ def _notes(found: Scan) -> list[str]:
         kinds = ", ".join(f"{ext or 'no extension'} {n}" for ext, n in found.ignored.most_common(5))
         notes.append(f"{found.ignored.total()} files are no images by their extension: {kinds}")
     return notes
+
+
+def _version_notes(plan: Plan) -> list[str]:
+    now, planned = code_versions(), plan.fields["code"]
+    changed = [f"{k} {planned.get(k)} -> {v}" for k, v in now.items() if planned.get(k) != v]
+    return [f"other versions than when the cache was planned: {', '.join(changed)}"] if changed else []
 
 
 def _save(job: Job) -> None:

@@ -107,7 +107,11 @@ def _check_files(root: Path, commit: dict[str, Any]) -> tuple[list[str], list[in
         table = read_index(root / commit["index"], commit["index_xxh3"])
     except CacheError as e:
         return [f"{e}: {hint}", *_check_shard(root, commit, None, hint)], None
-    return _check_shard(root, commit, table, hint), table["input"].to_pylist()
+    problems = _check_shard(root, commit, table, hint)
+    counts = (table.num_rows, table["status"].to_pylist().count(OK), (root / commit["index"]).stat().st_size)
+    if counts != (commit["inputs"], commit["rows"], commit["index_bytes"]):
+        problems.append(f"{COMMITS} is damaged: its line of {commit['index']} does not agree with that file: {hint}")
+    return problems, table["input"].to_pylist()
 
 
 def _check_shard(root: Path, commit: dict[str, Any], index: Any | None, hint: str) -> list[str]:

@@ -1,0 +1,228 @@
+"""Reading a cache back: rows, hashes, workers, and a sampler that never mixes buckets and never repeats a row."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import pickle
+import shutil
+import sys
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from cache_cases import flip_byte, small_model, write_images
+from safetensors.torch import load_file
+from torch.utils.data import DataLoader
+
+from capacitor_rt.cache import BucketBatchSampler, LatentDataset, Request, cache_images
+from capacitor_rt.cache import dataset as dataset_module
+from capacitor_rt.cache.shards import read_shard_header
+from capacitor_rt.errors import CacheError, InputError
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dataset")
+    sizes = ((40, 40), (20, 80), (40, 40), (90, 24))
+    write_images(folder / "src", 23, sizes=sizes)
+    (folder / "src" / "005b.png").write_text("no image")
+    request = Request(64, area=True, shard_rows=4, posterior=True)
+    cache_images(folder / "src", folder / "out", small_model(), request, workers=2, progress=False)
+    return folder / "out"
+
+
+@pytest.fixture
+def rows(cache):
+    return LatentDataset(cache)
+
+
+def test_rows_are_in_the_order_of_the_inputs_and_those_of_the_shards(rows, cache):
+    assert len(rows) == 23
+    ids = [rows[i]["id"] for i in range(23)]
+    assert ids == sorted(ids) and "005b.png" not in ids
+    row = rows[7]
+    assert set(row) == {"latents", "logsnr", "id", "height", "width"}
+    bucket = rows.bucket(7)
+    assert (row["height"], row["width"]) == (bucket.height, bucket.width)
+    assert row["latents"].shape == (8, bucket.height // 16, bucket.width // 16)
+    stored = [t for p in sorted((cache / "shards" / str(bucket)).iterdir()) for t in load_file(p)["latents"]]
+    assert any(torch.equal(t, row["latents"]) for t in stored)
+    assert torch.equal(rows[-1]["latents"], rows[22]["latents"])
+    for i in (23, -24):
+        with pytest.raises(IndexError):
+            rows[i]
+
+
+def test_rows_are_the_callers_own(rows):
+    rows[0]["latents"].zero_()
+    assert rows[0]["latents"].any()
+
+
+def test_few_files_are_open_at_a_time_and_none_before_use(cache, monkeypatch):
+    monkeypatch.setattr(dataset_module, "OPEN_FILES", 2)
+    rows = LatentDataset(cache)
+    before = len(os.listdir("/proc/self/fd"))
+    for i in [*range(23), *range(0, 23, 3)]:
+        rows[i]
+    assert len(os.listdir("/proc/self/fd")) <= before + 2
+
+
+def test_pickles_small_and_without_open_files(rows):
+    first = rows[0]
+    copy = pickle.loads(pickle.dumps(rows))
+    assert len(copy._files) == 0
+    assert torch.equal(copy[0]["latents"], first["latents"])
+    assert len(pickle.dumps(rows)) < 12_000
+
+
+def test_loader_workers_give_the_same_batches(rows):
+    sampler = BucketBatchSampler(rows, 4, seed=3)
+    plain = list(DataLoader(rows, batch_sampler=sampler))
+    for a, b in zip(plain, DataLoader(rows, batch_sampler=sampler, num_workers=2), strict=True):
+        assert a["id"] == b["id"]
+        assert torch.equal(a["latents"], b["latents"]) and torch.equal(a["logsnr"], b["logsnr"])
+
+
+def test_a_damaged_row_is_found_when_it_is_read_and_others_are_not_blamed(cache, tmp_path):
+    root = tmp_path / "copy"
+    shutil.copytree(cache, root)
+    rows = LatentDataset(root, verify=True)
+    number, row = int(rows._shard[9]), int(rows._row[9])
+    path = root / rows._shards[number]
+    shard = read_shard_header(path)
+    flip_byte(path, shard.offsets["logsnr"] + row * shard.row_nbytes)
+    with pytest.raises(CacheError, match=rf"row {row} of .*{path.name} \('{rows._ids[9].as_py()}'\) is damaged"):
+        rows[9]
+    for i in set(range(23)) - {9}:
+        rows[i]
+    LatentDataset(root)[9]
+
+
+def test_damaged_files_are_named(cache, tmp_path):
+    root = tmp_path / "copy"
+    shutil.copytree(cache, root)
+    rows = LatentDataset(root)
+    path = root / rows._shards[int(rows._shard[0])]
+    whole = path.read_bytes()
+    path.write_bytes(whole[:4200])
+    with pytest.raises(CacheError, match=f"{path.name} is damaged: it ends before row"):
+        [LatentDataset(root)[i] for i in range(23)]
+    for bad in (b"", b"\xff" * 100, whole[:8] + b"{" * 4088):
+        path.write_bytes(bad)
+        with pytest.raises(CacheError, match=f"{path.name} is damaged: its header"):
+            LatentDataset(root)[0]
+    path.unlink()
+    with pytest.raises(CacheError, match=f"{path.name} cannot be read: No such file"):
+        LatentDataset(root)[0]
+    index = next((root / "index").glob("64x64*"))
+    flip_byte(index, 100)
+    with pytest.raises(CacheError, match=f"{index.name} is damaged"):
+        LatentDataset(root)
+    with pytest.raises(CacheError, match="is no latent cache"):
+        LatentDataset(tmp_path)
+
+
+def test_an_unfinished_cache_is_opened_only_when_asked(cache, tmp_path):
+    root = tmp_path / "copy"
+    shutil.copytree(cache, root)
+    log = root / "commits.jsonl"
+    log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:3]))
+    with pytest.raises(CacheError, match=r"not finished: \d+ of 24 inputs are done"):
+        LatentDataset(root)
+    assert 0 < len(LatentDataset(root, allow_partial=True)) < 23
+
+
+def test_missing_packages_are_named_with_their_extra(cache, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(CacheError, match=r"pyarrow is not installed: pip install 'capacitor-rt\[cache\]'"):
+        LatentDataset(cache)
+
+
+def test_drawing_needs_logsnr(rows):
+    row = {k: v for k, v in rows[0].items() if k != "logsnr"}
+    with pytest.raises(InputError, match="no logsnr"):
+        rows.draw(row)
+    assert rows.draw(rows[0], torch.Generator().manual_seed(1)).shape == rows[0]["latents"].shape
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_batches_are_of_one_bucket_and_ranks_share_all_rows_once(rows, world_size, shuffle, drop_last):
+    options = {"shuffle": shuffle, "drop_last": drop_last, "world_size": world_size}
+    samplers = [BucketBatchSampler(rows, 2, rank=r, **options) for r in range(world_size)]
+    ranks = [list(s) for s in samplers]
+    assert [len(s) for s in samplers] == [len(b) for b in ranks]
+    batches = [b for rank in ranks for b in rank]
+    for batch in batches:
+        assert 0 < len(batch) <= 2
+        assert len({rows.bucket(i) for i in batch}) == 1
+    given = Counter(i for b in batches for i in b)
+    assert max(given.values()) == 1
+    per_bucket = Counter(rows.bucket(i) for i in range(23))
+    step = 2 * world_size
+    expected = sum(n - n % step if drop_last else n for n in per_bucket.values())
+    assert given.total() == expected
+    if drop_last:
+        assert len({len(rank) for rank in ranks}) == 1
+        assert all(len(b) == 2 for b in batches)
+        for step_batches in zip(*ranks, strict=True):
+            assert len({rows.bucket(b[0]) for b in step_batches}) == 1
+
+
+def test_order_is_a_function_of_seed_and_epoch(rows):
+    def order(seed, epoch):
+        sampler = BucketBatchSampler(rows, 3, seed=seed)
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
+    assert order(0, 0) == order(0, 0)
+    assert len({str(order(s, e)) for s in (0, 1) for e in (0, 1)}) == 4
+    plain = BucketBatchSampler(rows, 3, shuffle=False)
+    assert list(plain) == list(plain)
+    assert all(b == sorted(b) for b in plain)
+
+
+def test_resumes_in_the_middle_of_an_epoch(rows):
+    first = BucketBatchSampler(rows, 2, seed=5)
+    first.set_epoch(2)
+    everything = list(first)
+    going = iter(first)
+    seen = [next(going) for _ in range(4)]
+    assert seen == everything[:4]
+    for state, done in ((first.state_dict(), 4), (first.state_dict(done=3), 3)):
+        again = BucketBatchSampler(rows, 2, seed=5)
+        again.load_state_dict(pickle.loads(pickle.dumps(state)))
+        # what a training loop does at the top of the epoch it resumes
+        again.set_epoch(2)
+        assert list(again) == everything[done:]
+        again.set_epoch(3)
+        first.set_epoch(3)
+        assert list(again) == list(first)
+        first.set_epoch(2)
+        going = iter(first)
+        for _ in range(4):
+            next(going)
+
+
+def test_a_state_of_other_settings_is_refused(rows):
+    state = BucketBatchSampler(rows, 2, seed=5).state_dict()
+    with pytest.raises(InputError, match=r"seed 5 -> 6"):
+        BucketBatchSampler(rows, 2, seed=6).load_state_dict(state)
+    with pytest.raises(InputError, match=r"batch_size 2 -> 3"):
+        BucketBatchSampler(rows, 3, seed=5).load_state_dict(state)
+    with pytest.raises(InputError, match="rank 2"):
+        BucketBatchSampler(rows, 2, rank=2, world_size=2)
+
+
+def test_a_large_index_is_sampled_quickly(rows):
+    rows._bucket = np.random.default_rng(0).integers(0, 3, 1_000_000).astype(np.int32)
+    rows._row = np.zeros(1_000_000, np.int32)
+    sampler = BucketBatchSampler(rows, 64, world_size=8, rank=3)
+    begin = time.process_time()
+    taken = list(itertools.islice(sampler, 100))
+    assert len(sampler) > 1900 and len(taken) == 100
+    assert time.process_time() - begin < 3

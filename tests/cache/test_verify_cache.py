@@ -1,0 +1,135 @@
+"""Every kind of damage on disk is found and named."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from cache_cases import flip_byte, small_model, snapshot, write_images
+
+from capacitor_rt.cache import Request, cache_images
+from capacitor_rt.cache.shards import read_index, read_shard_header
+from capacitor_rt.cache.verify import verify
+from capacitor_rt.errors import CacheError
+
+REQUEST = Request(32, dtype="fp32", flip=True, shard_rows=4)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("verify")
+    write_images(folder / "src", 10)
+    (folder / "src" / "bad.png").write_text("no image")
+    cache_images(folder / "src", folder / "out", small_model(), REQUEST, workers=1, progress=False)
+    return folder
+
+
+@pytest.fixture
+def cache(made, tmp_path):
+    return Path(shutil.copytree(made / "out", tmp_path / "out"))
+
+
+def shards(cache):
+    return sorted((cache / "shards" / "32x32").iterdir())
+
+
+def test_a_sound_cache_has_no_problems(cache):
+    before, seen = snapshot(cache), []
+    found = verify(cache, advance=lambda done, total: seen.append((done, total)))
+    assert found.problems == [] and found.notes == [] and found.unfinished == 0
+    assert (found.inputs, found.rows, found.shards) == (11, 10, 3)
+    assert found.nbytes == sum(p.stat().st_size for p in shards(cache))
+    assert seen == [(n, 4) for n in range(1, 5)]
+    assert snapshot(cache) == before
+
+
+def test_every_byte_counts(cache):
+    """A changed byte in any file is found, in a problem that names the file or what it belongs to."""
+    for path in [p for p in sorted(cache.rglob("*")) if p.is_file()]:
+        whole = path.read_bytes()
+        few = {0, len(whole) // 3, len(whole) // 2, len(whole) - 1}
+        for at in range(0, len(whole), 9) if path.name == "commits.jsonl" else few:
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x15]) + whole[at + 1 :])
+            found = verify(cache)
+            # of the table of inputs, times are not part of the plan; a last line cut off is the trace of a crash
+            assert found.problems or found.unfinished or path.name == "inputs.parquet", (path, at)
+            if path.suffix in (".safetensors", ".json"):
+                assert any(path.name in p for p in found.problems)
+        path.write_bytes(whole)
+    assert verify(cache).problems == []
+
+
+def test_damaged_rows_are_named_with_the_way_out(cache, made):
+    path = shards(cache)[1]
+    shard = read_shard_header(path)
+    for row, name in ((0, "latents"), (2, "latents_flip")):
+        flip_byte(path, shard.offsets[name] + row * shard.row_nbytes + 5)
+    (problem,) = verify(cache).problems
+    assert f"{path} is damaged: 2 of 4 rows do not match their hashes: 0 ('004.png'), 2 ('006.png')" in problem
+    stem = path.name.removesuffix(".safetensors")
+    assert problem.endswith(
+        f"delete shards/32x32/{path.name} and index/32x32-{stem}.parquet, and run the cache command again"
+    )
+    path.unlink()
+    (cache / "index" / f"32x32-{stem}.parquet").unlink()
+    cache_images(made / "src", cache, small_model(), REQUEST, progress=False)
+    assert snapshot(cache) == snapshot(made / "out")
+
+
+def test_damage_outside_the_rows_is_told_apart(cache):
+    path = shards(cache)[0]
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b'"bucket":"32x32"', b'"bucket":"32x33"'))
+    assert "its header or its commit line; all rows match" in verify(cache).problems[0]
+    path.write_bytes(data[:-10])
+    assert "it ends before row" in verify(cache).problems[0]
+    path.unlink()
+    assert "cannot be read (No such file" in verify(cache).problems[0]
+
+
+def test_missing_and_damaged_indexes_are_named(cache):
+    index = sorted((cache / "index").iterdir())
+    flip_byte(index[0], 30)
+    index[1].unlink()
+    problems = verify(cache).problems
+    assert len(problems) == 2
+    assert index[0].name in problems[0] and "is damaged: its hash" in problems[0]
+    assert index[1].name in problems[1] and "cannot be read" in problems[1]
+
+
+def test_swapped_shards_are_found(cache):
+    a, b = shards(cache)[:2]
+    a.rename(cache / "x")
+    b.rename(a)
+    (cache / "x").rename(b)
+    assert len(verify(cache).problems) == 2
+
+
+def test_quarantine_log_and_plan_are_checked(cache):
+    (cache / "quarantine.jsonl").write_text("")
+    assert "quarantine.jsonl is missing or does not match the index" in verify(cache).problems[0]
+    (cache / "plan.json").unlink()
+    assert "plan.json is missing" in verify(cache).problems[0]
+
+
+def test_unfinished_is_no_damage_and_strangers_are_noted(cache):
+    lines = (cache / "commits.jsonl").read_bytes().splitlines(keepends=True)
+    (cache / "commits.jsonl").write_bytes(b"".join(lines[:-1]) + lines[-1][:20])
+    (cache / "shards" / "half.safetensors.tmp-12").write_text("x")
+    found = verify(cache)
+    assert found.problems == [] and found.unfinished == 1
+    assert any("left by a killed run" in note for note in found.notes)
+    assert sum("not committed, or foreign" in note for note in found.notes) == 2
+
+
+def test_a_folder_without_a_cache_is_refused(tmp_path):
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(CacheError, match="is no latent cache"):
+            verify(path)
+
+
+def test_index_rows_add_up(cache):
+    tables = [read_index(p) for p in (cache / "index").iterdir()]
+    inputs = sorted(i for t in tables for i in t["input"].to_pylist())
+    assert inputs == list(range(11))
