@@ -209,9 +209,11 @@ def _open(stream: BinaryIO, name: str, max_pixels: int) -> ImageFile.ImageFile:
     with _decoder_errors(stream, name, None):
         stream.seek(0)
         head = stream.read(16)
-    format = next((f for f in _KNOWN_FORMATS if Image.OPEN[f][1](head)), None)
+    format, complaint = _identify(head)
     if format is None:
         raise _unidentified(head, name)
+    if complaint:
+        raise ImageError(UNSUPPORTED, f"{name} is {format}: {complaint}")
     with _decoder_errors(stream, name, format):
         stream.seek(0)
         image = Image.OPEN[format][0](stream, "")
@@ -252,6 +254,15 @@ def _reason(stream: BinaryIO, detail: str, opening: str | None) -> str:
     return TRUNCATED if "truncat" in detail or _ends_early(stream) else CORRUPT
 
 
+def _identify(head: bytes) -> tuple[str | None, str]:
+    """Format by the first 16 bytes, None if unknown; and why this build of Pillow cannot decode it, or nothing."""
+    for format in _KNOWN_FORMATS:
+        accepted = Image.OPEN[format][1](head)
+        if accepted:
+            return format, accepted if isinstance(accepted, str) else ""
+    return None, ""
+
+
 def _unidentified(head: bytes, name: str) -> ImageError:
     known = next((kind for at, mark, kind in _OTHERS if head[at : at + len(mark)] == mark), None)
     if known is None:
@@ -269,7 +280,7 @@ def _ends_early(stream: BinaryIO) -> bool:
         tail = stream.read()
     except (OSError, ValueError):
         return False
-    format = next((f for f in _KNOWN_FORMATS if Image.OPEN[f][1](head)), None)
+    format, _ = _identify(head)
     if format == "TIFF":
         # the directory often stands behind the pixels
         return int.from_bytes(head[4:8], "little" if head[:1] == b"I" else "big") + 2 > size

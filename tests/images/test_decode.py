@@ -437,6 +437,12 @@ class TestDamage:
             decode_image(head + bytes(64))
         assert caught.value.reason == "unsupported"
 
+    def test_a_build_of_pillow_without_the_codec_is_told(self, monkeypatch):
+        monkeypatch.setitem(Image.OPEN, "WEBP", (None, lambda head: b"WEBP" in head and "WEBP support not installed"))
+        with pytest.raises(ImageError, match="is WEBP: WEBP support not installed") as caught:
+            decode_image(b"RIFF\0\0\0\0WEBPVP8 " + bytes(99))
+        assert caught.value.reason == "unsupported"
+
     def test_twelve_bit_jpeg_is_unsupported(self):
         data = bytearray(files.encoded(PICTURE, "JPEG"))
         data[data.index(b"\xff\xc0") + 4] = 12
