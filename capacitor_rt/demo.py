@@ -42,7 +42,7 @@ LATENTS_PICTURE = "latents-pca.png"
 class Item:
     """One photograph: `original` and `decoded` uint8 `[H,W,3]`, `latents` float32 `[C,h,w]`, PSNR in dB.
 
-    `note` gives its size and, for the sample model, whether it was trained on.
+    `role` says whether the sample model was trained on it ("trained on", "held out"), and nothing for other models.
     """
 
     name: str
@@ -50,7 +50,13 @@ class Item:
     decoded: np.ndarray
     latents: Tensor
     psnr: float
-    note: str
+    role: str = ""
+
+    @property
+    def note(self) -> str:
+        """Size as width x height, and role."""
+        size = f"{self.original.shape[1]}x{self.original.shape[0]}"
+        return f"{size}, {self.role}" if self.role else size
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,9 @@ class DemoReport:
         """The PSNR of every photograph, the table, and where everything lies."""
         width = max(len(item.name) for item in self.items)
         lines = [f"{item.name:{width}}  {item.psnr:6.2f} dB  {item.note}" for item in self.items]
+        for role in sorted({item.role for item in self.items if item.role}):
+            values = [item.psnr for item in self.items if item.role == role]
+            lines.append(f"{role:{width}}  {np.mean(values):6.2f} dB  mean of {len(values)}")
         lines += [f"{n} files were left out: {reason}" for reason, n in self.cache.quarantined.items()]
         pixels = sum(item.original.nbytes for item in self.items)
         files = {
@@ -136,8 +145,8 @@ def read_back(cache: Path, photos: Path, model: FullCapacitor, roles: Mapping[st
         image = model.decode(latents[None].to(model.device), bucket.height, bucket.width, inference)
         path = photos / dataset.path(i)
         original, decoded = _framed(path, bucket), to_uint8(image[0])
-        note = ", ".join(filter(None, [f"{bucket.width}x{bucket.height}", roles.get(path.name)]))
-        items.append(Item(path.name, original, decoded, latents, psnr(original, decoded), note))
+        role = roles.get(path.name, "")
+        items.append(Item(path.name, original, decoded, latents, psnr(original, decoded), role))
     return items
 
 

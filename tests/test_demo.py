@@ -19,6 +19,7 @@ from capacitor_rt.demo import (
     LABEL,
     LATENTS_PICTURE,
     MARGIN,
+    PHOTOS,
     TOP,
     app,
     principal_colours,
@@ -141,6 +142,18 @@ def test_failure_is_one_line(tmp_path):
     assert result.exit_code == 1
     assert result.stderr.startswith("error:") and str(tmp_path / "nothing") in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_sample_model_on_its_photographs(tmp_path):
+    report = run_demo(tmp_path, area=96, progress=False)
+    roles = {item.name: item.role for item in report.items}
+    assert roles["chelsea.png"] == roles["flower.jpg"] == roles["rocket.jpg"] == "held out"
+    assert roles["astronaut.png"] == "trained on"
+    assert report.cache.exit_code == 0 and len(report.items) == len(list(PHOTOS.glob("*.[jp][pn]g")))
+    # far below the photographs' own size there is more detail in a patch; noise would give 8 dB
+    assert all(item.psnr > 20 for item in report.items), report.render()
+    held_out = np.mean([item.psnr for item in report.items if item.role == "held out"])
+    assert f"{held_out:.2f} dB  mean of 3" in report.render()
 
 
 class TestPrincipalColours:
