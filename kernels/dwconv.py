@@ -275,7 +275,8 @@ def _default(cc: int, shape: Shape, dtype: torch.dtype, use: str) -> DwconvConfi
 
     def make(cols: int, strips_x: int, strips_y: int) -> DwconvConfig:
         warps = max(1, strips_x * strips_y * block_c // 128)
-        return DwconvConfig(cols, strips_x, strips_y, block_c, warps, maxnreg=168 if cols > 8 else None)
+        registers = 168 if cols > 8 else 128 if cols > 4 else 80
+        return DwconvConfig(cols, strips_x, strips_y, block_c, warps, maxnreg=registers)
 
     if use == "latency" and 16 <= tokens <= 4096:
         return make(4 if tokens <= 1024 else 8, 2, 2)

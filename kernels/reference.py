@@ -72,3 +72,89 @@ def dwconv(
     y = F.conv2d(image, kernel, b.to(x.dtype), padding=3, groups=channels)
     y = y.permute(0, 2, 3, 1).reshape(-1, channels)
     return y, y.to(_wide(x.dtype)).square().sum(1, keepdim=True)
+
+
+def patchify(
+    image: torch.Tensor,
+    w: torch.Tensor,
+    b: torch.Tensor,
+    *,
+    patch: int,
+    layout: str = "nchw",
+    latents: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """tokens [T, D]: patches (K in the layout's order), followed by latents, times w plus b, in the dtype of w."""
+    if image.dtype == torch.uint8:
+        image = image.to(_wide(w.dtype)) / 127.5 - 1.0
+    nchw = image if layout == "nchw" else image.permute(0, 3, 1, 2)
+    batch, _, height, width = nchw.shape
+    grid = nchw.reshape(batch, 3, height // patch, patch, width // patch, patch)
+    order = (0, 2, 4, 1, 3, 5) if layout == "nchw" else (0, 2, 4, 3, 5, 1)
+    depth = 3 * patch * patch
+    rows = grid.permute(order).reshape(-1, depth).to(w.dtype)
+    if latents is not None:
+        rows = torch.cat([rows, latents.permute(0, 2, 3, 1).reshape(rows.shape[0], -1).to(w.dtype)], dim=1)
+    return rows @ w + b.to(w.dtype)
+
+
+def head(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    b: torch.Tensor,
+    *,
+    grid: tuple[int, int],
+    channels: int,
+    whiten_mean: torch.Tensor | None = None,
+    whiten_rstd: torch.Tensor | None = None,
+    norm: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(latents, mean, logsnr), each [B, Z, h, w], logsnr None for w [D, Z]: the posterior's mode, whitened."""
+    both = (x @ w + b.to(x.dtype)).to(_wide(x.dtype))
+    both = both.view(-1, *grid, w.shape[1]).permute(0, 3, 1, 2)
+    mean, logsnr = (both, None) if w.shape[1] == channels else both.split(channels, dim=1)
+    if norm:
+        mean = mean * torch.rsqrt(mean.square().mean(1, keepdim=True) + 1e-6)
+    latents = mean if logsnr is None else torch.exp(0.5 * F.logsigmoid(logsnr)) * mean
+    if whiten_mean is not None and whiten_rstd is not None:
+        latents = whiten(latents, whiten_mean, whiten_rstd)
+    return latents, mean, logsnr
+
+
+def fuse_skip(s: torch.Tensor, m: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """out [T, N] = [s, m] @ w + b."""
+    return torch.cat([s, m], dim=1) @ w.to(s.dtype) + b.to(s.dtype)
+
+
+def unpatchify(
+    tokens: torch.Tensor,
+    w: torch.Tensor,
+    b: torch.Tensor,
+    *,
+    patch: int,
+    grid: tuple[int, int],
+    scale_x0: float = 1.0,
+    noise: torch.Tensor | None = None,
+    scale_noise: float = 0.0,
+) -> torch.Tensor:
+    """image [B, 3, H, W] = scale_x0 * PixelShuffle(tokens @ w + b) + scale_noise * noise, float32 or better."""
+    flat = tokens @ w.to(tokens.dtype) + b.to(tokens.dtype)
+    x0 = F.pixel_shuffle(flat.view(-1, *grid, w.shape[1]).permute(0, 3, 1, 2), patch)
+    image = scale_x0 * x0.to(_wide(tokens.dtype))
+    return image if noise is None else image + scale_noise * noise.to(image.dtype)
+
+
+def to_uint8(image: torch.Tensor) -> torch.Tensor:
+    """Pixels in [-1, 1] as bytes: floor(127.5*x + 128), clamped."""
+    return (image * 127.5 + 128.0).floor().clamp(0.0, 255.0).to(torch.uint8)
+
+
+def whiten(z: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor) -> torch.Tensor:
+    """(z - mean) * rstd per channel of [B, Z, h, w], in float32 or better."""
+    wide = _wide(z.dtype)
+    return (z.to(wide) - mean.to(wide).view(-1, 1, 1)) * rstd.to(wide).view(-1, 1, 1)
+
+
+def dewhiten(z: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """z * std + mean per channel of [B, Z, h, w], in float32 or better."""
+    wide = _wide(z.dtype)
+    return z.to(wide) * std.to(wide).view(-1, 1, 1) + mean.to(wide).view(-1, 1, 1)
