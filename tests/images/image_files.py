@@ -1,4 +1,4 @@
-"""Image files made on the spot: what Pillow cannot write, byte by byte."""
+"""Image files made on the spot (what Pillow cannot write, byte by byte), and what is asked of every decoding."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ import struct
 import zlib
 
 import numpy as np
+import pytest
 from PIL import Image
+
+from capacitor_rt.errors import ImageError
+from capacitor_rt.images.decode import REASONS, decode_image, probe
 
 
 def encoded(image: Image.Image | np.ndarray, format: str, **options) -> bytes:
@@ -114,3 +118,21 @@ def exif(orientation: object) -> bytes:
     tags = Image.Exif()
     tags[0x0112] = orientation
     return tags.tobytes()
+
+
+def pixels_of(data: bytes, **options) -> np.ndarray:
+    """Decoded pixels, after checks of form and of `probe`."""
+    decoded = decode_image(data, **options)
+    pixels, header = decoded.pixels, decoded.header
+    assert pixels.dtype == np.uint8 and pixels.shape == (header.height, header.width, 3)
+    assert pixels.flags.c_contiguous and pixels.flags.writeable
+    assert probe(data) == header
+    return pixels
+
+
+def reason_of(data: bytes, **options) -> str:
+    """Why `data` cannot be decoded."""
+    with pytest.raises(ImageError) as caught:
+        decode_image(data, **options)
+    assert caught.value.reason in REASONS
+    return caught.value.reason
