@@ -42,14 +42,14 @@ def cache(
     dtype: Annotated[StoredDtype, typer.Option(help="Stored type of the latents.")] = StoredDtype.bf16,
     posterior: Annotated[bool, typer.Option("--posterior", help="Also store logsnr, to draw from.")] = False,
     flip: Annotated[bool, typer.Option("--flip", help="Also store the latents of the mirrored image.")] = False,
-    batch: Annotated[int | None, typer.Option(min=1, help="Images per encode call [default: by size].")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Images per encode call (default: by size).")] = None,
     shard_rows: Annotated[
-        int | None, typer.Option(min=1, help="Most images per shard [default: as many as make 256 MiB].")
+        int | None, typer.Option(min=1, help="Most images per shard (default: as many as make 256 MiB).")
     ] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Decoding threads [default: every core].")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Decoding threads (default: every core).")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto is a GPU where there is one.")] = "auto",
     compute_dtype: Annotated[
-        StoredDtype | None, typer.Option(help="Of the convolutions [default: bf16 on a GPU, fp32 on a CPU].")
+        StoredDtype | None, typer.Option(help="Of the convolutions (default: bf16 on a GPU, fp32 on a CPU).")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")] = False,
@@ -152,7 +152,7 @@ def _sigterm() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _device(name: str) -> str:

@@ -177,11 +177,28 @@ class BatchEncoder:
     @torch.no_grad()
     def submit(self, pixels: Tensor) -> Encoded:
         """Begin to encode uint8 `[B,H,W,3]`, B at least 1."""
-        begin = time.perf_counter()
-        if self.on_gpu:
+        if not self.on_gpu:
+            begin = time.perf_counter()
+            encoded = self._compute(pixels)
+            self.busy += time.perf_counter() - begin
+            return encoded
+        with torch.cuda.device(self.model.device):
             events = tuple(torch.cuda.Event(enable_timing=True) for _ in range(2))
             pixels = pixels.to(self.model.device, non_blocking=True)
             events[0].record()
+            encoded = self._compute(pixels)
+            events[1].record()
+            return self._to_host(encoded, events)
+
+    def fetch(self, encoded: Encoded) -> Encoded:
+        """Wait until a submitted batch is on the host."""
+        if encoded.events:
+            (begin, end), done = encoded.events
+            done.synchronize()
+            self.busy += begin.elapsed_time(end) / 1e3
+        return encoded
+
+    def _compute(self, pixels: Tensor) -> Encoded:
         tensors = self._encode(pixels, "")
         if "latents_flip" in self.names:
             tensors |= self._encode(pixels.flip(2), "_flip")
@@ -190,20 +207,7 @@ class BatchEncoder:
         low, high = rows.aminmax(dim=1)
         stats = torch.stack((low, high, rows.mean(1), rows.std(1, correction=0)), 1)
         finite = torch.stack([t.isfinite().flatten(1).all(1) for t in tensors.values()]).all(0)
-        encoded = Encoded(tensors, stats, finite)
-        if not self.on_gpu:
-            self.busy += time.perf_counter() - begin
-            return encoded
-        events[1].record()
-        return self._to_host(encoded, events)
-
-    def fetch(self, encoded: Encoded) -> Encoded:
-        """Wait until a submitted batch is on the host."""
-        if encoded.events:
-            done, (begin, end) = encoded.events[1], encoded.events[0]
-            done.synchronize()
-            self.busy += begin.elapsed_time(end) / 1e3
-        return encoded
+        return Encoded(tensors, stats, finite)
 
     def _encode(self, pixels: Tensor, suffix: str) -> dict[str, Tensor]:
         if "logsnr" not in self.names:

@@ -2,7 +2,9 @@
 
 Everything that decides a byte of the shards stands in `plan.json`: the list of inputs (as a hash; the list itself is
 `inputs.parquet`), geometry, model and storage. Shard membership, and within a shard the composition of every batch, are
-functions of the plan, so that a run may end anywhere and another, here or elsewhere, writes the same files.
+functions of the plan, so that a run may end anywhere and another, here or elsewhere, writes the same files: to the bit
+where the model computes the same bits, which torch promises for one kind of device, one number of threads and one
+version. Batches matter too: a row's last bits may depend on the batch it was encoded in.
 """
 
 from __future__ import annotations

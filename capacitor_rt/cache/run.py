@@ -248,7 +248,7 @@ def _notes(found: Scan) -> list[str]:
         )
     if found.ignored:
         kinds = ", ".join(f"{ext or 'no extension'} {n}" for ext, n in found.ignored.most_common(5))
-        notes.append(f"{found.ignored.total()} files are no images by their extension: {kinds}")
+        notes.append(f"left out, as they have no image's extension: {kinds}")
     return notes
 
 

@@ -6,6 +6,7 @@ import os
 import re
 import stat
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -74,7 +75,7 @@ def scan(src: str | Path, skip: Path | None = None) -> Scan:
     if stat.S_ISDIR(mode):
         walk.folders()
     else:
-        walk.add(os.path.basename(root))
+        walk.add(os.path.basename(root), lambda: os.stat(root))
     if not walk.found:
         ignored = ", ".join(f"{n} {ext or 'without extension'}" for ext, n in walk.ignored.most_common(5))
         raise CacheError(
@@ -116,7 +117,7 @@ class _Walk:
 
     def entry(self, folder: bytes, entry: os.DirEntry[bytes]) -> bytes | None:
         """Take note of a directory entry; its path if it is a folder."""
-        path = os.path.join(folder, entry.name)
+        path = folder + b"/" + entry.name if folder else entry.name
         try:
             if entry.is_dir():
                 return path
@@ -124,14 +125,14 @@ class _Walk:
             pass
         extension = os.path.splitext(entry.name)[1].lower()
         if extension in EXTENSIONS:
-            self.add(path)
+            self.add(path, entry.stat)
         else:
             self.ignored[os.fsdecode(extension)] += 1
         return None
 
-    def add(self, path: bytes) -> None:
+    def add(self, path: bytes, look: Callable[[], os.stat_result]) -> None:
         try:
-            info = os.stat(os.path.join(self.root, path))
+            info = look()
         except OSError as e:
             self.fail(path, e.strerror)
             return

@@ -64,7 +64,7 @@ def test_dry_run_counts_and_writes_nothing(cli, tmp_path):
     assert ["quarantined:", "not_an_image", "1"] in lines
     # 6 rows of 8 channels, 16 positions, 2 bytes
     assert "4 shards of at most 2 images, 1.536 kB of latents in all" in result.stdout
-    assert "1 files are no images by their extension: .txt 1" in result.stderr
+    assert "left out, as they have no image's extension: .txt 1" in result.stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 import torch
 from cache_cases import Forbidden, flip_byte, small_model, snapshot, stamps, write_images
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from capacitor_rt.cache import Request, cache_images, forecast
-from capacitor_rt.cache.job import load_plan
+from capacitor_rt.cache.job import Plan, load_plan
+from capacitor_rt.cache.pipeline import Meters, batches
 from capacitor_rt.errors import CacheError, InputError
 from capacitor_rt.images.geometry import Size
 
@@ -50,15 +53,13 @@ def test_layout_of_a_finished_cache(cached):
     assert (out / "quarantine.jsonl").read_bytes() == b""
 
 
-def test_shards_are_contiguous_slices_of_each_bucket():
-    from capacitor_rt.cache.job import Plan
+def plan_of(shard_rows: int, buckets) -> Plan:
+    fixed = {"format": "", "pipeline": 1, "inputs": {}, "model": {"sha256": ""}}
+    return Plan({**fixed, "geometry": {"buckets": buckets}, "store": {"shard_rows": shard_rows}})
 
-    plan = Plan(
-        {
-            "format": "", "pipeline": 1, "inputs": {}, "model": {"sha256": ""},
-            "geometry": {"buckets": [[32, 64], [64, 32]]}, "store": {"shard_rows": 2},
-        }
-    )  # fmt: skip
+
+def test_shards_are_contiguous_slices_of_each_bucket():
+    plan = plan_of(2, [[32, 64], [64, 32]])
     shards = list(plan.shards(np.array([1, 0, -1, 0, 0, 1])))
     assert [(s.bucket, s.inputs.tolist()) for s in shards] == [
         (None, [2]),
@@ -67,6 +68,33 @@ def test_shards_are_contiguous_slices_of_each_bucket():
         (Size(64, 32), [0, 5]),
     ]
     assert shards[2].name == f"shards/32x64/{plan.id[:8]}-000001.safetensors"
+
+
+@given(st.lists(st.integers(-1, 3), max_size=60), st.integers(1, 9), st.integers(1, 9))
+def test_shards_and_batches_partition_the_inputs(bucket_of, shard_rows, batch):
+    plan = plan_of(shard_rows, [[32, 32 * n] for n in range(1, 5)])
+    shards = list(plan.shards(np.array(bucket_of, dtype=np.int32)))
+    assert sorted(i for s in shards for i in s.inputs) == list(range(len(bucket_of)))
+    assert len({s.index for s in shards}) == len(shards)
+    planned = [s for s in shards if s.bucket is not None]
+    for shard in planned:
+        assert 0 < len(shard.inputs) <= shard_rows
+        assert all(plan.buckets[bucket_of[i]] == shard.bucket for i in shard.inputs)
+        assert shard.inputs.tolist() == sorted(shard.inputs.tolist())
+    parts = list(batches(planned, batch))
+    for shard in planned:
+        own = [p for p in parts if p.shard is shard]
+        assert [i for p in own for i in p.inputs] == shard.inputs.tolist()
+        assert all(len(p.inputs) == batch for p in own[:-1])
+        assert [p.last for p in own] == [False] * (len(own) - 1) + [True]
+
+
+def test_the_busiest_stage_limits():
+    meters = Meters(4, {"read": 2.0, "decode": 30.0, "encode": 7.0, "write": 1.0}, wall=10.0)
+    assert meters.occupancy() == pytest.approx({"read": 0.05, "decode": 0.75, "encode": 0.7, "write": 0.1})
+    # read and decode share their threads
+    assert meters.limit() == "decode"
+    assert Meters(8, meters.seconds, 10.0).limit() == "encode"
 
 
 def test_a_second_run_writes_nothing_and_does_not_load_the_model(cached, monkeypatch):
