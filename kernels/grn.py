@@ -47,15 +47,17 @@ class GrnConfig:
 
 
 @triton.jit
-def _ordered_sum(partials_ptr, image, tiles, rf, in_f, HIDDEN: tl.constexpr, UNROLL: tl.constexpr):
+def _ordered_sum(partials_ptr, image, tiles, rf, HIDDEN: tl.constexpr, UNROLL: tl.constexpr):
     """Sum of an image's partials in tile order; UNROLL loads are in flight at a time."""
     acc = tl.zeros(rf.shape, dtype=tl.float32)
     ptrs = partials_ptr + image.to(tl.int64) * tiles * HIDDEN + rf
-    tile = 0
+    tile = tl.full((), 0, tl.int32)
     # not range(): the interpreter of Triton 3.6 cannot take its bounds from an argument under numpy 2.4
     while tile < tiles:
         for ahead in tl.static_range(UNROLL):
-            acc += tl.load(ptrs, mask=in_f & (tile + ahead < tiles), other=0.0)
+            # one comparison of a block: Triton 3.9's interpreter gets `block & scalar` wrong
+            last = tl.where(tile + ahead < tiles, HIDDEN, 0)
+            acc += tl.load(ptrs, mask=rf < last, other=0.0)
             ptrs += HIDDEN
         tile += UNROLL
     return acc
@@ -76,7 +78,7 @@ def grn_fused_kernel(
     image = tl.program_id(0)
     rf = tl.arange(0, BLOCK_F)
     in_f = rf < HIDDEN
-    norms = tl.sqrt(_ordered_sum(partials_ptr, image, tiles, rf, in_f, HIDDEN, UNROLL))
+    norms = tl.sqrt(_ordered_sum(partials_ptr, image, tiles, rf, HIDDEN, UNROLL))
     mean = tl.sum(norms, axis=0) / HIDDEN
     gamma = tl.load(gamma_ptr + rf, mask=in_f, other=0.0).to(tl.float32)
     out = image.to(tl.int64) * HIDDEN + rf
@@ -97,7 +99,7 @@ def grn_norms_kernel(
     image = tl.program_id(0)
     rf = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     in_f = rf < HIDDEN
-    norms = tl.sqrt(_ordered_sum(partials_ptr, image, tiles, rf, in_f, HIDDEN, UNROLL))
+    norms = tl.sqrt(_ordered_sum(partials_ptr, image, tiles, rf, HIDDEN, UNROLL))
     tl.store(norms_ptr + image.to(tl.int64) * HIDDEN + rf, norms, mask=in_f)
 
 
