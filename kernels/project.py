@@ -15,7 +15,8 @@ Measured facts: GPU timings not measured yet. Compiled, Triton 3.6.0, F 3584, D 
 registers / stack bytes / CTAs per SM (`python -m bench.aot` for the rows that ship):
 - sm_90: 128x128x64, 8 warps: 128/0/2 with 3 and with 4 stages (115 KB), because A goes through registers and takes
   no stage of its own; wgmma reads it there. By tensor descriptors the same. 128x256x64 spills 152 to 176 bytes.
-- sm_100: 128x128x64 at 4 warps spills 48 bytes by pointers, 255/0/2 by descriptors, which is what ships.
+- sm_100: 128x128x64 at 4 warps spills 48 bytes by pointers and, with Triton 3.9, 32 by descriptors; 128x128x32 by
+  pointers is 255/0/2 with both, and ships.
 - sm_120: 128x128x32, 4 warps, 4 stages 219/0/2 by pointers; by descriptors 234/8/2; 128x128x64 with 8 warps held
   to 128 registers spills 32 bytes and still has one CTA.
 - 896 columns are seven tiles of 128; a tile of 256 would waste an eighth of the products.

@@ -241,3 +241,21 @@ def test_bf16_at_real_size(batch, tokens, use):
     first = case.run().clone()
     assert_close("out", first, case.reference(), case.reference(torch.bfloat16), max_ratio=0.1)
     assert_same_bits("out", first, case.run())
+
+
+@needs_gpu
+def test_offsets_beyond_32_bits():
+    tokens, batch = 256, 2400
+    if torch.cuda.get_device_properties(DEVICE).total_memory < 24 << 30:
+        pytest.skip("needs 24 GB")
+    shape = {"tokens_per_image": tokens, "dim": 896, "hidden": 3584}
+    config = lookup("project", compute_capability(DEVICE), shape, torch.bfloat16)
+    assert batch * tokens * 3584 > 2**31
+    one = make_case(1, tokens, torch.bfloat16, dim=896, hidden=3584, config=config)
+    h = torch.zeros(batch * tokens, 3584, dtype=torch.bfloat16, device=DEVICE)
+    residual = torch.zeros(batch * tokens, 896, dtype=torch.bfloat16, device=DEVICE)
+    gain = torch.zeros(batch, 3584, dtype=torch.bfloat16, device=DEVICE)
+    h[-tokens:], residual[-tokens:], gain[-1:] = (one.inputs[name] for name in ("h", "residual", "gain"))
+    w2, b2 = one.inputs["w2"], one.inputs["b2"]
+    project(h, gain, w2, b2, residual, residual, tokens_per_image=tokens, config=config)
+    assert_same_bits("last image", residual[-tokens:], one.run())
