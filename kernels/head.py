@@ -274,10 +274,8 @@ def _example(shape: Shape, dtype: torch.dtype, config: GemmConfig) -> list[Launc
         return torch.empty(size, dtype=of, device="meta")
 
     x, w, statistic = empty(2 * per_image, dim, of=dtype), empty(dim, 2 * channels, of=dtype), empty(channels)
-    latents, raw = empty(2, channels, per_image, 1, of=dtype), empty(2, channels, per_image, 1)
-    bias, size = empty(2 * channels), (False, per_image, channels, config)
-    encode = _launches(x, w, bias, latents, None, None, statistic, statistic, *size)
-    return encode + _launches(x, w, bias, None, raw, raw, None, None, *size)
+    latents, bias = empty(2, channels, per_image, 1, of=dtype), empty(2 * channels)
+    return _launches(x, w, bias, latents, None, None, statistic, statistic, False, per_image, channels, config)
 
 
 register(Family("head", GemmConfig, ("dim", "channels"), ("tokens_per_image",), _default, _example))
