@@ -23,7 +23,7 @@ from .. import __version__
 from ..errors import CacheError, InputError
 from ..images.decode import decoder_versions
 from ..images.geometry import Size, bucket_table, square_bucket
-from .disk import PendingFile, canonical_json
+from .disk import PendingFile, canonical_json, read_commits
 from .encode import ModelIdentity
 from .inputs import Inputs
 
@@ -278,10 +278,12 @@ def check_plan(old: Plan, request: Request, model: ModelIdentity, out: Path) -> 
         *_diff("store.", stored, store),
     ]
     if changes:
+        started = any(commit["rows"] for commit in read_commits(out)[0].values())
         raise CacheError(
             f"{out} was planned otherwise, and a cache is never mixed:\n  "
             + "\n  ".join(changes)
-            + "\nuse the old settings, or cache into a new OUT"
+            + "\nuse the old settings, or "
+            + ("cache into a new OUT" if started else f"delete {out}, which holds no latents yet")
         )
 
 

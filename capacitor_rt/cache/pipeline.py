@@ -252,7 +252,12 @@ class Pipeline:
         np.stack(images, out=pixels.numpy())
         for slot in slots:
             slot.pixels = None
-        return self.encoder.submit(pixels)
+        try:
+            return self.encoder.submit(pixels)
+        except torch.OutOfMemoryError as e:
+            raise CacheError(
+                f"not enough GPU memory to encode {len(images)} images of {bucket}: use a smaller batch"
+            ) from e
 
     def _collect(self, writer: ThreadPoolExecutor, batch: Batch, slots: list[Slot], encoded: Encoded | None) -> None:
         self._open.add(slots, self.encoder.fetch(encoded) if encoded else None)

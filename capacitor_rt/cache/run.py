@@ -174,7 +174,7 @@ def forecast(
         job.nbytes(shards),
         job.nbytes(todo),
         job.plan.shard_rows,
-        job.notes,
+        job.notes + _outlook(job, shards, todo),
     )
 
 
@@ -350,7 +350,8 @@ def _outlook(job: Job, shards: list[Shard], todo: list[Shard]) -> list[str]:
     lines = []
     if todo and len(todo) < len(shards):
         lines.append(f"going on: {len(shards) - len(todo)} of {len(shards)} shards are done")
-    need, free = job.nbytes(todo), shutil.disk_usage(job.out).free
+    existing = next(folder for folder in (job.out.absolute(), *job.out.absolute().parents) if folder.exists())
+    need, free = job.nbytes(todo), shutil.disk_usage(existing).free
     if need > free:
         lines.append(
             f"{need / 1e9:.2f} GB are to be written and {job.out} has {free / 1e9:.2f} GB free: "

@@ -277,10 +277,15 @@ class ShardStore:
         except BaseException:
             index.discard()
             raise
-        # the index first: a shard without one would be rows that nobody can name
-        index.publish()
-        if data is not None:
-            data.publish()
+        try:
+            # the index first: a shard without one would be rows that nobody can name
+            index.publish()
+            if data is not None:
+                data.publish()
+        except BaseException:
+            if data is not None:
+                data.discard()
+            raise
         self._commit(shard, len(cached), index, data)
 
     def _chunks(self, shard: Shard, rows: int, pieces: dict[str, list[Tensor]]) -> Iterator[Any]:

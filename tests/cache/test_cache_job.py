@@ -268,6 +268,23 @@ def test_a_folder_without_write_permission_is_refused(tmp_path, as_nobody):
                 run(tmp_path / "src", out, model)
 
 
+def test_a_plan_without_latents_may_be_deleted_and_says_so(cached):
+    src, out, model = cached
+    (out / "commits.jsonl").write_text("")
+    with pytest.raises(CacheError, match=r"batch 2 -> 4\n.*or delete .*, which holds no latents yet"):
+        run(src, out, model, Request(64, area=True, shard_rows=3, batch=4))
+
+
+def test_too_little_space_is_said_beforehand(tmp_path, monkeypatch):
+    write_images(tmp_path / "src", 3)
+    usage = type(shutil.disk_usage(tmp_path))
+    monkeypatch.setattr("capacitor_rt.cache.run.shutil.disk_usage", lambda path: usage(1000, 990, 10))
+    lines: list[str] = []
+    assert run(tmp_path / "src", tmp_path / "out", small_model(), note=lines.append).cached == 3
+    assert "are to be written and" in lines[0] and "0.00 GB free" in lines[0]
+    assert forecast(tmp_path / "src", tmp_path / "new" / "out", small_model(), REQUEST, progress=False).notes
+
+
 def test_forecast_counts_and_writes_nothing(cached, tmp_path):
     src, out, model = cached
     (src / "broken.png").write_text("no image")
