@@ -111,9 +111,9 @@ def run(args: argparse.Namespace) -> int:
 
     device = torch.device(args.device)
     on_gpu = device.type == "cuda"
-    unknown = sorted(set(args.op) - set(catalogue.OPS))
+    unknown = sorted(set(args.op) - set(catalogue.builders()))
     if unknown:
-        raise SystemExit(f"--op {' '.join(unknown)} unknown: choose from {' '.join(catalogue.OPS)}")
+        raise SystemExit(f"--op {' '.join(unknown)} unknown: choose from {' '.join(catalogue.builders())}")
     sizes = catalogue.GPU_SIZES if on_gpu and not args.tiny else catalogue.TINY_SIZES
     sizes = [parse_size(text, args.use) for text in args.size] or sizes
     dtype = getattr(torch, args.dtype or ("bfloat16" if on_gpu else "float32"))

@@ -6,8 +6,9 @@ One call at a time, so launch overhead is part of the figure; for kernel times u
 import pytest
 import torch
 
-from bench.cases import GPU_SIZES, OPS, TINY_SIZES
+from bench.cases import GPU_SIZES, TINY_SIZES, builders
 
+OPS = builders()
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32

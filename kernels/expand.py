@@ -12,7 +12,8 @@ FLOPs 2*T*D*F; bytes (T*D + D*F + T*F) * itemsize + 4*T*sumsq_tiles + 4*F*row_ti
 
 Measured facts: GPU timings not measured yet. Compiled, Triton 3.6.0, D 896, F 3584, bf16, 2026-11-23, as
 registers / stack bytes / CTAs per SM (`python -m bench.aot` for the rows that ship):
-- D and F as constexprs: 128x128x64, 8 warps, 3 stages takes 100/0/2 on sm_90 (112 when they were arguments); held to 128 registers by `maxnreg`, Triton 3.9 spills 8.
+- D and F as constexprs: 128x128x64, 8 warps, 3 stages takes 100/0/2 on sm_90 (112 when they were arguments);
+  held to 128 registers by `maxnreg`, Triton 3.9 spills 8 bytes.
 - exact erf instead of the fit: 163/0/1 on sm_90 at that tile; 128x128 at 4 warps spills 40 to 56 bytes on every
   other GPU; 128x256 on sm_90 spills 80. 128x64x64 at 4 warps holds erf without spills everywhere.
 - tensor descriptors: 128/0/2 on sm_90, no fewer registers than pointer loads, but none of the copy instructions;
