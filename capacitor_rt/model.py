@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from os import PathLike
 from typing import TYPE_CHECKING, NamedTuple
@@ -16,11 +17,13 @@ from .errors import InputError
 
 if TYPE_CHECKING:
     from .checkpoint import CheckpointSource
+    from .runtime.runtime import Runtime
 
-BACKENDS = ("auto", "torch")
+BACKENDS = ("auto", "torch", "triton")
 SIZE_MULTIPLE = 32
 IMAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 LATENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 
 class Posterior(NamedTuple):
@@ -36,23 +39,32 @@ class FullCapacitor(nn.Module):
     Parameters and buffers carry the names of the checkpoint's tensors. `latent_channels` is C, `latent_stride` is s:
     an image `[B,3,H,W]` has latents `[B,C,H/s,W/s]`.
 
+    The Triton backend folds and packs the weights for its GPU. The parameters themselves then stay on the CPU as they
+    were loaded: `state_dict` is exact, and the GPU holds the weights once.
+
     Args:
         config: architecture.
-        backend: "auto" or "torch".
+        backend: "torch"; "triton" (a GPU of compute capability 8.0 or later, or Triton's interpreter); "auto", which is
+            "triton" on such a GPU in bfloat16 or float16 and "torch" elsewhere.
         strict_size: require H and W to be multiples of 32, as the published model does; False admits every
             multiple of the latent stride.
+        low_latency: let the Triton backend run a single image by launches shaped for it. A row's bits then depend on
+            whether it came alone; otherwise they depend neither on the batch nor on the place in it.
     """
 
     latent_norm_running_mean: Tensor | None
     latent_norm_running_var: Tensor | None
 
-    def __init__(self, config: ModelConfig, *, backend: str = "auto", strict_size: bool = True):
+    def __init__(
+        self, config: ModelConfig, *, backend: str = "auto", strict_size: bool = True, low_latency: bool = False
+    ):
         super().__init__()
         if backend not in BACKENDS:
             raise InputError(f"backend {backend!r} is unknown: use one of {', '.join(map(repr, BACKENDS))}")
         self.config = config
         self.backend = backend
         self.strict_size = strict_size
+        self.low_latency = low_latency
         self.source: CheckpointSource | None = None
         self.encoder = reference.Encoder(config) if config.encoder_depth else None
         self.decoder = reference.Decoder(config)
@@ -60,6 +72,10 @@ class FullCapacitor(nn.Module):
             # a decoder-only checkpoint has no statistics: its latents are decoded as they are
             stats = torch.zeros if name.endswith("mean") else torch.ones
             self.register_buffer(name, stats(config.latent_channels) if self.encoder is not None else None)
+        # where the Triton backend runs on a GPU, while the parameters are on the CPU
+        self._placed: tuple[torch.device, torch.dtype] | None = None
+        self._runtime: Runtime | None = None
+        self._number: int | None = None
 
     @classmethod
     def from_pretrained(cls, id_or_path: str | PathLike[str], **kwargs) -> FullCapacitor:
@@ -75,20 +91,72 @@ class FullCapacitor(nn.Module):
         save_pretrained(self, folder)
 
     def _apply(self, fn, recurse=True):
+        device, dtype = self.device, self.dtype
+        probe = fn(torch.empty(0, device=device, dtype=dtype))
+        placed = probe.device.type == "cuda" and self._resolve(probe.device, probe.dtype) == "triton"
+
+        def move(t: Tensor) -> Tensor:
+            if placed:
+                return t.to("cpu")
+            # parameters that waited on the CPU in float32 take the type that the model had
+            return fn(t.to(dtype) if self._placed and t.is_floating_point() else t)
+
         if recurse:
             for module in self.children():
-                module._apply(fn)
-        # what is left are the running statistics: they stay in float32
-        return super()._apply(reference.at_least_float32(fn), recurse=False)
+                module._apply(move)
+        # what is left are the running statistics: they stay in float32, and go along
+        super()._apply(reference.at_least_float32(fn), recurse=False)
+        self._placed = (probe.device, probe.dtype) if placed else None
+        self._free()
+        return self
+
+    def _resolve(self, device: torch.device, dtype: torch.dtype) -> str:
+        """The backend that serves `device` and `dtype`."""
+        if self.backend != "auto":
+            return self.backend
+        config = self.config
+        fits = config.in_channels == 3 and config.depthwise_kernel_size == 7 and dtype in HALF_DTYPES
+        if device.type != "cuda" or not fits or importlib.util.find_spec("triton") is None:
+            return "torch"
+        return "triton" if torch.cuda.get_device_capability(device)[0] >= 8 else "torch"
+
+    @property
+    def runtime(self) -> Runtime | None:
+        """The Triton backend where it serves, made on first use; None where the torch backend does.
+
+        Raises:
+            InputError: the Triton backend was asked for where it cannot run.
+        """
+        if self._runtime is None and self._resolve(self.device, self.dtype) == "triton":
+            from .runtime import ops
+            from .runtime.runtime import Runtime
+
+            self._runtime = Runtime(self, self.device, self.dtype)
+            self._number = ops.register(self)
+        return self._runtime
+
+    def _free(self) -> None:
+        if self._runtime is not None:
+            self._runtime.clear()
+        self._runtime = self._number = None
+
+    def __getstate__(self) -> dict:
+        # graphs and packed weights are made anew where the copy runs
+        return self.__dict__ | {"_runtime": None, "_number": None}
+
+    def load_state_dict(self, *args, **kwargs):
+        self._free()
+        return super().load_state_dict(*args, **kwargs)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the convolutions' weights."""
-        return self.decoder.out_proj.weight.dtype
+        """Type of the convolutions."""
+        return self._placed[1] if self._placed else self.decoder.out_proj.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.decoder.out_proj.weight.device
+        """Where images and latents must be."""
+        return self._placed[0] if self._placed else self.decoder.out_proj.weight.device
 
     @property
     def latent_channels(self) -> int:
@@ -120,7 +188,13 @@ class FullCapacitor(nn.Module):
         Raises:
             InputError: wrong rank, channels, dtype, device or size; a decoder-only model; an input that requires grad.
         """
-        return self.latents_of(self.encode_posterior(image))
+        self._check_image(image)
+        if self.runtime is None or self.config.latent_patch != 1 or image.shape[0] == 0:
+            return self.latents_of(self.encode_posterior(image))
+        with torch.no_grad():
+            if torch.compiler.is_compiling():
+                return torch.ops.capacitor_rt.encode(image, self._number)
+            return self._runtime.encode(image)
 
     def latents_of(self, posterior: Posterior) -> Tensor:
         """Whitened mode, float32 `[B,C,h,w]`, of what `encode_posterior` returned."""
@@ -133,6 +207,12 @@ class FullCapacitor(nn.Module):
             (mean, logsnr), each float32 `[B,Z,H/p,W/p]`.
         """
         self._check_image(image)
+        if self.runtime is not None and image.shape[0]:
+            with torch.no_grad():
+                if torch.compiler.is_compiling():
+                    out = torch.ops.capacitor_rt.posterior(image, self._number)
+                    return Posterior(out[0], out[1] if len(out) > 1 else None)
+                return self._runtime.posterior(image)
         # an enclosing autocast would override the dtypes chosen here
         with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
             image = self._normalise(image)
@@ -170,10 +250,24 @@ class FullCapacitor(nn.Module):
                     f"pass {name}={fits} or leave it out"
                 )
         shape = (batch, self.config.in_channels, *size)
+        if self.runtime is not None and batch:
+            return self._decode_fast(
+                latents, unit_noise(shape, inference_config.seed, latents.device), inference_config
+            )
         with torch.no_grad(), torch.autocast(latents.device.type, enabled=False):
             z = self._unfold_latents(self.dewhiten(latents))
             noise = unit_noise(shape, inference_config.seed, latents.device)
             return sample(self._predictor(z, inference_config), noise, self.config, inference_config)
+
+    def _decode_fast(self, latents: Tensor, noise: Tensor, inference: FullCapacitorInferenceConfig) -> Tensor:
+        with torch.no_grad():
+            if self.config.latent_patch != 1:
+                latents = self._unfold_latents(self.dewhiten(latents))
+            if torch.compiler.is_compiling():
+                settings = (inference.num_steps, inference.sampler, inference.schedule)
+                guidance = (inference.pdg, float(inference.pdg_strength))
+                return torch.ops.capacitor_rt.decode(latents, noise, self._number, *settings, *guidance)
+            return self._runtime.decode(latents, noise, inference)
 
     def reconstruct(self, image: Tensor, inference_config: FullCapacitorInferenceConfig | None = None) -> Tensor:
         """`decode(encode(image))`: float32 `[B,3,H,W]` (NCHW also for an NHWC image)."""

@@ -10,16 +10,13 @@ Matrices are `[K, N]` row-major, as the launches take them. What is folded (MODE
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from .. import reference
 from ..model import FullCapacitor
-
-Statistics = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -145,7 +142,7 @@ def modulations_at(model: FullCapacitor, t: float) -> list[Tensor]:
         return [(base(a) + copy.deepcopy(d).to("cpu", torch.float64)(a))[0] for d in decoder.adaln_deltas]
 
 
-def _statistics(model: FullCapacitor) -> Statistics:
+def _statistics(model: FullCapacitor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the whitening, float64 `[Z]`; of the identity where it cannot be folded.
 
     That is where the model has no statistics, and where its latents are 2x2 patches of the bottleneck: their statistics
@@ -173,17 +170,19 @@ def pack(folded, dtype: torch.dtype, device: torch.device | str):
     return type(folded)(**{f.name: convert(f.name, getattr(folded, f.name)) for f in fields(folded)})
 
 
-def tensors_of(packed) -> Iterator[Tensor]:
-    """Every tensor of a packed part."""
+def named_tensors(packed, prefix: str = "") -> dict[str, Tensor]:
+    """Every tensor of a packed part by the name that plans use, e.g. `blocks.0.w1`."""
+    named: dict[str, Tensor] = {}
     for f in fields(packed):
         value = getattr(packed, f.name)
-        for item in value if isinstance(value, tuple) else (value,):
-            if is_dataclass(item):
-                yield from tensors_of(item)
-            else:
-                yield item
+        if isinstance(value, tuple):
+            for i, item in enumerate(value):
+                named |= named_tensors(item, f"{prefix}{f.name}.{i}.")
+        else:
+            named[prefix + f.name] = value
+    return named
 
 
-def nbytes(packed) -> int:
-    """Bytes of a packed part."""
-    return sum(t.nbytes for t in tensors_of(packed))
+def rows_nhwc(w: Tensor, patch: int) -> Tensor:
+    """`patch_w` with its rows in the order (row, column, channel), for images whose channels lie innermost."""
+    return w.reshape(3, patch, patch, -1).permute(1, 2, 0, 3).reshape(w.shape).contiguous()

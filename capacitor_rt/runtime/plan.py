@@ -23,7 +23,7 @@ from ..config import FullCapacitorInferenceConfig, ModelConfig
 from ..diffusion import NoiseLevel, noise_levels
 from .arena import Buffer, lay_out
 
-DIRECTIONS = ("encode", "posterior", "decode")
+DIRECTIONS = ("encode", "posterior", "decode", "predict")
 Tensors = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
@@ -32,13 +32,14 @@ class Request:
     """What a plan is for; the key under which its CUDA graph is kept.
 
     Attributes:
-        direction: "encode" (image to whitened latents), "posterior" (image to raw mean and logsnr) or "decode".
+        direction: "encode" (image to whitened latents), "posterior" (image to raw mean and logsnr), "decode" (noise and
+            latents to image, all steps) or "predict" (x_t and latents to x0, one step at `time`).
         batch, height, width: images, in pixels.
         dtype: of the weights and activations.
-        image_dtype, layout: of the input image, "nchw" or "nhwc"; for "decode", dtype of the latents and "nchw".
+        image_dtype, layout: of the input image, "nchw" or "nhwc"; in decoding, dtype of the latents and "nchw".
         cc: compute capability, e.g. 90.
         use: "throughput" (a row's bits depend on neither the batch nor its place) or "latency" (one image at a time).
-        inference: sampler settings of "decode"; its seed plays no part.
+        inference: sampler settings of "decode", guidance of "predict"; the seed plays no part.
     """
 
     direction: str
@@ -51,6 +52,7 @@ class Request:
     cc: int
     use: str = "throughput"
     inference: FullCapacitorInferenceConfig | None = None
+    time: float | None = None
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def make_plan(config: ModelConfig, request: Request) -> Plan:
             f"{request.batch} images of {request.height}x{request.width} are not whole patches of {p} pixels"
         )
     builder = _Builder(config, request)
-    return builder.decode() if request.direction == "decode" else builder.encode()
+    return builder.decode() if request.direction in ("decode", "predict") else builder.encode()
 
 
 class _Builder:
@@ -146,6 +148,9 @@ class _Builder:
         self.inputs["latents"] = ((r.batch, self.z, self.h, self.w), r.image_dtype)
         self.outputs["image"] = ((r.batch, 3, r.height, r.width), torch.float32)
         inference = r.inference or FullCapacitorInferenceConfig()
+        if r.direction == "predict":
+            self.predict(0, "input:noise", "output:image", 1.0, None, inference)
+            return self.finish(((r.time, 1.0),))
         levels = noise_levels(self.config, inference)
         start = levels[0].sigma * self.config.pixel_noise_std
         times = tuple((level.t, start if i == 0 else 1.0) for i, level in enumerate(levels[:-1]))

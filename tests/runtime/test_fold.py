@@ -112,5 +112,13 @@ def test_pack_rounds_once(model):
     block, truth = packed.blocks[1], folded.blocks[1]
     assert torch.equal(block.w2, truth.w2.to(torch.bfloat16)) and block.w2.is_contiguous()
     assert torch.equal(block.b2, truth.b2.float()) and block.dw_w.dtype == torch.float32
-    assert fold.nbytes(packed) == sum(t.numel() * t.element_size() for t in fold.tensors_of(packed))
-    assert len(list(fold.tensors_of(packed))) == 6 + 7 * len(packed.blocks)
+    named = fold.named_tensors(packed)
+    assert named["blocks.1.w2"] is block.w2 and len(named) == 6 + 7 * len(packed.blocks)
+
+
+def test_rows_of_nhwc_images(model):
+    w = fold.fold_encoder(model).patch_w
+    image = random(1, 3, 32, 16)
+    nhwc = image.permute(0, 2, 3, 1).reshape(2, 16 * 16 * 3)
+    truth = torch.nn.functional.unfold(image, 16, stride=16)[0].t() @ w
+    assert relative_error(nhwc @ fold.rows_nhwc(w, 16), truth) < TIGHT
