@@ -16,7 +16,7 @@ demo: $(VENV)/.demo
 	$(RUN) -m capacitor_rt.demo --out demo-out
 
 test: $(VENV)/.test
-	$(TEST_ENV) $(RUN) -m pytest -n $(CORES) --dist worksteal -q
+	$(TEST_ENV) $(RUN) -m pytest -n $(CORES) --dist worksteal -q -m 'not slow'
 
 # real sizes under the interpreter, minutes of CPU time; `make test` leaves them out
 test-slow: $(VENV)/.test
@@ -27,7 +27,7 @@ test-newest: $(VENV)/.test
 	$(PYTHON) -m venv $(VENV)-newest
 	$(MAKE) VENV=$(VENV)-newest $(VENV)-newest/.test
 	$(VENV)-newest/bin/python -m pip install -q --no-deps 'triton>=3.6,<3.10' --upgrade
-	$(TEST_ENV) $(VENV)-newest/bin/python -m pytest -n $(CORES) --dist worksteal -q tests/kernels
+	$(TEST_ENV) $(VENV)-newest/bin/python -m pytest -n $(CORES) --dist worksteal -q -m 'not slow' tests/kernels
 
 lint: $(VENV)/.lint
 	$(RUN) -m ruff check .
