@@ -7,6 +7,9 @@ Inside encode and decode both are folded into their neighbours; these are the la
 `whiten()` and `dewhiten()`. A program takes a tile of rows, where a row is one channel of one image.
 
 Two FLOPs an element; bytes B*Z*h*w * (itemsize in + itemsize out).
+
+Measured facts: GPU timings not measured yet. Compiled, Triton 3.6.0, 2026-11-23: 29 to 36 registers, full occupancy on
+every GPU.
 """
 
 from __future__ import annotations

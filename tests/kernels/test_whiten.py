@@ -22,7 +22,7 @@ from capacitor_kernels import reference
 from capacitor_kernels.tuning import COMPUTE_CAPABILITIES, lookup
 from capacitor_kernels.whiten import WhitenConfig, dewhiten, whiten
 
-SHAPES = [(1, 5, 1, 1), (3, 24, 7, 5), (2, 40, 14, 14), (1, 16, 32, 32), (1, 3, 50, 41)]
+SHAPES = [(1, 5, 1, 1), (3, 24, 7, 5), (2, 40, 14, 14), (1, 16, 32, 32), (1, 3, 50, 41), (1, 128, 16, 16)]
 FORMS = {"whiten": (whiten, reference.whiten), "dewhiten": (dewhiten, reference.dewhiten)}
 
 
@@ -45,7 +45,7 @@ def check(form: str, z: torch.Tensor, out_dtype: torch.dtype, config: WhitenConf
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "shape", [(1, 5, 1, 1), (3, 24, 7, 5), (2, 128, 14, 14), (1, 16, 32, 32), (1, 3, 50, 41)], ids=str
+    "shape", [(1, 5, 1, 1), (3, 24, 7, 5), (2, 128, 14, 14), (1, 16, 32, 32), (1, 3, 50, 41), (1, 128, 16, 16)], ids=str
 )
 def test_matches_float64(form, dtype, shape):
     check(form, guarded_input(randn(*shape, seed=3, heavy=True), dtype), dtype)
