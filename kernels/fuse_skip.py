@@ -6,9 +6,9 @@ K runs over the first source, then over the second. Rows of a tile may belong to
 
 FLOPs 4*T*D*N; bytes (2*T*D + 2*D*N + T*N) * itemsize.
 
-Measured facts: GPU timings not measured yet. Compiled, Triton 3.6.0, D = N = 896, bf16, 2026-11-23: two loops, each with
-its own pipeline, in 122 registers on sm_90 (128x128x64, 8 warps, two CTAs an SM) and 230 to 236 on sm_80, 89, 120
-(128x128x32, 4 warps, two CTAs), no spills.
+Measured facts: GPU timings not measured yet. Compiled, Triton 3.6.0, D = N = 896, bf16, 2026-11-23: two
+loops, each with its own pipeline, in 122 registers on sm_90 (128x128x64, 8 warps, two CTAs an SM) and 230 to
+236 on sm_80, 89, 120 (128x128x32, 4 warps, two CTAs), no spills.
 """
 
 from __future__ import annotations

@@ -11,9 +11,9 @@ bottleneck: no logsnr, and the mode is the mean. Tiles are stored along pixels.
 
 FLOPs 2*T*D*2Z; bytes (T*D + D*2Z) * itemsize + T*Z * itemsize of each output.
 
-Measured facts: GPU timings not measured yet. Compiled, Triton 3.6.0, D 896, Z 128, 2026-11-23: 128 tokens x 64 channels of
-both halves take 123 registers on sm_90 (8 warps, two CTAs an SM), 234 to 245 on sm_80, 89, 120 (4 warps, two CTAs), no
-spills.
+Measured facts: GPU timings not measured yet. Compiled, Triton 3.6.0, D 896, Z 128, 2026-11-23: 128 tokens x
+64 channels of both halves take 123 registers on sm_90 (8 warps, two CTAs an SM), 234 to 245 on sm_80, 89, 120
+(4 warps, two CTAs), no spills.
 """
 
 from __future__ import annotations

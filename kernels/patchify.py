@@ -16,12 +16,13 @@ statistic spans a row, so that changes no bit.
 
 FLOPs 2*T*(3pp + Z)*D; bytes T*3pp*itemsize(image) + T*Z*itemsize(latents) + ((3pp + Z)*D + T*D)*itemsize.
 
-Measured facts: GPU timings not measured yet. Compiled, Triton 3.6.0, p 16, D 896, 2026-11-23, as registers / stack bytes
-/ CTAs per SM (`python -m bench.aot` for the rows that ship):
-- both pixel layouts load 16 bytes a thread by cp.async, uint8 NHWC included; sm_90 128x128x64, 8 warps: 112/0/2 from
-  bf16 NCHW, 128/0/2 from uint8 NHWC.
-- the decoder's form has two loops and converts float32 noise on the way: 146/0/1 at that tile, 128/0/2 when held to
-  128 registers, where Triton 3.9 spills 24 bytes; 128x128x32 with 4 stages is 126/0/2 with both, and ships.
+Measured facts: GPU timings not measured yet. Compiled, Triton 3.6.0, p 16, D 896, 2026-11-23, as registers /
+stack bytes / CTAs per SM (`python -m bench.aot` for the rows that ship):
+- both pixel layouts load 16 bytes a thread by cp.async, uint8 NHWC included; sm_90 128x128x64, 8 warps:
+  112/0/2 from bf16 NCHW, 128/0/2 from uint8 NHWC.
+- the decoder's form has two loops and converts float32 noise on the way: 146/0/1 at that tile, 128/0/2 when
+  held to 128 registers, where Triton 3.9 spills 24 bytes; 128x128x32 with 4 stages is 126/0/2 with both, and
+  ships.
 - 128x128 at 4 warps spills 8 bytes on sm_80 in the decoder's form: 128x64 ships on sm_80, 89 and 120.
 """
 

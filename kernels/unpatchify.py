@@ -10,9 +10,10 @@ where they stop: sectors are written whole. Rows of a tile may belong to several
 
 FLOPs 2*T*D*3pp; bytes (T*D + D*3pp) * itemsize + 3pp*T * (itemsize(image) + itemsize(noise)).
 
-Measured facts: GPU timings not measured yet. Compiled, Triton 3.6.0, p 16, D 896, bf16 image, fp32 noise, 2026-11-23: the
-epilogue holds addresses and noise beside the accumulator, so 128x128 takes 192 registers on sm_90 (one CTA an SM) and
-spills 344 to 480 bytes at 4 warps on sm_80 and 120; 128x64 takes 94 (two CTAs) and 176 (two), no spills.
+Measured facts: GPU timings not measured yet. Compiled, Triton 3.6.0, p 16, D 896, bf16 image, fp32 noise,
+2026-11-23: the epilogue holds addresses and noise beside the accumulator, so 128x128 takes 192 registers on
+sm_90 (one CTA an SM) and spills 344 to 480 bytes at 4 warps on sm_80 and 120; 128x64 takes 94 (two CTAs) and
+176 (two), no spills.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ Inside encode and decode both are folded into their neighbours; these are the la
 
 Two FLOPs an element; bytes B*Z*h*w * (itemsize in + itemsize out).
 
-Measured facts: GPU timings not measured yet. Compiled, Triton 3.6.0, 2026-11-23: 29 to 36 registers, full occupancy on
-every GPU.
+Measured facts: GPU timings not measured yet. Compiled, Triton 3.6.0, 2026-11-23: 29 to 36 registers, full
+occupancy on every GPU.
 """
 
 from __future__ import annotations
