@@ -12,13 +12,32 @@ import sys
 import warnings
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from tqdm import tqdm
 
 from .cache.command import cache, verify
 from .errors import CapacitorError, CheckpointError, InputError
+from .options import (
+    Area,
+    Backend,
+    Background,
+    ComputeDtype,
+    Device,
+    Dtype,
+    Images,
+    Model,
+    Revision,
+    Seed,
+    Size,
+    Steps,
+    bar,
+    list_images,
+    load_model,
+    note,
+    parse_background,
+    printable,
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,30 +45,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Fast runtime for the full_capacitor image autoencoder.",
 )
-
-Model = Annotated[str, typer.Option("--model", "-m", help="Hub id, folder, .safetensors file, or 'sample'.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto is a GPU where there is one.")]
-Backend = Annotated[str, typer.Option(help="auto or torch.")]
-SizeOption = Annotated[int | None, typer.Option(min=1, help="Resize and centre-crop to N x N pixels.")]
-AreaOption = Annotated[int | None, typer.Option(min=1, help="About N^2 pixels, in the bucket nearest in aspect.")]
-Background = Annotated[str, typer.Option(help="Colour behind transparent pixels, RRGGBB.")]
-Steps = Annotated[int, typer.Option(min=1, help="Passes through the decoder; the model is made for 1.")]
-Seed = Annotated[int, typer.Option(help="Of the decoder's start noise.")]
-Images = Annotated[list[Path], typer.Argument(help="Image files or folders.", show_default=False)]
-
-
-class Dtype(str, Enum):
-    """Floating point formats by their short names."""
-
-    bf16 = "bf16"
-    fp16 = "fp16"
-    fp32 = "fp32"
-
-    def torch(self):
-        import torch
-
-        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[self.value]
 
 
 class Sampler(str, Enum):
@@ -60,59 +55,6 @@ class Sampler(str, Enum):
 class Schedule(str, Enum):
     linear = "linear"
     cosine = "cosine"
-
-
-ComputeDtype = Annotated[
-    Dtype | None, typer.Option("--compute-dtype", help="Of the convolutions; bf16 on a GPU, fp32 on a CPU.")
-]
-
-
-def load_model(model: str, revision: str | None, device: str, dtype: Dtype | None, backend: str):
-    """The model for a command: "auto" takes a GPU and bfloat16 where there is one, else the CPU and float32."""
-    import torch
-
-    from .model import FullCapacitor
-
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    compute = dtype.torch() if dtype else (torch.bfloat16 if device.startswith("cuda") else torch.float32)
-    return FullCapacitor.from_pretrained(model, revision=revision, device=device, dtype=compute, backend=backend)
-
-
-def parse_background(text: str) -> tuple[int, int, int]:
-    digits = text.removeprefix("#")
-    try:
-        if len(digits) != 6:
-            raise ValueError
-        return tuple(bytes.fromhex(digits))
-    except ValueError:
-        raise InputError(f"background {text!r} is not a colour: write it as RRGGBB, for instance ffffff") from None
-
-
-def list_images(inputs: list[Path]) -> list[tuple[Path, Path]]:
-    """(file, path relative to the input it was found under) of every image; folders are searched."""
-    from .cache.scan import scan
-
-    found = []
-    for item in inputs:
-        if item.is_dir():
-            listing = scan(item)
-            found += [(Path(os.fsdecode(listing.locate(p))), Path(os.fsdecode(p))) for p in listing.paths]
-        elif item.exists():
-            found.append((item, Path(item.name)))
-        else:
-            raise InputError(f"{str(item)!r} does not exist: give image files or folders")
-    return found
-
-
-def bar(items: Any, total: int, unit: str) -> Any:
-    """Progress with rate and ETA on standard error."""
-    return tqdm(items, total=total, unit=unit, disable=None, dynamic_ncols=True, leave=False)
-
-
-def note(message: str) -> None:
-    """A line on standard error that does not tear the progress bar; file names may hold any bytes."""
-    tqdm.write(message.encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
 
 
 def finish(done: int, failed: int, what: str) -> None:
@@ -136,8 +78,8 @@ def encode(
     images: Images,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for NAME.safetensors files.")],
     model: Model = "sample",
-    size: SizeOption = None,
-    area: AreaOption = None,
+    size: Size = None,
+    area: Area = None,
     posterior: Annotated[bool, typer.Option(help="Also store the posterior's raw mean and logsnr.")] = False,
     dtype: Annotated[Dtype, typer.Option(help="Stored type of the latents.")] = Dtype.fp32,
     background: Background = "ffffff",
@@ -228,8 +170,8 @@ def psnr(
     against: Annotated[str | None, typer.Option(help="A second model, compared with the first.")] = None,
     against_backend: Annotated[str | None, typer.Option(help="The same with another backend.")] = None,
     against_dtype: Annotated[Dtype | None, typer.Option(help="The same with another compute type.")] = None,
-    size: SizeOption = None,
-    area: AreaOption = None,
+    size: Size = None,
+    area: Area = None,
     steps: Steps = 1,
     seed: Seed = 0,
     batch: Annotated[int, typer.Option(min=1, help="Images of one size that run together, at most.")] = 8,
@@ -272,7 +214,7 @@ def psnr(
             rows.writerows([s.path, s.height, s.width, *(f"{s.psnr[m]:.4f}" for m in models)] for s in good)
     if not good:
         raise InputError(f"none of the {len(found)} images could be decoded")
-    names = [os.fsencode(s.path).decode("utf-8", "backslashreplace") for s in good]
+    names = [printable(str(s.path)) for s in good]
     table = metrics.PsnrTable.of({name: [s.psnr[name] for s in good] for name in models}, names)
     if json_file and str(json_file) == "-":
         typer.echo(json.dumps(table.to_dict(), indent=2))

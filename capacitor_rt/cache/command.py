@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -15,31 +13,33 @@ import typer
 from tqdm import tqdm
 
 from ..errors import InputError
+from ..options import (
+    Area,
+    Background,
+    ComputeDtype,
+    Device,
+    Dtype,
+    Model,
+    Revision,
+    Size,
+    note,
+    parse_background,
+    resolve_device,
+)
 
 INTERRUPTED = 130
 TERMINATED = 143
 
 
-class StoredDtype(str, Enum):
-    """Floating point formats by their short names."""
-
-    bf16 = "bf16"
-    fp16 = "fp16"
-    fp32 = "fp32"
-
-
-_COMPUTE = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-
-
 def cache(
     src: Annotated[Path, typer.Argument(help="Folder of images (with its subfolders), or one image.")],
     out: Annotated[Path, typer.Argument(help="Folder of the cache: new, empty, or one to go on with.")],
-    model: Annotated[str, typer.Option("--model", "-m", help="Hub id, folder, .safetensors file, or 'sample'.")],
-    size: Annotated[int | None, typer.Option(min=1, help="Cut every image to N x N pixels.")] = None,
-    area: Annotated[int | None, typer.Option(min=1, help="N^2 pixels in aspect-ratio buckets.")] = None,
+    model: Model,
+    size: Size = None,
+    area: Area = None,
     max_aspect: Annotated[float, typer.Option(min=1, help="Longest bucket, as longer side : shorter side.")] = 4.0,
-    background: Annotated[str, typer.Option(help="Colour behind transparent pixels, RRGGBB.")] = "ffffff",
-    dtype: Annotated[StoredDtype, typer.Option(help="Stored type of the latents.")] = StoredDtype.bf16,
+    background: Background = "ffffff",
+    dtype: Annotated[Dtype, typer.Option(help="Stored type of the latents.")] = Dtype.bf16,
     posterior: Annotated[bool, typer.Option("--posterior", help="Also store logsnr, to draw from.")] = False,
     flip: Annotated[bool, typer.Option("--flip", help="Also store the latents of the mirrored image.")] = False,
     batch: Annotated[int | None, typer.Option(min=1, help="Images per encode call (default: by size).")] = None,
@@ -47,11 +47,9 @@ def cache(
         int | None, typer.Option(min=1, help="Most images per shard (default: as many as make 256 MiB).")
     ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Decoding threads (default: every core).")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto is a GPU where there is one.")] = "auto",
-    compute_dtype: Annotated[
-        StoredDtype | None, typer.Option(help="Of the convolutions (default: bf16 on a GPU, fp32 on a CPU).")
-    ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+    device: Device = "auto",
+    compute_dtype: ComputeDtype = None,
+    revision: Revision = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
@@ -67,13 +65,13 @@ def cache(
         from .job import Request
         from .run import cache_images, forecast
 
-        compute = _COMPUTE[compute_dtype.value] if compute_dtype else None
-        source = Checkpoint(model, _device(device), compute, revision)
+        compute = compute_dtype.full_name if compute_dtype else None
+        source = Checkpoint(model, resolve_device(device), compute, revision)
         request = Request(
             side=size or area,
             area=area is not None,
             max_aspect=max_aspect,
-            background=_colour(background),
+            background=parse_background(background),
             dtype=dtype.value,
             posterior=posterior,
             flip=flip,
@@ -83,7 +81,7 @@ def cache(
         if dry_run:
             _print_forecast(forecast(src, out, source, request, workers=workers, progress=not quiet))
             return
-        report = cache_images(src, out, source, request, workers=workers, progress=not quiet, note=_note)
+        report = cache_images(src, out, source, request, workers=workers, progress=not quiet, note=_remark)
     _print_report(report, out)
     if report.exit_code:
         raise typer.Exit(report.exit_code)
@@ -109,11 +107,11 @@ def verify(
 
             found = check(root, workers=workers, advance=advance)
     for line in found.notes:
-        _note(line)
+        _remark(line)
     for line in found.problems:
-        _say(f"damaged: {line}", err=True)
+        note(f"damaged: {line}")
     if found.unfinished:
-        _say(f"unfinished: {found.unfinished} shards are still to be written: run the cache command again", err=True)
+        note(f"unfinished: {found.unfinished} shards are still to be written: run the cache command again")
     state = f"{len(found.problems)} problems" if found.problems else "no damage"
     typer.echo(f"{found.rows} rows of {found.inputs} inputs, {found.shards} shards, {_bytes(found.nbytes)}: {state}")
     if found.problems or found.unfinished:
@@ -127,10 +125,10 @@ def _interruptible() -> Iterator[None]:
         with _sigterm():
             yield
     except _Terminated as e:
-        _say("terminated: finished shards are safe, and the same command goes on from there", err=True)
+        note("terminated: finished shards are safe, and the same command goes on from there")
         raise typer.Exit(TERMINATED) from e
     except KeyboardInterrupt as e:
-        _say("interrupted: finished shards are safe, and the same command goes on from there", err=True)
+        note("interrupted: finished shards are safe, and the same command goes on from there")
         raise typer.Exit(INTERRUPTED) from e
 
 
@@ -155,25 +153,9 @@ def _sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
-def _device(name: str) -> str:
-    if name != "auto":
-        return name
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _colour(text: str) -> tuple[int, int, int]:
-    try:
-        red, green, blue = bytes.fromhex(text.removeprefix("#"))
-    except ValueError:
-        raise InputError(f"background {text!r} is not a colour: write it as RRGGBB, for instance ffffff") from None
-    return red, green, blue
-
-
 def _print_forecast(plan) -> None:
     for line in plan.notes:
-        _note(line)
+        _remark(line)
     typer.echo("bucket (height x width)    images")
     for bucket, count in plan.buckets.items():
         typer.echo(f"{bucket!s:>23}  {count:>8}")
@@ -193,7 +175,11 @@ def _print_report(report, out: Path) -> None:
         typer.echo(f"cached {done}{new}: {rate:.1f} images/s; {report.meters}")
     if report.quarantined:
         reasons = ", ".join(f"{reason} {n}" for reason, n in sorted(report.quarantined.items()))
-        _say(f"{report.quarantined.total()} quarantined ({reasons}): see {out / 'quarantine.jsonl'}", err=True)
+        note(f"{report.quarantined.total()} quarantined ({reasons}): see {out / 'quarantine.jsonl'}")
+
+
+def _remark(line: str) -> None:
+    note(f"note: {line}")
 
 
 def _bytes(n: int) -> str:
@@ -202,13 +188,3 @@ def _bytes(n: int) -> str:
             return f"{n:.4g} {unit}"
         n /= 1000
     return f"{n:.4g} TB"
-
-
-def _note(line: str) -> None:
-    _say(f"note: {line}", err=True)
-
-
-def _say(line: str, err: bool = False) -> None:
-    """Print a line that may hold file names of any bytes, clear of a progress bar."""
-    stream = sys.stderr if err else sys.stdout
-    tqdm.write(line.encode("utf-8", "backslashreplace").decode(), file=stream)
