@@ -17,10 +17,10 @@ whatever the config, so the bits of y depend on nothing but the pixel's neighbou
 Measured facts: GPU timings not measured yet. Compiled, Triton 3.6.0, C 896, bf16, 2026-11-23; instructions
 are counted in the SASS and weighted by the trips of the loop, and the share is that of the 49 FMAs a pixel
 and channel among them:
-- 16 columns, 16x16 grid (no halo): 76 % FMA on sm_80-90, 72 % on sm_120, 144 to 150 registers, 12 warps an
-  SM, no spills. 32x32: 64 % with 128 registers, 16 warps. At full issue that is 112 000 and 132 000 cycles
-  for 32 768 tokens on 132 SMs. sm_100 fuses pairs into FFMA2 and needs 31 % fewer instructions, but held to
-  128 registers it spills.
+- 16 columns, 16x16 grid: 76 % on sm_80-90, 72 % on sm_120 (a tenth less is executed, since taps beside the
+  image are left out), 144 to 150 registers, 12 warps an SM, no spills. 32x32: 64 % with 128 registers, 16
+  warps. At full issue that is 112 000 and 132 000 cycles for 32 768 tokens on 132 SMs. sm_100 fuses pairs
+  into FFMA2 and needs 31 % fewer instructions, but held to 128 registers it spills.
 - the same with 8 columns: 58 %; with 4 (one image at a time): 45 %, 64 to 80 registers.
 - bfloat16 tiles widened by a cast instead of as 32-bit pairs: 60 % where this form has 63, since the upper
   half then takes two instructions.
