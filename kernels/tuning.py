@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import cache, lru_cache
 from importlib import resources
@@ -132,6 +133,7 @@ class Row:
 
 
 _FAMILIES: dict[str, Family] = {}
+_forced: dict[str, tuple[Any, list[dict[str, int]]]] = {}
 
 
 def register(family: Family) -> Family:
@@ -160,7 +162,11 @@ def lookup(family: str, cc: int, shape: Mapping[str, int], dtype: torch.dtype, u
     Raises:
         ValueError: unknown family or use, or a shape that lacks one of the family's keys.
     """
-    return _cached_lookup(family, cc, tuple(sorted(shape.items())), dtype, use)
+    config = _cached_lookup(family, cc, tuple(sorted(shape.items())), dtype, use)
+    if family in _forced:
+        config, seen = _forced[family]
+        seen.append(dict(shape))
+    return config
 
 
 @lru_cache(maxsize=4096)
@@ -186,6 +192,24 @@ def _cached_lookup(name: str, cc: int, items: tuple[tuple[str, int], ...], dtype
         if _distance(family, best, shape) <= REACH_OCTAVES:
             return best.config
     return family.default(base_cc(cc), shape, dtype, use)
+
+
+@contextmanager
+def using(family: str, config: Any) -> Iterator[list[dict[str, int]]]:
+    """Answer every lookup of `family` with `config`; yields the list of shapes that were asked for.
+
+    For measuring candidates and for tests; it holds for all threads of the process.
+    """
+    seen: list[dict[str, int]] = []
+    before = _forced.get(family)
+    _forced[family] = (config, seen)
+    try:
+        yield seen
+    finally:
+        if before is None:
+            del _forced[family]
+        else:
+            _forced[family] = before
 
 
 def _distance(family: Family, row: Row, shape: Shape) -> float:

@@ -156,3 +156,17 @@ def test_default_fits_every_gpu(cc, tokens, n, k, dtype):
 def test_family_is_data():
     family = Family("x", GemmConfig, ("dim",), ("tokens_per_image",), lambda *a: None)
     assert family.example is None and dataclasses.is_dataclass(family)
+
+
+def test_using_forces_a_config_and_lets_go_again():
+    usual = tuning.lookup("expand", 90, SHAPE, BF16)
+    forced = GemmConfig(16, 16, 16, 1, 4, 2)
+    inner = GemmConfig(32, 16, 16, 1, 4, 2)
+    with tuning.using("expand", forced) as seen:
+        assert tuning.lookup("expand", 90, SHAPE, BF16) is forced
+        with tuning.using("expand", inner):
+            assert tuning.lookup("expand", 90, SHAPE, BF16) is inner
+        assert tuning.lookup("expand", 90, SHAPE, BF16) is forced
+        assert tuning.lookup("project", 90, SHAPE, BF16) not in (forced, inner)
+    assert seen == [SHAPE, SHAPE]
+    assert tuning.lookup("expand", 90, SHAPE, BF16) == usual
