@@ -1,0 +1,111 @@
+"""The state of the device around a measurement: who else uses it, what memory a call takes, what float32 means."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+BUSY_BYTES = 1 << 30
+BUSY_PERCENT = 5
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one contender, weights included.
+
+    Attributes:
+        peak_bytes: largest sum of live tensors during a warm call, by torch's allocator; CUDA graphs' pools count.
+        device_bytes: what the driver gave out for it, caches of the allocator included.
+    """
+
+    peak_bytes: int
+    device_bytes: int
+
+
+class MemoryMeter:
+    """Growth since the meter was made, so that what others hold does not count."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._live, self._free = self._now()
+
+    def measure(self, call) -> Memory | None:
+        """Run `call` once, warm, and say what it and everything built since takes; None without a GPU."""
+        if self.device.type != "cuda":
+            return None
+        self._now()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        call()
+        torch.cuda.synchronize(self.device)
+        peak = torch.cuda.max_memory_allocated(self.device)
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return Memory(peak - self._live, max(0, self._free - free))
+
+    def _now(self) -> tuple[int, int]:
+        release(self.device)
+        if self.device.type != "cuda":
+            return 0, 0
+        return torch.cuda.memory_allocated(self.device), torch.cuda.mem_get_info(self.device)[0]
+
+
+def release(device: torch.device) -> None:
+    """Return what nothing refers to any more to the driver."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+
+
+def busy(device: torch.device) -> str | None:
+    """A warning if other processes hold memory or compute on the GPU; call it before this one does."""
+    if device.type != "cuda":
+        return None
+    query = ["nvidia-smi", "-i", str(device.index or 0), "--query-gpu=utilization.gpu,memory.used"]
+    try:
+        done = subprocess.run([*query, "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=20)
+        percent, mib = (int(value) for value in done.stdout.strip().split(","))
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        return None
+    if percent <= BUSY_PERCENT and mib << 20 <= BUSY_BYTES:
+        return None
+    return f"GPU in use by others: {percent} % busy, {mib} MiB taken before the first measurement"
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """float32 products in float32, not in TF32, for the truth."""
+    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, conv.allow_tf32
+    matmul.allow_tf32 = conv.allow_tf32 = False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, conv.allow_tf32 = before
+
+
+def why(error: BaseException) -> str:
+    """One line for a row: why a contender has no figures."""
+    text = (str(error).strip().splitlines() or [""])[0][:200]
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"out of memory: {text}"
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def elapsed_us(work: Callable[[], object], device: torch.device) -> float:
+    """Microseconds of `work` on the current stream of a GPU, by events, or on the CPU, by the clock."""
+    if device.type != "cuda":
+        begin = time.perf_counter()
+        work()
+        return (time.perf_counter() - begin) * 1e6
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e3

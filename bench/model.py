@@ -1,0 +1,141 @@
+"""Encode and decode end to end: this runtime beside the same model in plain torch, compiled and captured.
+
+    python -m bench.model                                 on the GPU: the published rows, then all sizes and batches
+    python -m bench.model --minutes 3 --compile none      what fits in three minutes
+    python -m bench.model --shape encode:8x512 --compile all
+    python -m bench.model --device cpu                    tiny model and shapes, to test the benchmark itself
+
+Prints a line for each contender and appends it as JSON to bench/results/model-<gpu>.jsonl; how it is measured stands in
+`bench.endtoend`. Weights are random, which changes neither time nor memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from .contenders import Contender, Shape
+
+DTYPES = ("bfloat16", "float16", "float32")
+SIZES, BATCHES = (256, 512, 1024, 2048), (1, 8, 32, 128)
+# rows of the published tables, in the order of their value
+NAMED = (
+    ("encode", 128, 256, "card: encode 256x256, batch 128"),
+    ("encode", 32, 512, "card: encode 512x512, batch 32"),
+    ("decode", 1, 512, "capacitor_decoder: decode 512x512, batch 1"),
+    ("decode", 1, 1024, "capacitor_decoder: decode 1024x1024, batch 1"),
+    ("decode", 1, 2048, "capacitor_decoder: decode 2048x2048, batch 1"),
+)
+TINY_NAMED = (("encode", 2, 64, "tiny: encode 64x64, batch 2"), ("decode", 1, 32, "tiny: decode 32x32, batch 1"))
+
+
+def plan_jobs(
+    contenders: Sequence[Contender], shapes: Sequence[Shape], sweep: Sequence[Shape], how: str
+) -> list[tuple[Shape, Sequence[Contender]]]:
+    """Named rows by all that need no compiler, then the compiled ones, then the sweep by the first two."""
+    quick = [c for c in contenders if c.compiles == "no"]
+    slow = [c for c in contenders if c.compiles != "no"]
+    jobs: list[tuple[Shape, Sequence[Contender]]] = [(shape, quick) for shape in shapes]
+    compiled = {"none": [], "first": shapes[:1], "named": shapes, "all": [*shapes, *sweep]}[how]
+    if slow:
+        jobs += [(shape, [*quick[:2], *slow]) for shape in compiled]
+    return jobs + [(shape, quick[:2]) for shape in sweep]
+
+
+def parse_shape(text: str) -> Shape:
+    """DIRECTION:BATCHxSIZE, e.g. encode:8x512."""
+    from .contenders import Shape
+
+    direction, _, rest = text.partition(":")
+    batch, _, size = rest.partition("x")
+    if direction not in ("encode", "decode") or not (batch.isdigit() and size.isdigit()) or int(batch) < 1:
+        raise SystemExit(f"--shape {text} is not DIRECTION:BATCHxSIZE, e.g. encode:8x512 or decode:1x1024")
+    if int(size) < 1 or int(size) % 32:
+        raise SystemExit(f"--shape {text}: {size} is not a positive multiple of 32")
+    return Shape(direction, int(batch), int(size))
+
+
+def arguments(module: str, doc: str, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line that `bench.model` and `bench.flux2` share."""
+    parser = argparse.ArgumentParser(prog=f"python -m bench.{module}", description=doc.splitlines()[0])
+    parser.add_argument("--shape", action="append", default=[], help="DIRECTION:BATCHxSIZE instead of the usual ones")
+    parser.add_argument("--minutes", type=float, default=60.0, help="begin nothing new after this time")
+    parser.add_argument(
+        "--compile", default="named", choices=("none", "first", "named", "all"), help="rows for torch.compile"
+    )
+    parser.add_argument("--no-sweep", action="store_true", help="the published rows only")
+    parser.add_argument("--dtype", choices=DTYPES, help="bfloat16 on a GPU, float32 on the CPU")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--out", type=Path, help=f"JSON lines file; bench/results/{module}-<gpu>.jsonl when absent")
+    return parser.parse_args(argv)
+
+
+def run(module: str, contenders: Sequence[Contender], args: argparse.Namespace, facts: dict[str, Any]) -> int:
+    """Measure what the command line asks for; 1 when a result was wrong or this runtime broke."""
+    from .contenders import TINY, TINY_FLUX2, Setting, Shape
+    from .device import busy
+    from .endtoend import HEADER, Bench
+    from .timing import append_line, ceilings_line, default_results, environment, measure_ceilings
+
+    begin, device = time.monotonic(), torch.device(args.device)
+    on_gpu = device.type == "cuda"
+    dtype = getattr(torch, args.dtype or ("bfloat16" if on_gpu else "float32"))
+    setting = Setting(device, dtype) if on_gpu else Setting(device, dtype, TINY, TINY_FLUX2)
+    shapes = [parse_shape(text) for text in args.shape] or [Shape(*row) for row in (NAMED if on_gpu else TINY_NAMED)]
+    sweep = [] if args.shape or args.no_sweep or not on_gpu else _sweep(shapes)
+    if not on_gpu:
+        contenders = [c for c in contenders if not c.graphs_only]
+        print("on the CPU the kernels are interpreted and the model is tiny: these times say nothing about it")
+    warning = busy(device)
+    if warning:
+        print(f"warning: {warning}", file=sys.stderr)
+    facts = environment(device) | {"busy": warning, "cudnn_benchmark": torch.backends.cudnn.benchmark} | facts
+    out = args.out or default_results(device, module)
+    ceilings = measure_ceilings(device)
+    append_line(out, ceilings_line(ceilings, facts))
+    print(f"ceilings: {ceilings.tflops:.1f} TFLOP/s ({ceilings.matmul_dtype}), {ceilings.gbs:.0f} GB/s\n{HEADER}")
+    bench = Bench(setting, ceilings, facts, out, module, rounds=15 if on_gpu else 1)
+    bench.run(plan_jobs(contenders, shapes, sweep, args.compile), begin + 60 * args.minutes)
+    return 1 if bench.broken else 0
+
+
+def _sweep(named: Sequence[Shape]) -> list[Shape]:
+    """Every size and batch of both directions that is not a named row, small ones first."""
+    from .contenders import Shape
+
+    known = {(s.direction, s.batch, s.size) for s in named}
+    every = [(d, b, s) for s in SIZES for b in BATCHES for d in ("encode", "decode")]
+    return sorted((Shape(*x) for x in every if x not in known), key=lambda s: s.pixels)
+
+
+def check_device(args: argparse.Namespace) -> bool:
+    """Choose the interpreter before triton is imported, or say that there is no GPU."""
+    if args.device == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"
+        return True
+    if torch.cuda.is_available():
+        return True
+    print("no CUDA GPU here: run on one, or use --device cpu to try the benchmark out", file=sys.stderr)
+    return False
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    args = arguments("model", __doc__, argv)
+    if not check_device(args):
+        return 2
+    from .contenders import CAPACITORS
+
+    return run("model", CAPACITORS, args, {})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
