@@ -23,8 +23,12 @@ from .contenders import Contender, Setting, Shape, call_of
 from .device import MemoryMeter, elapsed_us, exact_float32, release, why
 from .timing import Ceilings, Timing, append_line, copies_for, summarise
 
-# relative rms difference from the float32 reference beyond which no time is reported
-LIMITS = {"bfloat16": 4e-2, "float16": 5e-3, "float32": 2e-4}
+# relative rms difference from the float32 reference beyond which no time is reported: in bfloat16 and plain torch random
+# weights give 0.8 % for full_capacitor and 3.6 % for FLUX.2, which is many more layers deep
+LIMITS = {
+    "full_capacitor": {"bfloat16": 2e-2, "float16": 3e-3, "float32": 2e-4},
+    "flux2": {"bfloat16": 1e-1, "float16": 2e-2, "float32": 2e-4},
+}
 NOISY_PERCENT = 3.0
 TRUTH_PIXELS = 4 * 512 * 512
 SLICE_US = 20e3
@@ -173,7 +177,7 @@ class Bench:
         gap = ((got - truth).square().mean() / truth.square().mean()).sqrt().item()
         del got
         found: dict[str, Any] = {"error": gap, "build_s": round(time.perf_counter() - begin, 3)}
-        limit = LIMITS[str(self.setting.dtype).removeprefix("torch.")]
+        limit = LIMITS[contender.model][str(self.setting.dtype).removeprefix("torch.")]
         if not gap <= limit:
             self.broken += 1
             return None, found | {"refused": f"differs from float32 by {gap:.2e}, more than {limit:.0e}"}
