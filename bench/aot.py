@@ -27,9 +27,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from capacitor_kernels import LAUNCHES
+
 DEFAULT_TABLE = Path(__file__).parent / "results" / "aot.md"
-# modules that register kernel families
-MODULES = ("expand", "grn", "project", "patchify", "dwconv", "head", "fuse_skip", "unpatchify", "whiten")
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _POINTERS = {
     "bfloat16": "*bf16",
@@ -76,7 +76,7 @@ class Facts:
     instructions: dict[str, int]
 
 
-def load_families(modules: Iterable[str] = MODULES) -> None:
+def load_families(modules: Iterable[str] = LAUNCHES) -> None:
     """Import the kernel modules, so that their families are registered; absent modules are skipped."""
     for name in modules:
         try:

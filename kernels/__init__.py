@@ -1,6 +1,7 @@
 """Hand-written Triton kernels of the full_capacitor encoder and decoder.
 
-Importing the package imports neither torch nor triton: each launcher is loaded when first asked for.
+One module a launch, its launcher of the same name inside: `from capacitor_kernels.expand import expand`. Importing the
+package imports neither torch nor triton: modules and the names below are loaded when first asked for.
 """
 
 from __future__ import annotations
@@ -8,32 +9,27 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-# public name -> module that defines it
-_PUBLIC = {
-    "expand": "expand",
-    "expand_partials_shape": "expand",
-    "grn": "grn",
-    "project": "project",
-    "project_workspace_shape": "project",
-    "patchify": "patchify",
-    "dwconv": "dwconv",
-    "head": "head",
-    "fuse_skip": "fuse_skip",
-    "unpatchify": "unpatchify",
-    "whiten": "whiten",
-    "dewhiten": "whiten",
+LAUNCHES = ("patchify", "dwconv", "expand", "grn", "project", "head", "fuse_skip", "unpatchify", "whiten")
+_MODULES = (*LAUNCHES, "common", "reference", "tuning")
+# a launcher cannot be exported from here: importing its module would put the module in its place
+_NAMES = {
     "GemmConfig": "tuning",
-    "lookup": "tuning",
     "compute_capability": "common",
+    "dwconv_sumsq_shape": "dwconv",
+    "expand_partials_shape": "expand",
+    "lookup": "tuning",
+    "project_workspace_shape": "project",
 }
-__all__ = sorted(_PUBLIC)
+__all__ = ["LAUNCHES", *sorted(_NAMES), *_MODULES]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
+    if name in _MODULES:
+        return importlib.import_module(f".{name}", __name__)
+    if name in _NAMES:
+        return getattr(importlib.import_module(f".{_NAMES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_PUBLIC})
+    return sorted({*globals(), *__all__})
