@@ -4,8 +4,8 @@
     python -m bench.compare 1f0c2e7 9ab34d1              lines of bench/results by the commit that they measured
     python -m bench.compare before after --fail-above 3  exit 1 if anything became more than 3 % slower
 
-A row is a figure that both sides have on the same GPU; the ratio is after / before, above 1 is slower. Differences below
-the spread that either side itself shows are marked as noise.
+A row is a figure that both sides have on the same GPU; the ratio is after / before, above 1 is slower. Differences
+below the spread that either side itself shows are marked as noise.
 """
 
 from __future__ import annotations

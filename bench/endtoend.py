@@ -23,8 +23,8 @@ from .contenders import Contender, Setting, Shape, call_of
 from .device import MemoryMeter, elapsed_us, exact_float32, release, why
 from .timing import Ceilings, Timing, append_line, copies_for, summarise
 
-# relative rms difference from the float32 reference beyond which no time is reported: in bfloat16 and plain torch random
-# weights give 0.8 % for full_capacitor and 3.6 % for FLUX.2, which is many more layers deep
+# relative rms difference from the float32 reference beyond which no time is reported: in bfloat16 and plain torch
+# random weights give 0.8 % for full_capacitor and 3.6 % for FLUX.2, which is many more layers deep
 LIMITS = {
     "full_capacitor": {"bfloat16": 2e-2, "float16": 3e-3, "float32": 2e-4},
     "flux2": {"bfloat16": 1e-1, "float16": 2e-2, "float32": 2e-4},

@@ -1,0 +1,310 @@
+"""Result files to the tables of README.md and bench/results/README.md, and to figures.
+
+    python -m bench.report              write the tables, and figures where there are data (they need matplotlib)
+    python -m bench.report --check      exit 1 if a table is not what the result files say
+
+Every number comes from bench/results/*.jsonl, which `python -m bench.gpu` writes on a GPU; a cell without data says so.
+Published figures are those of the model cards, on the hardware that they name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .model import BATCHES, NAMED, SIZES
+from .records import Line, RecordError, measured, newest, on_gpu, read_folder
+from .timing import RESULTS
+
+ROOT = Path(__file__).parents[1]
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+NOTHING = "not measured yet"
+# RTX 5090, bf16, milliseconds: this model and the FLUX.2 VAE on the card of full_capacitor, decode on capacitor_decoder's
+PUBLISHED: dict[str, tuple[float, float | None]] = {
+    "card: encode 256x256, batch 128": (42.56, 383.41),
+    "card: encode 512x512, batch 32": (44.97, 353.58),
+    "capacitor_decoder: decode 512x512, batch 1": (7.34, None),
+    "capacitor_decoder: decode 1024x1024, batch 1": (11.60, None),
+    "capacitor_decoder: decode 2048x2048, batch 1": (55.81, None),
+}
+COMMAND = "python -m bench.gpu --out bench/results"
+
+
+class Results:
+    """The newest figures of every GPU."""
+
+    def __init__(self, lines: Sequence[Line]):
+        self.lines = on_gpu(lines)
+        self.latest = newest(self.lines)
+        self.gpus = sorted({line["gpu"] for line in self.lines})
+
+    def of(self, bench: str, gpu: str) -> list[Line]:
+        """Every newest line of one benchmark on one GPU."""
+        return [line for line in self.latest.values() if line["bench"] == bench and line["gpu"] == gpu]
+
+    def find(self, gpu: str | None, where: tuple[str, int, int], bench: str, model: str, variant: str) -> Line | None:
+        """The line of one contender at (direction, batch, size), in bfloat16."""
+        key = (bench, gpu, *where, model, variant, "bfloat16")
+        return self.latest.get(key)
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A figure to so many significant digits, never in powers of ten."""
+    if value is None:
+        return NOTHING
+    places = max(0, digits - 1 - _magnitude(value))
+    return f"{value:.{places}f}"
+
+
+def _magnitude(value: float) -> int:
+    return int(f"{value:e}".rsplit("e", 1)[1])
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Markdown; the first column is text."""
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return [f"| {' | '.join(cells)} |" for cells in (header, rule, *rows)]
+
+
+def cell(line: Line | None, name: str = "ms") -> str:
+    """A figure, or why there is none."""
+    if line is None:
+        return NOTHING
+    if not measured(line):
+        reason = "wrong result" if "refused" in line else line["missing"].split(":")[0]
+        return f"none ({reason})"
+    return number(line.get(name)) + (" (noisy)" if name == "ms" and line.get("noisy") else "")
+
+
+def speedup(line: Line | None, over: str) -> str:
+    """Of a line over another contender of the same run."""
+    ratio = (line or {}).get("speedup_over", {}).get(over)
+    return NOTHING if ratio is None else f"{ratio:.2f}x"
+
+
+def published_rows(results: Results, gpu: str | None) -> list[str]:
+    """The rows of the published tables, on one GPU."""
+    header = ["", "ours ms", "eager ms", "compiled ms", "FLUX.2 ms", "over eager", "over compiled", "over FLUX.2"]
+    header += ["images/s", "peak MiB", "of FLUX.2's", "published ms", "published FLUX.2 ms"]
+    rows = []
+    for direction, batch, size, name in NAMED:
+        where = (direction, batch, size)
+        capacitor = {
+            v: results.find(gpu, where, "model", "full_capacitor", v)
+            for v in ("ours", "eager", "torch.compile", "torch.compile max-autotune")
+        }
+        ours, beside = capacitor["ours"], results.find(gpu, where, "flux2", "full_capacitor", "ours")
+        flux2 = results.find(gpu, where, "flux2", "flux2", "eager")
+        compiled = _faster(capacitor["torch.compile max-autotune"], capacitor["torch.compile"])
+        over = f"full_capacitor/{compiled['variant']}" if compiled else ""
+        mine, theirs = PUBLISHED[name]
+        rows.append(
+            [name, cell(ours), cell(capacitor["eager"]), cell(compiled), cell(flux2)]
+            + [speedup(ours, "full_capacitor/eager"), speedup(ours, over), speedup(beside, "flux2/eager")]
+            + [cell(ours, "images_per_s"), _mebibytes(ours), _share(beside, flux2)]
+            + [number(mine, 4), number(theirs, 5) if theirs else "not published"]
+        )
+    return table(header, rows)
+
+
+def _faster(*lines: Line | None) -> Line | None:
+    with_figures = [line for line in lines if line and measured(line)]
+    if with_figures:
+        return min(with_figures, key=lambda line: line["ms"])
+    return next((line for line in lines if line), None)
+
+
+def _mebibytes(line: Line | None) -> str:
+    return number(line["peak_bytes"] / 2**20) if line and "peak_bytes" in line else NOTHING
+
+
+def _share(line: Line | None, other: Line | None) -> str:
+    if not (line and other and "peak_bytes" in line and "peak_bytes" in other):
+        return NOTHING
+    return f"{100 * line['peak_bytes'] / other['peak_bytes']:.1f} %"
+
+
+def source(results: Results, gpu: str) -> str:
+    """What a GPU's figures were measured with."""
+    seen = [line for line in results.latest.values() if line["gpu"] == gpu]
+    facts = {name: sorted({str(line[name]) for line in seen if line.get(name)}) for name in _FACTS}
+    parts = [f"{_FACTS[name]} {', '.join(values)}" for name, values in facts.items() if values]
+    peaks = [line for line in seen if line["bench"] == "ceilings"]
+    if peaks:
+        parts.append(f"ceilings {number(peaks[-1]['tflops'])} TFLOP/s and {number(peaks[-1]['gbs'])} GB/s")
+    busy = sorted({line["busy"] for line in seen if line.get("busy")})
+    return "; ".join(parts) + "." + (f" Warning: {'; '.join(busy)}." if busy else "")
+
+
+_FACTS = {
+    "torch": "torch",
+    "triton": "Triton",
+    "driver_version": "driver",
+    "diffusers": "diffusers",
+    "commit": "commit",
+}
+
+
+def sweep_rows(results: Results, gpu: str) -> list[str]:
+    """Every size and batch of both directions."""
+    header = ["", "ours ms", "eager ms", "FLUX.2 ms", "images/s", "% of floor", "peak MiB", "error", "eager's error"]
+    rows = []
+    for direction in ("encode", "decode"):
+        for size in SIZES:
+            for batch in BATCHES:
+                where = (direction, batch, size)
+                ours = results.find(gpu, where, "model", "full_capacitor", "ours")
+                eager = results.find(gpu, where, "model", "full_capacitor", "eager")
+                flux2 = results.find(gpu, where, "flux2", "flux2", "eager")
+                rows.append(
+                    [f"{direction} {batch}x{size}x{size}", cell(ours), cell(eager), cell(flux2)]
+                    + [cell(ours, "images_per_s"), cell(ours, "percent_of_floor"), _mebibytes(ours)]
+                    + [f"{line['error']:.1e}" if line and "error" in line else NOTHING for line in (ours, eager)]
+                )
+    return table(header, rows)
+
+
+def variant_rows(results: Results, gpu: str) -> list[str]:
+    """Every contender at the published rows."""
+    header = ["", "model", "as", "ms", "20 %", "80 %", "peak MiB", "device MiB", "error", "latency ms"]
+    rows = []
+    for line in results.latest.values():
+        if line["bench"] in ("model", "flux2") and line["gpu"] == gpu and line.get("row"):
+            device = number(line["device_bytes"] / 2**20) if "device_bytes" in line else NOTHING
+            error = f"{line['error']:.1e}" if "error" in line else NOTHING
+            latency = number(line["latency_ms"]) if "latency_ms" in line else "-"
+            rows.append(
+                [line["row"], line["model"], line["variant"], cell(line), cell(line, "p20"), cell(line, "p80")]
+                + [_mebibytes(line), device, error, latency]
+            )
+    order = [name for *_, name in NAMED]
+    rows.sort(key=lambda row: order.index(row[0]) if row[0] in order else len(order))
+    return table(header, rows) if rows else [NOTHING]
+
+
+def kernel_rows(results: Results, gpu: str) -> list[str]:
+    """Every launch at every size."""
+    header = ["", "images", "dtype", "us", "TFLOP/s", "GB/s", "% of floor", "x eager", "x compile"]
+    rows = []
+    for line in results.of("kernels", gpu):
+        figures = [cell(line, name) for name in ("us", "tflops", "gbs", "percent_of_floor", "x_eager", "x_compile")]
+        rows.append([line["op"], line["images"], line["dtype"], *figures])
+    return table(header, rows) if rows else [NOTHING]
+
+
+def cache_rows(results: Results, gpu: str) -> list[str]:
+    """Throughput of the caching pipeline."""
+    header = ["", "images/s", "threads", "read", "decode", "encode", "write", "limited by"]
+    rows = []
+    for line in results.of("cache", gpu):
+        shares = [f"{line['occupancy'][stage]:.0%}" for stage in ("read", "decode", "encode", "write")]
+        what = f"JPEG {line['file_size']}x{line['file_size']} to {line['size']}x{line['size']}, {line['images']} files"
+        rows.append([what, cell(line, "images_per_s"), str(line["workers"]), *shares, line["limited_by"]])
+    return table(header, rows) if rows else [NOTHING]
+
+
+def compiled_rows(path: Path) -> list[str]:
+    """Summary of `aot.md`: what the compiler makes of the shipped config rows, a line per compute capability."""
+    if not path.is_file():
+        return [NOTHING]
+    found: dict[int, list[tuple[int, int, int]]] = {}
+    for match in re.finditer(r"^\| (\d+) \|(?:[^|]*\|){5} (\d+) \| (\d+) \| (\d+) \|", path.read_text(), re.M):
+        cc, *facts = map(int, match.groups())
+        found.setdefault(cc, []).append(tuple(facts))
+    header = ["", "kernels compiled", "most registers a thread", "bytes spilled", "most shared memory, bytes"]
+    columns = {cc: list(zip(*facts, strict=True)) for cc, facts in found.items()}
+    return table(
+        header,
+        [
+            [f"sm_{cc}", str(len(registers)), str(max(registers)), str(sum(stack)), str(max(smem))]
+            for cc, (registers, stack, smem) in sorted(columns.items())
+        ],
+    )
+
+
+def summary(results: Results) -> str:
+    """The block of README.md."""
+    parts = []
+    for gpu in results.gpus or [None]:
+        parts += [f"**{gpu or 'NVIDIA GPU: ' + NOTHING}**, bfloat16", "", *published_rows(results, gpu), ""]
+        if gpu:
+            parts += [source(results, gpu), ""]
+    parts.append(
+        "Published: RTX 5090, bfloat16, from the model cards of full_capacitor and capacitor_decoder. "
+        f"Measured with `{COMMAND}`; compiled is the faster of `torch.compile` and its max-autotune mode. "
+        "All of it: [bench/results](bench/results/README.md)."
+    )
+    return "\n".join(parts)
+
+
+def page(results: Results, folder: Path, figures: Sequence[str]) -> str:
+    """bench/results/README.md."""
+    parts = ["# Results", "", f"Written by `python -m bench.report` from the files that `{COMMAND}` leaves here.", ""]
+    for gpu in results.gpus:
+        parts += [f"## {gpu}", "", source(results, gpu), "", "### Published rows", "", *published_rows(results, gpu)]
+        for title, rows in (
+            ("All ways to run them", variant_rows),
+            ("Sizes and batches", sweep_rows),
+            ("Launches", kernel_rows),
+            ("Caching", cache_rows),
+        ):
+            parts += ["", f"### {title}", "", *rows(results, gpu)]
+        parts.append("")
+    if not results.gpus:
+        parts += [f"## On a GPU: {NOTHING}", "", *published_rows(results, None), ""]
+    for name in figures:
+        parts += [f"![{name.removesuffix('.svg')}]({name})", ""]
+    parts += ["## What the compiler makes of the shipped configs", ""]
+    parts += ["Without a GPU; every row is in [aot.md](aot.md).", "", *compiled_rows(folder / "aot.md"), ""]
+    return "\n".join(parts)
+
+
+def replaced(text: str, block: str, name: str) -> str:
+    """`text` with what is between the markers replaced.
+
+    Raises:
+        RecordError: a marker is absent, or they are in the wrong order.
+    """
+    head, begin, rest = text.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise RecordError(f"{name} has no place for the results: add the lines {BEGIN} and {END}")
+    return f"{head}{BEGIN}\n{block}\n{END}{tail}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a table is stale")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the *.jsonl files")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="page with the two markers")
+    args = parser.parse_args(argv)
+    try:
+        results = Results(read_folder(args.results))
+        drawn = sorted(path.name for path in args.results.glob("*.svg"))
+        if not args.check and results.gpus:
+            from .figures import draw_all
+
+            drawn = sorted({*drawn, *draw_all(results.lines, args.results)})
+        wanted = {args.results / "README.md": page(results, args.results, drawn)}
+        if args.readme.is_file():
+            text = args.readme.read_text(encoding="utf-8")
+            wanted[args.readme] = replaced(text, summary(results), args.readme.name)
+    except RecordError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    stale = [p for p, text in wanted.items() if not p.is_file() or p.read_text(encoding="utf-8") != text]
+    for path in stale:
+        if args.check:
+            print(f"{path.name} in {path.parent} is stale: run python -m bench.report", file=sys.stderr)
+        else:
+            path.write_text(wanted[path], encoding="utf-8")
+            print(f"wrote {path}")
+    return 1 if args.check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
