@@ -65,14 +65,11 @@ def roofline(axes: Any, lines: list[Line]) -> bool:
         found[line["op"]].append((line["flops"] / line["bytes"], line["tflops"]))
     every = [intensity for points in found.values() for intensity, _ in points]
     low, high = min(every) / 2, max(*every, 2e3 * tflops / gbs)
-    axes.plot(
-        *zip(*[(x, min(tflops, x * gbs / 1e3)) for x in (low, 1e3 * tflops / gbs, high)], strict=True), "k-", lw=1
-    )
+    roof = [(x, min(tflops, x * gbs / 1e3)) for x in (low, 1e3 * tflops / gbs, high)]
+    axes.plot(*zip(*roof, strict=True), "k-", lw=1)
     for op, points in found.items():
         axes.plot(*zip(*points, strict=True), "o", ms=4, label=op)
-    axes.set(
-        xscale="log", yscale="log", xlabel="FLOP a byte", ylabel="TFLOP/s", title="Launches under the measured roof"
-    )
+    axes.set(xscale="log", yscale="log", xlabel="FLOP a byte", ylabel="TFLOP/s", title="Launches")
     axes.legend(fontsize=7, ncols=3)
     return True
 

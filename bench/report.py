@@ -10,6 +10,7 @@ Published figures are those of the model cards, on the hardware that they name.
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Sequence
@@ -22,15 +23,34 @@ from .timing import RESULTS
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 NOTHING = "not measured yet"
-# RTX 5090, bf16, milliseconds: this model and the FLUX.2 VAE on the card of full_capacitor, decode on capacitor_decoder's
-PUBLISHED: dict[str, tuple[float, float | None]] = {
-    "card: encode 256x256, batch 128": (42.56, 383.41),
-    "card: encode 512x512, batch 32": (44.97, 353.58),
-    "capacitor_decoder: decode 512x512, batch 1": (7.34, None),
-    "capacitor_decoder: decode 1024x1024, batch 1": (11.60, None),
-    "capacitor_decoder: decode 2048x2048, batch 1": (55.81, None),
+# RTX 5090, bf16: milliseconds of this model and of the FLUX.2 VAE, peak memory in percent of the latter's; encode from
+# the card of full_capacitor, decode from capacitor_decoder's
+PUBLISHED: dict[str, tuple[float, float | None, float | None]] = {
+    "card: encode 256x256, batch 128": (42.56, 383.41, 8.1),
+    "card: encode 512x512, batch 32": (44.97, 353.58, 8.0),
+    "capacitor_decoder: decode 512x512, batch 1": (7.34, None, None),
+    "capacitor_decoder: decode 1024x1024, batch 1": (11.60, None, None),
+    "capacitor_decoder: decode 2048x2048, batch 1": (55.81, None, None),
+}
+# dB over 2000 images: mean, std, median, P5, P95
+PUBLISHED_PSNR = {
+    "full_capacitor (card)": (36.62, 4.63, 36.55, 29.14, 44.05),
+    "FLUX.2 VAE (card)": (36.28, 4.53, 36.07, 28.90, 43.63),
+    "difference (card)": (0.34, 0.68, 0.41, -0.85, 1.31),
 }
 COMMAND = "python -m bench.gpu --out bench/results"
+PSNR_COMMAND = (
+    "capacitor-rt psnr IMAGES -m data-archetype/full_capacitor --against flux2 --json bench/results/psnr-NAME.json"
+)
+# columns that README.md leaves to the page of all results
+LONG = ("eager, ms", "compiled, ms", "FLUX.2, ms", "peak MiB", "published memory, % of FLUX.2's")
+FACTS = {
+    "torch": "torch",
+    "triton": "Triton",
+    "driver_version": "driver",
+    "diffusers": "diffusers",
+    "commit": "commit",
+}
 
 
 class Results:
@@ -85,28 +105,52 @@ def speedup(line: Line | None, over: str) -> str:
     return NOTHING if ratio is None else f"{ratio:.2f}x"
 
 
-def published_rows(results: Results, gpu: str | None) -> list[str]:
-    """The rows of the published tables, on one GPU."""
-    header = ["", "ours ms", "eager ms", "compiled ms", "FLUX.2 ms", "over eager", "over compiled", "over FLUX.2"]
-    header += ["images/s", "peak MiB", "of FLUX.2's", "published ms", "published FLUX.2 ms"]
+def published_rows(results: Results, gpu: str | None, brief: bool = False) -> list[str]:
+    """The rows of the published tables, on one GPU; `brief` for README.md."""
     rows = []
     for direction, batch, size, name in NAMED:
         where = (direction, batch, size)
-        capacitor = {
-            v: results.find(gpu, where, "model", "full_capacitor", v)
-            for v in ("ours", "eager", "torch.compile", "torch.compile max-autotune")
-        }
-        ours, beside = capacitor["ours"], results.find(gpu, where, "flux2", "full_capacitor", "ours")
-        flux2 = results.find(gpu, where, "flux2", "flux2", "eager")
-        compiled = _faster(capacitor["torch.compile max-autotune"], capacitor["torch.compile"])
-        over = f"full_capacitor/{compiled['variant']}" if compiled else ""
-        mine, theirs = PUBLISHED[name]
-        rows.append(
-            [name, cell(ours), cell(capacitor["eager"]), cell(compiled), cell(flux2)]
-            + [speedup(ours, "full_capacitor/eager"), speedup(ours, over), speedup(beside, "flux2/eager")]
-            + [cell(ours, "images_per_s"), _mebibytes(ours), _share(beside, flux2)]
-            + [number(mine, 4), number(theirs, 5) if theirs else "not published"]
+        ours, eager, *compiled = (
+            results.find(gpu, where, "model", "full_capacitor", variant)
+            for variant in ("ours", "eager", "torch.compile", "torch.compile max-autotune")
         )
+        beside = results.find(gpu, where, "flux2", "full_capacitor", "ours")
+        flux2 = results.find(gpu, where, "flux2", "flux2", "eager")
+        fastest = _faster(*compiled)
+        mine, theirs, share = PUBLISHED[name]
+        cells = {
+            "": name,
+            "ours, ms": cell(ours),
+            "eager, ms": cell(eager),
+            "compiled, ms": cell(fastest),
+            "FLUX.2, ms": cell(flux2),
+            "images/s": cell(ours, "images_per_s"),
+            "x eager": speedup(ours, "full_capacitor/eager"),
+            "x compiled": speedup(ours, f"full_capacitor/{fastest['variant']}" if fastest else ""),
+            "x FLUX.2": speedup(beside, "flux2/eager"),
+            "peak MiB": _mebibytes(ours),
+            "memory, % of FLUX.2's": _share(beside, flux2),
+            "published, ms": f"{mine:.2f}",
+            "published FLUX.2, ms": f"{theirs:.2f}" if theirs else "-",
+            "published memory, % of FLUX.2's": f"{share:.1f}" if share else "-",
+        }
+        rows.append({k: v for k, v in cells.items() if k not in LONG} if brief else cells)
+    return table(list(rows[0]), [list(row.values()) for row in rows])
+
+
+def psnr_rows(folder: Path) -> list[str]:
+    """The published PSNR, and what `capacitor-rt psnr --json` wrote to `psnr-*.json` of the same models."""
+    header = ["PSNR, dB", "mean", "std", "median", "P5", "P95", "images"]
+    rows = [[name, *(f"{value:.2f}" for value in values), "2000"] for name, values in PUBLISHED_PSNR.items()]
+    for path in sorted(folder.glob("psnr-*.json")):
+        document = json.loads(path.read_text(encoding="utf-8"))
+        found = document["models"] | ({"difference": document["delta"]} if document.get("delta") else {})
+        for name, row in found.items():
+            values = (row[column] for column in ("mean", "std", "median", "p5", "p95"))
+            cells = (NOTHING if value is None else f"{value:.2f}" for value in values)
+            rows.append([f"{name} ({path.stem.removeprefix('psnr-')})", *cells, str(row["count"])])
+    if len(rows) == len(PUBLISHED_PSNR):
+        rows.append(["released weights, here", *[NOTHING] * 6])
     return table(header, rows)
 
 
@@ -124,28 +168,19 @@ def _mebibytes(line: Line | None) -> str:
 def _share(line: Line | None, other: Line | None) -> str:
     if not (line and other and "peak_bytes" in line and "peak_bytes" in other):
         return NOTHING
-    return f"{100 * line['peak_bytes'] / other['peak_bytes']:.1f} %"
+    return f"{100 * line['peak_bytes'] / other['peak_bytes']:.1f}"
 
 
 def source(results: Results, gpu: str) -> str:
     """What a GPU's figures were measured with."""
     seen = [line for line in results.latest.values() if line["gpu"] == gpu]
-    facts = {name: sorted({str(line[name]) for line in seen if line.get(name)}) for name in _FACTS}
-    parts = [f"{_FACTS[name]} {', '.join(values)}" for name, values in facts.items() if values]
+    facts = {name: sorted({str(line[name]) for line in seen if line.get(name)}) for name in FACTS}
+    parts = [f"{FACTS[name]} {', '.join(values)}" for name, values in facts.items() if values]
     peaks = [line for line in seen if line["bench"] == "ceilings"]
     if peaks:
         parts.append(f"ceilings {number(peaks[-1]['tflops'])} TFLOP/s and {number(peaks[-1]['gbs'])} GB/s")
     busy = sorted({line["busy"] for line in seen if line.get("busy")})
     return "; ".join(parts) + "." + (f" Warning: {'; '.join(busy)}." if busy else "")
-
-
-_FACTS = {
-    "torch": "torch",
-    "triton": "Triton",
-    "driver_version": "driver",
-    "diffusers": "diffusers",
-    "commit": "commit",
-}
 
 
 def sweep_rows(results: Results, gpu: str) -> list[str]:
@@ -159,11 +194,10 @@ def sweep_rows(results: Results, gpu: str) -> list[str]:
                 ours = results.find(gpu, where, "model", "full_capacitor", "ours")
                 eager = results.find(gpu, where, "model", "full_capacitor", "eager")
                 flux2 = results.find(gpu, where, "flux2", "flux2", "eager")
-                rows.append(
-                    [f"{direction} {batch}x{size}x{size}", cell(ours), cell(eager), cell(flux2)]
-                    + [cell(ours, "images_per_s"), cell(ours, "percent_of_floor"), _mebibytes(ours)]
-                    + [f"{line['error']:.1e}" if line and "error" in line else NOTHING for line in (ours, eager)]
-                )
+                errors = (f"{x['error']:.1e}" if x and "error" in x else NOTHING for x in (ours, eager))
+                rates = (cell(ours, "images_per_s"), cell(ours, "percent_of_floor"), _mebibytes(ours))
+                name = f"{direction} {batch}x{size}x{size}"
+                rows.append([name, cell(ours), cell(eager), cell(flux2), *rates, *errors])
     return table(header, rows)
 
 
@@ -176,10 +210,8 @@ def variant_rows(results: Results, gpu: str) -> list[str]:
             device = number(line["device_bytes"] / 2**20) if "device_bytes" in line else NOTHING
             error = f"{line['error']:.1e}" if "error" in line else NOTHING
             latency = number(line["latency_ms"]) if "latency_ms" in line else "-"
-            rows.append(
-                [line["row"], line["model"], line["variant"], cell(line), cell(line, "p20"), cell(line, "p80")]
-                + [_mebibytes(line), device, error, latency]
-            )
+            times = (cell(line), cell(line, "p20"), cell(line, "p80"))
+            rows.append([line["row"], line["model"], line["variant"], *times, _mebibytes(line), device, error, latency])
     order = [name for *_, name in NAMED]
     rows.sort(key=lambda row: order.index(row[0]) if row[0] in order else len(order))
     return table(header, rows) if rows else [NOTHING]
@@ -229,13 +261,14 @@ def summary(results: Results) -> str:
     """The block of README.md."""
     parts = []
     for gpu in results.gpus or [None]:
-        parts += [f"**{gpu or 'NVIDIA GPU: ' + NOTHING}**, bfloat16", "", *published_rows(results, gpu), ""]
+        where = gpu or f"NVIDIA GPU: {NOTHING}"
+        parts += [f"**{where}** (bfloat16; x is speed-up)", "", *published_rows(results, gpu, brief=True), ""]
         if gpu:
             parts += [source(results, gpu), ""]
     parts.append(
-        "Published: RTX 5090, bfloat16, from the model cards of full_capacitor and capacitor_decoder. "
+        "Published: RTX 5090, bfloat16, eager, from the model cards of full_capacitor and capacitor_decoder. "
         f"Measured with `{COMMAND}`; compiled is the faster of `torch.compile` and its max-autotune mode. "
-        "All of it: [bench/results](bench/results/README.md)."
+        "Memory, PSNR, every size, batch and launch: [bench/results](bench/results/README.md)."
     )
     return "\n".join(parts)
 
@@ -257,6 +290,7 @@ def page(results: Results, folder: Path, figures: Sequence[str]) -> str:
         parts += [f"## On a GPU: {NOTHING}", "", *published_rows(results, None), ""]
     for name in figures:
         parts += [f"![{name.removesuffix('.svg')}]({name})", ""]
+    parts += ["## Reconstruction", "", *psnr_rows(folder), "", f"Measured with `{PSNR_COMMAND}`.", ""]
     parts += ["## What the compiler makes of the shipped configs", ""]
     parts += ["Without a GPU; every row is in [aot.md](aot.md).", "", *compiled_rows(folder / "aot.md"), ""]
     return "\n".join(parts)
