@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import importlib.util
 import math
+import threading
+from collections.abc import Iterable
 from os import PathLike
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -11,19 +15,23 @@ import torch
 from torch import Tensor, nn
 
 from . import reference
+from .checks import IMAGE_DTYPES, LATENT_DTYPES, check_dtype, check_out, check_tensor
 from .config import FullCapacitorInferenceConfig, ModelConfig
 from .diffusion import sample, unit_noise
 from .errors import InputError
+from .placement import Place, PlacedModule
+from .runtime import ops
+from .runtime.stats import Stats
 
 if TYPE_CHECKING:
     from .checkpoint import CheckpointSource
     from .runtime.runtime import Runtime
 
 BACKENDS = ("auto", "torch", "triton")
+DIRECTIONS = ("encode", "posterior", "decode")
 SIZE_MULTIPLE = 32
-IMAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
-LATENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HALF_DTYPES = (torch.bfloat16, torch.float16)
+_making_runtime = threading.Lock()
 
 
 class Posterior(NamedTuple):
@@ -33,14 +41,18 @@ class Posterior(NamedTuple):
     logsnr: Tensor | None
 
 
-class FullCapacitor(nn.Module):
+class FullCapacitor(PlacedModule):
     """FCDM image autoencoder with the interface of the published model.
 
     Parameters and buffers carry the names of the checkpoint's tensors. `latent_channels` is C, `latent_stride` is s:
     an image `[B,3,H,W]` has latents `[B,C,H/s,W/s]`.
 
-    The Triton backend folds and packs the weights for its GPU. The parameters themselves then stay on the CPU as they
-    were loaded: `state_dict` is exact, and the GPU holds the weights once.
+    The Triton backend folds and packs the weights for its GPU, once, when first called. The parameters themselves then
+    rest on the CPU as they were loaded (see `placement`): `state_dict` is exact, and the GPU holds the weights once.
+    Changes of parameters in place are noticed at the next call, except those made through `.data` or under
+    `torch.inference_mode`. `.to("cpu")` frees graphs, arenas and packed weights.
+
+    Calls from several threads take turns; any current stream will do, and nothing waits for the device.
 
     Args:
         config: architecture.
@@ -52,6 +64,7 @@ class FullCapacitor(nn.Module):
             whether it came alone; otherwise they depend neither on the batch nor on the place in it.
     """
 
+    weights = ("encoder", "decoder")
     latent_norm_running_mean: Tensor | None
     latent_norm_running_var: Tensor | None
 
@@ -72,10 +85,8 @@ class FullCapacitor(nn.Module):
             # a decoder-only checkpoint has no statistics: its latents are decoded as they are
             stats = torch.zeros if name.endswith("mean") else torch.ones
             self.register_buffer(name, stats(config.latent_channels) if self.encoder is not None else None)
-        # where the Triton backend runs on a GPU, while the parameters are on the CPU
-        self._placed: tuple[torch.device, torch.dtype] | None = None
         self._runtime: Runtime | None = None
-        self._number: int | None = None
+        self._number = ops.register(self)
 
     @classmethod
     def from_pretrained(cls, id_or_path: str | PathLike[str], **kwargs) -> FullCapacitor:
@@ -90,35 +101,32 @@ class FullCapacitor(nn.Module):
 
         save_pretrained(self, folder)
 
-    def _apply(self, fn, recurse=True):
-        device, dtype = self.device, self.dtype
-        probe = fn(torch.empty(0, device=device, dtype=dtype))
-        placed = probe.device.type == "cuda" and self._resolve(probe.device, probe.dtype) == "triton"
+    def registered_place(self) -> Place:
+        weight = self.decoder.out_proj.weight
+        return weight.device, weight.dtype
 
-        def move(t: Tensor) -> Tensor:
-            if placed:
-                return t.to("cpu")
-            # parameters that waited on the CPU in float32 take the type that the model had
-            return fn(t.to(dtype) if self._placed and t.is_floating_point() else t)
+    def may_rest(self, place: Place) -> bool:
+        return place[0].type in ("cuda", "cpu") and self._resolve(*place) == "triton"
 
-        if recurse:
-            for module in self.children():
-                module._apply(move)
-        # what is left are the running statistics: they stay in float32, and go along
-        super()._apply(reference.at_least_float32(fn), recurse=False)
-        self._placed = (probe.device, probe.dtype) if placed else None
-        self._free()
-        return self
+    def weights_changed(self) -> None:
+        runtime, self._runtime = self._runtime, None
+        if runtime is not None:
+            runtime.clear()
 
     def _resolve(self, device: torch.device, dtype: torch.dtype) -> str:
-        """The backend that serves `device` and `dtype`."""
+        """The backend that is to serve `device` and `dtype`."""
         if self.backend != "auto":
             return self.backend
         config = self.config
         fits = config.in_channels == 3 and config.depthwise_kernel_size == 7 and dtype in HALF_DTYPES
-        if device.type != "cuda" or not fits or importlib.util.find_spec("triton") is None:
-            return "torch"
-        return "triton" if torch.cuda.get_device_capability(device)[0] >= 8 else "torch"
+        return "triton" if fits and device.type == "cuda" and _launches_run_on(device) else "torch"
+
+    @property
+    def _fast(self) -> bool:
+        """Whether the Triton backend serves; plain enough for torch.compile to see through."""
+        if self.backend == "auto":
+            return self._placed is not None and self._placed[0].type == "cuda"
+        return self.backend == "triton"
 
     @property
     def runtime(self) -> Runtime | None:
@@ -127,36 +135,71 @@ class FullCapacitor(nn.Module):
         Raises:
             InputError: the Triton backend was asked for where it cannot run.
         """
-        if self._runtime is None and self._resolve(self.device, self.dtype) == "triton":
-            from .runtime import ops
+        if self._runtime is None and self._fast:
             from .runtime.runtime import Runtime
 
-            self._runtime = Runtime(self, self.device, self.dtype)
-            self._number = ops.register(self)
+            with _making_runtime:
+                if self._runtime is None:
+                    self._runtime = Runtime(self, self.device, self.dtype)
         return self._runtime
-
-    def _free(self) -> None:
-        if self._runtime is not None:
-            self._runtime.clear()
-        self._runtime = self._number = None
 
     def __getstate__(self) -> dict:
         # graphs and packed weights are made anew where the copy runs
-        return self.__dict__ | {"_runtime": None, "_number": None}
+        return self.__dict__ | {"_runtime": None}
 
-    def load_state_dict(self, *args, **kwargs):
-        self._free()
-        return super().load_state_dict(*args, **kwargs)
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._number = ops.register(self)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the convolutions."""
-        return self._placed[1] if self._placed else self.decoder.out_proj.weight.dtype
+    def stats(self) -> Stats:
+        """Counters of the Triton backend since the model was last moved, cast or loaded (a copy)."""
+        return Stats() if self._runtime is None else dataclasses.replace(self._runtime.stats)
 
-    @property
-    def device(self) -> torch.device:
-        """Where images and latents must be."""
-        return self._placed[0] if self._placed else self.decoder.out_proj.weight.device
+    def warmup(
+        self,
+        shapes: Iterable[tuple[int, int, int]],
+        *,
+        direction: str = "encode",
+        image_dtype: torch.dtype = torch.float32,
+        layout: str = "nchw",
+        inference_config: FullCapacitorInferenceConfig | None = None,
+    ) -> None:
+        """Fold weights, compile launches and capture graphs for calls to come; nothing to do for the torch backend.
+
+        A graph is otherwise captured by the first call of its shape. Torch's own generator must not be drawn from by
+        other threads in the meantime: warm up before starting such threads, and before capturing graphs that call the
+        model.
+
+        Args:
+            shapes: `(H, W, B)` of the images, H and W in pixels.
+            direction: "encode", "posterior" (for `encode_posterior`) or "decode".
+            image_dtype: of the images; of the latents in decoding.
+            layout: "nchw" or "nhwc", of the images in memory.
+            inference_config: sampler settings of "decode".
+
+        Raises:
+            InputError: a size, batch, dtype or name that the call itself would refuse.
+        """
+        choices = (("direction", direction, DIRECTIONS), ("layout", layout, ("nchw", "nhwc")))
+        for name, value, known in choices:
+            if value not in known:
+                raise InputError(f"{name} {value!r} is unknown: use one of {', '.join(map(repr, known))}")
+        check_dtype("image_dtype", image_dtype, LATENT_DTYPES if direction == "decode" else IMAGE_DTYPES)
+        if direction != "decode" and self.encoder is None:
+            raise InputError("this checkpoint has a decoder only: warm up direction='decode'")
+        shapes = list(shapes)
+        for height, width, batch in shapes:
+            self.check_size(height, width)
+            if batch < 1:
+                raise InputError(f"batch {batch} of shape {(height, width, batch)} is too small: it is at least 1")
+        if not self._fast:
+            return
+        if self.config.latent_patch != 1:
+            # these models whiten by a step of its own, in float32
+            direction = "posterior" if direction == "encode" else direction
+            image_dtype = torch.float32 if direction == "decode" else image_dtype
+        for height, width, batch in shapes:
+            self.runtime.warmup(direction, batch, height, width, image_dtype, layout, inference_config)
 
     @property
     def latent_channels(self) -> int:
@@ -175,26 +218,32 @@ class FullCapacitor(nn.Module):
         """`encode`."""
         return self.encode(image)
 
-    def encode(self, image: Tensor) -> Tensor:
+    def encode(self, image: Tensor, *, out: Tensor | None = None) -> Tensor:
         """Image to whitened latents: the mode of the posterior.
 
         Args:
             image: `[B,3,H,W]` or `[B,H,W,3]`, float32, bfloat16 or float16 in [-1,1] or uint8 in [0,255],
                 of any strides, on the model's device. B may be 0.
+            out: float32, bfloat16 or float16 `[B,C,H/s,W/s]` to write to, rounded once.
 
         Returns:
-            float32 `[B,C,H/s,W/s]`.
+            float32 `[B,C,H/s,W/s]`, or `out`.
 
         Raises:
             InputError: wrong rank, channels, dtype, device or size; a decoder-only model; an input that requires grad.
         """
-        self._check_image(image)
-        if self.runtime is None or self.config.latent_patch != 1 or image.shape[0] == 0:
-            return self.latents_of(self.encode_posterior(image))
+        self._offload_hook()
+        batch, height, width = self._check_image(image)
+        shape = (batch, self.latent_channels, height // self.latent_stride, width // self.latent_stride)
+        check_out(out, shape, image.device)
+        if batch == 0:
+            return _write(torch.empty(shape, device=image.device), out)
+        if not self._fast or self.config.latent_patch != 1:
+            return _write(self.latents_of(self.encode_posterior(image)), out)
         with torch.no_grad():
             if torch.compiler.is_compiling():
-                return torch.ops.capacitor_rt.encode(image, self._number)
-            return self._runtime.encode(image)
+                return _write(torch.ops.capacitor_rt.encode(image, self._number), out)
+            return self.runtime.encode(image, out)
 
     def latents_of(self, posterior: Posterior) -> Tensor:
         """Whitened mode, float32 `[B,C,h,w]`, of what `encode_posterior` returned."""
@@ -206,13 +255,20 @@ class FullCapacitor(nn.Module):
         Returns:
             (mean, logsnr), each float32 `[B,Z,H/p,W/p]`.
         """
-        self._check_image(image)
-        if self.runtime is not None and image.shape[0]:
+        self._offload_hook()
+        batch, height, width = self._check_image(image)
+        if batch == 0:
+            p = self.config.patch_size
+            shape = (0, self.config.bottleneck_dim, height // p, width // p)
+            mean, logsnr = (torch.empty(shape, device=image.device) for _ in range(2))
+            return Posterior(mean, logsnr if self.config.bottleneck_posterior_kind == "diagonal_gaussian" else None)
+        if self._fast:
             with torch.no_grad():
                 if torch.compiler.is_compiling():
                     out = torch.ops.capacitor_rt.posterior(image, self._number)
                     return Posterior(out[0], out[1] if len(out) > 1 else None)
-                return self._runtime.posterior(image)
+                return self.runtime.posterior(image)
+        self.wake()
         # an enclosing autocast would override the dtypes chosen here
         with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
             image = self._normalise(image)
@@ -225,6 +281,8 @@ class FullCapacitor(nn.Module):
         height: int | None = None,
         width: int | None = None,
         inference_config: FullCapacitorInferenceConfig | None = None,
+        *,
+        out: Tensor | None = None,
     ) -> Tensor:
         """Whitened latents to image.
 
@@ -232,42 +290,47 @@ class FullCapacitor(nn.Module):
             latents: `[B,C,h,w]` float32, bfloat16 or float16 on the model's device. B may be 0.
             height, width: of the image, in pixels; they must be `h*s` and `w*s`, which is also the default.
             inference_config: sampler settings; default one step, no seed.
+            out: float32, bfloat16 or float16 `[B,3,H,W]` to write to, rounded once.
 
         Returns:
-            float32 `[B,3,H,W]`, about [-1,1], not clamped.
+            float32 `[B,3,H,W]`, about [-1,1], not clamped, or `out`.
 
         Raises:
             InputError: wrong rank, channels, dtype or device; a height or width that does not fit the latents.
         """
         inference_config = inference_config or FullCapacitorInferenceConfig()
-        self._check_latents(latents)
-        batch, _, h, w = latents.shape
-        size = (h * self.latent_stride, w * self.latent_stride)
-        for name, given, fits in zip(("height", "width"), (height, width), size, strict=True):
-            if given is not None and given != fits:
-                raise InputError(
-                    f"{name} {given} does not fit latents of {h}x{w}, which decode to {size[0]}x{size[1]}: "
-                    f"pass {name}={fits} or leave it out"
-                )
-        shape = (batch, self.config.in_channels, *size)
-        if self.runtime is not None and batch:
-            return self._decode_fast(
-                latents, unit_noise(shape, inference_config.seed, latents.device), inference_config
-            )
+        self._offload_hook()
+        shape = self._check_latents(latents, height, width)
+        check_out(out, shape, latents.device)
+        if shape[0] == 0:
+            return _write(torch.empty(shape, device=latents.device), out)
+        # for the whole batch, however it is split: a seed gives the same image
+        noise = _noise(shape, inference_config.seed, latents)
+        if self._fast:
+            return self._decode_fast(latents, noise, inference_config, out)
+        self.wake()
         with torch.no_grad(), torch.autocast(latents.device.type, enabled=False):
             z = self._unfold_latents(self.dewhiten(latents))
-            noise = unit_noise(shape, inference_config.seed, latents.device)
-            return sample(self._predictor(z, inference_config), noise, self.config, inference_config)
+            image = sample(self._predictor(z, inference_config), noise, self.config, inference_config)
+        return _write(image, out)
 
-    def _decode_fast(self, latents: Tensor, noise: Tensor, inference: FullCapacitorInferenceConfig) -> Tensor:
+    def _decode_fast(
+        self, latents: Tensor, noise: Tensor, inference: FullCapacitorInferenceConfig, out: Tensor | None
+    ) -> Tensor:
         with torch.no_grad():
             if self.config.latent_patch != 1:
                 latents = self._unfold_latents(self.dewhiten(latents))
             if torch.compiler.is_compiling():
                 settings = (inference.num_steps, inference.sampler, inference.schedule)
                 guidance = (inference.pdg, float(inference.pdg_strength))
-                return torch.ops.capacitor_rt.decode(latents, noise, self._number, *settings, *guidance)
-            return self._runtime.decode(latents, noise, inference)
+                return _write(torch.ops.capacitor_rt.decode(latents, noise, self._number, *settings, *guidance), out)
+            return self.runtime.decode(latents, noise, inference, out)
+
+    def _offload_hook(self) -> None:
+        """Let accelerate's offloading, which hooks `forward`, also bring the model here for `encode` and `decode`."""
+        hook = self.__dict__.get("_hf_hook")
+        if hook is not None and hasattr(hook, "pre_forward"):
+            hook.pre_forward(self)
 
     def reconstruct(self, image: Tensor, inference_config: FullCapacitorInferenceConfig | None = None) -> Tensor:
         """`decode(encode(image))`: float32 `[B,3,H,W]` (NCHW also for an NHWC image)."""
@@ -318,14 +381,17 @@ class FullCapacitor(nn.Module):
 
         return predict_x0
 
-    def _check_image(self, image: Tensor) -> None:
+    def _check_image(self, image: Tensor) -> tuple[int, int, int]:
+        """(B, H, W) of an image that the encoder takes."""
         if self.encoder is None:
             raise InputError("this checkpoint has a decoder only: encode needs one with encoder.* tensors")
-        _check_tensor("image", image, IMAGE_DTYPES, self.device)
+        check_tensor("image", image, IMAGE_DTYPES, self.device)
         channels = self.config.in_channels
         if channels not in (image.shape[1], image.shape[3]):
             raise InputError(f"image has shape {list(image.shape)}: expected [B,{channels},H,W] or [B,H,W,{channels}]")
-        self.check_size(*(image.shape[2:] if image.shape[1] == channels else image.shape[1:3]))
+        height, width = image.shape[2:] if image.shape[1] == channels else image.shape[1:3]
+        self.check_size(height, width)
+        return image.shape[0], height, width
 
     def _normalise(self, image: Tensor) -> Tensor:
         """NCHW in [-1,1] in the weights' dtype."""
@@ -347,24 +413,41 @@ class FullCapacitor(nn.Module):
                     hint = f", or strict_size=False, which admits multiples of {self.latent_stride}"
                 raise InputError(f"{name} {size} is not a multiple of {multiple}: use {use}{hint}")
 
-    def _check_latents(self, latents: Tensor) -> None:
-        _check_tensor("latents", latents, LATENT_DTYPES, self.device)
+    def _check_latents(self, latents: Tensor, height: int | None, width: int | None) -> tuple[int, int, int, int]:
+        """Shape of the image that these latents decode to."""
+        check_tensor("latents", latents, LATENT_DTYPES, self.device)
         if latents.shape[1] != self.latent_channels:
             raise InputError(f"latents have shape {list(latents.shape)}: expected [B,{self.latent_channels},h,w]")
-        if 0 in latents.shape[2:]:
+        batch, _, h, w = latents.shape
+        if 0 in (h, w):
             raise InputError(f"latents have shape {list(latents.shape)}: h and w must be at least 1")
+        size = (h * self.latent_stride, w * self.latent_stride)
+        for name, given, fits in zip(("height", "width"), (height, width), size, strict=True):
+            if given is not None and given != fits:
+                raise InputError(
+                    f"{name} {given} does not fit latents of {h}x{w}, which decode to {size[0]}x{size[1]}: "
+                    f"pass {name}={fits} or leave it out"
+                )
+        return batch, self.config.in_channels, *size
 
 
-def _check_tensor(name: str, t: Tensor, dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:
-    if not isinstance(t, Tensor):
-        raise InputError(f"{name} is a {type(t).__name__}: pass a torch.Tensor")
-    if t.dim() != 4:
-        extra = f"; add the batch dimension: {name}[None]" if t.dim() == 3 else ""
-        raise InputError(f"{name} has rank {t.dim()} (shape {list(t.shape)}), not 4{extra}")
-    if t.dtype not in dtypes:
-        names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
-        raise InputError(f"{name} has dtype {t.dtype}: convert it to one of {names}")
-    if t.device != device:
-        raise InputError(f"{name} is on {t.device} and the model on {device}: move one of them with .to()")
-    if t.requires_grad and torch.is_grad_enabled():
-        raise InputError(f"{name} requires grad, and there is no backward pass yet: pass {name}.detach()")
+@functools.cache
+def _launches_run_on(device: torch.device) -> bool:
+    """Whether Triton is here and `device` an NVIDIA GPU that the launches support."""
+    if torch.version.cuda is None or importlib.util.find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device)[0] >= 8
+
+
+def _noise(shape: tuple[int, ...], seed: int | None, like: Tensor) -> Tensor:
+    if seed is not None and torch.compiler.is_compiling():
+        return torch.ops.capacitor_rt.seeded_noise(like, list(shape), seed)
+    return unit_noise(shape, seed, like.device)
+
+
+def _write(result: Tensor, out: Tensor | None) -> Tensor:
+    """The result, in `out` where one is given."""
+    if out is None:
+        return result
+    with torch.no_grad():
+        return out.copy_(result)

@@ -2,45 +2,20 @@
 
 from __future__ import annotations
 
-import time
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .arena import ALIGNMENT
 from .executor import Executor
+from .memory import new_arena, retire
 from .plan import Plan, Request
+from .stats import Stats
 
-
-@dataclass
-class Stats:
-    """Counters of a model's runtime.
-
-    Attributes:
-        hits: calls served by a plan already bound; captures: CUDA graphs captured; replays: of them.
-        eager: runs by single launches (no CUDA, or inside another capture); evictions: of the cache.
-        nbytes: of static inputs, outputs and arenas now; capture_seconds: spent in binding and capturing.
-        weight_nbytes: of packed weights now.
-    """
-
-    hits: int = 0
-    captures: int = 0
-    replays: int = 0
-    eager: int = 0
-    evictions: int = 0
-    nbytes: int = 0
-    capture_seconds: float = 0.0
-    weight_nbytes: int = 0
-
-
-def new_arena(nbytes: int, device: torch.device) -> Tensor:
-    """Uninitialised uint8 memory that starts on a 256-byte boundary."""
-    block = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8, device=device)
-    start = -block.data_ptr() % ALIGNMENT
-    return block[start : start + nbytes]
+# torch allows one capture at a time in a process
+_capturing = threading.Lock()
 
 
 class Bound:
@@ -56,25 +31,42 @@ class Bound:
         self.graph: torch.cuda.CUDAGraph | None = None
 
     @property
+    def static(self) -> tuple[Tensor, ...]:
+        """The static inputs and outputs."""
+        return (*self.inputs.values(), *self.outputs.values())
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the static inputs and outputs."""
-        return sum(t.nbytes for t in (*self.inputs.values(), *self.outputs.values()))
+        return sum(t.nbytes for t in self.static)
 
     def capture(self, pool: tuple[int, int]) -> None:
-        """Capture the launches. They run once before, so that every kernel is compiled and loaded."""
-        stream = torch.cuda.Stream(self.arena.device)
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self.executor.run()
-        torch.cuda.current_stream().wait_stream(stream)
+        """Capture the launches. They run once before, so that every kernel is compiled and loaded.
+
+        `torch.cuda.graph` would wait for the device and empty the allocator's cache first; the launches allocate
+        nothing, so neither is needed.
+        """
+        caller = torch.cuda.current_stream(self.arena.device)
+        side = torch.cuda.Stream(self.arena.device)
         graph = torch.cuda.CUDAGraph()
-        # other threads may go on allocating while this one captures
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        side.wait_stream(caller)
+        with _capturing, torch.cuda.stream(side):
             self.executor.run()
+            # other threads may go on allocating meanwhile
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                self.executor.run()
+            finally:
+                graph.capture_end()
+        caller.wait_stream(side)
         self.graph = graph
 
     def run(self) -> None:
-        """Replay, or launch where nothing was captured."""
+        """Replay, or launch where nothing was captured.
+
+        Raises:
+            RuntimeError: of CUDA; the message names the request.
+        """
         if self.graph is None:
             self.executor.run()
             return
@@ -88,54 +80,65 @@ class BoundCache:
     """Least recently used cache of bound plans. Arenas are shared: a smaller plan runs in the arena of a larger one.
 
     All of it belongs to one device and is used by one call at a time (`runtime.Runtime` sees to that).
+
+    Args:
+        budget: bytes of static tensors and arenas. The plan about to run is kept whatever its size.
+        arena_step: a new arena is at least twice as large as the largest so far, up to this many bytes, so that ever
+            larger shapes need few of them.
     """
 
-    def __init__(self, device: torch.device, budget: int, stats: Stats):
-        self.device, self.budget, self.stats = device, budget, stats
+    def __init__(self, device: torch.device, budget: int, arena_step: int, stats: Stats):
+        self.device, self.budget, self.arena_step, self.stats = device, budget, arena_step, stats
         self._bound: OrderedDict[Request, Bound] = OrderedDict()
+        # None where nothing is to be captured
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
-    def get(self, request: Request, bind: Callable[[Callable[[int], Tensor]], Bound]) -> Bound:
-        """The bound plan of `request`; `bind(arena_of)` makes it where there is none."""
-        if request in self._bound:
+    def find(self, request: Request) -> Bound | None:
+        """The bound plan of `request`, now the most recently used one."""
+        bound = self._bound.get(request)
+        if bound is not None:
             self.stats.hits += 1
             self._bound.move_to_end(request)
-            return self._bound[request]
-        started = time.perf_counter()
-        bound = bind(self.arena)
-        if self._pool is not None:
-            with torch.cuda.device(self.device):
-                bound.capture(self._pool)
-            self.stats.captures += 1
-        self._bound[request] = bound
-        self.stats.capture_seconds += time.perf_counter() - started
-        self._evict()
         return bound
 
-    def clear(self) -> None:
-        """Free every graph, arena and static tensor."""
-        self._bound.clear()
-        self.stats.nbytes = 0
+    def add(self, bound: Bound) -> None:
+        """Capture a plan and keep it; the least recently used ones go until the rest is within the budget."""
+        if self._pool is not None:
+            bound.capture(self._pool)
+            self.stats.captures += 1
+        self._bound[bound.plan.request] = bound
+        size = self._nbytes()
+        while size > self.budget and len(self._bound) > 1:
+            self._retire(self._bound.popitem(last=False)[1])
+            self.stats.evictions += 1
+            size = self._nbytes()
+        self.stats.nbytes = size
 
-    def drop(self, unwanted: Callable[[Request], bool]) -> None:
-        """Free the plans whose request is unwanted."""
-        for request in [r for r in self._bound if unwanted(r)]:
-            del self._bound[request]
+    def drop(self, unwanted: Callable[[Plan], bool]) -> None:
+        """Free the bound plans that are unwanted."""
+        for request in [r for r, bound in self._bound.items() if unwanted(bound.plan)]:
+            self._retire(self._bound.pop(request))
             self.stats.evictions += 1
         self.stats.nbytes = self._nbytes()
 
+    def clear(self) -> None:
+        """Free every graph, arena and static tensor."""
+        for bound in self._bound.values():
+            self._retire(bound)
+        self._bound.clear()
+        self.stats.nbytes = 0
+
     def arena(self, nbytes: int) -> Tensor:
         """The smallest arena in the cache that is large enough, else a new one."""
-        fitting = [b.arena for b in self._bound.values() if b.arena.nbytes >= nbytes]
-        return min(fitting, key=lambda a: a.nbytes) if fitting else new_arena(nbytes, self.device)
+        sizes = {b.arena.nbytes: b.arena for b in self._bound.values()}
+        fitting = [size for size in sizes if size >= nbytes]
+        if fitting:
+            return sizes[min(fitting)]
+        return new_arena(max(nbytes, min(2 * max(sizes, default=0), self.arena_step)), self.device)
+
+    def _retire(self, bound: Bound) -> None:
+        retire((*bound.static, bound.arena))
 
     def _nbytes(self) -> int:
         arenas = {b.arena.data_ptr(): b.arena.nbytes for b in self._bound.values()}
         return sum(arenas.values()) + sum(b.nbytes for b in self._bound.values())
-
-    def _evict(self) -> None:
-        # the newest stays, whatever its size: it is about to run
-        while (size := self._nbytes()) > self.budget and len(self._bound) > 1:
-            self._bound.popitem(last=False)
-            self.stats.evictions += 1
-        self.stats.nbytes = size

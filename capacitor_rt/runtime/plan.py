@@ -196,21 +196,25 @@ class _Builder:
         inference: FullCapacitorInferenceConfig,
     ) -> None:
         """target = weight * x0(state, time i) + add, guidance included."""
+        self.decoder_start(i, state)
         if not inference.pdg:
-            self.decoder_pass(i, state, target, weight, add, drop=False)
+            self.decoder_end(i, target, weight, add, drop=False)
             return
+        # both passes share the start blocks
         strength = inference.pdg_strength
-        self.decoder_pass(i, state, "buffer:unguided", weight * (1 - strength), add, drop=True)
-        self.decoder_pass(i, state, target, weight * strength, ("buffer:unguided", 1.0), drop=False)
+        self.decoder_end(i, "buffer:unguided", weight * (1 - strength), add, drop=True)
+        self.decoder_end(i, target, weight * strength, ("buffer:unguided", 1.0), drop=False)
 
-    def decoder_pass(
-        self, i: int, state: str, target: str, weight: float, add: tuple[str, float] | None, drop: bool
-    ) -> None:
+    def decoder_start(self, i: int, state: str) -> None:
+        """Token buffer "s": the image and latents through the start blocks."""
+        self.patchify(state, f"t{i}.in_w", f"t{i}.in_b", "s", "nchw", latents=True)
+        for b in range(self.config.decoder_start_blocks):
+            self.block(f"t{i}.blocks.{b}", "s", "s")
+
+    def decoder_end(self, i: int, target: str, weight: float, add: tuple[str, float] | None, drop: bool) -> None:
+        """From "s", which stays, to the image; `drop` replaces what the middle blocks make of it."""
         config, t = self.config, f"t{i}"
         first, last = config.decoder_start_blocks, config.decoder_start_blocks + config.decoder_middle_blocks
-        self.patchify(state, f"{t}.in_w", f"{t}.in_b", "s", "nchw", latents=True)
-        for b in range(first):
-            self.block(f"{t}.blocks.{b}", "s", "s")
         if drop:
             self.broadcast(f"{t}.drop_feature", "m")
         for b in range(first, first if drop else last):

@@ -1,122 +1,144 @@
-"""The Triton backend of one model on one device: folded weights, plans, micro-batches, graphs."""
+"""The Triton backend of one model on one device: plans, micro-batches, graphs, and what to do when memory runs out."""
 
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
-from collections.abc import Mapping
-from contextlib import contextmanager, nullcontext
+import time
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from math import prod
 
 import torch
 from torch import Tensor
 
-from capacitor_kernels.common import compute_capability
+from capacitor_kernels.common import INTERPRETED, compute_capability
 
 from ..config import FullCapacitorInferenceConfig
 from ..diffusion import sample
 from ..errors import InputError
 from ..model import FullCapacitor, Posterior
-from . import fold
-from .graphs import Bound, BoundCache, Stats, new_arena
-from .plan import Plan, Request, make_plan
+from . import weights
+from .batching import ARENA_BUDGET, cached_plan, micro_batch
+from .graphs import Bound, BoundCache
+from .memory import MIB, DeviceMemoryError, amount, free_bytes, new_arena
+from .plan import Plan, Request
+from .stats import Stats
 
-MIB = 1 << 20
-ARENA_BUDGET = 384 * MIB
-"""Of one micro-batch's temporaries: 128 images of 256x256, or 32 of 512x512, in bfloat16."""
 CACHE_BUDGET = 2048 * MIB
-"""Of all graphs' arenas, inputs and outputs."""
-MAX_TIMES = 8
-"""Folded decoders kept, one per time (full_capacitor in bfloat16: about 120 MB each)."""
+"""Bytes of all graphs' arenas, inputs and outputs; at most an eighth of the device's memory."""
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# the interpreter keeps its state in globals
+_interpreter = threading.RLock()
 
 
 class Runtime:
     """Runs a model by the Triton launches. Calls from several threads take turns; any current stream will do.
 
     Args:
-        model: whose tensors are folded when first needed; they are only read.
+        model: whose tensors are folded when first needed; they are only read, and held weakly.
         device: a CUDA device, or the CPU under Triton's interpreter.
         dtype: of packed weights and activations.
+
+    Raises:
+        InputError: a model, device or dtype that the launches do not take.
     """
 
     def __init__(self, model: FullCapacitor, device: torch.device, dtype: torch.dtype):
-        config = model.config
-        if config.in_channels != 3 or config.depthwise_kernel_size != 7:
-            raise InputError(
-                f"the Triton backend takes 3 channels and 7x7 convolutions, this model has {config.in_channels} and "
-                f"{config.depthwise_kernel_size}: use backend='torch'"
-            )
-        self.config, self.device, self.dtype = config, device, dtype
-        try:
-            self.cc = compute_capability(device)
-        except ValueError as error:
-            raise InputError(str(error)) from error
+        self.cc = _check(model, device, dtype)
+        self.config, self.device, self.dtype = model.config, device, dtype
         self.stats = Stats()
-        self._cache = BoundCache(device, CACHE_BUDGET, self.stats)
-        self._model = model
-        self._encoder: dict[str, Tensor] | None = None
-        self._decoders: OrderedDict[tuple[float, float], dict[str, Tensor]] = OrderedDict()
-        self._limits: dict[tuple, int] = {}
-        self._lock = threading.RLock()
-        self._done = torch.cuda.Event() if device.type == "cuda" else None
+        self._model = weakref.ref(model)
+        self._cuda = device.type == "cuda"
+        budget = CACHE_BUDGET
+        if self._cuda:
+            budget = min(budget, torch.cuda.get_device_properties(device).total_memory // 8)
+        self._cache = BoundCache(device, budget, ARENA_BUDGET, self.stats)
+        self._weights = weights.PackedWeights(model, device, dtype, self.stats, self._forget)
+        self._limits: dict[Request, int] = {}
+        self._lock = threading.RLock() if self._cuda else _interpreter
+        self._done = torch.cuda.Event() if self._cuda else None
 
-    def encode(self, image: Tensor) -> Tensor:
-        """Whitened latents of a checked image, float32 `[B,Z,h,w]` (bottleneck shape, without 2x2 patches)."""
-        return self._image("encode", image)["latents"]
+    def encode(self, image: Tensor, out: Tensor | None = None) -> Tensor:
+        """Whitened latents of a checked image, float32 `[B,Z,h,w]` (bottleneck shape, without 2x2 patches), or `out`."""
+        return self._image("encode", image, {} if out is None else {"latents": out})["latents"]
 
     def posterior(self, image: Tensor) -> Posterior:
         """Raw posterior of a checked image."""
-        out = self._image("posterior", image)
+        out = self._image("posterior", image, {})
         return Posterior(out["mean"], out.get("logsnr"))
 
-    def decode(self, latents: Tensor, noise: Tensor, inference: FullCapacitorInferenceConfig) -> Tensor:
+    def decode(
+        self, latents: Tensor, noise: Tensor, inference: FullCapacitorInferenceConfig, out: Tensor | None = None
+    ) -> Tensor:
         """Image of checked latents `[B,Z,h,w]` (whitened, or raw where whitening is not folded) and unit noise."""
         settings = replace(inference, seed=None)
-        if inference.num_steps <= MAX_TIMES:
-            return self._latents("decode", latents, noise, settings, None)
+        if inference.num_steps <= weights.MAX_TIMES:
+            return self._latents("decode", latents, noise, settings, None, out)
 
         # too many times to hold all their weights: one step after another, folding as it goes
         def predict(x: Tensor, t: float) -> Tensor:
-            return self._latents("predict", latents, x, settings, t)
+            return self._latents("predict", latents, x, settings, t, None)
 
-        return sample(predict, noise, self.config, inference)
+        image = sample(predict, noise, self.config, inference)
+        return image if out is None else out.copy_(image)
 
-    def warmup(self, request: Request) -> None:
-        """Bind and capture what a call of this request will use: its micro-batch and its tail."""
-        with self._turn():
-            size = self._micro_batch(request)
-            for batch in {min(size, request.batch), request.batch % size} - {0}:
-                self._bind(replace(request, batch=batch))
-
-    def clear(self) -> None:
-        """Free graphs, arenas and packed weights."""
-        with self._lock:
-            self._cache.clear()
-            self._encoder = None
-            self._decoders.clear()
-            self.stats.weight_nbytes = 0
-
-    def request(
+    def warmup(
         self,
         direction: str,
         batch: int,
         height: int,
         width: int,
-        *,
         image_dtype: torch.dtype,
-        layout: str = "nchw",
-        inference: FullCapacitorInferenceConfig | None = None,
-        time: float | None = None,
-    ) -> Request:
-        """Key of a call: what the plan depends on."""
-        use = "latency" if self._model.low_latency and batch == 1 else "throughput"
-        return Request(direction, batch, height, width, self.dtype, image_dtype, layout, self.cc, use, inference, time)
+        layout: str,
+        inference: FullCapacitorInferenceConfig | None,
+    ) -> None:
+        """Bind and capture what a call of this shape will use: its micro-batch and its tail."""
+        at = None
+        if direction == "decode":
+            inference = replace(inference or FullCapacitorInferenceConfig(), seed=None)
+            layout = "nchw"
+            if inference.num_steps > weights.MAX_TIMES:
+                direction, at = "predict", 1.0
+        else:
+            inference = None
+        request = self._request(direction, batch, height, width, image_dtype, layout, inference, at)
+        with self._turn():
+            seen = set()
+            for bound in self._split(request):
+                # what is not captured compiles when it is launched
+                if bound.graph is None and self._cuda and bound.plan.request not in seen:
+                    bound.executor.run()
+                seen.add(bound.plan.request)
 
-    def _image(self, direction: str, image: Tensor) -> dict[str, Tensor]:
-        image, layout = _dense(image)
+    def clear(self) -> None:
+        """Free graphs, arenas and packed weights; limits learnt from running out of memory are forgotten."""
+        with self._turn():
+            self._drop_all()
+            self._limits.clear()
+
+    # one call
+
+    def _request(
+        self,
+        direction: str,
+        batch: int,
+        height: int,
+        width: int,
+        image_dtype: torch.dtype,
+        layout: str,
+        inference: FullCapacitorInferenceConfig | None = None,
+        at: float | None = None,
+    ) -> Request:
+        use = "latency" if batch == 1 and self._model().low_latency else "throughput"
+        return Request(direction, batch, height, width, self.dtype, image_dtype, layout, self.cc, use, inference, at)
+
+    def _image(self, direction: str, image: Tensor, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        image, layout = as_it_lies(image)
         height, width = image.shape[2:] if layout == "nchw" else image.shape[1:3]
-        request = self.request(direction, image.shape[0], height, width, image_dtype=image.dtype, layout=layout)
-        return self._run(request, {"image": image})
+        request = self._request(direction, image.shape[0], height, width, image.dtype, layout)
+        return self._run(request, {"image": image}, outputs)
 
     def _latents(
         self,
@@ -124,45 +146,44 @@ class Runtime:
         latents: Tensor,
         noise: Tensor,
         inference: FullCapacitorInferenceConfig,
-        time: float | None,
+        at: float | None,
+        out: Tensor | None,
     ) -> Tensor:
         batch, _, height, width = noise.shape
-        request = self.request(
-            direction, batch, height, width, image_dtype=latents.dtype, inference=inference, time=time
-        )
-        return self._run(request, {"latents": latents, "noise": noise})["image"]
+        request = self._request(direction, batch, height, width, latents.dtype, "nchw", inference, at)
+        outputs = {} if out is None else {"image": out}
+        return self._run(request, {"latents": latents, "noise": noise}, outputs)["image"]
 
-    def _run(self, request: Request, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A batch as replays of one micro-batch and a tail, into fresh outputs."""
-        outputs: dict[str, Tensor] = {}
+    def _run(self, request: Request, inputs: Mapping[str, Tensor], outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A batch as replays of one micro-batch and a tail, into the given outputs or fresh ones."""
         with self._turn():
-            size = self._micro_batch(request)
             start = 0
-            while start < request.batch:
-                part = replace(request, batch=min(size, request.batch - start))
-                try:
-                    bound = self._bind(part)
-                except torch.cuda.OutOfMemoryError as error:
-                    size = self._smaller(part, error)
-                    continue
-                stop = start + part.batch
+            for bound in self._split(request):
+                stop = start + bound.plan.request.batch
                 for name, static in bound.inputs.items():
                     static.copy_(inputs[name][start:stop])
                 bound.run()
                 self._count(bound)
                 for name, static in bound.outputs.items():
                     if name not in outputs:
-                        outputs[name] = static.new_empty((request.batch, *static.shape[1:]))
+                        outputs[name] = self._output(request, bound.plan, name)
                     outputs[name][start:stop].copy_(static)
                 start = stop
         return outputs
 
     @contextmanager
-    def _turn(self):
+    def _turn(self) -> Iterator[None]:
         """One call at a time; a call on another stream waits for the one before to be done with the static tensors."""
-        on_device = torch.cuda.device(self.device) if self._done is not None else nullcontext()
-        with self._lock, on_device:
-            shared = self._done is not None and not self._foreign_capture()
+        with ExitStack() as stack:
+            stack.enter_context(self._lock)
+            # tensors that are kept must not be those of a caller's inference mode: they are written again later
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.no_grad())
+            if not self._cuda:
+                yield
+                return
+            stack.enter_context(torch.cuda.device(self.device))
+            shared = not self._foreign_capture()
             if shared:
                 torch.cuda.current_stream().wait_event(self._done)
             try:
@@ -173,18 +194,52 @@ class Runtime:
 
     def _foreign_capture(self) -> bool:
         """Whether the caller is capturing a graph of its own on the current stream."""
-        return self._done is not None and torch.cuda.is_current_stream_capturing()
+        return self._cuda and torch.cuda.is_current_stream_capturing()
 
-    def _bind(self, request: Request) -> Bound:
-        plan = make_plan(self.config, request)
-        weights = self._weights(plan)
-        if self._foreign_capture():
-            # the caller's graph records plain launches, and owns the memory they use
-            return Bound(plan, weights, new_arena(plan.arena_bytes, self.device), self.device)
-        if request.direction == "predict":
-            # its weights come and go, so no graph may keep their addresses
-            return Bound(plan, weights, self._cache.arena(plan.arena_bytes), self.device)
-        return self._cache.get(request, lambda arena: Bound(plan, weights, arena(plan.arena_bytes), self.device))
+    def _split(self, request: Request) -> Iterator[Bound]:
+        """Bound plans for the parts of a request, one after another; smaller ones when memory runs out."""
+        self._refresh("encoder" if request.direction in ("encode", "posterior") else "decoder")
+        left = request.batch
+        while left:
+            batch = min(self._micro_batch(request), left)
+            part = request if batch == request.batch else replace(request, batch=batch)
+            bound = self._bound(part)
+            if bound is None:
+                self._halve(part)
+                continue
+            yield bound
+            left -= batch
+
+    def _bound(self, request: Request) -> Bound | None:
+        """The plan of a request, bound and captured; None where memory ran out."""
+        capturing = self._foreign_capture()
+        bound = None if capturing else self._cache.find(request)
+        if bound is not None:
+            self._weights.touch(bound.plan)
+            return bound
+        started = time.perf_counter()
+        plan = cached_plan(self.config, request)
+        if capturing:
+            return self._bound_for_caller(plan)
+        packed = self._weights.of(plan)
+        try:
+            bound = Bound(plan, packed, self._cache.arena(plan.arena_bytes), self.device)
+            # weights of single steps come and go, so no graph may keep their addresses
+            if request.direction != "predict":
+                self._cache.add(bound)
+        except torch.OutOfMemoryError:
+            return None
+        self.stats.capture_seconds += time.perf_counter() - started
+        return bound
+
+    def _bound_for_caller(self, plan: Plan) -> Bound:
+        """Inside a caller's capture: plain launches, in memory that the caller's graph owns."""
+        if not self._weights.ready_for(plan):
+            raise InputError(
+                f"this model has not run {plan.request.direction} yet, and weights cannot be folded while a CUDA graph "
+                "is being captured: call it once with the same shape, or warmup(), before the capture"
+            )
+        return Bound(plan, self._weights.of(plan), new_arena(plan.arena_bytes, self.device), self.device)
 
     def _count(self, bound: Bound) -> None:
         if bound.graph is None:
@@ -192,71 +247,88 @@ class Runtime:
         else:
             self.stats.replays += 1
 
+    # memory
+
     def _micro_batch(self, request: Request) -> int:
-        """Images that run together: as many as the arena budget holds, a power of two, at least 1."""
         key = replace(request, batch=1)
         if key not in self._limits:
-            one, two = (make_plan(self.config, replace(key, batch=n)).arena_bytes for n in (1, 2))
-            most = max(1, (ARENA_BUDGET - one) // max(1, two - one) + 1)
-            self._limits[key] = 1 << (most.bit_length() - 1)
-        return min(self._limits[key], request.batch)
+            self._limits[key] = micro_batch(self.config, key, ARENA_BUDGET)
+        return self._limits[key]
 
-    def _smaller(self, request: Request, error: Exception) -> int:
-        """Half the micro-batch for this shape from now on, with everything cached freed first."""
-        needed = make_plan(self.config, request).arena_bytes
+    def _halve(self, part: Request) -> None:
+        """Run half as many images of this shape together from now on; everything bound is freed first."""
         self._cache.clear()
-        torch.cuda.empty_cache()
-        free, _ = torch.cuda.mem_get_info(self.device)
-        if request.batch == 1:
-            raise InputError(
-                f"{request.direction} of one {request.height}x{request.width} image needs {needed / MIB:.0f} MiB "
-                f"beside the weights, and {free / MIB:.0f} MiB are free on {self.device}: "
-                "free memory or use smaller images"
+        if part.batch == 1:
+            plan = cached_plan(self.config, part)
+            static = sum(prod(s) * d.itemsize for t in (plan.inputs, plan.outputs) for s, d in t.values())
+            raise DeviceMemoryError(
+                f"{part.direction} of one {part.height}x{part.width} image needs {amount(plan.arena_bytes + static)} "
+                f"beside the weights, and {amount(free_bytes(self.device))} are free on {self.device}, so that not "
+                "even a micro-batch of 1 fits: free memory or use smaller images"
+            )
+        free_bytes(self.device)
+        self._limits[replace(part, batch=1)] = part.batch // 2
+
+    def _output(self, request: Request, plan: Plan, name: str) -> Tensor:
+        """A fresh output for the whole batch."""
+        shape, dtype = plan.outputs[name]
+        try:
+            return torch.empty((request.batch, *shape[1:]), dtype=dtype, device=self.device)
+        except torch.OutOfMemoryError as error:
+            row = prod(shape[1:]) * dtype.itemsize
+            free = free_bytes(self.device)
+            fits = "a smaller batch" if free is None else f"a batch of {free // row}"
+            raise DeviceMemoryError(
+                f"{name} of {request.batch} images need {amount(request.batch * row)}, and {amount(free)} are free on "
+                f"{self.device}: {fits} would fit"
             ) from error
-        half = request.batch // 2
-        self._limits[replace(request, batch=1)] = half
-        return half
 
     # weights
 
-    def _weights(self, plan: Plan) -> dict[str, Tensor]:
-        if plan.request.direction in ("encode", "posterior"):
-            if self._encoder is None:
-                self._encoder = self._pack(fold.fold_encoder(self._model))
-                nhwc = fold.rows_nhwc(self._encoder["patch_w"], self.config.patch_size)
-                self._encoder["patch_w_nhwc"] = nhwc
-                self._weigh()
-            return self._encoder
-        weights: dict[str, Tensor] = {}
-        for i, key in enumerate(plan.times):
-            weights |= {f"t{i}.{name}": t for name, t in self._decoder(*key).items()}
-        return weights
+    def _refresh(self, part: str) -> None:
+        """Fold again where parameters were changed in place."""
+        if not self._weights.stale(part):
+            return
+        if self._foreign_capture():
+            raise InputError(
+                f"parameters of the {part} changed, and weights cannot be folded while a CUDA graph is being "
+                "captured: call the model once before the capture"
+            )
+        self._drop_all()
 
-    def _decoder(self, t: float, image_scale: float) -> dict[str, Tensor]:
-        key = (t, image_scale)
-        if key not in self._decoders:
-            self._decoders[key] = self._pack(fold.fold_decoder(self._model, t, image_scale))
-            if len(self._decoders) > MAX_TIMES:
-                self._decoders.popitem(last=False)
-                # graphs hold addresses of the weights that went
-                self._cache.drop(lambda r: r.direction == "decode")
-            self._weigh()
-        self._decoders.move_to_end(key)
-        return self._decoders[key]
+    def _drop_all(self) -> None:
+        self._cache.clear()
+        self._weights.clear()
 
-    def _pack(self, folded) -> dict[str, Tensor]:
-        return fold.named_tensors(fold.pack(folded, self.dtype, self.device))
-
-    def _weigh(self) -> None:
-        sets = [self._encoder or {}, *self._decoders.values()]
-        self.stats.weight_nbytes = sum(t.nbytes for s in sets for t in s.values())
+    def _forget(self, key: tuple[float, float]) -> None:
+        # graphs hold addresses of the weights that go
+        self._cache.drop(lambda plan: key in plan.times)
 
 
-def _dense(image: Tensor) -> tuple[Tensor, str]:
-    """The image without gaps, and its layout: NHWC and channels_last images are taken as they lie in memory."""
+def as_it_lies(image: Tensor) -> tuple[Tensor, str]:
+    """The image and its layout in memory: NHWC and channels_last images are taken as they lie."""
     if image.shape[1] != 3:
-        return image.contiguous(), "nhwc"
+        return image, "nhwc"
     nhwc = image.permute(0, 2, 3, 1)
-    if nhwc.is_contiguous() and not image.is_contiguous():
-        return nhwc, "nhwc"
-    return image.contiguous(), "nchw"
+    return (nhwc, "nhwc") if nhwc.is_contiguous() and not image.is_contiguous() else (image, "nchw")
+
+
+def _check(model: FullCapacitor, device: torch.device, dtype: torch.dtype) -> int:
+    """Compute capability of `device`, after refusing what the launches cannot do."""
+    config = model.config
+    if config.in_channels != 3 or config.depthwise_kernel_size != 7:
+        raise InputError(
+            f"the Triton backend takes 3 channels and 7x7 convolutions, this model has {config.in_channels} and "
+            f"{config.depthwise_kernel_size}: use backend='torch'"
+        )
+    if dtype not in DTYPES:
+        raise InputError(f"the Triton backend has no launches for {dtype}: use .to(torch.float32), or backend='torch'")
+    if device.type != "cuda" and not (device.type == "cpu" and INTERPRETED):
+        raise InputError(
+            f"backend='triton' needs an NVIDIA GPU and the model is on {device}: move it with .to('cuda'), or use "
+            "backend='torch' (TRITON_INTERPRET=1 runs the launches on the CPU, for tests)"
+        )
+    try:
+        return compute_capability(device)
+    except ValueError as error:
+        raise InputError(f"{error}, backend='torch'") from error

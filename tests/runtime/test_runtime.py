@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import pickle
 from functools import cache
 
 import pytest
 import torch
 from golden_cases import GOLDEN, NAMES, golden_io, inference_of, relative_error
+from runtime_cases import DEVICE, ONE_STEP, TOLERANCE, tiny
 
-from capacitor_rt import FullCapacitor, InputError, ModelConfig
+from capacitor_rt import FullCapacitor, FullCapacitorInferenceConfig, InputError, ModelConfig
 from capacitor_rt.diffusion import unit_noise
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TOLERANCE = 1e-4
 # every sampler, schedule and guidance once; under the interpreter the rest takes minutes
 QUICK = {
     ("p16", "decode_ddim1_linear_seed7"),
@@ -28,25 +26,6 @@ DECODES = [
     for key in sorted(golden_io(name))
     if key.startswith("decode_")
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _tall_tiles():
-    """The interpreter pays for every operation of every program: fewer, taller ones. Their bits are the same."""
-    if DEVICE == "cuda":
-        yield
-        return
-    from capacitor_kernels import tuning
-
-    lookup = tuning.lookup
-
-    def tall(family, *args):
-        config = lookup(family, *args)
-        return dataclasses.replace(config, strips_y=16, num_warps=8) if family == "dwconv" else config
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tuning, "lookup", tall)
-        yield
 
 
 @cache
@@ -87,90 +66,84 @@ def test_layouts_and_uint8_agree_with_the_reference():
 def test_micro_batches_and_tail_give_the_same_bits(monkeypatch):
     from capacitor_rt.runtime import runtime
 
-    image = torch.randn(3, 3, 16, 16, device=DEVICE)
-    model = FullCapacitor.from_pretrained(GOLDEN / "p8", device=DEVICE, backend="triton", strict_size=False)
-    whole = model.encode(image)
+    image = torch.randn(3, 3, 16, 8, device=DEVICE)
+    model = tiny()
+    whole, decoded = model.encode(image), model.decode(torch.ones(3, 4, 1, 1, device=DEVICE), None, None, ONE_STEP)
     model.runtime.clear()
     monkeypatch.setattr(runtime, "ARENA_BUDGET", 1)
-    model.runtime._limits.clear()
+    before = model.stats()
     assert torch.equal(model.encode(image), whole)
-    assert model.runtime.stats.replays + model.runtime.stats.eager >= 4
+    # noise is drawn for the whole batch, so a seed means the same whatever the micro-batch
+    assert torch.equal(model.decode(torch.ones(3, 4, 1, 1, device=DEVICE), None, None, ONE_STEP), decoded)
+    after = model.stats()
+    assert (after.replays + after.eager) - (before.replays + before.eager) == 6 and after.hits - before.hits == 4
     # a row alone, and in another place
     assert torch.equal(model.encode(image[1:2]), whole[1:2])
     assert torch.equal(model.encode(image.flip(0)), whole.flip(0))
 
 
 def test_outputs_are_fresh_and_plans_are_kept():
-    model = load("p8")
-    image = torch.randn(1, 3, 16, 16, device=DEVICE)
+    model = tiny()
+    image = torch.randn(1, 3, 8, 8, device=DEVICE)
     first = model.encode(image)
-    kept, hits = first.clone(), model.runtime.stats.hits
-    model.encode(torch.randn(1, 3, 16, 16, device=DEVICE))
+    kept, hits = first.clone(), model.stats().hits
+    model.encode(torch.randn(1, 3, 8, 8, device=DEVICE))
     assert torch.equal(first, kept)
-    assert model.runtime.stats.hits == hits + 1
+    assert model.stats().hits == hits + 1
 
 
 def test_many_steps_fold_as_they_go(monkeypatch):
-    from capacitor_rt.runtime import runtime
+    from capacitor_rt.runtime import weights
 
-    monkeypatch.setattr(runtime, "MAX_TIMES", 2)
-    inference = inference_of("decode_ddim3_cosine_seed3")
-    model = FullCapacitor.from_pretrained(GOLDEN / "p8", device=DEVICE, backend="triton", strict_size=False)
-    truth = FullCapacitor.from_pretrained(GOLDEN / "p8", strict_size=False)
-    latents = torch.randn(1, 8, 1, 2)
-    image = model.decode(latents.to(DEVICE), inference_config=inference)
-    assert relative_error(image.cpu(), truth.decode(latents, inference_config=inference)) < TOLERANCE
-    assert len(model.runtime._decoders) == 2
+    monkeypatch.setattr(weights, "MAX_TIMES", 2)
+    inference = FullCapacitorInferenceConfig(num_steps=3, pdg=True, seed=3)
+    model, truth = tiny(), tiny("torch", "cpu")
+    latents = torch.randn(1, 4, 1, 1)
+    expected = truth.decode(latents, inference_config=inference)
+    out = torch.empty_like(expected, device=DEVICE)
+    assert model.decode(latents.to(DEVICE), inference_config=inference, out=out) is out
+    assert relative_error(out.cpu(), expected) < TOLERANCE
+    assert len(model.runtime._weights._decoders) == 2
 
 
 def test_evicted_weights_take_their_plans_along(monkeypatch):
-    from capacitor_rt.runtime import runtime
+    from capacitor_rt.runtime import weights
 
-    monkeypatch.setattr(runtime, "MAX_TIMES", 1)
-    model = FullCapacitor.from_pretrained(GOLDEN / "p8", device=DEVICE, backend="triton", strict_size=False)
-    latents = torch.randn(1, 8, 1, 1, device=DEVICE)
-    one = inference_of("decode_ddim1_linear_seed7")
-    before = model.decode(latents, inference_config=one)
-    model.runtime._decoder(0.5, 1.0)
-    assert model.runtime.stats.evictions == 1
-    assert torch.equal(model.decode(latents, inference_config=one), before)
+    monkeypatch.setattr(weights, "MAX_TIMES", 1)
+    model = tiny()
+    latents = torch.randn(1, 4, 1, 1, device=DEVICE)
+    before = model.decode(latents, inference_config=ONE_STEP)
+    model.runtime._weights._decode((0.5, 1.0))
+    assert model.stats().evictions == 1
+    assert torch.equal(model.decode(latents, inference_config=ONE_STEP), before)
 
 
 def test_copies_and_casts_drop_what_belongs_to_the_runtime():
-    model = FullCapacitor.from_pretrained(GOLDEN / "p8", device=DEVICE, backend="triton", strict_size=False)
+    model = tiny()
     image = torch.randn(1, 3, 8, 8, device=DEVICE)
     latents = model.encode(image)
-    assert model.runtime.stats.weight_nbytes > 0
+    assert model.stats().weight_nbytes > 0
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert twin._runtime is None and torch.equal(twin.encode(image), latents)
+        assert twin._runtime is None and twin._number != model._number
+        assert torch.equal(twin.encode(image), latents)
     state = {k: v.clone() for k, v in model.state_dict().items()}
     state["encoder.to_bottleneck.bias"] += 1.0
     model.load_state_dict(state)
     assert not torch.equal(model.encode(image), latents)
     runtime = model.runtime
-    model.cpu()
-    assert model._runtime is None and runtime.stats.weight_nbytes == 0
+    model.half()
+    assert model._runtime is None and runtime.stats.weight_nbytes == 0 == runtime.stats.nbytes
 
 
 def test_latent_patches_and_decoder_only():
-    config = ModelConfig(patch_size=8, model_dim=24, encoder_depth=1, decoder_depth=1, decoder_start_blocks=1,
-                         decoder_end_blocks=0, bottleneck_dim=4, adaln_low_rank_rank=2)  # fmt: skip
     for changes in ({"latent_patch": 2}, {"encoder_depth": 0}, {"bottleneck_posterior_kind": "deterministic"}):
-        torch.manual_seed(0)
-        changed = dataclasses.replace(config, **changes)
-        truth = FullCapacitor(changed, strict_size=False, backend="torch").requires_grad_(False)
-        if truth.latent_norm_running_mean is not None:
-            truth.latent_norm_running_mean.normal_()
-        fast = FullCapacitor(changed, strict_size=False, backend="triton").requires_grad_(False)
-        fast.load_state_dict(truth.state_dict())
-        fast.to(DEVICE)
+        truth, fast = tiny("torch", "cpu", **changes), tiny(**changes)
         if truth.encoder is not None:
             image = torch.randn(1, 3, 16, 32)
             assert relative_error(fast.encode(image.to(DEVICE)).cpu(), truth.encode(image)) < TOLERANCE
         latents = torch.randn(1, truth.latent_channels, 2, 1)
-        inference = inference_of("decode_ddim1_linear_seed7")
-        got = fast.decode(latents.to(DEVICE), inference_config=inference).cpu()
-        assert relative_error(got, truth.decode(latents, inference_config=inference)) < TOLERANCE
+        got = fast.decode(latents.to(DEVICE), inference_config=ONE_STEP).cpu()
+        assert relative_error(got, truth.decode(latents, inference_config=ONE_STEP)) < TOLERANCE
 
 
 def test_models_that_the_launches_do_not_fit_are_refused():
@@ -180,40 +153,39 @@ def test_models_that_the_launches_do_not_fit_are_refused():
 
 
 def test_empty_batch_and_bad_input_as_ever():
-    model = load("p8")
-    assert model.encode(torch.zeros(0, 3, 16, 16, device=DEVICE)).shape == (0, 8, 2, 2)
+    model = tiny()
+    assert model.encode(torch.zeros(0, 3, 16, 16, device=DEVICE)).shape == (0, 4, 2, 2)
+    assert [t.shape for t in model.encode_posterior(torch.zeros(0, 3, 16, 16, device=DEVICE))] == [(0, 4, 2, 2)] * 2
+    assert model.decode(torch.zeros(0, 4, 2, 1, device=DEVICE)).shape == (0, 3, 16, 8)
+    assert model.stats().folds == 0
     with pytest.raises(InputError, match="height 20"):
         model.encode(torch.zeros(1, 3, 20, 16, device=DEVICE))
     with pytest.raises(InputError, match="requires grad"):
         model.encode(torch.zeros(1, 3, 16, 16, device=DEVICE, requires_grad=True))
 
 
-def test_compile_and_export_keep_the_call_whole():
-    model = load("p8")
-    image = torch.randn(1, 3, 16, 16, device=DEVICE)
-    truth = model.encode(image)
-
-    @torch.compile(fullgraph=True, backend="eager")
-    def half(x):
-        return model.encode(x) * 0.5
-
-    assert torch.equal(half(image), truth * 0.5)
-
-    class Wrapper(torch.nn.Module):
-        def forward(self, x):
-            return model.encode(x) + 1
-
-    exported = torch.export.export(Wrapper(), (image,))
-    assert torch.equal(exported.module()(image), truth + 1)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_out_is_written_rounded_once_and_returned(dtype):
+    model = tiny()
+    image = torch.randn(2, 3, 8, 8, device=DEVICE)
+    latents = model.encode(image)
+    out = torch.empty(2, 4, 1, 1, dtype=dtype, device=DEVICE)
+    assert model.encode(image, out=out) is out and torch.equal(out, latents.to(dtype))
+    truth = model.decode(latents, inference_config=ONE_STEP)
+    # of any strides
+    out = torch.empty(2, 8, 8, 3, dtype=dtype, device=DEVICE).permute(0, 3, 1, 2)
+    assert model.decode(latents, inference_config=ONE_STEP, out=out) is out and torch.equal(out, truth.to(dtype))
 
 
-def test_operators_are_what_they_say():
-    model = load("p8")
-    model.runtime  # noqa: B018  (registers the model)
-    image = torch.randn(1, 3, 8, 16, device=DEVICE)
-    torch.library.opcheck(torch.ops.capacitor_rt.encode.default, (image, model._number))
-    torch.library.opcheck(torch.ops.capacitor_rt.posterior.default, (image, model._number))
-    latents = torch.randn(1, 8, 1, 2, device=DEVICE)
-    noise = unit_noise((1, 3, 8, 16), 0, torch.device(DEVICE))
-    args = (latents, noise, model._number, 1, "ddim", "linear", False, 2.0)
-    torch.library.opcheck(torch.ops.capacitor_rt.decode.default, args)
+def test_warmup_leaves_nothing_to_plan():
+    model = tiny()
+    model.warmup([(8, 8, 2), (16, 8, 1)], image_dtype=torch.uint8, layout="nhwc")
+    model.warmup([(8, 8, 2)], direction="decode", image_dtype=torch.bfloat16, inference_config=ONE_STEP)
+    before = model.stats()
+    assert before.folds == 2 and before.hits == 0 and before.nbytes > 0
+    model.encode(torch.zeros(2, 8, 8, 3, dtype=torch.uint8, device=DEVICE))
+    model.encode(torch.zeros(1, 16, 8, 3, dtype=torch.uint8, device=DEVICE))
+    model.decode(torch.zeros(2, 4, 1, 1, dtype=torch.bfloat16, device=DEVICE))
+    after = model.stats()
+    assert after.hits == 3 and after.folds == 2 and after.captures == before.captures
+    assert after.nbytes == before.nbytes and after.capture_seconds == before.capture_seconds

@@ -1,0 +1,47 @@
+"""Device memory: arenas, tensors that are given back while work on them is under way, and what to say when it runs out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from .arena import ALIGNMENT
+
+MIB = 1 << 20
+
+
+class DeviceMemoryError(InputError, torch.OutOfMemoryError):
+    """What was asked for does not fit on the device. Code that catches torch's own error catches this one."""
+
+
+def new_arena(nbytes: int, device: torch.device) -> Tensor:
+    """Uninitialised uint8 memory that starts on a 256-byte boundary."""
+    block = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8, device=device)
+    start = -block.data_ptr() % ALIGNMENT
+    return block[start : start + nbytes]
+
+
+def retire(tensors: Iterable[Tensor]) -> None:
+    """Before the last reference goes: what the current stream has queued may still use these tensors.
+
+    The allocator otherwise gives their memory to the stream that allocated them, at once.
+    """
+    for t in tensors:
+        if t.is_cuda:
+            t.record_stream(torch.cuda.current_stream(t.device))
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """What an allocation could get now, torch's own cached blocks included; None where nobody says."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
+
+
+def amount(nbytes: int | None) -> str:
+    """For messages: mebibytes, or "an unknown number of" them."""
+    return "an unknown number of MiB" if nbytes is None else f"{nbytes / MIB:.1f} MiB"
