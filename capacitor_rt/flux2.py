@@ -53,10 +53,15 @@ def missing() -> str | None:
     return None
 
 
-def _vae_class() -> Any:
+def require() -> None:
+    """Raise InputError unless the FLUX.2 VAE can be built here."""
     reason = missing()
     if reason:
         raise InputError(f"the FLUX.2 VAE needs diffusers: {reason}")
+
+
+def _vae_class() -> Any:
+    require()
     from diffusers import AutoencoderKLFlux2
 
     return AutoencoderKLFlux2
@@ -96,7 +101,8 @@ class Flux2(nn.Module):
         folder = Path(id_or_path)
         at_root = folder.is_dir() and not (folder / "vae").is_dir()
         try:
-            vae = vae_class.from_pretrained(id_or_path, subfolder=None if at_root else "vae", torch_dtype=dtype)
+            subfolder = None if at_root else "vae"
+            vae = vae_class.from_pretrained(id_or_path, subfolder=subfolder, torch_dtype=dtype, low_cpu_mem_usage=False)
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise CheckpointError(
