@@ -1,4 +1,4 @@
-"""Device memory: arenas, tensors that are given back while work on them is under way, and what to say when it runs out."""
+"""Device memory: arenas, tensors given back while work on them is queued, and what to say when memory runs out."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ class Runtime:
         self._done = torch.cuda.Event() if self._cuda else None
 
     def encode(self, image: Tensor, out: Tensor | None = None) -> Tensor:
-        """Whitened latents of a checked image, float32 `[B,Z,h,w]` (bottleneck shape, without 2x2 patches), or `out`."""
+        """Whitened latents of a checked image, float32 `[B,Z,h,w]` of the bottleneck's shape, or `out`."""
         return self._image("encode", image, {} if out is None else {"latents": out})["latents"]
 
     def posterior(self, image: Tensor) -> Posterior:

@@ -12,7 +12,6 @@ from golden_cases import GOLDEN, NAMES, golden_io, inference_of, relative_error
 from runtime_cases import DEVICE, ONE_STEP, TOLERANCE, tiny
 
 from capacitor_rt import FullCapacitor, FullCapacitorInferenceConfig, InputError, ModelConfig
-from capacitor_rt.diffusion import unit_noise
 
 # every sampler, schedule and guidance once; under the interpreter the rest takes minutes
 QUICK = {
