@@ -22,6 +22,7 @@ import typer
 
 OK, MISSING, PROBLEM = "ok", "missing", "problem"
 NOT_MEASURED = "not measured yet"
+TORCH_LEAST = (2, 8)
 TRITON_WINDOW = ((3, 6), (3, 10))
 MEASURE = "python -m bench.gpu --out bench/results"
 RESULTS = Path(__file__).parents[1] / "bench" / "results"
@@ -31,7 +32,7 @@ MIB, GIB = 1 << 20, 1 << 30
 # package -> (what it is for, the extra that brings it)
 OPTIONAL = {
     "PIL": ("image files", "cache"),
-    "simplejpeg": ("JPEG files about twice as fast", "cache"),
+    "simplejpeg": ("faster JPEG decoding", "cache"),
     "pyarrow": ("latent caches", "cache"),
     "xxhash": ("latent caches", "cache"),
     "diffusers": ("FLUX.2 as a baseline", "bench"),
@@ -111,7 +112,9 @@ def _torch() -> Iterator[Finding]:
     import torch
 
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
-    yield Finding("torch", OK, f"{torch.__version__} ({build})")
+    old = _two(torch.__version__) < TORCH_LEAST
+    hint = f"pip install 'torch>={'.'.join(map(str, TORCH_LEAST))}'" if old else ""
+    yield Finding("torch", PROBLEM if old else OK, f"{torch.__version__} ({build})", hint)
     driver = _nvidia_smi("driver_version")
     if driver:
         yield Finding("driver", OK, driver[0])
@@ -126,7 +129,7 @@ def _triton() -> Iterator[Finding]:
         yield Finding("triton", MISSING, "not installed, so the torch backend runs", "pip install 'triton>=3.6,<3.10'")
         return
     low, high = TRITON_WINDOW
-    tested = low <= tuple(int(part) for part in version.split("+")[0].split(".")[:2]) < high
+    tested = low <= _two(version) < high
     window = f"the kernels are tested on {low[0]}.{low[1]} to before {high[0]}.{high[1]}"
     hint = "" if tested else "pip install 'triton>=3.6,<3.10'"
     yield Finding("triton", OK if tested else PROBLEM, version if tested else f"{version}; {window}", hint)
@@ -199,9 +202,8 @@ def _disk(folder: Path) -> Iterator[Finding]:
         yield Finding("disk", MISSING, f"{folder.absolute()} cannot be written to", "give --folder")
         return
     if shutil.disk_usage(folder).free < 4 * PROBE_BYTES:
-        yield Finding(
-            "disk", PROBLEM, f"less than {4 * PROBE_BYTES // MIB} MiB free in {folder.absolute()}", "free some"
-        )
+        found = f"less than {4 * PROBE_BYTES // MIB} MiB free in {folder.absolute()}"
+        yield Finding("disk", PROBLEM, found, "free some, or give --folder")
         return
     block = os.urandom(4 * MIB)
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".capacitor-doctor-") as file:
@@ -272,6 +274,12 @@ def measured_rates(results: Path, gpu: str) -> dict[str, float]:
         elif line.get("variant") == "ours" and line.get("row"):
             rates[f"{line['direction']} {line['size']}x{line['size']}, batch {line['batch']}"] = line["images_per_s"]
     return rates
+
+
+def _two(version: str) -> tuple[int, int]:
+    """The first two parts of a version."""
+    major, minor = version.split("+")[0].split(".")[:2]
+    return int(major), int(minor)
 
 
 def _version(distribution: str) -> str | None:
