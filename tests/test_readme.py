@@ -28,7 +28,9 @@ def test_cache_example_runs(tmp_path, monkeypatch):
     (tmp_path / "photos").mkdir()
     Image.linear_gradient("L").convert("RGB").save(tmp_path / "photos" / "a.png")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", "capacitor-rt cache photos latents --model sample --size 64 -q".split())
+    monkeypatch.setattr(
+        sys, "argv", ["capacitor-rt", "cache", "photos", "latents", "--model", "sample", "--size", "64", "-q"]
+    )
     with pytest.raises(SystemExit) as exit:
         main()
     assert not exit.value.code
