@@ -76,16 +76,14 @@ def roofline(axes: Any, lines: list[Line]) -> bool:
 
 def speedup(axes: Any, lines: list[Line]) -> bool:
     """Time of every other way to run a published row, in units of ours."""
-    ours = [
-        line
-        for line in newest(lines).values()
-        if line["bench"] in ("model", "flux2") and line["variant"] == "ours" and line["row"] and measured(line)
-    ]
-    bars = [(f"{line['row']}\n{other}", ratio) for line in ours for other, ratio in line["speedup_over"].items()]
-    bars = [(name, ratio) for name, ratio in bars if "/ours" not in name]
+    bars: dict[str, float] = {}
+    for line in lines:
+        if line["bench"] in ("model", "flux2") and line["variant"] == "ours" and line["row"] and measured(line):
+            rest = {other: ratio for other, ratio in line["speedup_over"].items() if "/ours" not in other}
+            bars |= {f"{line['row']}\n{other}": ratio for other, ratio in rest.items()}
     if not bars:
         return False
-    axes.barh([name for name, _ in bars], [ratio for _, ratio in bars], color=OURS)
+    axes.barh(list(bars), list(bars.values()), color=OURS)
     axes.axvline(1, color="k", lw=0.8)
     axes.tick_params(axis="y", labelsize=5)
     axes.invert_yaxis()

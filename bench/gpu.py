@@ -1,17 +1,20 @@
 """Everything that needs a GPU, in one command.
 
-    python -m bench.gpu --out DIR                       all steps
+    python -m bench.gpu --out bench/results/NAME        all steps, in eight minutes
+    python -m bench.gpu --out DIR --minutes 60          the same with every size, batch and compiled variant
     python -m bench.gpu --out DIR --only tests,kernels  some of them
 
-Steps run as processes of their own, in order, each under a time limit, and leave their files in DIR as they go, so an
-interrupted run keeps what it has: `tests.log`, `ceilings.jsonl`, `kernels.jsonl`, `sanitizer.log`, and `summary.json`,
-which is rewritten after each step. Exit code 1 when a GPU test, a launch's check or a step failed, 2 without a GPU.
+Steps run as processes of their own, in order of their value, and leave their files in DIR as they go: a log of each,
+`ceilings.jsonl`, `kernels.jsonl`, `model.jsonl`, `flux2.jsonl`, `cache.jsonl`, and `summary.json`, which is rewritten
+after each step. A step gets its share of the minutes that are left; what it measured until then counts. Exit code 1
+when a GPU test, a result's check or a step failed, 2 without a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -22,17 +25,29 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+# below it, only what needs no compiler of its own is measured, but for one row
+LONG_MINUTES = 20.0
+LEAST_SECONDS = 0.5
+PACE = 0.7
 
 
 @dataclass(frozen=True)
 class Step:
-    """A process to run: arguments after the interpreter, where its output goes, its time limit in seconds."""
+    """A process to run: arguments after the interpreter, where its output goes, its time limit in seconds.
+
+    Attributes:
+        before: command that it runs under.
+        share: of the time that is left, in proportion to the steps after it.
+        paced: takes `--minutes` and ends by itself.
+    """
 
     name: str
     arguments: tuple[str, ...]
     log: str
     limit: int
     before: tuple[str, ...] = ()
+    share: float = 1.0
+    paced: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,31 +60,60 @@ class Outcome:
     detail: str = ""
 
 
-def steps(out: Path, device: str) -> tuple[Step, ...]:
+def steps(out: Path, device: str, minutes: float = 60.0) -> tuple[Step, ...]:
     """Every step, in the order in which a short lease should spend its time."""
-    kernels = ("-m", "bench.kernels", "--device", device)
+    on = ("--device", device)
+    kernels = ("-m", "bench.kernels", *on)
     tiny = (*kernels, "--tiny", "--check-only")
+    # compilers take minutes, which a short lease has not
+    compiled = ("--compile", "none" if device == "cpu" else "first" if minutes < LONG_MINUTES else "named")
+    rows = (*on, *compiled, *(("--shape", "encode:1x32") if device == "cpu" else ()))
+    launches = (*kernels, "--out", str(out / "kernels.jsonl"))
+    if minutes < LONG_MINUTES:
+        launches += ("--compile", "none")
+    if device == "cpu":
+        launches += ("--op", "grn")
+    tests = ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests")
+    caching = ("-m", "bench.cache", *on, "--out", str(out / "cache.jsonl"))
     return (
-        Step("tests", ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"), "tests.log", 240),
+        Step("tests", tests, "tests.log", 600, share=6),
         Step("ceilings", ("-m", "bench.gpu", "--measure-ceilings", device, "--out", str(out)), "ceilings.log", 60),
-        Step("kernels", (*kernels, "--out", str(out / "kernels.jsonl")), "kernels.log", 330),
+        Step("kernels", launches, "kernels.log", 900, share=4),
+        Step("model", _timed("model", out, rows), "model.log", 1800, share=4, paced=True),
+        Step("flux2", _timed("flux2", out, rows), "flux2.log", 1800, share=2, paced=True),
+        Step("cache", caching, "cache.log", 600),
         Step("sanitizer", tiny, "sanitizer.log", 180, ("compute-sanitizer", "--error-exitcode", "9")),
     )
 
 
-def run_step(step: Step, out: Path) -> Outcome:
-    """Run one step, its output to the log and a short account as the result."""
+def _timed(module: str, out: Path, options: tuple[str, ...]) -> tuple[str, ...]:
+    return ("-m", f"bench.{module}", *options, "--out", str(out / f"{module}.jsonl"))
+
+
+def run_step(step: Step, out: Path, seconds: float = math.inf) -> Outcome:
+    """Run one step for at most `seconds`, its output to the log and a short account as the result."""
     if step.before and shutil.which(step.before[0]) is None:
         return Outcome(step.name, "skipped", 0.0, f"{step.before[0]} is not installed")
+    limit = min(step.limit, seconds)
+    if limit < LEAST_SECONDS:
+        return Outcome(step.name, "skipped", 0.0, "no time left: give more --minutes")
     command = [*step.before, sys.executable, *step.arguments]
+    if step.paced:
+        # what begins before then ends before the limit
+        command += ["--minutes", f"{PACE * limit / 60:.2f}"]
     start = time.monotonic()
     with (out / step.log).open("w") as log:
         try:
             code = subprocess.run(
-                command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, timeout=step.limit, env=_environment()
+                command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, timeout=limit, env=_environment()
             ).returncode
         except subprocess.TimeoutExpired:
-            return Outcome(step.name, "timeout", time.monotonic() - start, f"over {step.limit} s")
+            return Outcome(
+                step.name,
+                "timeout",
+                time.monotonic() - start,
+                f"over {limit:.0f} s, what it measured is kept",
+            )
     lines = (out / step.log).read_text().strip().splitlines()
     last = lines[-1] if lines else ""
     # pytest says 5 when it collected nothing to run
@@ -98,6 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = [step.name for step in steps(Path(), "cuda")]
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--out", required=True, type=Path, help="folder for the results")
+    parser.add_argument("--minutes", type=float, default=8.0, help="for all steps together (default: 8)")
     parser.add_argument("--only", help=f"comma-separated steps of {','.join(names)}")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu tries the command itself out")
     parser.add_argument("--measure-ceilings", choices=("cuda", "cpu"), help=argparse.SUPPRESS)
@@ -114,14 +159,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.device == "cuda" and not _has_gpu():
         print("no CUDA GPU here; --device cpu tries the command itself out", file=sys.stderr)
         return 2
-    outcomes: list[Outcome] = []
-    for step in steps(args.out, args.device):
-        if step.name in only:
-            outcomes.append(run_step(step, args.out))
-            (args.out / "summary.json").write_text(json.dumps([asdict(o) for o in outcomes], indent=1) + "\n")
-            done = outcomes[-1]
-            print(f"{done.step:10} {done.status:8} {done.seconds:6.1f} s  {done.detail}", flush=True)
-    return 1 if any(o.status in ("failed", "timeout") for o in outcomes) else 0
+    outcomes = run_steps([s for s in steps(args.out, args.device, args.minutes) if s.name in only], args)
+    print(summary_table(args.out))
+    late = any(o.step == "tests" and o.status == "timeout" for o in outcomes)
+    return 1 if late or any(o.status == "failed" for o in outcomes) else 0
+
+
+def run_steps(chosen: Sequence[Step], args: argparse.Namespace) -> list[Outcome]:
+    """Run steps in order, each with its share of the time that is left."""
+    begin, outcomes = time.monotonic(), []
+    for number, step in enumerate(chosen):
+        left = 60 * args.minutes - (time.monotonic() - begin)
+        seconds = left * step.share / sum(s.share for s in chosen[number:])
+        outcomes.append(run_step(step, args.out, seconds))
+        (args.out / "summary.json").write_text(json.dumps([asdict(o) for o in outcomes], indent=1) + "\n")
+        done = outcomes[-1]
+        print(f"{done.step:10} {done.status:8} {done.seconds:6.1f} s  {done.detail}", flush=True)
+    return outcomes
+
+
+def summary_table(out: Path) -> str:
+    """The published rows as measured so far, for the terminal."""
+    from .records import read_folder
+    from .report import Results, published_rows, source
+
+    results = Results(read_folder(out))
+    if not results.gpus:
+        return "nothing was measured on a GPU"
+    return "\n\n".join("\n".join([gpu, *published_rows(results, gpu), source(results, gpu)]) for gpu in results.gpus)
 
 
 def _has_gpu() -> bool:

@@ -45,8 +45,8 @@ def plan_jobs(
     slow = [c for c in contenders if c.compiles != "no"]
     jobs: list[tuple[Shape, Sequence[Contender]]] = [(shape, quick) for shape in shapes]
     compiled = {"none": [], "first": shapes[:1], "named": shapes, "all": [*shapes, *sweep]}[how]
-    if slow:
-        jobs += [(shape, [*quick[:2], *slow]) for shape in compiled]
+    # one at a time, so that what runs out of time loses no more than one
+    jobs += [(shape, [*quick[:2], contender]) for contender in slow for shape in compiled]
     return jobs + [(shape, quick[:2]) for shape in sweep]
 
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .model import BATCHES, NAMED, SIZES
-from .records import Line, RecordError, measured, newest, on_gpu, read_folder
+from .records import Line, RecordError, key_of, measured, newest, on_gpu, read_folder
 from .timing import RESULTS
 
 ROOT = Path(__file__).parents[1]
@@ -38,7 +38,7 @@ PUBLISHED_PSNR = {
     "FLUX.2 VAE (card)": (36.28, 4.53, 36.07, 28.90, 43.63),
     "difference (card)": (0.34, 0.68, 0.41, -0.85, 1.31),
 }
-COMMAND = "python -m bench.gpu --out bench/results"
+COMMAND = "python -m bench.gpu --out bench/results/NAME"
 PSNR_COMMAND = (
     "capacitor-rt psnr IMAGES -m data-archetype/full_capacitor --against flux2 --json bench/results/psnr-NAME.json"
 )
@@ -70,6 +70,15 @@ class Results:
         key = (bench, gpu, *where, model, variant, "bfloat16")
         return self.latest.get(key)
 
+    def speedup(self, line: Line | None, over: str) -> str:
+        """Of a line over another contender, from the newest run in which both were timed in turn."""
+        if line is not None:
+            key = key_of(line)
+            for other in reversed(self.lines):
+                if over in other.get("speedup_over", {}) and key_of(other) == key:
+                    return f"{other['speedup_over'][over]:.2f}x"
+        return NOTHING
+
 
 def number(value: float | None, digits: int = 3) -> str:
     """A figure to so many significant digits, never in powers of ten."""
@@ -99,12 +108,6 @@ def cell(line: Line | None, name: str = "ms") -> str:
     return number(line.get(name)) + (" (noisy)" if name == "ms" and line.get("noisy") else "")
 
 
-def speedup(line: Line | None, over: str) -> str:
-    """Of a line over another contender of the same run."""
-    ratio = (line or {}).get("speedup_over", {}).get(over)
-    return NOTHING if ratio is None else f"{ratio:.2f}x"
-
-
 def published_rows(results: Results, gpu: str | None, brief: bool = False) -> list[str]:
     """The rows of the published tables, on one GPU; `brief` for README.md."""
     rows = []
@@ -125,9 +128,9 @@ def published_rows(results: Results, gpu: str | None, brief: bool = False) -> li
             "compiled, ms": cell(fastest),
             "FLUX.2, ms": cell(flux2),
             "images/s": cell(ours, "images_per_s"),
-            "x eager": speedup(ours, "full_capacitor/eager"),
-            "x compiled": speedup(ours, f"full_capacitor/{fastest['variant']}" if fastest else ""),
-            "x FLUX.2": speedup(beside, "flux2/eager"),
+            "x eager": results.speedup(ours, "full_capacitor/eager"),
+            "x compiled": results.speedup(ours, f"full_capacitor/{fastest['variant']}" if fastest else ""),
+            "x FLUX.2": results.speedup(beside, "flux2/eager"),
             "peak MiB": _mebibytes(ours),
             "memory, % of FLUX.2's": _share(beside, flux2),
             "published, ms": f"{mine:.2f}",

@@ -24,7 +24,7 @@ OK, MISSING, PROBLEM = "ok", "missing", "problem"
 NOT_MEASURED = "not measured yet"
 TORCH_LEAST = (2, 8)
 TRITON_WINDOW = ((3, 6), (3, 10))
-MEASURE = "python -m bench.gpu --out bench/results"
+MEASURE = "python -m bench.gpu --out bench/results/NAME"
 RESULTS = Path(__file__).parents[1] / "bench" / "results"
 PROBE_BYTES = 64 << 20
 PROBE_SECONDS = 0.3
@@ -258,7 +258,7 @@ def _expected(results: Path) -> Iterator[Finding]:
 def measured_rates(results: Path, gpu: str) -> dict[str, float]:
     """Images a second of this runtime on a GPU of this name, newest figures of `*.jsonl`; what -> rate."""
     lines: list[dict[str, Any]] = []
-    for path in sorted(results.glob("*.jsonl")) if results.is_dir() else ():
+    for path in sorted(results.rglob("*.jsonl")) if results.is_dir() else ():
         for text in path.read_text(encoding="utf-8").splitlines():
             try:
                 lines.append(json.loads(text))
