@@ -166,13 +166,12 @@ def _print_forecast(plan) -> None:
 
 
 def _print_report(report, out: Path) -> None:
-    new = f", {report.new_images} of them now" if 0 < report.new_images < report.inputs else ""
     done = f"{report.cached} of {report.inputs} images in {report.shards} shards, {_bytes(report.nbytes)}"
     if not report.new_images:
         typer.echo(f"nothing to do: {out} holds {done}")
     else:
         rate = report.new_images / max(report.meters.wall, 1e-9)
-        typer.echo(f"cached {done}{new}: {rate:.1f} images/s; {report.meters}")
+        typer.echo(f"cached {done}; {report.new_images} inputs read, {rate:.1f}/s; {report.meters}")
     if report.quarantined:
         reasons = ", ".join(f"{reason} {n}" for reason, n in sorted(report.quarantined.items()))
         note(f"{report.quarantined.total()} quarantined ({reasons}): see {out / 'quarantine.jsonl'}")

@@ -27,7 +27,7 @@ from .inputs import TABLE, Inputs, changed_inputs, load_inputs, read_header, rea
 from .job import PLAN, Plan, Request, Shard, check_plan, code_versions, load_plan, make_plan
 from .pipeline import Loader, Meters, Pipeline, device_threads
 from .quarantine import QUARANTINE, write_quarantine
-from .scan import Scan, scan
+from .scan import Scan, path_to_id, scan
 from .shards import ShardStore, read_index
 
 
@@ -243,9 +243,8 @@ def _prepare(
 def _notes(found: Scan) -> list[str]:
     notes = []
     if found.loops:
-        notes.append(
-            f"{len(found.loops)} links lead back into a folder above them and were not followed: {found.loops[0]!r}"
-        )
+        links = "1 link leads" if len(found.loops) == 1 else f"{len(found.loops)} links lead"
+        notes.append(f"{links} back into a folder above and was not followed: {path_to_id(found.loops[0])!r}")
     if found.ignored:
         kinds = ", ".join(f"{ext or 'no extension'} {n}" for ext, n in found.ignored.most_common(5))
         notes.append(f"left out, as they have no image's extension: {kinds}")
