@@ -171,7 +171,7 @@ def _print_report(report, out: Path) -> None:
         typer.echo(f"nothing to do: {out} holds {done}")
     else:
         rate = report.new_images / max(report.meters.wall, 1e-9)
-        typer.echo(f"cached {done}; {report.new_images} inputs read, {rate:.1f}/s; {report.meters}")
+        typer.echo(f"cached {done}; {report.new_images} inputs read at {rate:.1f} images/s; {report.meters}")
     if report.quarantined:
         reasons = ", ".join(f"{reason} {n}" for reason, n in sorted(report.quarantined.items()))
         note(f"{report.quarantined.total()} quarantined ({reasons}): see {out / 'quarantine.jsonl'}")
