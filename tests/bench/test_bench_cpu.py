@@ -131,7 +131,7 @@ def test_gpu_command_refuses(tmp_path, arguments, message):
 )
 def test_gpu_command_reports_how_steps_end(tmp_path, monkeypatch, program, limit, status, code):
     step = gpu.Step("tests", ("-c", program), "tests.log", limit)
-    monkeypatch.setattr(gpu, "steps", lambda out, device: (step,))
+    monkeypatch.setattr(gpu, "steps", lambda *_: (step,))
     assert gpu.main(["--out", str(tmp_path), "--device", "cpu"]) == code
     assert json.loads((tmp_path / "summary.json").read_text())[0]["status"] == status
 
