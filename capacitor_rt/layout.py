@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from . import reference
 from .config import ConfigError, ModelConfig
 
 Shape = tuple[int, ...]
@@ -54,11 +55,11 @@ class Reading:
 
 def expected_shapes(config: ModelConfig, has_statistics: bool) -> dict[str, Shape]:
     """Name and shape of every tensor of a model of this `config`."""
-    from .model import FullCapacitor
-
     with torch.device("meta"):
-        model = FullCapacitor(config)
-    shapes = {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in STATISTICS}
+        parts = {"decoder": reference.Decoder(config)}
+        if config.encoder_depth:
+            parts["encoder"] = reference.Encoder(config)
+    shapes = {f"{part}.{name}": tuple(t.shape) for part, m in parts.items() for name, t in m.state_dict().items()}
     if has_statistics:
         shapes |= dict.fromkeys(STATISTICS, (config.latent_channels,))
     return shapes
