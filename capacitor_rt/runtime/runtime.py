@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from math import prod
 
 import torch
@@ -55,7 +56,8 @@ class Runtime:
         if self._cuda:
             budget = min(budget, torch.cuda.get_device_properties(device).total_memory // 8)
         self._cache = BoundCache(device, budget, ARENA_BUDGET, self.stats)
-        self._weights = weights.PackedWeights(model, device, dtype, self.stats, self._forget)
+        # bound to the cache, not to this object: a cycle would keep GPU memory until the next collection
+        self._weights = weights.PackedWeights(model, device, dtype, self.stats, partial(_forget, self._cache))
         self._limits: dict[Request, int] = {}
         self._lock = threading.RLock() if self._cuda else _interpreter
         self._done = torch.cuda.Event() if self._cuda else None
@@ -300,9 +302,10 @@ class Runtime:
         self._cache.clear()
         self._weights.clear()
 
-    def _forget(self, key: tuple[float, float]) -> None:
-        # graphs hold addresses of the weights that go
-        self._cache.drop(lambda plan: key in plan.times)
+
+def _forget(cache: BoundCache, key: tuple[float, float]) -> None:
+    """Free the plans of weights that went: their graphs hold the addresses."""
+    cache.drop(lambda plan: key in plan.times)
 
 
 def as_it_lies(image: Tensor) -> tuple[Tensor, str]:

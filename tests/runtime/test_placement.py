@@ -1,0 +1,281 @@
+"""Weights at rest: what .to(), parents, optimizers, checkpoints and wrappers of parallel training make of them."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from runtime_cases import DEVICE, ONE_STEP, TINY, randomise, tiny
+from torch import nn
+
+from capacitor_rt import FullCapacitor, InputError
+
+IMAGE = torch.linspace(-1, 1, 2 * 3 * 8 * 8).reshape(2, 3, 8, 8)
+
+
+class Trainer(nn.Module):
+    """A parent that trains `net` on the latents of a frozen autoencoder, as LightningModules do."""
+
+    def __init__(self, vae: FullCapacitor):
+        super().__init__()
+        self.vae = vae
+        self.net = nn.Conv2d(4, 4, 1)
+
+    def forward(self, image):
+        return self.net(self.vae.encode(image)).square().mean()
+
+
+def image() -> torch.Tensor:
+    return IMAGE.to(DEVICE)
+
+
+def stored(model: FullCapacitor) -> set[torch.dtype]:
+    return {p.dtype for p in model.parameters()}
+
+
+def test_resting_weights_are_no_parameters_of_a_parent():
+    model, plain = tiny(), tiny("torch", "cpu")
+    parent = Trainer(model)
+    assert [name for name, _ in parent.named_parameters()] == ["net.weight", "net.bias"]
+    assert [name for name, _ in model.named_parameters()] == [name for name, _ in plain.named_parameters()]
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert list(parent.state_dict()) == [f"vae.{k}" for k in plain.state_dict()] + ["net.weight", "net.bias"]
+    for k, v in plain.state_dict().items():
+        assert torch.equal(model.state_dict()[k].cpu(), v), k
+
+
+def test_casts_change_what_is_computed_and_not_what_is_stored():
+    model = tiny()
+    truth = model.encode(image())
+    for cast, dtype in ((model.half, torch.float16), (model.bfloat16, torch.bfloat16), (model.float, torch.float32)):
+        cast()
+        assert model.dtype == dtype and stored(model) == {torch.float32} and model.stats().weight_nbytes == 0
+    assert torch.equal(model.encode(image()), truth)
+    for name in ("latent_norm_running_mean", "latent_norm_running_var"):
+        assert getattr(model, name).dtype == torch.float32 and getattr(model, name).device == model.device
+
+
+def test_moves_that_change_nothing_keep_graphs_and_weights():
+    model = tiny()
+    model.encode(image())
+    runtime = model.runtime
+    for same in (model.to(DEVICE), model.to(torch.float32), model.float(), Trainer(model).to(DEVICE).vae):
+        assert same is model and model.runtime is runtime and model.stats().folds == 1
+
+
+def test_a_parents_moves_and_loads_reach_the_model():
+    model = tiny()
+    parent = Trainer(model)
+    before = model.encode(image())
+    parent.half()
+    assert model.dtype == torch.float16 and stored(model) == {torch.float32}
+    parent.float()
+    other = randomise(tiny("torch", "cpu"), seed=1)
+    parent.load_state_dict(Trainer(other).state_dict())
+    assert [name for name, _ in parent.named_parameters()] == ["net.weight", "net.bias"]
+    after = model.encode(image())
+    assert not torch.equal(after, before)
+    torch.testing.assert_close(after.cpu(), other.encode(IMAGE), rtol=1e-4, atol=1e-4)
+    wrong = {k: v for k, v in model.state_dict().items() if k != "decoder.out_proj.bias"} | {"encoder.extra": before}
+    with pytest.raises(RuntimeError, match=r"(?s)Missing.*decoder.out_proj.bias.*Unexpected.*encoder.extra"):
+        model.load_state_dict(wrong)
+    keys = model.load_state_dict(wrong, strict=False)
+    assert keys.missing_keys == ["decoder.out_proj.bias"] and keys.unexpected_keys == ["encoder.extra"]
+    assert [name for name, _ in parent.named_parameters()] == ["net.weight", "net.bias"]
+
+
+def test_another_backend_wakes_the_weights():
+    model, truth = tiny(dtype=torch.float16), tiny("torch", "cpu", torch.float32)
+    model.cpu()
+    model.backend = "torch"
+    # the type in which it was to compute holds for the torch backend too
+    assert torch.equal(model.encode(IMAGE), truth.half().encode(IMAGE)) and torch.float16 in stored(model)
+    assert "vae.encoder.patchify.proj.weight" in dict(Trainer(model).named_parameters())
+
+
+def test_meta_and_to_empty():
+    model = tiny()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    latents = model.encode(image())
+    model.to("meta")
+    assert model.device.type == "meta" and all(t.is_meta for t in model.state_dict().values())
+    with pytest.raises(NotImplementedError, match="meta tensor"):
+        model.to(DEVICE)
+    model.to_empty(device=DEVICE)
+    model.load_state_dict(state)
+    assert torch.equal(model.encode(image()), latents)
+
+
+def test_a_model_built_on_meta_takes_tensors_by_assignment():
+    truth = tiny()
+    with torch.device("meta"):
+        model = FullCapacitor(TINY, backend="triton", strict_size=False)
+    model.load_state_dict(truth.state_dict(), assign=True)
+    model.to(DEVICE)
+    assert torch.equal(model.encode(image()), truth.encode(image()))
+
+
+def test_edits_in_place_are_noticed():
+    model = tiny()
+    before, decoded = model.encode(image()), model.decode(torch.ones(1, 4, 1, 1, device=DEVICE), None, None, ONE_STEP)
+    with torch.no_grad():
+        model.encoder.blocks[0].pwconv2.bias.add_(1.0)
+    assert not torch.equal(model.encode(image()), before)
+    with torch.no_grad():
+        model.encoder.blocks[0].pwconv2.bias.sub_(1.0)
+        model.latent_norm_running_mean.add_(1.0)
+    shifted = model.encode(image())
+    assert not torch.allclose(shifted, before)
+    model.decoder.load_state_dict({k: v * 1.5 for k, v in model.decoder.state_dict().items()})
+    assert not torch.equal(model.decode(torch.ones(1, 4, 1, 1, device=DEVICE), None, None, ONE_STEP), decoded)
+    model.encoder = copy.deepcopy(model.encoder)
+    with torch.no_grad():
+        model.latent_norm_running_mean.sub_(1.0)
+    torch.testing.assert_close(model.encode(image()), before)
+
+
+def test_a_deleted_model_leaves_nothing_behind():
+    import gc
+    import weakref
+
+    model = tiny()
+    model.encode(image())
+    gone = [
+        weakref.ref(model),
+        weakref.ref(model.runtime),
+        weakref.ref(next(iter(model.runtime._weights._encoder.values()))),
+    ]
+    gc.disable()
+    try:
+        del model
+        assert [ref() for ref in gone] == [None] * 3
+    finally:
+        gc.enable()
+
+
+def test_a_round_trip_over_the_cpu_keeps_the_bits(monkeypatch):
+    """Trainers park the autoencoder on the CPU between phases; the GPU is played by the meta device."""
+    monkeypatch.setattr(FullCapacitor, "may_rest", lambda _, place: place[0].type == "meta")
+    model = tiny("auto", "cpu")
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    model.to("meta", torch.bfloat16)
+    assert model.device.type == "meta" and model.dtype == torch.bfloat16
+    assert stored(model) == {torch.float32} and {p.device.type for p in model.parameters()} == {"cpu"}
+    assert model.latent_norm_running_mean.is_meta
+    with pytest.raises(InputError, match="image is on cpu and the model on meta: move one of them"):
+        model.encode(IMAGE)
+    # `.to` cannot copy from this GPU, and the statistics are lost on it
+    model.to_empty(device="cpu")
+    model._buffers.update({k: state[k] for k in ("latent_norm_running_mean", "latent_norm_running_var")})
+    assert model.device.type == "cpu" and model.dtype == torch.bfloat16 and stored(model) == {torch.float32}
+    for k, v in model.state_dict().items():
+        assert torch.equal(v, state[k])
+    # computing there wakes them, in the type asked for
+    assert model.encode(IMAGE).dtype == torch.float32 and torch.bfloat16 in stored(model)
+
+
+def test_every_attribute_of_a_placed_model_survives_a_copy():
+    model = tiny(dtype=torch.float16)
+    twin = copy.deepcopy(model)
+    assert (twin.device, twin.dtype, stored(twin)) == (model.device, model.dtype, stored(model))
+    assert not set(twin._modules) and twin.encoder is not model.encoder
+    assert torch.equal(twin.encode(image()), model.encode(image()))
+
+
+def test_an_offload_hook_brings_the_model_along():
+    """accelerate's CpuOffload hook sits on `forward`; diffusers models call it from encode and decode, and so do we."""
+    model = tiny()
+    moves = []
+
+    class Hook:
+        def pre_forward(self, module, *args, **kwargs):
+            moves.append(module.to(DEVICE))
+            return args, kwargs
+
+    model._hf_hook = Hook()
+    latents = model.encode(image())
+    model.decode(latents, inference_config=ONE_STEP)
+    model.encode_posterior(image())
+    assert moves == [model] * 3 and model.stats().folds == 2
+
+
+def test_accelerate_offloads_it():
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed: pip install accelerate")
+    model, truth = tiny(), tiny()
+    model, hook = accelerate.cpu_offload_with_hook(model, execution_device=DEVICE)
+    assert torch.equal(model(image()), truth.encode(image()))
+    assert torch.equal(model.encode(image()), truth.encode(image()))
+    hook.offload()
+    assert model.device.type == "cpu"
+
+
+def test_lightning_holds_it():
+    lightning = pytest.importorskip("lightning", reason="lightning is not installed: pip install lightning")
+
+    class Module(lightning.LightningModule, Trainer):
+        def training_step(self, batch):
+            return self(batch)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    module = Module(tiny(device="cpu"))
+    trainer = lightning.Trainer(
+        max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
+    )
+    trainer.fit(module, torch.utils.data.DataLoader(IMAGE, batch_size=1))
+
+
+def train_step(parent: nn.Module) -> dict[str, torch.Tensor]:
+    optimizer = torch.optim.SGD([p for p in parent.parameters() if p.requires_grad], 0.1)
+    parent(image()).backward()
+    optimizer.step()
+    return {k: v.detach().cpu() for k, v in parent.state_dict().items()}
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    import torch.distributed as dist
+
+    if not dist.is_available():
+        pytest.skip("this torch has no torch.distributed")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_ddp_and_fsdp_wrap_a_parent(process_group, backend):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    parent = Trainer(tiny(backend))
+    parent.net.to(DEVICE)
+    twins = [copy.deepcopy(parent) for _ in range(2)]
+    expected = train_step(parent)
+
+    wrapped = nn.parallel.DistributedDataParallel(twins[0])
+    got = {k.removeprefix("module."): v for k, v in train_step(wrapped).items()}
+    assert got.keys() == expected.keys() and all(torch.equal(got[k], expected[k]) for k in expected)
+
+    mesh = init_device_mesh(DEVICE, (1,))
+    # weights at rest need no mention; those of the torch backend are left out by name
+    ignored = set() if backend == "triton" else set(twins[1].vae.parameters())
+    sharded = fully_shard(twins[1], mesh=mesh, ignored_params=ignored)
+    train_step(sharded)
+    for name, p in sharded.net.named_parameters():
+        assert torch.equal(p.full_tensor().cpu(), expected[f"net.{name}"])
+
+
+def test_sharded_weights_are_refused_by_name(process_group):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = randomise(FullCapacitor(dataclasses.replace(TINY), backend="triton", strict_size=False)).to(DEVICE)
+    model.wake()
+    fully_shard(model, mesh=init_device_mesh(DEVICE, (1,)))
+    with pytest.raises(InputError, match=r"encoder.patchify.proj.weight is sharded .* leave this model out of FSDP"):
+        model.encode(image())
