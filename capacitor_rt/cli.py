@@ -5,7 +5,6 @@ Exit codes: 0 done; 3 finished, but some inputs failed; 2 usage; 1 failed; 130 i
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import sys
@@ -17,6 +16,7 @@ from typing import Annotated
 import typer
 
 from .cache.command import cache, verify
+from .doctor import doctor
 from .errors import CapacitorError, CheckpointError, InputError
 from .options import (
     Area,
@@ -36,8 +36,9 @@ from .options import (
     load_model,
     note,
     parse_background,
-    printable,
 )
+from .plan_command import plan
+from .psnr_command import psnr
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -164,70 +165,6 @@ def decode(
 
 
 @app.command()
-def psnr(
-    images: Images,
-    model: Model = "sample",
-    against: Annotated[str | None, typer.Option(help="A second model, compared with the first.")] = None,
-    against_backend: Annotated[str | None, typer.Option(help="The same with another backend.")] = None,
-    against_dtype: Annotated[Dtype | None, typer.Option(help="The same with another compute type.")] = None,
-    size: Size = None,
-    area: Area = None,
-    steps: Steps = 1,
-    seed: Seed = 0,
-    batch: Annotated[int, typer.Option(min=1, help="Images of one size that run together, at most.")] = 8,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the table as JSON ('-': stdout).")] = None,
-    csv_file: Annotated[Path | None, typer.Option("--csv", help="Write one row an image.")] = None,
-    background: Background = "ffffff",
-    revision: Revision = None,
-    device: Device = "auto",
-    compute_dtype: ComputeDtype = None,
-    backend: Backend = "auto",
-) -> None:
-    """Reconstruct every image and print the table of PSNRs: mean, std, median, P5, P95."""
-    from . import metrics
-    from .config import FullCapacitorInferenceConfig
-    from .evaluate import evaluate
-    from .files import Framing
-
-    framing, colour = Framing(size, area), parse_background(background)
-    found = [path for path, _ in list_images(images)]
-    label = Path(model).name
-    models = {label: load_model(model, revision, device, compute_dtype, backend)}
-    if against or against_backend or against_dtype:
-        second = against or model
-        name = " ".join(filter(None, [Path(second).name, against_backend, against_dtype and against_dtype.value]))
-        models[name if name != label else f"{name} (2)"] = load_model(
-            second, None if against else revision, device, against_dtype or compute_dtype, against_backend or backend
-        )
-    inference = FullCapacitorInferenceConfig(num_steps=steps, seed=seed)
-    scores = list(
-        bar(evaluate(found, models, framing, inference=inference, background=colour, batch=batch), len(found), "image")
-    )
-    good = [s for s in scores if s.error is None]
-    for score in scores:
-        if score.error is not None:
-            note(f"{score.error.reason}: {score.error}")
-    if csv_file:
-        with open(csv_file, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            rows = csv.writer(file)
-            rows.writerow(["path", "height", "width", *models])
-            rows.writerows([s.path, s.height, s.width, *(f"{s.psnr[m]:.4f}" for m in models)] for s in good)
-    if not good:
-        raise InputError(f"none of the {len(found)} images could be decoded")
-    names = [printable(str(s.path)) for s in good]
-    table = metrics.PsnrTable.of({name: [s.psnr[name] for s in good] for name in models}, names)
-    if json_file and str(json_file) == "-":
-        typer.echo(json.dumps(table.to_dict(), indent=2))
-    else:
-        typer.echo(table.render())
-        if json_file:
-            json_file.write_text(json.dumps(table.to_dict(), indent=2) + "\n", encoding="utf-8")
-    if len(good) < len(scores):
-        note(f"{len(scores) - len(good)} of {len(scores)} images could not be decoded")
-        raise typer.Exit(3)
-
-
-@app.command()
 def inspect(
     checkpoint: Annotated[str, typer.Argument(help="Hub id, folder, .safetensors file, or 'sample'.")] = "sample",
     revision: Revision = None,
@@ -282,8 +219,8 @@ def _print_reading(source, reading, problems: list[str]) -> None:
     typer.echo(f"{len(problems)} problems" if problems else "no problems")
 
 
-app.command()(cache)
-app.command()(verify)
+for command in (cache, verify, psnr, plan, doctor):
+    app.command()(command)
 
 
 def main() -> None:
