@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from capacitor_rt import FullCapacitor, FullCapacitorInferenceConfig, ModelConfig
+from capacitor_rt.diffusion import sample, unit_noise
 from capacitor_rt.flux2 import CONFIG, Flux2
 from capacitor_rt.runtime.plan import Request, make_plan
 
@@ -99,7 +100,7 @@ class Setting:
         return _flux2_flops(self.flux2_config, shape)
 
 
-Run = Callable[..., Tensor]
+Run = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,8 @@ class Contender:
     """One way to run one model.
 
     Attributes:
-        build: `(setting, shape, example input) -> run(input, seed=None)`, ready to be called, not necessarily warm.
+        build: `(setting, shape, example input) -> run(input)`, ready to be called, not necessarily warm. A decode draws
+            its noise from torch's generator of the device, as the public method does.
         compiles: "no", "default" or "autotune": whether it costs minutes of compilation a shape.
         graphs_only: differs from another contender by CUDA graphs alone, so it is left out on the CPU.
     """
@@ -139,13 +141,26 @@ def random_model(config: ModelConfig, seed: int = 0) -> FullCapacitor:
 
 
 def call_of(model: FullCapacitor | Flux2, direction: str) -> Run:
-    def encode(image: Tensor, seed: int | None = None) -> Tensor:
-        return model.encode(image)
+    """The public method of a direction."""
+    return model.encode if direction == "encode" else model.decode
 
-    def decode(latents: Tensor, seed: int | None = None) -> Tensor:
-        return model.decode(latents, inference_config=FullCapacitorInferenceConfig(seed=seed))
 
-    return encode if direction == "encode" else decode
+def truth_of(setting: Setting, model: str, shape: Shape, x: Tensor, count: int, seed: int) -> Tensor:
+    """float32 output for the first `count` inputs of a call that follows `torch.manual_seed(seed)`, in plain torch."""
+    twin, first = setting.truth(model), x[:count].float()
+    if shape.direction == "encode":
+        return twin.encode(first)
+    if model == FLUX2:
+        return twin.decode(first)
+    torch.manual_seed(seed)
+    noise = unit_noise((shape.batch, 3, shape.size, shape.size), None, setting.device)[:count]
+    latents = twin.dewhiten(first)
+
+    def predict_x0(x_t: Tensor, t: float) -> Tensor:
+        return twin.decoder(x_t, torch.full((count,), t, device=setting.device), latents)
+
+    with torch.no_grad():
+        return sample(predict_x0, noise, setting.config, FullCapacitorInferenceConfig())
 
 
 def _place(setting: Setting, model: str, backend: str = "torch") -> Any:
@@ -167,20 +182,24 @@ def _channels_last(model: str):
         twin = _place(setting, model)
         nn.Module.to(twin, memory_format=torch.channels_last)
         call = call_of(twin, shape.direction)
-        return lambda x, seed=None: call(x.contiguous(memory_format=torch.channels_last), seed)
+        return lambda x: call(x.contiguous(memory_format=torch.channels_last))
 
     return build
 
 
 def _compiled(model: str, mode: str | None):
     def build(setting: Setting, shape: Shape, example: Tensor) -> Run:
+        from torch._inductor import config as inductor
+
         torch._dynamo.reset()
+        # the noise of a decode is then the one that eager torch draws, and the result can be checked
+        inductor.fallback_random = True
         call = torch.compile(call_of(_place(setting, model), shape.direction), mode=mode, dynamic=False)
 
-        def run(x: Tensor, seed: int | None = None) -> Tensor:
+        def run(x: Tensor) -> Tensor:
             # outputs of the graphs that some modes capture are overwritten by the next call
             torch.compiler.cudagraph_mark_step_begin()
-            return call(x, seed)
+            return call(x)
 
         return run
 
@@ -200,10 +219,7 @@ def _graphed(model: str):
         with torch.cuda.graph(graph):
             out = call(static)
 
-        def run(x: Tensor, seed: int | None = None) -> Tensor:
-            if seed is not None:
-                # the captured noise cannot be seeded: the same launches outside of the graph
-                return call(x, seed)
+        def run(x: Tensor) -> Tensor:
             static.copy_(x)
             graph.replay()
             return out.clone()

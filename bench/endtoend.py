@@ -19,7 +19,7 @@ from torch import Tensor
 
 from capacitor_rt.errors import CapacitorError
 
-from .contenders import Contender, Setting, Shape, call_of
+from .contenders import Contender, Setting, Shape, truth_of
 from .device import MemoryMeter, elapsed_us, exact_float32, release, why
 from .timing import Ceilings, Timing, append_line, copies_for, summarise
 
@@ -31,6 +31,7 @@ LIMITS = {
 }
 NOISY_PERCENT = 3.0
 TRUTH_PIXELS = 4 * 512 * 512
+SEED = 0
 SLICE_US = 20e3
 WARM_SECONDS = 0.4
 Job = tuple[Shape, Sequence[Contender]]
@@ -160,11 +161,11 @@ class Bench:
             "weights": "random",
         }
 
-    def _truth(self, model: str, shape: Shape, image: Tensor) -> Tensor:
-        """float32 output for the first images of an input; the start noise of a decode is that of seed 0."""
+    def _truth(self, model: str, shape: Shape, x: Tensor) -> Tensor:
+        """float32 output for the first images of an input."""
         count = max(1, min(shape.batch, TRUTH_PIXELS // shape.size**2))
         with exact_float32():
-            return call_of(self.setting.truth(model), shape.direction)(image[:count].float(), seed=0)
+            return truth_of(self.setting, model, shape, x, count, SEED)
 
     def _prepare(
         self, contender: Contender, shape: Shape, inputs: list[Tensor], truth: Tensor
@@ -173,16 +174,18 @@ class Bench:
         device = self.setting.device
         meter, begin = MemoryMeter(device), time.perf_counter()
         run = contender.build(self.setting, shape, inputs[0])
-        got = run(inputs[0], seed=0)[: len(truth)].float()
+        # captured graphs replay from the third call on at the latest, and replays are what is checked and weighed
+        for _ in range(3 if device.type == "cuda" else 0):
+            run(inputs[0])
+        torch.manual_seed(SEED)
+        got = run(inputs[0])[: len(truth)].float()
         gap = ((got - truth).square().mean() / truth.square().mean()).sqrt().item()
         del got
         found: dict[str, Any] = {"error": gap, "build_s": round(time.perf_counter() - begin, 3)}
         limit = LIMITS[contender.model][str(self.setting.dtype).removeprefix("torch.")]
         if not gap <= limit:
-            self.broken += 1
+            self.broken += contender.name.startswith("ours")
             return None, found | {"refused": f"differs from float32 by {gap:.2e}, more than {limit:.0e}"}
-        if device.type == "cuda":
-            run(inputs[0])
         memory = meter.measure(partial(run, inputs[-1]))
         if memory:
             found |= {"peak_bytes": memory.peak_bytes, "device_bytes": memory.device_bytes}

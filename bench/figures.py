@@ -83,7 +83,8 @@ def speedup(axes: Any, lines: list[Line]) -> bool:
             bars |= {f"{line['row']}\n{other}": ratio for other, ratio in rest.items()}
     if not bars:
         return False
-    axes.barh(list(bars), list(bars.values()), color=OURS)
+    axes.figure.set_figheight(1.2 + 0.22 * len(bars))
+    axes.bar_label(axes.barh(list(bars), list(bars.values()), color=OURS), fmt="%.2f", fontsize=6, padding=2)
     axes.axvline(1, color="k", lw=0.8)
     axes.tick_params(axis="y", labelsize=5)
     axes.invert_yaxis()

@@ -79,7 +79,7 @@ def arguments(module: str, doc: str, argv: Sequence[str] | None) -> argparse.Nam
 
 
 def run(module: str, contenders: Sequence[Contender], args: argparse.Namespace, facts: dict[str, Any]) -> int:
-    """Measure what the command line asks for; 1 when a result was wrong or this runtime broke."""
+    """Measure what the command line asks for; 1 when this runtime was wrong or broke."""
     from .contenders import TINY, TINY_FLUX2, Setting, Shape
     from .device import busy
     from .endtoend import HEADER, Bench
