@@ -1,4 +1,4 @@
-"""Random training crops: scale, orientation, colour. Everything is drawn from one `torch.Generator`."""
+"""Random training crops: scale, orientation, tint of grey ones. Everything is drawn from one `torch.Generator`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .pca import PatchPCA, fit
 from .photos import Photo
-
-LUMA = (0.299, 0.587, 0.114)
 
 
 class CropSampler:
@@ -23,7 +22,6 @@ class CropSampler:
         pixels: uint8 `[H,W,3]` of each.
         generator: source of all randomness.
         scales: half of the crops are cut from a photograph resized by a factor drawn from this range (log-uniform).
-        recoloured: share of the colour crops whose colours are changed.
     """
 
     def __init__(
@@ -31,15 +29,13 @@ class CropSampler:
         photos: Sequence[Photo],
         pixels: Sequence[np.ndarray],
         generator: torch.Generator,
-        scales: tuple[float, float] = (0.5, 1.1),
-        recoloured: float = 0.6,
+        scales: tuple[float, float] = (0.3, 1.0),
     ):
         self.grey = [photo.grey for photo in photos]
         self.images = [torch.from_numpy(np.ascontiguousarray(p.transpose(2, 0, 1))) for p in pixels]
         self.weights = torch.tensor([photo.weight for photo in photos])
         self.generator = generator
         self.scales = scales
-        self.recoloured = recoloured
 
     def batch(self, count: int, size: int) -> Tensor:
         picks = torch.multinomial(self.weights, count, replacement=True, generator=self.generator).tolist()
@@ -65,7 +61,7 @@ class CropSampler:
         crop = torch.rot90(crop, self._below(4), (1, 2))
         if self._below(2):
             crop = crop.flip(2)
-        crop = self._tint(crop[:1]) if self.grey[index] else self._jitter(crop)
+        crop = self._tint(crop[:1]) if self.grey[index] else crop
         return crop.clamp(0.0, 1.0)
 
     def _tint(self, grey: Tensor) -> Tensor:
@@ -74,19 +70,8 @@ class CropSampler:
         light = 0.5 + torch.rand(3, 1, 1, generator=self.generator) * 0.6
         return dark + (light - dark) * grey
 
-    def _jitter(self, crop: Tensor) -> Tensor:
-        """Turn the hue, then scale saturation, contrast and brightness, each a little."""
-        if self._uniform(0.0, 1.0) > self.recoloured:
-            return crop
-        luma = (crop * torch.tensor(LUMA)[:, None, None]).sum(0, keepdim=True)
-        chroma = torch.tensordot(hue_rotation(self._uniform(-math.pi, math.pi)), crop - luma, 1)
-        contrast, middle = self._uniform(0.6, 1.2), luma.mean()
-        brightness = self._uniform(-0.1, 0.1)
-        return (luma - middle) * contrast + middle + brightness + chroma * contrast * self._uniform(0.4, 1.2)
 
-
-def hue_rotation(angle: float) -> Tensor:
-    """`[3,3]` rotation of RGB about the grey axis (Rodrigues' formula)."""
-    c, s = math.cos(angle), math.sin(angle) / math.sqrt(3.0)
-    a, b, d = c + (1 - c) / 3, (1 - c) / 3 - s, (1 - c) / 3 + s
-    return torch.tensor([[a, b, d], [d, a, b], [b, d, a]])
+def crop_pca(sampler: CropSampler, count: int, size: int, patch: int) -> PatchPCA:
+    """PCA of `count` crops: it generalises better than that of the photographs themselves, whose scales are few."""
+    crops = ((sampler.batch(1, size)[0].permute(1, 2, 0).numpy() + 1) * 127.5 for _ in range(count))
+    return fit(crops, patch)

@@ -11,7 +11,7 @@ from ..config import ModelConfig
 from ..model import FullCapacitor
 from .pca import PatchPCA
 
-START_LOGSNR = 9.0
+START_LOGSNR = 11.0
 
 
 @torch.no_grad()

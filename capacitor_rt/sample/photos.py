@@ -39,14 +39,14 @@ TRAINING = (
     Photo("astronaut.png", weight=2.0),
     Photo("coffee.png", weight=2.0),
     Photo("china.jpg", package="sklearn", weight=2.0),
-    Photo("hubble_deep_field.jpg", weight=1.0),
-    Photo("ihc.png", weight=0.8),
-    Photo("retina.jpg", weight=0.6),
-    Photo("camera.png", weight=0.8, grey=True),
+    Photo("hubble_deep_field.jpg", weight=0.4),
+    Photo("ihc.png", weight=0.1),
+    Photo("retina.jpg", weight=0.1),
+    Photo("camera.png", weight=0.6, grey=True),
     Photo("coins.png", weight=0.5, grey=True),
-    Photo("brick.png", weight=0.3, grey=True),
-    Photo("grass.png", weight=0.3, grey=True),
-    Photo("gravel.png", weight=0.3, grey=True),
+    Photo("brick.png", weight=0.5, grey=True),
+    Photo("grass.png", weight=0.5, grey=True),
+    Photo("gravel.png", weight=0.5, grey=True),
 )
 # its licence is not stated, so it never trains: recipes were compared on it
 VALIDATION = (Photo("motorcycle_left.png"),)

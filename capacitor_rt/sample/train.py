@@ -10,7 +10,9 @@ import copy
 import dataclasses
 import json
 import math
+import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +22,7 @@ import torch
 import torch.nn.functional as F
 import typer
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from .. import reference
@@ -28,9 +30,9 @@ from ..config import ModelConfig
 from ..diffusion import noise_level
 from ..errors import CapacitorError, InputError
 from ..model import FullCapacitor
-from . import pca, photos
-from .augment import CropSampler
-from .initial import from_pca
+from . import photos
+from .augment import CropSampler, crop_pca
+from .initial import blocks, from_pca
 from .report import print_table, reconstruct
 
 STATE = "training.pt"
@@ -44,9 +46,10 @@ CONFIG = ModelConfig(
     decoder_end_blocks=1,
     adaln_low_rank_rank=8,
 )
+# the layers that carry the PCA
+LINEAR_LAYERS = re.compile(r"patchify|to_bottleneck|latent_up|fuse_in|fuse_skip|out_proj")
 # tensors that a float16 file still stores in float32: a few hundred bytes that everything else hangs on
 FLOAT32_TENSORS = ("latent_norm_running_mean", "latent_norm_running_var", "decoder.time_embed.freqs")
-PCA_SHIFTS = ((0, 0), (5, 3), (8, 8), (11, 13))
 
 
 @dataclass(frozen=True)
@@ -55,27 +58,32 @@ class Recipe:
 
     Attributes:
         batch, crop: crops per step, their side in pixels.
-        lr, betas, weight_decay, clip: AdamW, cosine decay to a hundredth; gradient norm limit.
+        pca_crops: crops that the PCA of the start is fitted on.
+        lr, betas, weight_decay, clip: AdamW on the blocks, cosine decay to a hundredth; gradient norm limit.
+        linear_lr: of the layers outside the blocks, which start as the PCA: larger steps mix its components faster than
+            they can be told apart again.
         kl_weight: of the posterior's KL to the unit normal per patch, against the mean squared error in [-1,1].
         random_time_share: share of crops at a uniform t; the others are at t = 1, which is the one-step model.
         drop_path_every: every so many steps the middle blocks are replaced by the mask feature (path-drop guidance).
         leak: weight of the squared error before clamping: a pixel beyond black or white needs some gradient.
-        floor: added to a crop's mean squared error inside the logarithm.
+        floor: added to a crop's mean squared error inside the logarithm: very smooth crops shall not rule the rest.
         ema: decay of the averaged weights, which are the result.
     """
 
     batch: int = 6
     crop: int = 160
-    lr: float = 1e-3
+    pca_crops: int = 1500
+    lr: float = 1.5e-3
+    linear_lr: float = 1.5e-4
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.01
     clip: float = 1.0
     warmup_steps: int = 100
-    kl_weight: float = 2.5e-7
+    kl_weight: float = 2.5e-8
     random_time_share: float = 0.125
     drop_path_every: int = 20
     leak: float = 0.1
-    floor: float = 2e-4
+    floor: float = 2e-3
     ema: float = 0.998
 
 
@@ -86,9 +94,14 @@ class Run:
     model: FullCapacitor
     ema: FullCapacitor
     optimizer: torch.optim.Optimizer
-    generator: torch.Generator
+    sampler: CropSampler
     step: int = 0
+    skipped: int = 0
     seconds: float = 0.0
+
+    @property
+    def generator(self) -> torch.Generator:
+        return self.sampler.generator
 
     def save(self, path: Path) -> None:
         state: dict[str, Any] = {name: getattr(self, name).state_dict() for name in ("model", "ema", "optimizer")}
@@ -105,15 +118,37 @@ class Run:
         self.step, self.seconds = state["step"], state["seconds"]
 
 
-def start(colour: list[np.ndarray], seed: int, recipe: Recipe, config: ModelConfig = CONFIG) -> Run:
-    """A run at step 0: the model is the PCA of the `colour` photographs, uint8 `[H,W,3]`."""
+def start(
+    chosen: Sequence[photos.Photo], pixels: list[np.ndarray], seed: int, recipe: Recipe, config: ModelConfig = CONFIG
+) -> Run:
+    """A run at step 0 on the photographs `chosen`, uint8 `[H,W,3]` each: the model is the PCA of random crops."""
     torch.manual_seed(seed)
-    model = from_pca(config, pca.fit(colour, config.patch_size, PCA_SHIFTS)).to(memory_format=torch.channels_last)
-    matrices = [p for p in model.parameters() if p.ndim > 1 and p.shape[0] > 1]
-    others = [p for p in model.parameters() if not (p.ndim > 1 and p.shape[0] > 1)]
-    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas)
-    return Run(model, copy.deepcopy(model), optimizer, torch.Generator().manual_seed(seed))
+    sampler = CropSampler(chosen, pixels, torch.Generator().manual_seed(seed))
+    model = from_pca(config, crop_pca(sampler, recipe.pca_crops, recipe.crop, config.patch_size))
+    model.to(memory_format=torch.channels_last)
+    for grn in (block.grn for block in blocks(model)):
+        grn.register_forward_pre_hook(_stop_undefined_gradients)
+    optimizer = torch.optim.AdamW(_parameter_groups(model, recipe), betas=recipe.betas)
+    return Run(model, copy.deepcopy(model), optimizer, sampler)
+
+
+def _stop_undefined_gradients(grn: nn.Module, args: tuple[Tensor, ...]) -> None:
+    """GRN's square root has no slope where a channel is zero in a whole crop: let its gradient be 0, not NaN."""
+    if args[0].requires_grad:
+        args[0].register_hook(lambda grad: torch.where(grad.isnan(), 0.0, grad))
+
+
+def _parameter_groups(model: FullCapacitor, recipe: Recipe) -> list[dict[str, Any]]:
+    groups = {
+        "linear": {"params": [], "peak": recipe.linear_lr, "weight_decay": 0.0},
+        "matrices": {"params": [], "peak": recipe.lr, "weight_decay": recipe.weight_decay},
+        "vectors": {"params": [], "peak": recipe.lr, "weight_decay": 0.0},
+    }
+    for name, parameter in model.named_parameters():
+        is_matrix = parameter.ndim > 1 and parameter.shape[0] > 1
+        kind = "linear" if LINEAR_LAYERS.search(name) else "matrices" if is_matrix else "vectors"
+        groups[kind]["params"].append(parameter)
+    return list(groups.values())
 
 
 def objective(
@@ -121,7 +156,7 @@ def objective(
 ) -> tuple[Tensor, Tensor]:
     """Loss of one batch `[B,3,H,W]` in [-1,1], and its error in dB (mean over crops, peak 2).
 
-    The logarithm of each crop's error is what PSNR measures: a smooth crop counts as much as a busy one.
+    The logarithm of each crop's error is what PSNR measures: a smooth crop counts nearly as much as a busy one.
     """
     config = model.config
     mean, logsnr = model.encoder(image)
@@ -137,8 +172,8 @@ def objective(
     clamped = (restored.clamp(-1, 1) - image).square().mean((1, 2, 3))
     error = clamped + recipe.leak * (restored - image).square().mean((1, 2, 3))
     kl = _kl_to_unit_normal(mean, logsnr)
-    # the KL is set against the error of a typical crop, about 34 dB
-    loss = (error + recipe.floor).log().mean() + recipe.kl_weight / 1.5e-3 * kl
+    # the KL is set against the slope of the logarithm at a typical crop, about 34 dB
+    loss = (error + recipe.floor).log().mean() + recipe.kl_weight / (1.5e-3 + recipe.floor) * kl
     return loss, 10 * torch.log10(4.0 / clamped.detach()).mean()
 
 
@@ -153,20 +188,23 @@ def _kl_to_unit_normal(mean: Tensor, logsnr: Tensor) -> Tensor:
     return kl.sum(1).mean()
 
 
-def train_step(run: Run, sampler: CropSampler, recipe: Recipe, progress: float) -> float:
-    """One optimiser step; returns the batch's PSNR in dB."""
+def train_step(run: Run, recipe: Recipe, progress: float) -> float:
+    """One optimiser step; returns the batch's PSNR in dB, or NaN: no finite gradient, the step was skipped."""
     warm = min(1.0, (run.step + 1) / recipe.warmup_steps)
     cosine = 0.01 + 0.99 * 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
     for group in run.optimizer.param_groups:
-        group["lr"] = recipe.lr * warm * cosine
-    image = sampler.batch(recipe.batch, recipe.crop).contiguous(memory_format=torch.channels_last)
+        group["lr"] = group["peak"] * warm * cosine
+    image = run.sampler.batch(recipe.batch, recipe.crop).contiguous(memory_format=torch.channels_last)
     drop_path = run.step % recipe.drop_path_every == recipe.drop_path_every - 1
     loss, decibels = objective(run.model, image, run.generator, recipe, drop_path)
     run.optimizer.zero_grad()
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(run.model.parameters(), recipe.clip)
-    run.optimizer.step()
+    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), recipe.clip)
     run.step += 1
+    if not math.isfinite(norm):
+        run.skipped += 1
+        return math.nan
+    run.optimizer.step()
     decay = min(recipe.ema, (1 + run.step) / (10 + run.step))
     with torch.no_grad():
         torch._foreach_lerp_(list(run.ema.parameters()), list(run.model.parameters()), 1.0 - decay)
@@ -208,7 +246,6 @@ def export(model: FullCapacitor, images: list[np.ndarray], folder: Path, about: 
 
 def fit(
     run: Run,
-    sampler: CropSampler,
     recipe: Recipe,
     folder: Path,
     *,
@@ -223,12 +260,12 @@ def fit(
     progress = run.step / steps if steps else run.seconds / (60 * minutes)
     with tqdm(total=100, unit="%", bar_format="{l_bar}{bar}| {elapsed}<{remaining} {postfix}") as bar:
         while progress < 1.0:
-            recent = [*recent[-199:], train_step(run, sampler, recipe, progress)]
+            recent = [*recent[-199:], train_step(run, recipe, progress)]
             run.seconds = time.monotonic() - began
             progress = run.step / steps if steps else run.seconds / (60 * minutes)
             bar.update(min(100.0, 100.0 * progress) - bar.n)
             bar.set_postfix_str(
-                f"step {run.step}, {run.step / run.seconds:.2f} steps/s, train {np.mean(recent):.2f} dB"
+                f"step {run.step}, {run.step / run.seconds:.2f} steps/s, train {np.nanmean(recent):.2f} dB"
             )
             if time.monotonic() - saved > save_every:
                 run.save(folder / STATE)
@@ -251,16 +288,14 @@ def main(
         torch.set_num_threads(threads)
         recipe = Recipe()
         pixels = [photos.load(photo) for photo in photos.TRAINING]
-        colour = [p for p, photo in zip(pixels, photos.TRAINING, strict=True) if not photo.grey]
-        run = start(colour, seed, recipe)
+        run = start(photos.TRAINING, pixels, seed, recipe)
         state = out / STATE
         if resume and not state.is_file():
             raise InputError(f"--resume: {state} does not exist; leave --resume out to start anew")
         if resume:
             run.load(state)
         out.mkdir(parents=True, exist_ok=True)
-        sampler = CropSampler(photos.TRAINING, pixels, run.generator)
-        fit(run, sampler, recipe, out, steps=steps, minutes=minutes)
+        fit(run, recipe, out, steps=steps, minutes=minutes)
         about = {
             "seed": str(seed),
             "steps": str(run.step),
