@@ -9,7 +9,7 @@ from ..config import ModelConfig
 from .plan import Plan, Request, make_plan
 
 ARENA_BUDGET = 384 << 20
-"""Bytes of one micro-batch's temporaries: 128 images of 256x256, or 32 of 512x512, in bfloat16."""
+"""Bytes that one micro-batch takes: 128 images of 256x256 in bfloat16, or 32 of 512x512, to encode."""
 
 
 @lru_cache(maxsize=128)

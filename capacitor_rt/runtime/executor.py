@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from math import prod
 
 import torch
 from torch import Tensor
 
-from .arena import ALIGNMENT
+from .arena import ALIGNMENT, Buffer
 from .plan import Plan, Step
 
 
@@ -35,33 +35,24 @@ def launcher(name: str) -> Callable[..., None]:
 
 
 class Executor:
-    """A plan bound to tensors.
+    """A plan bound to tensors. `inputs` and `outputs` are views of the arena, by name.
 
     Args:
         plan: what to run.
         weights: packed tensors by the names that the plan uses.
         arena: uint8 memory of at least `plan.arena_bytes`, aligned to 256 bytes.
-        inputs, outputs: tensors of the shapes and dtypes that the plan states.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        weights: Mapping[str, Tensor],
-        arena: Tensor,
-        inputs: Mapping[str, Tensor],
-        outputs: Mapping[str, Tensor],
-    ):
-        _check(plan.inputs, inputs)
-        _check(plan.outputs, outputs)
-        if arena.nbytes < plan.arena_bytes or (arena.nbytes and arena.data_ptr() % ALIGNMENT):
+    def __init__(self, plan: Plan, weights: Mapping[str, Tensor], arena: Tensor):
+        if arena.nbytes < plan.arena_bytes or arena.data_ptr() % ALIGNMENT:
             raise ValueError(
                 f"arena has {arena.nbytes} bytes, the plan needs {plan.arena_bytes} aligned to {ALIGNMENT}"
             )
-        self.plan = plan
         views = {b.name: arena[b.offset :][: _size(b)].view(b.dtype).view(b.shape) for b in plan.buffers}
-        places = {"buffer": views, "weight": weights, "input": inputs, "output": outputs}
-        self._calls = [_bind(step, places) for step in plan.steps]
+        self.plan = plan
+        self.inputs = {name: views[name] for name in plan.inputs}
+        self.outputs = {name: views[name] for name in plan.outputs}
+        self._calls = [_bind(step, views, weights) for step in plan.steps]
 
     def run(self) -> None:
         """Launch every step in order on the current stream."""
@@ -69,23 +60,13 @@ class Executor:
             call()
 
 
-def _bind(step: Step, places: Mapping[str, Mapping[str, Tensor]]) -> Callable[[], None]:
+def _bind(step: Step, views: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Callable[[], None]:
     tensors = {}
     for argument, ref in step.args.items():
         place, name = ref.split(":")
-        tensors[argument] = places[place][name]
+        tensors[argument] = weights[name] if place == "weight" else views[name]
     return functools.partial(launcher(step.kernel), **tensors, **step.options)
 
 
-def _size(buffer: Any) -> int:
-    n = buffer.dtype.itemsize
-    for side in buffer.shape:
-        n *= side
-    return n
-
-
-def _check(expected: Mapping[str, tuple[tuple[int, ...], torch.dtype]], given: Mapping[str, Tensor]) -> None:
-    for name, (shape, dtype) in expected.items():
-        t = given[name]
-        if tuple(t.shape) != shape or t.dtype != dtype or not t.is_contiguous():
-            raise ValueError(f"{name} is {t.dtype} {list(t.shape)}, the plan needs contiguous {dtype} {list(shape)}")
+def _size(buffer: Buffer) -> int:
+    return prod(buffer.shape) * buffer.dtype.itemsize

@@ -138,7 +138,7 @@ def modulations_at(model: FullCapacitor, t: float) -> list[Tensor]:
     # the model's tensors may be on a GPU and in float32; these few are cheap to copy
     embed, base = (copy.deepcopy(m).to("cpu", torch.float64) for m in (decoder.time_embed, decoder.adaln_base))
     with torch.no_grad():
-        a = torch.nn.functional.silu(embed(torch.tensor([t], dtype=torch.float64)))
+        a = torch.nn.functional.silu(embed(torch.tensor([t], dtype=torch.float64, device="cpu")))
         return [(base(a) + copy.deepcopy(d).to("cpu", torch.float64)(a))[0] for d in decoder.adaln_deltas]
 
 
@@ -150,7 +150,7 @@ def _statistics(model: FullCapacitor) -> tuple[Tensor, Tensor]:
     """
     config = model.config
     if model.latent_norm_running_mean is None or config.latent_patch != 1:
-        zeros = torch.zeros(config.bottleneck_dim, dtype=torch.float64)
+        zeros = torch.zeros(config.bottleneck_dim, dtype=torch.float64, device="cpu")
         return zeros, zeros + 1
     var = _wide(model.latent_norm_running_var) + config.latent_running_stats_eps
     return _wide(model.latent_norm_running_mean), var.sqrt()

@@ -1,4 +1,4 @@
-"""Plans bound to static tensors, captured as CUDA graphs, kept by request in a cache with a byte budget."""
+"""Plans bound to arenas, captured as CUDA graphs, kept by request in a cache with a byte budget."""
 
 from __future__ import annotations
 
@@ -14,31 +14,20 @@ from .memory import new_arena, retire
 from .plan import Plan, Request
 from .stats import Stats
 
+MAX_BOUND = 256
+"""Plans kept; the driver holds some memory of its own for each captured graph."""
 # torch allows one capture at a time in a process
 _capturing = threading.Lock()
 
 
 class Bound:
-    """A plan with static inputs and outputs of its own; the arena may be shared with others on the same device."""
+    """A plan bound to an arena, which others on the same device may share: one of them runs at a time."""
 
-    def __init__(self, plan: Plan, weights: Mapping[str, Tensor], arena: Tensor, device: torch.device):
+    def __init__(self, plan: Plan, weights: Mapping[str, Tensor], arena: Tensor):
         self.plan, self.arena = plan, arena
-        self.inputs, self.outputs = (
-            {name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in tensors.items()}
-            for tensors in (plan.inputs, plan.outputs)
-        )
-        self.executor = Executor(plan, weights, arena, self.inputs, self.outputs)
+        self.executor = Executor(plan, weights, arena)
+        self.inputs, self.outputs = self.executor.inputs, self.executor.outputs
         self.graph: torch.cuda.CUDAGraph | None = None
-
-    @property
-    def static(self) -> tuple[Tensor, ...]:
-        """The static inputs and outputs."""
-        return (*self.inputs.values(), *self.outputs.values())
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the static inputs and outputs."""
-        return sum(t.nbytes for t in self.static)
 
     def capture(self, pool: tuple[int, int]) -> None:
         """Capture the launches. They run once before, so that every kernel is compiled and loaded.
@@ -82,7 +71,7 @@ class BoundCache:
     All of it belongs to one device and is used by one call at a time (`runtime.Runtime` sees to that).
 
     Args:
-        budget: bytes of static tensors and arenas. The plan about to run is kept whatever its size.
+        budget: bytes of arenas. The plan about to run is kept whatever its size.
         arena_step: a new arena is at least twice as large as the largest so far, up to this many bytes, so that ever
             larger shapes need few of them.
     """
@@ -107,12 +96,10 @@ class BoundCache:
             bound.capture(self._pool)
             self.stats.captures += 1
         self._bound[bound.plan.request] = bound
-        size = self._nbytes()
-        while size > self.budget and len(self._bound) > 1:
+        while (self._nbytes() > self.budget or len(self._bound) > MAX_BOUND) and len(self._bound) > 1:
             self._retire(self._bound.popitem(last=False)[1])
             self.stats.evictions += 1
-            size = self._nbytes()
-        self.stats.nbytes = size
+        self.stats.nbytes = self._nbytes()
 
     def drop(self, unwanted: Callable[[Plan], bool]) -> None:
         """Free the bound plans that are unwanted."""
@@ -122,7 +109,7 @@ class BoundCache:
         self.stats.nbytes = self._nbytes()
 
     def clear(self) -> None:
-        """Free every graph, arena and static tensor."""
+        """Free every graph and arena."""
         for bound in self._bound.values():
             self._retire(bound)
         self._bound.clear()
@@ -137,8 +124,7 @@ class BoundCache:
         return new_arena(max(nbytes, min(2 * max(sizes, default=0), self.arena_step)), self.device)
 
     def _retire(self, bound: Bound) -> None:
-        retire((*bound.static, bound.arena))
+        retire([bound.arena])
 
     def _nbytes(self) -> int:
-        arenas = {b.arena.data_ptr(): b.arena.nbytes for b in self._bound.values()}
-        return sum(arenas.values()) + sum(b.nbytes for b in self._bound.values())
+        return sum({b.arena.data_ptr(): b.arena.nbytes for b in self._bound.values()}.values())

@@ -1,7 +1,7 @@
 """Plans: (model, direction, sizes) -> launches in order, buffers in one arena, FLOPs and bytes. Pure: no GPU needed.
 
-An argument of a step is a string `place:name`; places are `buffer` (the arena), `weight` (packed tensors), `input` and
-`output`.
+An argument of a step is a string `place:name`; places are `weight` (packed tensors), `buffer`, `input` and `output`.
+The last three lie in the arena: an input from the first step until its last use, an output from its first use on.
 """
 
 from __future__ import annotations
@@ -382,11 +382,15 @@ class _Builder:
         self.steps.append(Step(kernel, args, options, flops, nbytes))
 
     def finish(self, times: tuple[tuple[float, float], ...]) -> Plan:
-        buffers, size = lay_out(
-            Buffer(name, shape, dtype, *_lifetime(f"buffer:{name}", self.steps))
-            for name, (shape, dtype) in self.tensors.items()
-        )
-        return Plan(self.request, tuple(self.steps), buffers, size, self.inputs, self.outputs, times)
+        end = len(self.steps) - 1
+        buffers = []
+        for place, tensors in (("buffer", self.tensors), ("input", self.inputs), ("output", self.outputs)):
+            for name, (shape, dtype) in tensors.items():
+                first, last = _lifetime(f"{place}:{name}", self.steps)
+                first, last = 0 if place == "input" else first, end if place == "output" else last
+                buffers.append(Buffer(name, shape, dtype, first, last))
+        placed, size = lay_out(buffers)
+        return Plan(self.request, tuple(self.steps), placed, size, self.inputs, self.outputs, times)
 
 
 def _lifetime(ref: str, steps: list[Step]) -> tuple[int, int]:

@@ -28,7 +28,7 @@ from .plan import Plan, Request
 from .stats import Stats
 
 CACHE_BUDGET = 2048 * MIB
-"""Bytes of all graphs' arenas, inputs and outputs; at most an eighth of the device's memory."""
+"""Bytes of all arenas; at most an eighth of the device's memory."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # the interpreter keeps its state in globals
 _interpreter = threading.RLock()
@@ -175,7 +175,7 @@ class Runtime:
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
-        """One call at a time; a call on another stream waits for the one before to be done with the static tensors."""
+        """One call at a time; a call on another stream waits for the one before to be done with the arenas."""
         with ExitStack() as stack:
             stack.enter_context(self._lock)
             # tensors that are kept must not be those of a caller's inference mode: they are written again later
@@ -225,7 +225,7 @@ class Runtime:
             return self._bound_for_caller(plan)
         packed = self._weights.of(plan)
         try:
-            bound = Bound(plan, packed, self._cache.arena(plan.arena_bytes), self.device)
+            bound = Bound(plan, packed, self._cache.arena(plan.arena_bytes))
             # weights of single steps come and go, so no graph may keep their addresses
             if request.direction != "predict":
                 self._cache.add(bound)
@@ -241,7 +241,7 @@ class Runtime:
                 f"this model has not run {plan.request.direction} yet, and weights cannot be folded while a CUDA graph "
                 "is being captured: call it once with the same shape, or warmup(), before the capture"
             )
-        return Bound(plan, self._weights.of(plan), new_arena(plan.arena_bytes, self.device), self.device)
+        return Bound(plan, self._weights.of(plan), new_arena(plan.arena_bytes, self.device))
 
     def _count(self, bound: Bound) -> None:
         if bound.graph is None:
@@ -262,9 +262,8 @@ class Runtime:
         self._cache.clear()
         if part.batch == 1:
             plan = cached_plan(self.config, part)
-            static = sum(prod(s) * d.itemsize for t in (plan.inputs, plan.outputs) for s, d in t.values())
             raise DeviceMemoryError(
-                f"{part.direction} of one {part.height}x{part.width} image needs {amount(plan.arena_bytes + static)} "
+                f"{part.direction} of one {part.height}x{part.width} image needs {amount(plan.arena_bytes)} "
                 f"beside the weights, and {amount(free_bytes(self.device))} are free on {self.device}, so that not "
                 "even a micro-batch of 1 fits: free memory or use smaller images"
             )

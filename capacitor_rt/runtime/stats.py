@@ -13,7 +13,7 @@ class Stats:
         hits: micro-batches served by a plan already bound; captures: CUDA graphs captured; replays: of them.
         eager: micro-batches run by single launches (no CUDA, or inside another capture).
         evictions: of bound plans; folds: times that weights were folded and packed.
-        nbytes: of static inputs, outputs and arenas now; weight_nbytes: of packed weights now.
+        nbytes: of arenas now; weight_nbytes: of packed weights now.
         capture_seconds: spent in planning, binding and capturing.
     """
 

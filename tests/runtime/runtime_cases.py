@@ -40,3 +40,8 @@ def tiny(backend: str = "triton", device: str = DEVICE, dtype: torch.dtype = tor
     """A model of one block each way; the same seed gives the same weights to both backends."""
     config = dataclasses.replace(TINY, **changes)
     return randomise(FullCapacitor(config, backend=backend, strict_size=False)).to(device, dtype)
+
+
+def encode_in_child(model: FullCapacitor, image: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Latents, and how often weights were folded for them; importable, for processes that are spawned."""
+    return model.encode(image.to(model.device)).cpu(), model.stats().folds

@@ -94,11 +94,13 @@ def plans(draw) -> tuple[ModelConfig, Plan]:
 
 
 def reads_and_writes(plan: Plan):
-    """(read, written) names of arena buffers, of every step."""
+    """(read, written) names of what lies in the arena, of every step."""
     for step in plan.steps:
-        buffers = {a: r.removeprefix("buffer:") for a, r in step.args.items() if r.startswith("buffer:")}
-        writes = {buffers[a] for a in WRITES[step.kernel] if a in buffers}
-        yield {name for a, name in buffers.items() if a not in WRITES[step.kernel]}, writes
+        names = {a: r.split(":")[1] for a, r in step.args.items() if not r.startswith("weight:")}
+        yield (
+            {n for a, n in names.items() if a not in WRITES[step.kernel]},
+            {n for a, n in names.items() if a in WRITES[step.kernel]},
+        )
 
 
 @settings(max_examples=60, deadline=None)
@@ -122,11 +124,13 @@ def test_every_byte_read_is_the_last_one_written_there(case):
     def clash(a: str, b: str) -> bool:
         return a != b and places[a].offset < places[b].end and places[b].offset < places[a].end
 
-    valid: set[str] = set()
+    valid = set(plan.inputs)
+    assert not any(clash(a, b) for a in valid for b in valid)
     for read, written in reads_and_writes(plan):
         assert read <= valid, read - valid
         assert not any(clash(a, b) for a in read | written for b in written)
         valid = {name for name in valid if not any(clash(name, w) for w in written)} | written
+    assert set(plan.outputs) <= valid
 
 
 @settings(max_examples=30, deadline=None)
@@ -136,7 +140,7 @@ def test_every_name_exists(case):
     with torch.random.fork_rng():
         model = FullCapacitor(config)
     places = {
-        "buffer": {b.name for b in plan.buffers},
+        "buffer": {b.name for b in plan.buffers} - set(plan.inputs) - set(plan.outputs),
         "input": set(plan.inputs),
         "output": set(plan.outputs),
         "weight": {

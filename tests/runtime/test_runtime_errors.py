@@ -1,0 +1,235 @@
+"""What goes wrong: memory that runs out, devices and types that cannot serve, errors of CUDA."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from runtime_cases import DEVICE, ONE_STEP, tiny
+
+from capacitor_rt import FullCapacitor, InputError
+from capacitor_rt.runtime import fold, graphs, memory, runtime, weights
+from capacitor_rt.runtime.memory import DeviceMemoryError
+
+MIB = 1 << 20
+ROWS = torch.linspace(-1, 1, 3 * 3 * 8 * 8).reshape(3, 3, 8, 8)
+
+
+def out_of_memory() -> torch.OutOfMemoryError:
+    return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+
+@pytest.fixture
+def small_device(monkeypatch):
+    """A device whose allocator refuses arenas over `limit` bytes and reports 3 MiB free."""
+    real = graphs.new_arena
+
+    def limit(nbytes: int) -> None:
+        def new_arena(size: int, device: torch.device) -> torch.Tensor:
+            if size > nbytes:
+                raise out_of_memory()
+            return real(size, device)
+
+        monkeypatch.setattr(graphs, "new_arena", new_arena)
+
+    for module in (runtime, weights):
+        monkeypatch.setattr(module, "free_bytes", lambda _: 3 * MIB)
+    return limit
+
+
+def test_the_micro_batch_halves_until_it_fits(small_device):
+    model, twin = tiny(), tiny()
+    image = ROWS.to(DEVICE)
+    truth = twin.encode(image)
+    needed = {n: arena_of(twin, n) for n in (1, 2, 3)}
+    assert needed[1] < needed[2] < needed[3]
+    small_device(needed[1])
+    assert torch.equal(model.encode(image), truth)
+    # 3, 1 and then a row at a time; later calls start with what is known to fit
+    assert model.stats().replays + model.stats().eager == 3
+    model.runtime._cache.clear()
+    small_device(needed[1] - 1)
+    message = r"encode of one 8x8 image needs [\d.]+ MiB beside the weights, and 3.0 MiB are free .* micro-batch of 1"
+    with pytest.raises(DeviceMemoryError, match=message):
+        model.encode(image)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        model.encode(image)
+    with pytest.raises(InputError):
+        model.warmup([(8, 8, 3)])
+    small_device(1 << 40)
+    assert torch.equal(model.encode(image), truth)
+
+
+def arena_of(model: FullCapacitor, batch: int) -> int:
+    request = model.runtime._request("encode", batch, 8, 8, torch.float32, "nchw")
+    return runtime.cached_plan(model.config, request).arena_bytes
+
+
+def test_a_batch_whose_result_does_not_fit_says_which_would(small_device, monkeypatch):
+    model = tiny()
+    truth = model.encode(ROWS.to(DEVICE))
+    real = torch.empty
+
+    def empty(*size, **options):
+        if size == ((3, 4, 1, 1),):
+            raise out_of_memory()
+        return real(*size, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", empty)
+        fits = 3 * MIB // (4 * 4)
+        with pytest.raises(DeviceMemoryError, match=rf"latents of 3 images need .* a batch of {fits} would fit"):
+            model.encode(ROWS.to(DEVICE))
+    assert torch.equal(model.encode(ROWS.to(DEVICE)), truth)
+
+
+def test_weights_that_do_not_fit_leave_the_model_usable(small_device, monkeypatch):
+    model, image = tiny(), ROWS.to(DEVICE)
+
+    def pack(*_):
+        raise out_of_memory()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fold, "pack", pack)
+        with pytest.raises(DeviceMemoryError, match=r"the packed encoder needs about [\d.]+ MiB, and 3.0 MiB are free"):
+            model.encode(image)
+    assert torch.equal(model.encode(image), tiny().encode(image))
+
+
+def test_an_error_inside_a_launch_leaves_the_model_usable(monkeypatch):
+    model, image = tiny(), ROWS.to(DEVICE)
+    truth = model.encode(image)
+
+    class Broken:
+        def replay(self):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    (bound,) = model.runtime._cache._bound.values()
+    healthy, bound.graph = bound.graph, Broken()
+    message = r"replay of Request\(direction='encode', batch=3, height=8, width=8, .* failed: CUDA error: an illegal"
+    with pytest.raises(RuntimeError, match=message):
+        model.encode(image)
+    bound.graph = healthy
+    assert torch.equal(model.encode(image), truth)
+
+
+def test_old_arenas_and_plans_go_when_the_cache_is_full(monkeypatch):
+    model = tiny()
+    model.encode(ROWS[:1].to(DEVICE))
+    cache = model.runtime._cache
+    cache.budget = model.stats().nbytes
+    model.encode(ROWS.to(DEVICE))
+    # larger than the budget, but about to run
+    assert model.stats().evictions == 1 and model.stats().nbytes == cache._nbytes() > cache.budget
+    monkeypatch.setattr(graphs, "MAX_BOUND", 2)
+    cache.budget = 1 << 40
+    for n in (1, 2, 1, 3):
+        model.encode(ROWS[:n].to(DEVICE))
+    # 3 | 3 1 | 1 2 | 2 1 | 1 3
+    assert model.stats().evictions == 3 and [r.batch for r in cache._bound] == [1, 3]
+
+
+def test_arenas_are_shared_and_grow_in_steps():
+    cache = graphs.BoundCache(torch.device("cpu"), 1 << 40, 4096, runtime.Stats())
+    first = cache.arena(1000)
+    assert first.nbytes == 1000 and first.data_ptr() % 256 == 0
+    cache._bound["a"] = SimpleNamespace(arena=first)
+    assert cache.arena(900) is first
+    second = cache.arena(1001)
+    assert second.nbytes == 2000
+    cache._bound["b"] = SimpleNamespace(arena=second)
+    assert cache.arena(1000) is first and cache.arena(1500) is second
+    assert cache.arena(2500).nbytes == 4000 and cache.arena(9000).nbytes == 9000
+    assert cache._nbytes() == 3000
+
+
+def test_devices_and_types_that_cannot_serve(monkeypatch):
+    model = tiny(device="cpu")
+    monkeypatch.setattr(runtime, "INTERPRETED", False)
+    with pytest.raises(InputError, match=r"needs an NVIDIA GPU and the model is on cpu: move it with .to\('cuda'\)"):
+        model.encode(ROWS)
+    with pytest.raises(InputError, match="has no launches for"):
+        model.double().encode(ROWS)
+
+
+def test_old_gpus_are_named_and_left_to_torch(monkeypatch):
+    import capacitor_rt.model as module
+    from capacitor_kernels import common
+
+    model = tiny(device="cpu")
+    monkeypatch.setattr(common, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    with pytest.raises(InputError, match=r"Tesla T4 has compute capability 7.5; .*backend='torch'"):
+        runtime.Runtime(model, torch.device("cuda", 0), torch.float16)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    auto = tiny("auto", "cpu")
+    for capability, backend in (((7, 5), "torch"), ((8, 0), "triton"), ((12, 0), "triton")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+        module._launches_run_on.cache_clear()
+        assert auto._resolve(torch.device("cuda", 0), torch.bfloat16) == backend
+        assert auto._resolve(torch.device("cuda", 0), torch.float32) == "torch"
+    # an AMD GPU calls itself cuda
+    monkeypatch.setattr(torch.version, "cuda", None)
+    module._launches_run_on.cache_clear()
+    assert auto._resolve(torch.device("cuda", 0), torch.bfloat16) == "torch"
+    module._launches_run_on.cache_clear()
+
+
+def test_a_callers_capture_needs_a_model_that_has_run(monkeypatch):
+    model, image = tiny(), ROWS.to(DEVICE)
+    monkeypatch.setattr(runtime.Runtime, "_foreign_capture", lambda _: True)
+    with pytest.raises(InputError, match=r"has not run encode yet.*warmup\(\), before the capture"):
+        model.encode(image)
+    monkeypatch.undo()
+    truth = model.encode(image)
+    before = model.stats()
+    monkeypatch.setattr(runtime.Runtime, "_foreign_capture", lambda _: True)
+    assert torch.equal(model.encode(image), truth)
+    # its own launches in memory of its own: nothing bound is touched
+    assert model.stats().hits == before.hits and model.stats().nbytes == before.nbytes
+    with torch.no_grad():
+        model.encoder.to_bottleneck.bias.add_(1.0)
+    with pytest.raises(InputError, match="parameters of the encoder changed"):
+        model.encode(image)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"direction": "sideways"}, "direction 'sideways' is unknown: use one of 'encode', 'posterior', 'decode'"),
+        ({"layout": "chwn"}, "layout 'chwn' is unknown"),
+        ({"image_dtype": torch.float64}, "image_dtype has dtype torch.float64"),
+        ({"direction": "decode", "image_dtype": torch.uint8}, "image_dtype has dtype torch.uint8"),
+        ({"shapes": [(20, 8, 1)]}, "height 20 is not a multiple of 8: use 16 or 24"),
+        ({"shapes": [(8, 8, 0)]}, r"batch 0 of shape \(8, 8, 0\) is too small"),
+    ],
+)
+def test_bad_warmups_are_named(options, message):
+    with pytest.raises(InputError, match=message):
+        tiny().warmup(**({"shapes": [(8, 8, 1)]} | options))
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        (torch.empty(3, 4, 1, 2), r"out has shape \[3, 4, 1, 2\]: the result is \[3, 4, 1, 1\]"),
+        (torch.empty(3, 4, 1, 1, dtype=torch.float64), "out has dtype torch.float64"),
+        (torch.empty(3, 4, 1, 1, device="meta"), "out is on meta and the model on"),
+        (torch.empty(3, 4, 1, 1, requires_grad=True), "out requires grad"),
+        ([], "out is a list"),
+    ],
+)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_bad_outs_are_named(backend, out, message):
+    model = tiny(backend, "cpu")
+    with pytest.raises(InputError, match=message):
+        model.encode(ROWS, out=out)
+    with pytest.raises(InputError, match="out "):
+        model.decode(torch.zeros(3, 4, 1, 1), inference_config=ONE_STEP, out=out)
+
+
+def test_free_memory_of_a_cpu_is_not_guessed():
+    assert memory.free_bytes(torch.device("cpu")) is None
+    assert memory.amount(None) == "an unknown number of MiB" and memory.amount(3 * MIB) == "3.0 MiB"
