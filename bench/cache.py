@@ -1,6 +1,6 @@
 """Throughput of `capacitor-rt cache`: JPEG files on disk to latents on disk, and which stage limits it.
 
-    python -m bench.cache                              4096 JPEG files of 512x512, cached at 256 and 512 pixels
+    python -m bench.cache                              2048 JPEG files of 512x512, cached at 256 and 512 pixels
     python -m bench.cache --images 20000 --size 512 --folder /data/tmp
     python -m bench.cache --device cpu                 a few small files and a tiny model, to test the benchmark itself
 
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     device = torch.device(args.device)
     on_gpu = device.type == "cuda"
     sizes = args.size or ((256, 512) if on_gpu else (64,))
-    count, side = args.images or (4096 if on_gpu else 6), 512 if on_gpu else 96
+    count, side = args.images or (2048 if on_gpu else 6), 512 if on_gpu else 96
     facts = environment(device) | {"busy": busy(device)}
     model = random_model(ModelConfig() if on_gpu else TINY)
     model.backend = "auto" if on_gpu else "torch"

@@ -77,6 +77,19 @@ def busy(device: torch.device) -> str | None:
     return f"GPU in use by others: {percent} % busy, {mib} MiB taken before the first measurement"
 
 
+def clocks(device: torch.device) -> dict[str, int]:
+    """SM clock in MHz, temperature in degrees and power in watts now, right after a measurement; empty on the CPU."""
+    if device.type != "cuda":
+        return {}
+    query = ["nvidia-smi", "-i", str(device.index or 0), "--query-gpu=clocks.sm,temperature.gpu,power.draw"]
+    try:
+        done = subprocess.run([*query, "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=20)
+        values = [round(float(value)) for value in done.stdout.strip().split(",")]
+        return dict(zip(("clock_mhz", "celsius", "watts"), values, strict=True))
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        return {}
+
+
 @contextmanager
 def exact_float32() -> Iterator[None]:
     """float32 products in float32, not in TF32, for the truth."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from capacitor_rt.errors import CapacitorError
 
 from .contenders import Contender, Setting, Shape, truth_of
-from .device import MemoryMeter, elapsed_us, exact_float32, release, why
+from .device import MemoryMeter, clocks, elapsed_us, exact_float32, release, why
 from .timing import Ceilings, Timing, append_line, copies_for, summarise
 
 # relative rms difference from the float32 reference beyond which no time is reported: in bfloat16 and plain torch
@@ -135,11 +135,12 @@ class Bench:
                 problem = None
                 release(self.setting.device)
         timed = time_calls(calls, self.setting.device, self.rounds)
+        state = clocks(self.setting.device)
         for key, timing in timed.items():
             if isinstance(timing, str):
                 lines[key]["missing"] = timing
                 continue
-            lines[key] |= self._figures(shape, lines[key], timing)
+            lines[key] |= self._figures(shape, lines[key], timing) | state
             if shape.batch == 1:
                 lines[key]["latency_ms"] = self._latency(calls[key])
             over = {other: t.us / timing.us for other, t in timed.items() if other != key and isinstance(t, Timing)}

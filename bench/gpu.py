@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # below it, only what needs no compiler of its own is measured, but for one row
 LONG_MINUTES = 20.0
 LEAST_SECONDS = 0.5
-PACE = 0.7
+PACE = 0.75
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def steps(out: Path, device: str, minutes: float = 60.0) -> tuple[Step, ...]:
         Step("tests", tests, "tests.log", 600, share=6),
         Step("ceilings", ("-m", "bench.gpu", "--measure-ceilings", device, "--out", str(out)), "ceilings.log", 60),
         Step("kernels", launches, "kernels.log", 900, share=4),
-        Step("model", _timed("model", out, rows), "model.log", 1800, share=4, paced=True),
+        Step("model", _timed("model", out, rows), "model.log", 1800, share=5, paced=True),
         Step("flux2", _timed("flux2", out, rows), "flux2.log", 1800, share=2, paced=True),
         Step("cache", caching, "cache.log", 600),
         Step("sanitizer", tiny, "sanitizer.log", 180, ("compute-sanitizer", "--error-exitcode", "9")),

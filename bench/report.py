@@ -182,6 +182,9 @@ def source(results: Results, gpu: str) -> str:
     peaks = [line for line in seen if line["bench"] == "ceilings"]
     if peaks:
         parts.append(f"ceilings {number(peaks[-1]['tflops'])} TFLOP/s and {number(peaks[-1]['gbs'])} GB/s")
+    clock = sorted(line["clock_mhz"] for line in seen if "clock_mhz" in line)
+    if clock:
+        parts.append(f"SM clock {clock[0]} to {clock[-1]} MHz")
     busy = sorted({line["busy"] for line in seen if line.get("busy")})
     return "; ".join(parts) + "." + (f" Warning: {'; '.join(busy)}." if busy else "")
 
