@@ -35,7 +35,7 @@ SEED = 0
 SLICE_US = 20e3
 WARM_SECONDS = 0.4
 Job = tuple[Shape, Sequence[Contender]]
-HEADER = f"{'':34} {'ms':>9} {'spread':>7} {'images/s':>9} {'TFLOP/s':>8} {'% floor':>8} {'peak MiB':>9} {'error':>8}"
+HEADER = f"{'':44} {'ms':>9} {'spread':>7} {'images/s':>9} {'TFLOP/s':>8} {'% floor':>8} {'peak MiB':>9} {'error':>8}"
 
 
 def time_calls(calls: dict[str, Callable[[int], Any]], device: torch.device, rounds: int) -> dict[str, Timing | str]:
@@ -51,7 +51,7 @@ def time_calls(calls: dict[str, Callable[[int], Any]], device: torch.device, rou
 
         try:
             return elapsed_us(work, device) / count
-        except torch.OutOfMemoryError as error:
+        except Exception as error:
             failed[name] = why(error)
             samples.pop(name, None)
         # outside of the handler, whose traceback holds the tensors that did not fit
@@ -139,6 +139,7 @@ class Bench:
         for key, timing in timed.items():
             if isinstance(timing, str):
                 lines[key]["missing"] = timing
+                self.broken += "/ours" in key and not timing.startswith("out of memory")
                 continue
             lines[key] |= self._figures(shape, lines[key], timing) | state
             if shape.batch == 1:
@@ -227,7 +228,7 @@ class Bench:
 
 def format_line(line: dict[str, Any]) -> str:
     """A line of the printed table."""
-    head = f"  {line['model']:14} {line['variant']:27}"[:46].ljust(34)
+    head = f"  {line['model']:14} {line['variant']:27}"
     for reason in ("refused", "missing"):
         if reason in line:
             return f"{head} {reason}: {line[reason]}"

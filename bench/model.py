@@ -69,7 +69,9 @@ def arguments(module: str, doc: str, argv: Sequence[str] | None) -> argparse.Nam
     parser.add_argument("--shape", action="append", default=[], help="DIRECTION:BATCHxSIZE instead of the usual ones")
     parser.add_argument("--minutes", type=float, default=60.0, help="begin nothing new after this time")
     parser.add_argument(
-        "--compile", default="named", choices=("none", "first", "named", "all"), help="rows for torch.compile"
+        "--compile",
+        choices=("none", "first", "named", "all"),
+        help="rows for torch.compile (default: named, none on the CPU)",
     )
     parser.add_argument("--no-sweep", action="store_true", help="the published rows only")
     parser.add_argument("--dtype", choices=DTYPES, help="bfloat16 on a GPU, float32 on the CPU")
@@ -102,8 +104,9 @@ def run(module: str, contenders: Sequence[Contender], args: argparse.Namespace, 
     ceilings = measure_ceilings(device)
     append_line(out, ceilings_line(ceilings, facts))
     print(f"ceilings: {ceilings.tflops:.1f} TFLOP/s ({ceilings.matmul_dtype}), {ceilings.gbs:.0f} GB/s\n{HEADER}")
+    compiled = args.compile or ("named" if on_gpu else "none")
     bench = Bench(setting, ceilings, facts, out, module, rounds=15 if on_gpu else 1)
-    bench.run(plan_jobs(contenders, shapes, sweep, args.compile), begin + 60 * args.minutes)
+    bench.run(plan_jobs(contenders, shapes, sweep, compiled), begin + 60 * args.minutes)
     return 1 if bench.broken else 0
 
 

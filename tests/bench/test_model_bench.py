@@ -108,10 +108,18 @@ def test_a_failure_is_a_reason_in_its_row(bench, error, reason, broken):
     assert bench.broken == broken
 
 
-def test_what_runs_out_of_memory_while_timed_is_dropped():
-    calls = {"a": lambda i: None, "b": lambda i: (_ for _ in ()).throw(torch.OutOfMemoryError("2 GiB"))}
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(torch.OutOfMemoryError("2 GiB"), "out of memory: 2 GiB"), (RuntimeError("gone"), "RuntimeError: gone")],
+)
+def test_what_fails_while_timed_is_dropped(error, reason):
+    calls = {"a": lambda i: None, "b": lambda i: (_ for _ in ()).throw(error)}
     timed = endtoend.time_calls(calls, CPU, rounds=3)
-    assert timed["a"].replays == 3 and timed["b"] == "out of memory: 2 GiB"
+    assert timed["a"].replays == 3 and timed["b"] == reason
+
+
+def test_the_runtime_has_the_switch_that_no_graphs_uses(setting):
+    assert hasattr(contenders._place(setting, CAPACITOR, "triton").runtime._cache, "_pool")
 
 
 def test_calls_are_interleaved_over_their_inputs():
