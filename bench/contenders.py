@@ -81,6 +81,10 @@ class Setting:
         return 4 * self.flux2_config["latent_channels"]
 
     @cached_property
+    def _flops(self) -> dict[tuple[str, str, int], int]:
+        return {}
+
+    @cached_property
     def _truths(self) -> dict[str, Any]:
         return {}
 
@@ -95,9 +99,12 @@ class Setting:
 
     def flops(self, model: str, shape: Shape) -> int:
         """Floating point operations of a call, a multiply-add as two."""
-        if model == CAPACITOR:
-            return _capacitor_flops(self.config, shape)
-        return _flux2_flops(self.flux2_config, shape)
+        key = (model, shape.direction, shape.size)
+        if key not in self._flops:
+            self._flops[key] = (
+                _capacitor_flops(self.config, shape) if model == CAPACITOR else _flux2_flops(self.flux2_config, shape)
+            )
+        return shape.batch * self._flops[key]
 
 
 Run = Callable[[Tensor], Tensor]
@@ -263,13 +270,15 @@ FLUX2S = (
 
 
 def _capacitor_flops(config: ModelConfig, shape: Shape) -> int:
+    """Of one image."""
     inference = FullCapacitorInferenceConfig() if shape.direction == "decode" else None
     side, bf16 = shape.size, torch.bfloat16
     request = Request(shape.direction, 1, side, side, bf16, bf16, "nchw", 90, inference=inference)
-    return shape.batch * make_plan(config, request).flops
+    return make_plan(config, request).flops
 
 
 def _flux2_flops(config: dict[str, Any], shape: Shape) -> int:
+    """Of one image, counted on meta tensors."""
     from diffusers import AutoencoderKLFlux2
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -279,4 +288,4 @@ def _flux2_flops(config: dict[str, Any], shape: Shape) -> int:
         latents = torch.empty(1, config["latent_channels"], shape.size // 8, shape.size // 8)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         vae.encode(image) if shape.direction == "encode" else vae.decode(latents)
-    return shape.batch * counter.get_total_flops()
+    return counter.get_total_flops()

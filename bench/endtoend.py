@@ -7,6 +7,7 @@ does not compile gets a row that says why. Memory is weighed for each alone, bef
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -39,15 +40,16 @@ HEADER = f"{'':44} {'ms':>9} {'spread':>7} {'images/s':>9} {'TFLOP/s':>8} {'% fl
 
 
 def time_calls(calls: dict[str, Callable[[int], Any]], device: torch.device, rounds: int) -> dict[str, Timing | str]:
-    """Time calls against each other: name -> timing, or why there is none. `call(i)` uses the i-th input."""
+    """Time calls against each other: name -> timing, or why there is none. `call(i)` is the i-th call."""
     samples: dict[str, list[float]] = {}
     failed: dict[str, Timing | str] = {}
     repeats: dict[str, int] = {}
+    turns = {name: itertools.count() for name in calls}
 
     def sample(name: str, count: int) -> float | None:
         def work() -> None:
-            for i in range(count):
-                calls[name](i)
+            for _ in range(count):
+                calls[name](next(turns[name]))
 
         try:
             return elapsed_us(work, device) / count
