@@ -1,4 +1,4 @@
-"""Checks of the tensors that a model is given, made before any work starts."""
+"""Checks of the tensors and names that a model is given, made before any work starts."""
 
 from __future__ import annotations
 
@@ -9,6 +9,12 @@ from .errors import InputError
 
 IMAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 LATENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuse a value that is not among `choices`."""
+    if value not in choices:
+        raise InputError(f"{name} {value!r} is unknown: use one of {', '.join(map(repr, choices))}")
 
 
 def check_tensor(name: str, t: Tensor, dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:

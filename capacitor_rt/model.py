@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import importlib.util
 import math
-import threading
-from collections.abc import Iterable
 from os import PathLike
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,23 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from . import reference
-from .checks import IMAGE_DTYPES, LATENT_DTYPES, check_dtype, check_out, check_tensor
+from .checks import IMAGE_DTYPES, LATENT_DTYPES, check_out, check_tensor
 from .config import FullCapacitorInferenceConfig, ModelConfig
 from .diffusion import sample, unit_noise
 from .errors import InputError
-from .placement import Place, PlacedModule
-from .runtime import ops
-from .runtime.stats import Stats
+from .placement import Place
+from .serving import ServedModule
 
 if TYPE_CHECKING:
     from .checkpoint import CheckpointSource
-    from .runtime.runtime import Runtime
 
-BACKENDS = ("auto", "torch", "triton")
-DIRECTIONS = ("encode", "posterior", "decode")
 SIZE_MULTIPLE = 32
-HALF_DTYPES = (torch.bfloat16, torch.float16)
-_making_runtime = threading.Lock()
 
 
 class Posterior(NamedTuple):
@@ -41,7 +30,7 @@ class Posterior(NamedTuple):
     logsnr: Tensor | None
 
 
-class FullCapacitor(PlacedModule):
+class FullCapacitor(ServedModule):
     """FCDM image autoencoder with the interface of the published model.
 
     Parameters and buffers carry the names of the checkpoint's tensors. `latent_channels` is C, `latent_stride` is s:
@@ -71,11 +60,7 @@ class FullCapacitor(PlacedModule):
     def __init__(
         self, config: ModelConfig, *, backend: str = "auto", strict_size: bool = True, low_latency: bool = False
     ):
-        super().__init__()
-        if backend not in BACKENDS:
-            raise InputError(f"backend {backend!r} is unknown: use one of {', '.join(map(repr, BACKENDS))}")
-        self.config = config
-        self.backend = backend
+        super().__init__(config, backend)
         self.strict_size = strict_size
         self.low_latency = low_latency
         self.source: CheckpointSource | None = None
@@ -85,8 +70,6 @@ class FullCapacitor(PlacedModule):
             # a decoder-only checkpoint has no statistics: its latents are decoded as they are
             stats = torch.zeros if name.endswith("mean") else torch.ones
             self.register_buffer(name, stats(config.latent_channels) if self.encoder is not None else None)
-        self._runtime: Runtime | None = None
-        self._number = ops.register(self)
 
     @classmethod
     def from_pretrained(cls, id_or_path: str | PathLike[str], **kwargs) -> FullCapacitor:
@@ -104,102 +87,6 @@ class FullCapacitor(PlacedModule):
     def registered_place(self) -> Place:
         weight = self.decoder.out_proj.weight
         return weight.device, weight.dtype
-
-    def may_rest(self, place: Place) -> bool:
-        return place[0].type in ("cuda", "cpu") and self._resolve(*place) == "triton"
-
-    def weights_changed(self) -> None:
-        runtime, self._runtime = self._runtime, None
-        if runtime is not None:
-            runtime.clear()
-
-    def _resolve(self, device: torch.device, dtype: torch.dtype) -> str:
-        """The backend that is to serve `device` and `dtype`."""
-        if self.backend != "auto":
-            return self.backend
-        config = self.config
-        fits = config.in_channels == 3 and config.depthwise_kernel_size == 7 and dtype in HALF_DTYPES
-        return "triton" if fits and device.type == "cuda" and _launches_run_on(device) else "torch"
-
-    @property
-    def _fast(self) -> bool:
-        """Whether the Triton backend serves; plain enough for torch.compile to see through."""
-        if self.backend == "auto":
-            return self._placed is not None and self._placed[0].type == "cuda"
-        return self.backend == "triton"
-
-    @property
-    def runtime(self) -> Runtime | None:
-        """The Triton backend where it serves, made on first use; None where the torch backend does.
-
-        Raises:
-            InputError: the Triton backend was asked for where it cannot run.
-        """
-        if self._runtime is None and self._fast:
-            from .runtime.runtime import Runtime
-
-            with _making_runtime:
-                if self._runtime is None:
-                    self._runtime = Runtime(self, self.device, self.dtype)
-        return self._runtime
-
-    def __getstate__(self) -> dict:
-        # graphs and packed weights are made anew where the copy runs
-        return self.__dict__ | {"_runtime": None}
-
-    def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
-        self._number = ops.register(self)
-
-    def stats(self) -> Stats:
-        """Counters of the Triton backend since the model was last moved, cast or loaded (a copy)."""
-        return Stats() if self._runtime is None else dataclasses.replace(self._runtime.stats)
-
-    def warmup(
-        self,
-        shapes: Iterable[tuple[int, int, int]],
-        *,
-        direction: str = "encode",
-        image_dtype: torch.dtype = torch.float32,
-        layout: str = "nchw",
-        inference_config: FullCapacitorInferenceConfig | None = None,
-    ) -> None:
-        """Fold weights, compile launches and capture graphs for calls to come; nothing to do for the torch backend.
-
-        A graph is otherwise captured by the first call of its shape. Torch's own generator must not be drawn from by
-        other threads in the meantime: warm up before starting such threads, and before capturing graphs that call the
-        model.
-
-        Args:
-            shapes: `(H, W, B)` of the images, H and W in pixels.
-            direction: "encode", "posterior" (for `encode_posterior`) or "decode".
-            image_dtype: of the images; of the latents in decoding.
-            layout: "nchw" or "nhwc", of the images in memory.
-            inference_config: sampler settings of "decode".
-
-        Raises:
-            InputError: a size, batch, dtype or name that the call itself would refuse.
-        """
-        choices = (("direction", direction, DIRECTIONS), ("layout", layout, ("nchw", "nhwc")))
-        for name, value, known in choices:
-            if value not in known:
-                raise InputError(f"{name} {value!r} is unknown: use one of {', '.join(map(repr, known))}")
-        check_dtype("image_dtype", image_dtype, LATENT_DTYPES if direction == "decode" else IMAGE_DTYPES)
-        if direction != "decode" and self.encoder is None:
-            raise InputError("this checkpoint has a decoder only: warm up direction='decode'")
-        shapes = list(shapes)
-        for height, width, batch in shapes:
-            self.check_size(height, width)
-            if batch < 1:
-                raise InputError(f"batch {batch} of shape {(height, width, batch)} is too small: it is at least 1")
-        if not self._fast:
-            return
-        if self.config.latent_patch != 1:
-            # these models whiten by a step of its own, in float32
-            direction = "posterior" if direction == "encode" else direction
-            image_dtype = torch.float32 if direction == "decode" else image_dtype
-        for height, width, batch in shapes:
-            self.runtime.warmup(direction, batch, height, width, image_dtype, layout, inference_config)
 
     @property
     def latent_channels(self) -> int:
@@ -326,12 +213,6 @@ class FullCapacitor(PlacedModule):
                 return _write(torch.ops.capacitor_rt.decode(latents, noise, self._number, *settings, *guidance), out)
             return self.runtime.decode(latents, noise, inference, out)
 
-    def _offload_hook(self) -> None:
-        """Let accelerate's offloading, which hooks `forward`, also bring the model here for `encode` and `decode`."""
-        hook = self.__dict__.get("_hf_hook")
-        if hook is not None and hasattr(hook, "pre_forward"):
-            hook.pre_forward(self)
-
     def reconstruct(self, image: Tensor, inference_config: FullCapacitorInferenceConfig | None = None) -> Tensor:
         """`decode(encode(image))`: float32 `[B,3,H,W]` (NCHW also for an NHWC image)."""
         return self.decode(self.encode(image), inference_config=inference_config)
@@ -349,9 +230,9 @@ class FullCapacitor(PlacedModule):
         return reference.dewhiten(z, *self._statistics())
 
     def extra_repr(self) -> str:
-        return (
-            f"backend={self.backend!r}, strict_size={self.strict_size}, {self.latent_channels}x1/{self.latent_stride}"
-        )
+        rest = "" if self._placed is None else f", on {self.device} in {self.dtype}, weights at rest"
+        latents = f"{self.latent_channels}x1/{self.latent_stride}"
+        return f"backend={self.backend!r}, strict_size={self.strict_size}, {latents}{rest}"
 
     def _statistics(self) -> tuple[Tensor, Tensor, float]:
         return (
@@ -429,14 +310,6 @@ class FullCapacitor(PlacedModule):
                     f"pass {name}={fits} or leave it out"
                 )
         return batch, self.config.in_channels, *size
-
-
-@functools.cache
-def _launches_run_on(device: torch.device) -> bool:
-    """Whether Triton is here and `device` an NVIDIA GPU that the launches support."""
-    if torch.version.cuda is None or importlib.util.find_spec("triton") is None:
-        return False
-    return torch.cuda.get_device_capability(device)[0] >= 8
 
 
 def _noise(shape: tuple[int, ...], seed: int | None, like: Tensor) -> Tensor:

@@ -154,7 +154,7 @@ def test_devices_and_types_that_cannot_serve(monkeypatch):
 
 
 def test_old_gpus_are_named_and_left_to_torch(monkeypatch):
-    import capacitor_rt.model as module
+    import capacitor_rt.serving as module
     from capacitor_kernels import common
 
     model = tiny(device="cpu")
