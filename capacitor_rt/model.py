@@ -39,7 +39,7 @@ class FullCapacitor(ServedModule):
     The Triton backend folds and packs the weights for its GPU, once, when first called. The parameters themselves then
     rest on the CPU as they were loaded (see `placement`): `state_dict` is exact, and the GPU holds the weights once.
     Changes of parameters in place are noticed at the next call, except those made through `.data` or under
-    `torch.inference_mode`. `.to("cpu")` frees graphs, arenas and packed weights.
+    `torch.inference_mode`. `.to("cpu")` frees graphs, arenas and packed weights. To train, use backend="torch".
 
     Calls from several threads take turns; any current stream will do, and nothing waits for the device.
 

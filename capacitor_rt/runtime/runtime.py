@@ -6,7 +6,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from math import prod
@@ -176,16 +176,10 @@ class Runtime:
     @contextmanager
     def _turn(self) -> Iterator[None]:
         """One call at a time; a call on another stream waits for the one before to be done with the arenas."""
-        with ExitStack() as stack:
-            stack.enter_context(self._lock)
-            # tensors that are kept must not be those of a caller's inference mode: they are written again later
-            stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.no_grad())
-            if not self._cuda:
-                yield
-                return
-            stack.enter_context(torch.cuda.device(self.device))
-            shared = not self._foreign_capture()
+        on_device = torch.cuda.device(self.device) if self._cuda else nullcontext()
+        # tensors that are kept must not be those of a caller's inference mode: they are written again later
+        with self._lock, torch.inference_mode(False), torch.no_grad(), on_device:
+            shared = self._cuda and not self._foreign_capture()
             if shared:
                 torch.cuda.current_stream().wait_event(self._done)
             try:
@@ -252,6 +246,8 @@ class Runtime:
     # memory
 
     def _micro_batch(self, request: Request) -> int:
+        if request.batch == 1:
+            return 1
         key = replace(request, batch=1)
         if key not in self._limits:
             self._limits[key] = micro_batch(self.config, key, ARENA_BUDGET)

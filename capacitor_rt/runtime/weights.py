@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -29,21 +30,28 @@ class Watch:
 
     def __init__(self, module: nn.Module):
         self._module = module
-        self._seen = [
-            (owner, name, t, _version(t))
+        seen = [
+            (owner, name, t)
             for m in module.modules()
             for owner in (m._parameters, m._buffers)
             for name, t in owner.items()
             if t is not None
         ]
+        self._owners, self._names, self._tensors = zip(*seen, strict=True)
+        self._tracked = [t for t in self._tensors if not t.is_inference()]
+        self._versions = [t._version for t in self._tracked]
 
     def sees_change(self, module: nn.Module | None) -> bool:
         """Whether `module` is not the one that was seen, or not as it was."""
-        return module is not self._module or any(o.get(n) is not t or _version(t) != v for o, n, t, v in self._seen)
+        # made on every call, so without a loop in Python
+        return (
+            module is not self._module
+            or list(map(_version_of, self._tracked)) != self._versions
+            or not all(map(operator.is_, map(dict.get, self._owners, self._names), self._tensors))
+        )
 
 
-def _version(t: Tensor) -> int:
-    return 0 if t.is_inference() else t._version
+_version_of = operator.attrgetter("_version")
 
 
 class PackedWeights:
@@ -145,7 +153,7 @@ class PackedWeights:
 
 def _statistics(model: FullCapacitor) -> list[int]:
     stats = (model.latent_norm_running_mean, model.latent_norm_running_var)
-    return [n for t in stats if t is not None for n in (id(t), _version(t))]
+    return [n for t in stats if t is not None for n in (id(t), 0 if t.is_inference() else t._version)]
 
 
 def _refuse_sharded(part: str, module: nn.Module) -> None:
