@@ -148,6 +148,13 @@ def test_bad_arguments_are_named(change, error, message):
         grn(arguments["partials"], arguments["gamma"], arguments["gain"], norms=arguments["norms"])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("tiles", [2, 128])
+def test_real_size_under_the_interpreter(tiles):
+    config = lookup("grn", 90, {"tiles": tiles, "hidden": 3584}, torch.bfloat16)
+    check(1, tiles, 3584, torch.float16, config)
+
+
 @needs_gpu
 @pytest.mark.parametrize(("batch", "tiles"), [(128, 2), (32, 8), (1, 128)])
 def test_bf16_at_real_size(batch, tiles):
