@@ -22,6 +22,8 @@ registers / stack bytes / CTAs per SM (`python -m bench.aot` for the rows that s
   holds the store's buffer too; 255/0/2 on sm_100; 255/8/2 on sm_120. Not shipped: two CTAs already overlap one's
   epilogue with the other's products, and the interpreter of Triton 3.6 cannot run a flattened loop.
 - 128x256x64, 8 warps: 255/0/1 on sm_90 by pointers, 247/0/1 by descriptors.
+- programmatic dependent launch (`gdc_wait` before the first load, `gdc_launch_dependents` after the last product):
+  128/0/2 on sm_90, 255/0/2 on sm_100 and sm_120. Registers allow it; not shipped until a GPU shows what it hides.
 """
 
 from __future__ import annotations
