@@ -214,9 +214,13 @@ def test_accelerate_offloads_it():
 def test_lightning_holds_it():
     lightning = pytest.importorskip("lightning", reason="lightning is not installed: pip install lightning")
 
-    class Module(lightning.LightningModule, Trainer):
+    class Module(lightning.LightningModule):
+        def __init__(self, vae):
+            super().__init__()
+            self.vae, self.net = vae, nn.Conv2d(4, 4, 1)
+
         def training_step(self, batch):
-            return self(batch)
+            return self.net(self.vae.encode(batch)).square().mean()
 
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), 0.1)
