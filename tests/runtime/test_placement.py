@@ -225,7 +225,8 @@ def test_lightning_holds_it():
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), 0.1)
 
-    module = Module(tiny(device="cpu"))
+    # without the interpreter the launches need a GPU
+    module = Module(tiny("torch" if DEVICE == "cuda" else "triton", "cpu"))
     trainer = lightning.Trainer(
         max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
     )
