@@ -8,23 +8,10 @@ from functools import cache
 
 import pytest
 import torch
-from golden_cases import GOLDEN, NAMES, golden_io, inference_of, relative_error
+from golden_cases import DECODES, GOLDEN, NAMES, golden_io, inference_of, relative_error
 from runtime_cases import DEVICE, ONE_STEP, TOLERANCE, tiny
 
 from capacitor_rt import FullCapacitor, FullCapacitorInferenceConfig, InputError, ModelConfig
-
-# every sampler, schedule and guidance once; under the interpreter the rest takes minutes
-QUICK = {
-    ("p16", "decode_ddim1_linear_seed7"),
-    ("p8", "decode_ddim3_cosine_seed3"),
-    ("p8", "decode_dpmpp4_cosine_pdg1.5_seed1"),
-}
-DECODES = [
-    pytest.param(name, key, marks=() if (name, key) in QUICK else pytest.mark.slow)
-    for name in NAMES
-    for key in sorted(golden_io(name))
-    if key.startswith("decode_")
-]
 
 
 @cache
