@@ -236,6 +236,7 @@ def from_pretrained(
     strict: bool = True,
     backend: str = "auto",
     strict_size: bool = True,
+    low_latency: bool = False,
 ) -> Model:
     """Load a model, frozen and in eval mode.
 
@@ -247,7 +248,7 @@ def from_pretrained(
         revision, cache_dir, token, local_files_only, force_download, subfolder: as in `huggingface_hub`;
             HF_HUB_OFFLINE is honoured.
         strict: False only warns of tensors that belong to no part of the model. Missing tensors are always an error.
-        backend, strict_size: see `FullCapacitor`.
+        backend, strict_size, low_latency: see `FullCapacitor`.
 
     Raises:
         CheckpointError: not found, not readable, or its tensors do not fit; all of them are listed.
@@ -279,7 +280,9 @@ def from_pretrained(
     for note in reading.notes + ([] if strict else reading.leftovers):
         if note.startswith(str(source.config)) or note in reading.leftovers:
             warnings.warn(note, stacklevel=3)
-    model = build(cls or FullCapacitor, reading, tensors, backend=backend, strict_size=strict_size)
+    model = build(
+        cls or FullCapacitor, reading, tensors, backend=backend, strict_size=strict_size, low_latency=low_latency
+    )
     model.source = source
     return model.to(device=target, dtype=dtype)
 

@@ -59,7 +59,7 @@ def unit_noise(shape: tuple[int, ...], seed: int | None, device: torch.device) -
     if seed is None:
         return torch.randn(shape, device=device, dtype=torch.float32)
     generator = torch.Generator("cpu").manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float32).to(device)
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(device)
 
 
 def ddim(predict_x0: PredictX0, x: Tensor, levels: list[NoiseLevel]) -> Tensor:
