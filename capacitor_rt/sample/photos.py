@@ -90,9 +90,3 @@ def centre_crop(pixels: np.ndarray, multiple: int = SIZE_MULTIPLE) -> np.ndarray
     h, w = height // multiple * multiple, width // multiple * multiple
     top, left = (height - h) // 2, (width - w) // 2
     return pixels[top : top + h, left : left + w]
-
-
-def psnr(original: np.ndarray, restored: np.ndarray) -> float:
-    """PSNR in dB of two uint8 arrays of one shape, peak 255, over all pixels and channels; infinite when equal."""
-    error = np.mean((original.astype(np.float64) - restored.astype(np.float64)) ** 2)
-    return float("inf") if error == 0 else float(10 * np.log10(255.0**2 / error))

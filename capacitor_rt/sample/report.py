@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ..config import FullCapacitorInferenceConfig
+from ..metrics import psnr
 from ..model import FullCapacitor
 from . import pca, photos
 from .augment import CropSampler, crop_pca
@@ -45,8 +46,8 @@ def held_out_rows(model: FullCapacitor, *baselines: pca.PatchPCA) -> list[Row]:
     rows = []
     for photo in photos.HELD_OUT:
         pixels = photos.centre_crop(photos.load(photo))
-        linear = [photos.psnr(pixels, b.reconstruct(pixels, model.config.bottleneck_dim)) for b in baselines]
-        rows.append(Row(photo.name, tuple(linear), photos.psnr(pixels, reconstruct(model, pixels))))
+        linear = [psnr(pixels, b.reconstruct(pixels, model.config.bottleneck_dim)) for b in baselines]
+        rows.append(Row(photo.name, tuple(linear), psnr(pixels, reconstruct(model, pixels))))
     return rows
 
 

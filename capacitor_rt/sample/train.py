@@ -29,6 +29,7 @@ from .. import reference
 from ..config import ModelConfig
 from ..diffusion import noise_level
 from ..errors import CapacitorError, InputError
+from ..metrics import psnr
 from ..model import FullCapacitor
 from . import photos
 from .augment import CropSampler, crop_pca
@@ -270,7 +271,7 @@ def fit(
             if time.monotonic() - saved > save_every:
                 run.save(folder / STATE)
                 saved = time.monotonic()
-                values = [photos.psnr(p, reconstruct(run.ema, p)) for p in check]
+                values = [psnr(p, reconstruct(run.ema, p)) for p in check]
                 bar.write(f"step {run.step}: " + ", ".join(f"validation {v:.2f} dB" for v in values))
     run.save(folder / STATE)
 

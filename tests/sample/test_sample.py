@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 import capacitor_rt.sample
 from capacitor_rt.config import FullCapacitorInferenceConfig, ModelConfig
+from capacitor_rt.metrics import psnr
 from capacitor_rt.model import FullCapacitor
 from capacitor_rt.sample import pca, photos, report, train
 
@@ -90,10 +91,10 @@ def test_running_statistics_are_those_of_the_training_photographs(model):
 def test_more_steps_stay_close_to_one_step(model, rows, sampler):
     pixels = photos.centre_crop(photos.load(photos.HELD_OUT[0]))
     inference = FullCapacitorInferenceConfig(num_steps=4, sampler=sampler, seed=0)
-    assert photos.psnr(pixels, report.reconstruct(model, pixels, inference)) > rows["chelsea"].model - 1.5
+    assert psnr(pixels, report.reconstruct(model, pixels, inference)) > rows["chelsea"].model - 1.5
 
 
 def test_bfloat16_costs_little(rows):
     model = FullCapacitor.from_pretrained("sample", dtype=torch.bfloat16)
     pixels = photos.centre_crop(photos.load(photos.HELD_OUT[0]))
-    assert photos.psnr(pixels, report.reconstruct(model, pixels)) > rows["chelsea"].model - 0.5
+    assert psnr(pixels, report.reconstruct(model, pixels)) > rows["chelsea"].model - 0.5
