@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from os import PathLike
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,19 +15,13 @@ from .config import FullCapacitorInferenceConfig, ModelConfig
 from .diffusion import sample, unit_noise
 from .errors import InputError
 from .placement import Place
+from .reference import Posterior
 from .serving import ServedModule
 
 if TYPE_CHECKING:
     from .checkpoint import CheckpointSource
 
 SIZE_MULTIPLE = 32
-
-
-class Posterior(NamedTuple):
-    """Raw posterior before whitening: `mean` and `logsnr`, float32 `[B,Z,h,w]`; logsnr None if deterministic."""
-
-    mean: Tensor
-    logsnr: Tensor | None
 
 
 class FullCapacitor(ServedModule):

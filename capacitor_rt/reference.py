@@ -8,6 +8,7 @@ and the posterior are computed in float32 at least; a `Float32Module` keeps its 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -126,6 +127,13 @@ class Encoder(nn.Module):
         if self.config.bottleneck_norm_mode == "channel_wise":
             mean = RMSNorm()(mean)
         return mean, logsnr
+
+
+class Posterior(NamedTuple):
+    """Raw posterior before whitening: `mean` and `logsnr`, float32 `[B,Z,h,w]`; logsnr None if deterministic."""
+
+    mean: Tensor
+    logsnr: Tensor | None
 
 
 def posterior_mode(mean: Tensor, logsnr: Tensor | None) -> Tensor:

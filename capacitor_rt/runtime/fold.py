@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .. import reference
-from ..model import FullCapacitor
+
+if TYPE_CHECKING:
+    from ..model import FullCapacitor
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from math import prod
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,13 +20,16 @@ from capacitor_kernels.common import INTERPRETED, compute_capability
 from ..config import FullCapacitorInferenceConfig
 from ..diffusion import sample
 from ..errors import InputError
-from ..model import FullCapacitor, Posterior
+from ..reference import Posterior
 from . import weights
 from .batching import ARENA_BUDGET, cached_plan, micro_batch
 from .graphs import Bound, BoundCache
 from .memory import MIB, DeviceMemoryError, amount, free_bytes, new_arena
 from .plan import Plan, Request
 from .stats import Stats
+
+if TYPE_CHECKING:
+    from ..model import FullCapacitor
 
 CACHE_BUDGET = 2048 * MIB
 """Bytes of all arenas; at most an eighth of the device's memory."""

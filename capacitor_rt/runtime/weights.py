@@ -6,16 +6,19 @@ import operator
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..model import FullCapacitor
 from . import fold
 from .memory import DeviceMemoryError, amount, free_bytes, retire
 from .plan import Plan
 from .stats import Stats
+
+if TYPE_CHECKING:
+    from ..model import FullCapacitor
 
 MAX_TIMES = 8
 """Folded decoders kept, one per time (full_capacitor in bfloat16: 111 MB each, computed)."""
