@@ -13,7 +13,7 @@ TRITON := $(shell grep '^triton==' constraints.txt)
 .PHONY: demo test test-slow test-newest lint format bench clean
 
 demo: $(VENV)/.demo
-	$(RUN) -m capacitor_rt.demo --out demo-out
+	$(RUN) -m capacitor_rt.cli.demo --out demo-out
 
 test: $(VENV)/.test
 	$(TEST_ENV) $(RUN) -m pytest -n $(CORES) --dist worksteal -q -m 'not slow'

@@ -27,7 +27,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from capacitor_kernels import LAUNCHES
+from capacitor_kernels import OPS
 
 DEFAULT_TABLE = Path(__file__).parent / "results" / "aot.md"
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -76,13 +76,13 @@ class Facts:
     instructions: dict[str, int]
 
 
-def load_families(modules: Iterable[str] = LAUNCHES) -> None:
+def load_families(modules: Iterable[str] = OPS) -> None:
     """Import the kernel modules, so that their families are registered; absent modules are skipped."""
     for name in modules:
         try:
-            import_module(f"capacitor_kernels.{name}")
+            import_module(f"capacitor_kernels.ops.{name}")
         except ModuleNotFoundError as error:
-            if error.name != f"capacitor_kernels.{name}":
+            if error.name != f"capacitor_kernels.ops.{name}":
                 raise
 
 

@@ -54,7 +54,7 @@ def _enlarge(channel: np.ndarray, side: int) -> np.ndarray:
 
 def measure(folder: Path, out: Path, model: Any, size: int, workers: int | None) -> dict[str, Any]:
     """Cache every file of `folder` into `out`; the figures of the run."""
-    from capacitor_rt.cache.job import Request
+    from capacitor_rt.cache.plan import Request
     from capacitor_rt.cache.run import cache_images
 
     report = cache_images(folder, out, model, Request(side=size), workers=workers, progress=False)
@@ -78,9 +78,9 @@ def run(args: argparse.Namespace) -> int:
     """Measure what the command line asks for."""
     from capacitor_rt import ModelConfig
 
-    from .contenders import TINY, random_model
-    from .device import busy
-    from .timing import append_line, default_results, environment
+    from ._contenders import TINY, random_model
+    from ._device import busy
+    from ._timing import append_line, default_results, environment
 
     device = torch.device(args.device)
     on_gpu = device.type == "cuda"

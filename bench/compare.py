@@ -16,8 +16,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .records import Line, RecordError, figure, key_of, measured, newest, read_folder, read_lines
-from .timing import RESULTS
+from ._records import Line, RecordError, figure, key_of, measured, newest, read_folder, read_lines
+from ._timing import RESULTS
 
 NOISE_PERCENT = 3.0
 

@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = arguments("flux2", __doc__, argv)
     if not check_device(args):
         return 2
-    from capacitor_rt.flux2 import missing
+    from capacitor_rt.evaluation.flux2 import missing
 
     reason = missing()
     if reason:
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     import diffusers
 
-    from .contenders import FLUX2S
+    from ._contenders import FLUX2S
 
     return run("flux2", FLUX2S, args, {"diffusers": diffusers.__version__})
 

@@ -129,7 +129,7 @@ def write_ceilings(out: Path, device: str) -> None:
     """Measure the ceilings and append them to ceilings.jsonl."""
     import torch
 
-    from .timing import append_line, ceilings_line, environment, measure_ceilings
+    from ._timing import append_line, ceilings_line, environment, measure_ceilings
 
     where = torch.device(device)
     line = ceilings_line(measure_ceilings(where), environment(where))
@@ -180,7 +180,7 @@ def run_steps(chosen: Sequence[Step], args: argparse.Namespace) -> list[Outcome]
 
 def summary_table(out: Path) -> str:
     """The published rows as measured so far, for the terminal."""
-    from .records import read_folder
+    from ._records import read_folder
     from .report import Results, published_rows, source
 
     results = Results(read_folder(out))

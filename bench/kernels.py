@@ -29,7 +29,7 @@ COLUMNS = (
 
 def parse_size(text: str, use: str) -> Any:
     """BATCHxSIZE, e.g. 128x256: that many square images of so many pixels a side."""
-    from .cases import Size
+    from ._cases import Size
 
     try:
         batch, pixels = (int(part) for part in text.split("x"))
@@ -60,7 +60,7 @@ def measure(case: Any, device: Any, ceilings: Any, *, compiled: bool, replays: i
     """The figures of one launch, as a dict ready for JSON."""
     import torch
 
-    from .timing import Variant, time_variants
+    from ._timing import Variant, time_variants
 
     gap = difference(case, device)
     dtype = str(case.dtype).removeprefix("torch.")
@@ -106,8 +106,8 @@ def run(args: argparse.Namespace) -> int:
     """Measure what the command line asks for; 1 when a launch was refused."""
     import torch
 
-    from . import cases as catalogue
-    from .timing import append_line, ceilings_line, default_results, environment, measure_ceilings
+    from . import _cases as catalogue
+    from ._timing import append_line, ceilings_line, default_results, environment, measure_ceilings
 
     device = torch.device(args.device)
     on_gpu = device.type == "cuda"

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from .contenders import Contender, Shape
+    from ._contenders import Contender, Shape
 
 DTYPES = ("bfloat16", "float16", "float32")
 SIZES, BATCHES = (256, 512, 1024, 2048), (1, 8, 32, 128)
@@ -52,7 +52,7 @@ def plan_jobs(
 
 def parse_shape(text: str) -> Shape:
     """DIRECTION:BATCHxSIZE, e.g. encode:8x512."""
-    from .contenders import Shape
+    from ._contenders import Shape
 
     direction, _, rest = text.partition(":")
     batch, _, size = rest.partition("x")
@@ -82,10 +82,10 @@ def arguments(module: str, doc: str, argv: Sequence[str] | None) -> argparse.Nam
 
 def run(module: str, contenders: Sequence[Contender], args: argparse.Namespace, facts: dict[str, Any]) -> int:
     """Measure what the command line asks for; 1 when this runtime was wrong or broke."""
-    from .contenders import TINY, TINY_FLUX2, Setting, Shape
-    from .device import busy
-    from .endtoend import HEADER, Bench
-    from .timing import append_line, ceilings_line, default_results, environment, measure_ceilings
+    from ._contenders import TINY, TINY_FLUX2, Setting, Shape
+    from ._device import busy
+    from ._endtoend import HEADER, Bench
+    from ._timing import append_line, ceilings_line, default_results, environment, measure_ceilings
 
     begin, device = time.monotonic(), torch.device(args.device)
     on_gpu = device.type == "cuda"
@@ -112,7 +112,7 @@ def run(module: str, contenders: Sequence[Contender], args: argparse.Namespace, 
 
 def _sweep(named: Sequence[Shape]) -> list[Shape]:
     """Every size and batch of both directions that is not a named row, small ones first."""
-    from .contenders import Shape
+    from ._contenders import Shape
 
     known = {(s.direction, s.batch, s.size) for s in named}
     every = [(d, b, s) for s in SIZES for b in BATCHES for d in ("encode", "decode")]
@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = arguments("model", __doc__, argv)
     if not check_device(args):
         return 2
-    from .contenders import CAPACITORS
+    from ._contenders import CAPACITORS
 
     return run("model", CAPACITORS, args, {})
 

@@ -16,9 +16,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ._records import Line, RecordError, key_of, measured, newest, on_gpu, read_folder
+from ._timing import RESULTS
 from .model import BATCHES, NAMED, SIZES
-from .records import Line, RecordError, key_of, measured, newest, on_gpu, read_folder
-from .timing import RESULTS
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
@@ -326,7 +326,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         results = Results(read_folder(args.results))
         drawn = sorted(path.name for path in args.results.glob("*.svg"))
         if not args.check and results.gpus:
-            from .figures import draw_all
+            from ._figures import draw_all
 
             drawn = sorted({*drawn, *draw_all(results.lines, args.results)})
         wanted = {args.results / "README.md": page(results, args.results, drawn)}

@@ -6,7 +6,7 @@ One call at a time, so launch overhead is part of the figure; for kernel times u
 import pytest
 import torch
 
-from bench.cases import GPU_SIZES, TINY_SIZES, builders
+from bench._cases import GPU_SIZES, TINY_SIZES, builders
 
 OPS = builders()
 ON_GPU = torch.cuda.is_available()

@@ -72,7 +72,7 @@ def fits(family: Any, shape: dict[str, int], dtype: Any, config: Any, cc: int) -
 def tune(case: Any, device: Any, replays: int, compile_first: bool = True) -> tuple[dict[str, int], Any, list[Trial]]:
     """(row shape, present config, trials from best to worst) of one launch."""
     from capacitor_kernels import tuning
-    from capacitor_kernels.common import compute_capability
+    from capacitor_kernels.launch import compute_capability
 
     cc = compute_capability(device)
     family = next(f for f in tuning.families() if f.name == case.op)
@@ -91,7 +91,7 @@ def tune(case: Any, device: Any, replays: int, compile_first: bool = True) -> tu
 def _shape_of(case: Any, device: Any) -> dict[str, int]:
     """The shape that the case's launch looks its config up by."""
     from capacitor_kernels import tuning
-    from capacitor_kernels.common import compute_capability
+    from capacitor_kernels.launch import compute_capability
 
     family = next(f for f in tuning.families() if f.name == case.op)
     any_shape = dict.fromkeys((*family.exact, *family.near), 256)
@@ -104,8 +104,8 @@ def _shape_of(case: Any, device: Any) -> dict[str, int]:
 def _trial(case: Any, device: Any, present: Any, config: Any, replays: int) -> Trial | None:
     from capacitor_kernels import tuning
 
+    from ._timing import Variant, time_variants
     from .kernels import AGREEMENT, difference
-    from .timing import Variant, time_variants
 
     with tuning.using(case.op, config):
         gap = difference(case, device)
@@ -157,12 +157,12 @@ def run(args: argparse.Namespace) -> int:
     """Tune what the command line asks for."""
     import torch
 
-    from capacitor_kernels.common import INTERPRETED, compute_capability, dtype_name
+    from capacitor_kernels.launch import INTERPRETED, compute_capability, dtype_name
     from capacitor_kernels.tuning import base_cc
 
-    from . import cases as catalogue
+    from . import _cases as catalogue
+    from ._timing import environment
     from .kernels import parse_size
-    from .timing import environment
 
     device = torch.device(args.device)
     on_gpu = device.type == "cuda"

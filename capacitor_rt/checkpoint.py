@@ -21,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .checkpoint_schema import DERIVED, Reading, read_layout
 from .errors import CheckpointError, ConfigError, InputError
-from .layout import DERIVED, Reading, read_layout
 from .reference import default_freqs
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ from .checks import IMAGE_DTYPES, LATENT_DTYPES, check_out, check_tensor
 from .config import FullCapacitorInferenceConfig, ModelConfig
 from .diffusion import sample, unit_noise
 from .errors import InputError
-from .placement import Place
 from .reference import Posterior
-from .serving import ServedModule
+from .runtime.backend import ServedModule
+from .runtime.placement import Place
 
 if TYPE_CHECKING:
     from .checkpoint import CheckpointSource

@@ -1,7 +1,7 @@
-"""Hand-written Triton kernels of the full_capacitor encoder and decoder.
+"""Hand-written Triton kernels of the full_capacitor encoder and decoder: `from capacitor_kernels import expand`.
 
-One module a launch, its launcher of the same name inside: `from capacitor_kernels.expand import expand`. Importing the
-package imports neither torch nor triton: modules and the names below are loaded when first asked for.
+Every op is exported here by its name; its module, with its kernels and configs, is `capacitor_kernels.ops.<name>`.
+Importing the package imports neither torch nor triton: names are loaded when first asked for.
 """
 
 from __future__ import annotations
@@ -9,18 +9,20 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-LAUNCHES = ("patchify", "dwconv", "expand", "grn", "project", "head", "fuse_skip", "unpatchify", "whiten")
-_MODULES = (*LAUNCHES, "common", "reference", "tuning")
-# a launcher cannot be exported from here: importing its module would put the module in its place
+OPS = ("patchify", "dwconv", "expand", "grn", "project", "head", "fuse_skip", "unpatchify", "whiten")
+_MODULES = ("jit", "launch", "ops", "reference", "tuning")
 _NAMES = {
+    **{name: f"ops.{name}" for name in OPS},
     "GemmConfig": "tuning",
-    "compute_capability": "common",
-    "dwconv_sumsq_shape": "dwconv",
-    "expand_partials_shape": "expand",
+    "compute_capability": "launch",
+    "dewhiten": "ops.whiten",
+    "dwconv_sumsq_shape": "ops.dwconv",
+    "expand_partials_shape": "ops.expand",
     "lookup": "tuning",
-    "project_workspace_shape": "project",
+    "pack_patchify_weight": "ops.patchify",
+    "project_workspace_shape": "ops.project",
 }
-__all__ = ["LAUNCHES", *sorted(_NAMES), *_MODULES]
+__all__ = ["OPS", *sorted(_NAMES), *_MODULES]
 
 
 def __getattr__(name: str) -> Any:

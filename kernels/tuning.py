@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from .common import Launch, cdiv, dtype_name
+from .launch import Launch, cdiv, dtype_name
 
 Shape = Mapping[str, int]
 USES = ("throughput", "latency")

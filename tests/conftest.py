@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from contextlib import contextmanager
 
 import pytest
 import torch
 
+NOBODY = 65534
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -29,3 +31,25 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def as_nobody():
+    """A context in which file permissions count, also where the tests are run by root."""
+
+    @contextmanager
+    def context(folder):
+        if os.geteuid() != 0:
+            yield
+            return
+        owned = (p for p in (folder, *folder.parents) if p.stat().st_mode & 0o011 != 0o011 or p == folder)
+        for parent in owned:
+            # the group's bits too: the group stays root's
+            parent.chmod(parent.stat().st_mode | (0o055 if parent == folder else 0o011))
+        os.seteuid(NOBODY)
+        try:
+            yield
+        finally:
+            os.seteuid(0)
+
+    return context

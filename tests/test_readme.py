@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from capacitor_rt.cli import app, main
+from capacitor_rt.cli.app import app, main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .dataset import BucketBatchSampler, LatentDataset
-    from .encode import Checkpoint
-    from .job import Request
+    from .model_source import Checkpoint
+    from .plan import Request
     from .run import cache_images, forecast
 
 _EXPORTS = {
     "BucketBatchSampler": "dataset",
-    "Checkpoint": "encode",
+    "Checkpoint": "model_source",
     "LatentDataset": "dataset",
-    "Request": "job",
+    "Request": "plan",
     "cache_images": "run",
     "forecast": "run",
 }

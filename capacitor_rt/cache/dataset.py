@@ -16,9 +16,9 @@ from torch.utils.data import Dataset, Sampler
 
 from ..errors import CacheError, InputError
 from ..images.geometry import Size
-from .disk import read_commits, require_extra
-from .job import Plan, load_plan
-from .scan import id_to_path
+from ..images.scan import id_to_path
+from .durable import read_commits, require_extra
+from .plan import Plan, load_plan
 from .shards import OK, ShardFile, read_index, read_rows, read_shard_header, row_hashes
 
 OPEN_FILES = 128

@@ -15,8 +15,8 @@ import numpy as np
 from ..errors import CacheError, ImageError
 from ..images.decode import TOO_LARGE, UNREADABLE, probe
 from ..images.geometry import Size, assign, place
-from .disk import PendingFile, canonical_json, require_extra
-from .scan import Scan, path_to_id
+from ..images.scan import Scan, path_to_id
+from .durable import PendingFile, canonical_json, require_extra
 
 TABLE = "inputs.parquet"
 MAX_FILE_BYTES = 2 << 30

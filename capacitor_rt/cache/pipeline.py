@@ -24,11 +24,11 @@ from torch import Tensor
 from ..errors import CacheError, ImageError
 from ..images.decode import UNREADABLE, decode_image, read_bytes
 from ..images.geometry import Placement, Size, apply, place
-from .disk import xxh3
-from .encode import BatchEncoder, Encoded
+from ..images.scan import Scan, path_to_id
+from .durable import xxh3
+from .encoder import BatchEncoder, Encoded
 from .inputs import Inputs, name_in_message
-from .job import Shard
-from .scan import Scan, path_to_id
+from .plan import Shard
 from .shards import OK, QUARANTINED, ShardStore
 
 CHANGED = "changed"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .disk import PendingFile, canonical_json
+from .durable import PendingFile, canonical_json
 from .shards import read_index
 
 QUARANTINE = "quarantine.jsonl"

@@ -19,15 +19,16 @@ from tqdm import tqdm
 from ..errors import CacheError, ImageError
 from ..images.decode import read_bytes
 from ..images.geometry import Size
+from ..images.scan import Scan, path_to_id, scan
 from ..model import FullCapacitor
-from . import disk
-from .disk import TMP, CommitLog, Lock, require_extra, xxh3
-from .encode import BatchEncoder, Checkpoint, Loaded, ModelIdentity, ModelSource, with_whitening
+from . import durable
+from .durable import TMP, CommitLog, Lock, require_extra, xxh3
+from .encoder import BatchEncoder
 from .inputs import TABLE, Inputs, changed_inputs, load_inputs, read_header, read_headers
-from .job import PLAN, Plan, Request, Shard, check_plan, code_versions, load_plan, make_plan
+from .model_source import Checkpoint, Loaded, ModelIdentity, ModelSource, with_whitening
 from .pipeline import Loader, Meters, Pipeline, device_threads
+from .plan import PLAN, Plan, Request, Shard, check_plan, code_versions, load_plan, make_plan
 from .quarantine import QUARANTINE, write_quarantine
-from .scan import Scan, path_to_id, scan
 from .shards import ShardStore, read_index
 
 
@@ -119,7 +120,7 @@ def cache_images(
     source, out = as_source(model), Path(out)
     _check_folder(out)
     with _locked(out):
-        disk.remove_stale(out)
+        durable.remove_stale(out)
         job = _prepare(Path(src), out, source, request, workers, progress, load=True)
         if job.model is not None:
             _save(job)
@@ -160,7 +161,7 @@ def forecast(
     _check_folder(out)
     job = _prepare(Path(src), out, as_source(model), request, workers, progress, load=False)
     shards = job.shards()
-    committed = disk.read_commits(out)[0]
+    committed = durable.read_commits(out)[0]
     todo = [s for s in shards if s.index not in committed]
     buckets = Counter({b: 0 for b in job.plan.buckets})
     for s in shards:
@@ -182,7 +183,7 @@ def forecast(
 def _locked(out: Path) -> Iterator[None]:
     new = not out.exists()
     try:
-        disk.make_dir(out)
+        durable.make_dir(out)
     except OSError as e:
         raise CacheError(f"cannot create {out}: {e.strerror}: give an OUT that you may write to") from e
     try:
@@ -203,7 +204,7 @@ def _check_folder(out: Path) -> None:
         return
     except OSError as e:
         raise CacheError(f"cannot use {out}: {e.strerror}: give a folder") from e
-    own = {disk.LOCK, TABLE}
+    own = {durable.LOCK, TABLE}
     foreign = sorted(n for n in names if n not in own and TMP not in n)
     if PLAN not in names and foreign:
         raise CacheError(
@@ -279,7 +280,7 @@ def _check_inputs(out: Path, inputs: Inputs, found: Scan) -> None:
 
 def _cached_hashes(out: Path, wanted: list[int]) -> dict[int, bytes]:
     hashes: dict[int, bytes] = {}
-    for commit in disk.read_commits(out)[0].values():
+    for commit in durable.read_commits(out)[0].values():
         if not (out / commit["index"]).exists():
             continue
         table = read_index(out / commit["index"], commit["index_xxh3"])

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from ..errors import CacheError
 from ..images.geometry import Size
-from .disk import CommitLog, PendingFile, hash_file, require_extra, xxh3
+from .durable import CommitLog, PendingFile, byte_view, hash_file, require_extra, xxh3
 from .inputs import parquet_bytes
-from .job import FORMAT, Plan, Shard
+from .plan import FORMAT, Plan, Shard
 
 ALIGN = 4096
 CODES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -64,11 +64,6 @@ def index_schema() -> Any:
     ]
     fields = [pa.field(*f, nullable=False) for f in required] + [pa.field(*f) for f in optional]
     return pa.schema(fields)
-
-
-def byte_view(t: Tensor) -> np.ndarray:
-    """The bytes of a contiguous tensor on the CPU, uint8 `[nbytes]`, without a copy."""
-    return t.flatten().view(torch.uint8).numpy()
 
 
 def row_hashes(tensors: Sequence[Tensor]) -> list[bytes]:

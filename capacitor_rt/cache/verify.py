@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import CacheError
-from .disk import COMMITS, LOCK, TMP, hash_file, read_commits
+from .durable import COMMITS, LOCK, TMP, hash_file, read_commits
 from .inputs import TABLE, Inputs, load_inputs
-from .job import PLAN, Plan, Shard, load_plan
+from .plan import PLAN, Plan, Shard, load_plan
 from .quarantine import QUARANTINE, quarantine_bytes
 from .shards import OK, disk_row_hashes, read_index, read_shard_header, rebuild_hint
 

@@ -31,7 +31,7 @@ LOCAL = {"broadcast": broadcast, "combine": combine}
 
 def launcher(name: str) -> Callable[..., None]:
     """The function that runs a step of this name: one of ours, or the launch of that name in its module."""
-    return LOCAL[name] if name in LOCAL else getattr(importlib.import_module(f"capacitor_kernels.{name}"), name)
+    return LOCAL[name] if name in LOCAL else getattr(importlib.import_module(f"capacitor_kernels.ops.{name}"), name)
 
 
 class Executor:

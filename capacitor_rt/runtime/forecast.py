@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from capacitor_kernels.common import dtype_name
+from capacitor_kernels.launch import dtype_name
 from capacitor_kernels.tuning import base_cc
 
 from ..config import ModelConfig

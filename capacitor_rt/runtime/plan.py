@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from capacitor_kernels import tuning
-from capacitor_kernels.dwconv import dwconv_sumsq_shape
-from capacitor_kernels.expand import expand_partials_shape
-from capacitor_kernels.project import project_workspace_shape
+from capacitor_kernels.ops.dwconv import dwconv_sumsq_shape
+from capacitor_kernels.ops.expand import expand_partials_shape
+from capacitor_kernels.ops.project import project_workspace_shape
 
 from ..config import FullCapacitorInferenceConfig, ModelConfig
 from ..diffusion import NoiseLevel, noise_levels
@@ -356,7 +356,7 @@ class _Builder:
 
     def lookup(self, family: str, **shape: int) -> Any:
         # a family is known once its module is imported
-        importlib.import_module(f"capacitor_kernels.{family}")
+        importlib.import_module(f"capacitor_kernels.ops.{family}")
         return tuning.lookup(family, self.request.cc, shape, self.request.dtype, self.request.use)
 
     def buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> str:

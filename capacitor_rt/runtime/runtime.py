@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from capacitor_kernels.common import INTERPRETED, compute_capability
+from capacitor_kernels.launch import INTERPRETED, compute_capability
 
 from ..config import FullCapacitorInferenceConfig
 from ..diffusion import sample

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ..config import FullCapacitorInferenceConfig
-from ..metrics import psnr
+from ..evaluation.metrics import psnr
 from ..model import FullCapacitor
 from . import pca, photos
 from .augment import CropSampler, crop_pca

@@ -29,7 +29,7 @@ from .. import reference
 from ..config import ModelConfig
 from ..diffusion import noise_level
 from ..errors import CapacitorError, InputError
-from ..metrics import psnr
+from ..evaluation.metrics import psnr
 from ..model import FullCapacitor
 from . import photos
 from .augment import CropSampler, crop_pca

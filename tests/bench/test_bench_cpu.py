@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import cases, gpu, kernels, timing
+from bench import _cases as cases
+from bench import _timing as timing
+from bench import gpu, kernels
 
 ROOT = Path(__file__).parents[2]
 OPS = cases.builders()

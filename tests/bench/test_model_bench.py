@@ -10,9 +10,12 @@ import time
 import pytest
 import torch
 
-from bench import cache, contenders, device, endtoend, model
-from bench.contenders import CAPACITOR, CAPACITORS, EAGER, OURS, TINY, TINY_FLUX2, Contender, Setting, Shape
-from bench.timing import Ceilings
+from bench import _contenders as contenders
+from bench import _device as device
+from bench import _endtoend as endtoend
+from bench import cache, model
+from bench._contenders import CAPACITOR, CAPACITORS, EAGER, OURS, TINY, TINY_FLUX2, Contender, Setting, Shape
+from bench._timing import Ceilings
 from capacitor_rt import ModelConfig
 from capacitor_rt.errors import InputError
 

@@ -7,7 +7,9 @@ import re
 import pytest
 from bench_lines import GPU, caching, call, ceilings, launch, write
 
-from bench import figures, records, report
+from bench import _figures as figures
+from bench import _records as records
+from bench import report
 from bench.model import NAMED
 
 ROW = "card: encode 256x256, batch 128"

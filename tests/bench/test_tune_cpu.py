@@ -7,9 +7,10 @@ import json
 import pytest
 import torch
 
-from bench import cases, kernels, tune
+from bench import _cases as cases
+from bench import kernels, tune
 from capacitor_kernels import tuning
-from capacitor_kernels.grn import GrnConfig
+from capacitor_kernels.ops.grn import GrnConfig
 from capacitor_kernels.tuning import GemmConfig
 
 BUILDERS = cases.builders()

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from capacitor_rt.cache import Request, cache_images, forecast
-from capacitor_rt.cache.job import Plan, load_plan
 from capacitor_rt.cache.pipeline import Meters, batches
+from capacitor_rt.cache.plan import Plan, load_plan
 from capacitor_rt.errors import CacheError, InputError
 from capacitor_rt.images.geometry import Size
 

@@ -19,14 +19,13 @@ import pytest
 from cache_cases import small_model, snapshot, write_images
 from kill_driver import REQUEST
 
-from capacitor_rt.cache import Request, cache_images
-from capacitor_rt.cache import disk as disk_module
+from capacitor_rt.cache import Request, cache_images, durable
 from capacitor_rt.cache import pipeline as pipeline_module
-from capacitor_rt.cache.disk import DiskFull, read_commits
+from capacitor_rt.cache.durable import DiskFull, read_commits
 from capacitor_rt.cache.verify import verify
 from capacitor_rt.errors import CacheError
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1] / "support"
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
 
 
@@ -157,7 +156,7 @@ def test_a_damaged_commit_line_is_named_and_can_be_dropped(src, out, whole):
 
 def test_two_processes_cannot_write_one_cache(src, out, whole):
     hold = (
-        "import sys, time; from pathlib import Path; from capacitor_rt.cache.disk import Lock\n"
+        "import sys, time; from pathlib import Path; from capacitor_rt.cache.durable import Lock\n"
         "with Lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen([sys.executable, "-c", hold, str(out)], stdout=subprocess.PIPE, text=True, env=ENV)
@@ -179,16 +178,16 @@ def test_without_kernel_locks_the_file_itself_is_the_lock(tmp_path, monkeypatch)
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
     with (
-        disk_module.Lock(tmp_path),
+        durable.Lock(tmp_path),
         pytest.raises(CacheError, match="if that process is gone, delete"),
-        disk_module.Lock(tmp_path),
+        durable.Lock(tmp_path),
     ):
         pass
     dead = subprocess.Popen(["true"])
     dead.wait()
     host = socket.gethostname()
     (tmp_path / ".lock").write_text(f'{{"host":"{host}","pid":{dead.pid}}}')
-    with disk_module.Lock(tmp_path):
+    with durable.Lock(tmp_path):
         pass
 
 
@@ -217,7 +216,7 @@ def test_after_a_full_disk_the_same_command_goes_on(tmp_path, src, whole, monkey
         left[0] -= len(data)
         return write(fd, data)
 
-    monkeypatch.setattr(disk_module.os, "write", limited)
+    monkeypatch.setattr(durable.os, "write", limited)
     done: list[int] = []
     while True:
         try:

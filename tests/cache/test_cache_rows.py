@@ -18,12 +18,12 @@ from safetensors.torch import load_file
 from capacitor_rt.cache import LatentDataset, Request, cache_images
 from capacitor_rt.cache import pipeline as pipeline_module
 from capacitor_rt.cache.inputs import MAX_FILE_BYTES
-from capacitor_rt.cache.scan import path_to_id
 from capacitor_rt.cache.shards import read_index, read_shard_header
 from capacitor_rt.cache.verify import verify
 from capacitor_rt.errors import CacheError
 from capacitor_rt.images.decode import decode_image
 from capacitor_rt.images.geometry import Size, apply, place
+from capacitor_rt.images.scan import path_to_id
 
 
 def run(src, out, model, request, workers=2):

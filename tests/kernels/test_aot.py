@@ -15,7 +15,7 @@ import triton
 
 from bench import aot
 from capacitor_kernels import tuning
-from capacitor_kernels.common import Launch
+from capacitor_kernels.launch import Launch
 
 ROOT = Path(__file__).parents[2]
 # (kernel, compute capability) -> bytes of stack that are accepted, at most 16, with the reason in a comment

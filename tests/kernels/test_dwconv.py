@@ -23,8 +23,8 @@ from kernel_cases import (
 )
 
 from capacitor_kernels import reference
-from capacitor_kernels.common import compute_capability
-from capacitor_kernels.dwconv import DwconvConfig, dwconv, dwconv_sumsq_shape
+from capacitor_kernels.launch import compute_capability
+from capacitor_kernels.ops.dwconv import DwconvConfig, dwconv, dwconv_sumsq_shape
 from capacitor_kernels.tuning import COMPUTE_CAPABILITIES, lookup
 
 CHANNELS = 72

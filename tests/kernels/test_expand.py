@@ -24,8 +24,8 @@ from kernel_cases import (
 )
 
 from capacitor_kernels import reference
-from capacitor_kernels.common import INTERPRETED, cdiv, compute_capability
-from capacitor_kernels.expand import expand, expand_partials_shape
+from capacitor_kernels.launch import INTERPRETED, cdiv, compute_capability
+from capacitor_kernels.ops.expand import expand, expand_partials_shape
 from capacitor_kernels.tuning import GemmConfig, lookup
 
 DIM, HIDDEN = 72, 200

@@ -18,8 +18,8 @@ from kernel_cases import (
 )
 
 from capacitor_kernels import reference
-from capacitor_kernels.common import compute_capability
-from capacitor_kernels.grn import GrnConfig, grn
+from capacitor_kernels.launch import compute_capability
+from capacitor_kernels.ops.grn import GrnConfig, grn
 from capacitor_kernels.tuning import lookup
 
 FUSED = GrnConfig(split=False, block_f=256, num_warps=4)

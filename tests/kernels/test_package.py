@@ -1,11 +1,10 @@
-"""The package's surface: light to import, every launch in the module of its name."""
+"""The package's surface: light to import, every op exported by its name."""
 
 from __future__ import annotations
 
 import importlib
 import subprocess
 import sys
-from types import ModuleType
 
 import pytest
 
@@ -18,13 +17,13 @@ def test_import_is_light():
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("name", capacitor_kernels.LAUNCHES)
-def test_every_launch_lives_in_the_module_of_its_name(name):
-    # before and after an import of the submodule, the attribute is the module
-    assert isinstance(getattr(capacitor_kernels, name), ModuleType)
-    module = importlib.import_module(f"capacitor_kernels.{name}")
-    assert getattr(capacitor_kernels, name) is module
-    assert callable(getattr(module, name)) and getattr(module, name).__module__ == module.__name__
+@pytest.mark.parametrize("name", capacitor_kernels.OPS)
+def test_every_op_is_exported_and_lives_in_the_module_of_its_name(name):
+    op = getattr(capacitor_kernels, name)
+    module = importlib.import_module(f"capacitor_kernels.ops.{name}")
+    # an import of the module must not put the module in the op's place
+    assert getattr(capacitor_kernels, name) is op is getattr(module, name)
+    assert callable(op) and op.__module__ == module.__name__
 
 
 def test_public_names_resolve():

@@ -24,8 +24,8 @@ from kernel_cases import (
 )
 
 from capacitor_kernels import reference
-from capacitor_kernels.common import INTERPRETED, compute_capability
-from capacitor_kernels.project import project, project_workspace_shape
+from capacitor_kernels.launch import INTERPRETED, compute_capability
+from capacitor_kernels.ops.project import project, project_workspace_shape
 from capacitor_kernels.tuning import GemmConfig, lookup
 
 DIM, HIDDEN = 72, 200

@@ -17,17 +17,17 @@ from kernel_cases import DEVICE, guarded_input, guarded_output
 from safetensors.torch import load_file
 from torch.nn.functional import silu
 
-from capacitor_kernels.common import compute_capability
-from capacitor_kernels.dwconv import dwconv, dwconv_sumsq_shape
-from capacitor_kernels.expand import expand, expand_partials_shape
-from capacitor_kernels.fuse_skip import fuse_skip
-from capacitor_kernels.grn import grn
-from capacitor_kernels.head import head
-from capacitor_kernels.patchify import pack_patchify_weight, patchify
-from capacitor_kernels.project import project
+from capacitor_kernels.launch import compute_capability
+from capacitor_kernels.ops.dwconv import dwconv, dwconv_sumsq_shape
+from capacitor_kernels.ops.expand import expand, expand_partials_shape
+from capacitor_kernels.ops.fuse_skip import fuse_skip
+from capacitor_kernels.ops.grn import grn
+from capacitor_kernels.ops.head import head
+from capacitor_kernels.ops.patchify import pack_patchify_weight, patchify
+from capacitor_kernels.ops.project import project
+from capacitor_kernels.ops.unpatchify import unpatchify
+from capacitor_kernels.ops.whiten import dewhiten, whiten
 from capacitor_kernels.tuning import lookup
-from capacitor_kernels.unpatchify import unpatchify
-from capacitor_kernels.whiten import dewhiten, whiten
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 NAMES = ("p16", "p8")

@@ -18,11 +18,11 @@ MODULES = ("patchify", "dwconv", "expand", "grn", "project", "head", "fuse_skip"
 @pytest.fixture
 def launches(monkeypatch) -> list[str]:
     """Launchers check their arguments and build their launches, on the meta device, and then stop."""
-    common = importlib.import_module("capacitor_kernels.common")
-    monkeypatch.setattr(common, "_check_device", lambda *_: None)
+    launch = importlib.import_module("capacitor_kernels.launch")
+    monkeypatch.setattr(launch, "_check_device", lambda *_: None)
     queued = []
     for name in MODULES:
-        module = importlib.import_module(f"capacitor_kernels.{name}")
+        module = importlib.import_module(f"capacitor_kernels.ops.{name}")
 
         def count(launches, device, name=name):
             queued.extend(name for _ in launches)

@@ -154,11 +154,11 @@ def test_devices_and_types_that_cannot_serve(monkeypatch):
 
 
 def test_old_gpus_are_named_and_left_to_torch(monkeypatch):
-    import capacitor_rt.serving as module
-    from capacitor_kernels import common
+    import capacitor_rt.runtime.backend as module
+    from capacitor_kernels import launch
 
     model = tiny(device="cpu")
-    monkeypatch.setattr(common, "INTERPRETED", False)
+    monkeypatch.setattr(launch, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
     with pytest.raises(InputError, match=r"Tesla T4 has compute capability 7.5; .*backend='torch'"):

@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 import capacitor_rt.sample
 from capacitor_rt.config import FullCapacitorInferenceConfig, ModelConfig
-from capacitor_rt.metrics import psnr
+from capacitor_rt.evaluation.metrics import psnr
 from capacitor_rt.model import FullCapacitor
 from capacitor_rt.sample import pca, photos, report, train
 

@@ -10,7 +10,7 @@ import torch
 
 from capacitor_rt.config import ModelConfig
 from capacitor_rt.errors import CapacitorError
-from capacitor_rt.metrics import psnr
+from capacitor_rt.evaluation.metrics import psnr
 from capacitor_rt.model import FullCapacitor
 from capacitor_rt.sample import initial, pca, photos, report, train
 from capacitor_rt.sample.augment import CropSampler

@@ -1,0 +1,87 @@
+"""Reading result files: lines by what they measured, the newest where something was measured more than once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ._timing import RESULTS
+
+Line = dict[str, Any]
+# what a figure is of: two lines that agree in these measured the same thing
+END_TO_END = ("bench", "gpu", "direction", "batch", "size", "model", "variant", "dtype")
+KEYS = {
+    "ceilings": ("bench", "gpu"),
+    "kernels": ("bench", "gpu", "op", "images", "use", "dtype", "dim", "hidden"),
+    "model": END_TO_END,
+    "flux2": END_TO_END,
+    "cache": ("bench", "gpu", "size", "file_size", "backend"),
+}
+
+
+class RecordError(ValueError):
+    """A result file that cannot be read."""
+
+
+def read_lines(path: Path) -> list[Line]:
+    """The lines of one JSON lines file, in order.
+
+    Raises:
+        RecordError: a line is not a JSON object, or of no known benchmark.
+    """
+    found = []
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not text.strip():
+            continue
+        try:
+            line = json.loads(text)
+        except ValueError as error:
+            raise RecordError(f"{path}, line {number} is not JSON ({error}): remove it or measure again") from None
+        if not isinstance(line, dict) or line.get("bench") not in KEYS:
+            raise RecordError(f"{path}, line {number} is of no known benchmark: expected one of {', '.join(KEYS)}")
+        found.append(line)
+    return found
+
+
+def read_folder(folder: Path = RESULTS) -> list[Line]:
+    """The lines of every `*.jsonl` below a folder, by date."""
+    lines = [line for path in sorted(folder.rglob("*.jsonl")) for line in read_lines(path)]
+    return sorted(lines, key=lambda line: line.get("date", ""))
+
+
+def key_of(line: Line) -> tuple[Any, ...]:
+    """What a line is a measurement of."""
+    return tuple(line.get(name) for name in KEYS[line["bench"]])
+
+
+def on_gpu(lines: Iterable[Line]) -> list[Line]:
+    """Lines measured on a GPU; CPU runs only test the benchmarks."""
+    return [line for line in lines if line.get("gpu")]
+
+
+def measured(line: Line) -> bool:
+    """Whether a line holds figures, not a reason for their absence."""
+    return not ("missing" in line or "refused" in line)
+
+
+def newest(lines: Sequence[Line]) -> dict[tuple[Any, ...], Line]:
+    """By key: the newest line with figures, or where there is none the newest that says why. `lines` are by date."""
+    found: dict[tuple[Any, ...], Line] = {}
+    for line in lines:
+        key = key_of(line)
+        if key not in found or measured(line) or not measured(found[key]):
+            found[key] = line
+    return found
+
+
+def figure(line: Line) -> float | None:
+    """The main figure of a line, smaller is better: milliseconds, or for a cache run milliseconds an image."""
+    if not measured(line):
+        return None
+    if line["bench"] == "kernels":
+        return line["us"] / 1e3
+    if line["bench"] == "cache":
+        return 1e3 / line["images_per_s"]
+    return line.get("ms")

@@ -1,0 +1,135 @@
+"""The model as the cache sees it before it is loaded: its identity for the plan, and where it comes from."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from ..config import ModelConfig
+from ..errors import CacheError
+from ..model import SIZE_MULTIPLE, FullCapacitor
+from .durable import byte_view
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """What a plan records of a model. `sha256`: of the weights file, or of the tensors of a model built in memory."""
+
+    id: str
+    revision: str | None
+    sha256: str
+    latent_space: str
+    config: dict[str, Any]
+    channels: int
+    stride: int
+    multiple: int
+    compute_dtype: str
+    device: str = field(compare=False)
+    whitening: dict[str, list[float]] | None = field(default=None, compare=False)
+
+    def fields(self) -> dict[str, Any]:
+        """Entries of `plan.json` under "model"."""
+        names = ("id", "revision", "sha256", "latent_space", "config", "channels", "stride", "compute_dtype")
+        return {name: getattr(self, name) for name in names}
+
+
+class ModelSource(Protocol):
+    """A model that need not be loaded to be identified."""
+
+    def identity(self, compute_dtype: str | None = None) -> ModelIdentity:
+        """Identity; `compute_dtype` is an existing plan's, for sources that are free to choose one."""
+
+    def load(self, identity: ModelIdentity) -> FullCapacitor: ...
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint by name: hub id, folder, file or "sample". Identified by its header and hash, loaded on demand.
+
+    Attributes:
+        compute_dtype: "bfloat16", "float16" or "float32"; None: an existing plan's, else bfloat16 on CUDA and
+            float32 on the CPU.
+    """
+
+    name: str
+    device: str = "cpu"
+    compute_dtype: str | None = None
+    revision: str | None = None
+
+    def identity(self, compute_dtype: str | None = None) -> ModelIdentity:
+        from ..checkpoint import read_header, resolve
+
+        source = resolve(self.name, revision=self.revision)
+        kind = torch.device(self.device).type
+        dtype = self.compute_dtype or compute_dtype or ("bfloat16" if kind == "cuda" else "float32")
+        return _identity(source, read_header(source).config, dtype, kind)
+
+    def load(self, identity: ModelIdentity) -> FullCapacitor:
+        dtype = getattr(torch, identity.compute_dtype)
+        return FullCapacitor.from_pretrained(
+            self.name, device=self.device, dtype=dtype, revision=identity.revision or self.revision
+        )
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that is in memory already."""
+
+    model: FullCapacitor
+
+    def identity(self, compute_dtype: str | None = None) -> ModelIdentity:
+        source = getattr(self.model, "source", None) or _in_memory(self.model)
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        identity = _identity(source, self.model.config, dtype, self.model.device.type)
+        return dataclasses.replace(identity, multiple=self.model.size_multiple)
+
+    def load(self, identity: ModelIdentity) -> FullCapacitor:
+        return self.model
+
+
+@dataclass(frozen=True)
+class _InMemory:
+    id: str
+    revision: None
+    sha256: str
+    latent_space: str
+
+
+def _in_memory(model: FullCapacitor) -> _InMemory:
+    digest = hashlib.sha256()
+    for name, t in sorted(model.state_dict().items()):
+        digest.update(f"{name} {t.dtype} {list(t.shape)}".encode())
+        digest.update(byte_view(t.detach().cpu().contiguous()))
+    sha256 = digest.hexdigest()
+    return _InMemory("memory", None, sha256, f"full_capacitor/whitened@sha256:{sha256[:16]}")
+
+
+def _identity(source: Any, config: ModelConfig, compute_dtype: str, device: str) -> ModelIdentity:
+    if not config.encoder_depth:
+        raise CacheError(f"{source.id} has a decoder only: caching needs a checkpoint with encoder.* tensors")
+    return ModelIdentity(
+        source.id,
+        source.revision,
+        source.sha256,
+        source.latent_space,
+        config.to_dict(),
+        config.latent_channels,
+        config.latent_stride,
+        math.lcm(SIZE_MULTIPLE, config.latent_stride),
+        compute_dtype,
+        device,
+    )
+
+
+def with_whitening(identity: ModelIdentity, model: FullCapacitor) -> ModelIdentity:
+    """Add the per-channel mean and standard deviation (`sqrt(var + eps)`) that whitening subtracts and divides by."""
+    mean, var = model.latent_norm_running_mean, model.latent_norm_running_var
+    if mean is None:
+        return identity
+    std = (var.double() + model.config.latent_running_stats_eps).sqrt()
+    return dataclasses.replace(identity, whitening={"mean": mean.double().tolist(), "std": std.tolist()})

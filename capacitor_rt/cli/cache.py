@@ -1,0 +1,189 @@
+"""`capacitor-rt cache` and `capacitor-rt verify`."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from tqdm import tqdm
+
+from ..errors import InputError
+from .options import (
+    Area,
+    Background,
+    ComputeDtype,
+    Device,
+    Dtype,
+    Model,
+    Revision,
+    Size,
+    note,
+    parse_background,
+    resolve_device,
+)
+
+INTERRUPTED = 130
+TERMINATED = 143
+
+
+def cache(
+    src: Annotated[Path, typer.Argument(help="Folder of images (with its subfolders), or one image.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the cache: new, empty, or one to go on with.")],
+    model: Model,
+    size: Size = None,
+    area: Area = None,
+    max_aspect: Annotated[float, typer.Option(min=1, help="Longest bucket, as longer side : shorter side.")] = 4.0,
+    background: Background = "ffffff",
+    dtype: Annotated[Dtype, typer.Option(help="Stored type of the latents.")] = Dtype.bf16,
+    posterior: Annotated[bool, typer.Option("--posterior", help="Also store logsnr, to draw from.")] = False,
+    flip: Annotated[bool, typer.Option("--flip", help="Also store the latents of the mirrored image.")] = False,
+    batch: Annotated[int | None, typer.Option(min=1, help="Images per encode call (default: by size).")] = None,
+    shard_rows: Annotated[
+        int | None, typer.Option(min=1, help="Most images per shard (default: as many as make 256 MiB).")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Decoding threads (default: every core).")] = None,
+    device: Device = "auto",
+    compute_dtype: ComputeDtype = None,
+    revision: Revision = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+) -> None:
+    """Encode a folder of images into latents on disk, or go on with an unfinished cache.
+
+    Ends with 0 if every input is cached, 3 if some are quarantined (OUT/quarantine.jsonl says why), 1 on failure and
+    130 when interrupted; the same command then goes on from the last finished shard.
+    """
+    if (size is None) == (area is None):
+        raise InputError("give one of --size N (squares) and --area N (aspect-ratio buckets)")
+    with _interruptible():
+        from ..cache.model_source import Checkpoint
+        from ..cache.plan import Request
+        from ..cache.run import cache_images, forecast
+
+        compute = compute_dtype.full_name if compute_dtype else None
+        source = Checkpoint(model, resolve_device(device), compute, revision)
+        request = Request(
+            side=size or area,
+            area=area is not None,
+            max_aspect=max_aspect,
+            background=parse_background(background),
+            dtype=dtype.value,
+            posterior=posterior,
+            flip=flip,
+            batch=batch,
+            shard_rows=shard_rows,
+        )
+        if dry_run:
+            _print_forecast(forecast(src, out, source, request, workers=workers, progress=not quiet))
+            return
+        report = cache_images(src, out, source, request, workers=workers, progress=not quiet, note=_remark)
+    _print_report(report, out)
+    if report.exit_code:
+        raise typer.Exit(report.exit_code)
+
+
+def verify(
+    root: Annotated[Path, typer.Argument(help="Folder of the cache.")],
+    workers: Annotated[int, typer.Option(min=1, help="Threads that read.")] = 4,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+) -> None:
+    """Compare every byte of a cache with its hashes and name what is damaged.
+
+    Ends with 1 if something is damaged or still to be written.
+    """
+    with _interruptible():
+        from ..cache.verify import verify as check
+
+        with tqdm(desc="verify", unit="shard", disable=quiet, leave=False) as bar:
+
+            def advance(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(1)
+
+            found = check(root, workers=workers, advance=advance)
+    for line in found.notes:
+        _remark(line)
+    for line in found.problems:
+        note(f"damaged: {line}")
+    if found.unfinished:
+        note(f"unfinished: {found.unfinished} shards are still to be written: run the cache command again")
+    state = f"{len(found.problems)} problems" if found.problems else "no damage"
+    typer.echo(f"{found.rows} rows of {found.inputs} inputs, {found.shards} shards, {_bytes(found.nbytes)}: {state}")
+    if found.problems or found.unfinished:
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Interruptions to a line on stderr and an exit code; other expected failures are the entry point's to print."""
+    try:
+        with _sigterm():
+            yield
+    except _Terminated as e:
+        note("terminated: finished shards are safe, and the same command goes on from there")
+        raise typer.Exit(TERMINATED) from e
+    except KeyboardInterrupt as e:
+        note("interrupted: finished shards are safe, and the same command goes on from there")
+        raise typer.Exit(INTERRUPTED) from e
+
+
+class _Terminated(KeyboardInterrupt):
+    pass
+
+
+@contextmanager
+def _sigterm() -> Iterator[None]:
+    """Make SIGTERM, which schedulers send before they kill, as clean a stop as Ctrl-C."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+def _print_forecast(plan) -> None:
+    for line in plan.notes:
+        _remark(line)
+    typer.echo("bucket (height x width)    images")
+    for bucket, count in plan.buckets.items():
+        typer.echo(f"{bucket!s:>23}  {count:>8}")
+    for reason, count in sorted(plan.quarantined.items()):
+        typer.echo(f"{'quarantined: ' + reason:>23}  {count:>8}")
+    typer.echo(f"{plan.shards} shards of at most {plan.rows} images, {_bytes(plan.nbytes)} of latents in all")
+    typer.echo(f"to be written: {plan.todo} shards, {_bytes(plan.todo_nbytes)}")
+
+
+def _print_report(report, out: Path) -> None:
+    done = f"{report.cached} of {report.inputs} images in {report.shards} shards, {_bytes(report.nbytes)}"
+    if not report.new_images:
+        typer.echo(f"nothing to do: {out} holds {done}")
+    else:
+        rate = report.new_images / max(report.meters.wall, 1e-9)
+        typer.echo(f"cached {done}; {report.new_images} inputs read at {rate:.1f} images/s; {report.meters}")
+    if report.quarantined:
+        reasons = ", ".join(f"{reason} {n}" for reason, n in sorted(report.quarantined.items()))
+        note(f"{report.quarantined.total()} quarantined ({reasons}): see {out / 'quarantine.jsonl'}")
+
+
+def _remark(line: str) -> None:
+    note(f"note: {line}")
+
+
+def _bytes(n: int) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 1000:
+            return f"{n:.4g} {unit}"
+        n /= 1000
+    return f"{n:.4g} TB"

@@ -1,0 +1,299 @@
+"""`capacitor-rt doctor`: what this machine has, what will be used, what is missing and how to get it."""
+
+from __future__ import annotations
+
+import glob
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+OK, MISSING, PROBLEM = "ok", "missing", "problem"
+NOT_MEASURED = "not measured yet"
+TORCH_LEAST = (2, 8)
+TRITON_WINDOW = ((3, 6), (3, 10))
+MEASURE = "python -m bench.gpu --out bench/results/NAME"
+RESULTS = Path(__file__).parents[2] / "bench" / "results"
+PROBE_BYTES = 64 << 20
+PROBE_SECONDS = 0.3
+MIB, GIB = 1 << 20, 1 << 30
+# package -> (what it is for, the extra that brings it)
+OPTIONAL = {
+    "PIL": ("image files", "cache"),
+    "simplejpeg": ("faster JPEG decoding", "cache"),
+    "pyarrow": ("latent caches", "cache"),
+    "xxhash": ("latent caches", "cache"),
+    "diffusers": ("FLUX.2 as a baseline", "bench"),
+    "matplotlib": ("figures of the results", "bench"),
+}
+_DISTRIBUTION = {"PIL": "pillow"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: its topic, what was found, and for what is missing or wrong the way out."""
+
+    topic: str
+    status: str
+    found: str
+    hint: str = ""
+
+
+def examine(folder: Path, results: Path) -> list[Finding]:
+    """Every finding; a probe that itself fails is a problem in its own line."""
+    probes: tuple[Callable[[], Iterator[Finding]], ...] = (
+        _host,
+        _torch,
+        _triton,
+        _gpus,
+        _nvjpeg,
+        _packages,
+        lambda: _disk(folder),
+        _jpeg,
+        lambda: _expected(results),
+    )
+    found: list[Finding] = []
+    for probe in probes:
+        try:
+            found += probe()
+        except Exception as error:
+            name = getattr(probe, "__name__", "probe").strip("_<>")
+            found.append(Finding(name, PROBLEM, f"{type(error).__name__}: {error}", "please report this line"))
+    return found
+
+
+def doctor(
+    folder: Annotated[Path, typer.Option(help="Where disk speed is measured; 64 MB are written and removed.")] = Path(),
+    results: Annotated[Path, typer.Option(help="Folder of measured results.", show_default=False)] = RESULTS,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what this machine has, which configs will be used, what is missing and how fast it can be expected to be.
+
+    Ends with 1 if something is wrong; a machine without a GPU is not.
+    """
+    found = examine(folder, results)
+    if as_json:
+        typer.echo(json.dumps([asdict(finding) for finding in found], indent=2))
+    else:
+        width = max(len(finding.topic) for finding in found)
+        for finding in found:
+            mark = "" if finding.status == OK else f"{finding.status}: "
+            hint = f" -> {finding.hint}" if finding.hint else ""
+            typer.echo(f"{finding.topic:<{width}}  {mark}{finding.found}{hint}")
+    if any(finding.status == PROBLEM for finding in found):
+        raise typer.Exit(1)
+
+
+def _host() -> Iterator[Finding]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    yield Finding("system", OK, f"{platform.system()} {platform.machine()}, Python {platform.python_version()}")
+    yield Finding("CPU", OK, f"{cores} cores for this process")
+    shared = Path("/dev/shm")
+    if shared.is_dir():
+        free = shutil.disk_usage(shared).free
+        small = free < GIB
+        hint = "loaders with worker processes need more: docker run --shm-size 8g" if small else ""
+        yield Finding("shared memory", MISSING if small else OK, f"{free / GIB:.1f} GiB free in {shared}", hint)
+
+
+def _torch() -> Iterator[Finding]:
+    import torch
+
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
+    old = _two(torch.__version__) < TORCH_LEAST
+    hint = f"pip install 'torch>={'.'.join(map(str, TORCH_LEAST))}'" if old else ""
+    yield Finding("torch", PROBLEM if old else OK, f"{torch.__version__} ({build})", hint)
+    driver = _nvidia_smi("driver_version")
+    if driver:
+        yield Finding("driver", OK, driver[0])
+    if driver and not torch.cuda.is_available():
+        hint = "install a CUDA build of torch that the driver supports: https://pytorch.org/get-started/locally"
+        yield Finding("CUDA", PROBLEM, "the driver sees a GPU and torch does not", hint)
+
+
+def _triton() -> Iterator[Finding]:
+    version = _version("triton")
+    if version is None:
+        yield Finding("triton", MISSING, "not installed, so the torch backend runs", "pip install 'triton>=3.6,<3.10'")
+        return
+    low, high = TRITON_WINDOW
+    tested = low <= _two(version) < high
+    window = f"the kernels are tested on {low[0]}.{low[1]} to before {high[0]}.{high[1]}"
+    hint = "" if tested else "pip install 'triton>=3.6,<3.10'"
+    yield Finding("triton", OK if tested else PROBLEM, version if tested else f"{version}; {window}", hint)
+
+
+def _gpus() -> Iterator[Finding]:
+    import torch
+
+    if not torch.cuda.is_available():
+        hint = "an NVIDIA GPU of compute capability 8.0 or later (A100, RTX 30 series and newer) runs the kernels"
+        yield Finding("GPU", MISSING, "none: the torch backend runs on the CPU in float32", hint)
+        return
+    busy = _nvidia_smi("utilization.gpu")
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        free, total = torch.cuda.mem_get_info(index)
+        cc = properties.major * 10 + properties.minor
+        use = f", {busy[index]} % busy" if index < len(busy) else ""
+        yield Finding(
+            f"GPU {index}",
+            OK,
+            f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
+            f"{properties.multi_processor_count} SMs, {properties.L2_cache_size / MIB:.0f} MiB L2, "
+            f"{free / GIB:.1f} of {total / GIB:.1f} GiB free{use}",
+        )
+        yield from _configs(index, cc)
+
+
+def _configs(index: int, cc: int) -> Iterator[Finding]:
+    """Which backend and which config file serve a GPU."""
+    topic = f"configs {index}"
+    if cc < 80:
+        hint = "kernels need 8.0 or later (A100, RTX 30 series and newer)"
+        yield Finding(topic, MISSING, "none: the torch backend runs on this GPU", hint)
+        return
+    if _version("triton") is None:
+        return
+    from capacitor_kernels import tuning
+
+    served = tuning.base_cc(cc)
+    families = tuning.config_families(served)
+    relative = "" if served == cc else f", the nearest to sm_{cc}"
+    smem = tuning.limits(cc).smem_per_cta
+    found = f"sm_{served}.json{relative}: rows for {', '.join(sorted(families))}; {smem / 1024:.0f} KiB a CTA"
+    yield Finding(topic, OK, f"the Triton backend runs in bfloat16 and float16 with {found}")
+
+
+def _nvjpeg() -> Iterator[Finding]:
+    wheels = [path for base in sys.path for path in glob.glob(f"{base}/nvidia/*/lib/libnvjpeg.so*")]
+    system = glob.glob("/usr/local/cuda*/lib64/libnvjpeg.so*") + glob.glob("/usr/lib/*/libnvjpeg.so*")
+    libraries = wheels or system
+    where = f"found ({Path(libraries[0]).name})" if libraries else "not found"
+    # files are decoded by libjpeg-turbo, whose bytes are the same on every machine
+    yield Finding("nvJPEG", OK, f"{where}; not needed: JPEG files are decoded on the CPU")
+
+
+def _packages() -> Iterator[Finding]:
+    for module, (purpose, extra) in OPTIONAL.items():
+        version = _version(_DISTRIBUTION.get(module, module)) if importlib.util.find_spec(module) else None
+        name = _DISTRIBUTION.get(module, module)
+        if version:
+            yield Finding(name, OK, version)
+        else:
+            yield Finding(name, MISSING, f"not installed ({purpose})", f"pip install 'capacitor-rt[{extra}]'")
+
+
+def _disk(folder: Path) -> Iterator[Finding]:
+    """Sequential speed of one file, past the page cache where the system allows it."""
+    if not os.access(folder, os.W_OK):
+        yield Finding("disk", MISSING, f"{folder.absolute()} cannot be written to", "give --folder")
+        return
+    if shutil.disk_usage(folder).free < 4 * PROBE_BYTES:
+        found = f"less than {4 * PROBE_BYTES // MIB} MiB free in {folder.absolute()}"
+        yield Finding("disk", PROBLEM, found, "free some, or give --folder")
+        return
+    block = os.urandom(4 * MIB)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".capacitor-doctor-") as file:
+        begin = time.perf_counter()
+        for _ in range(PROBE_BYTES // len(block)):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+        wrote = PROBE_BYTES / (time.perf_counter() - begin)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        begin = time.perf_counter()
+        with open(file.name, "rb") as again:
+            while again.read(len(block)):
+                pass
+        read = PROBE_BYTES / (time.perf_counter() - begin)
+    yield Finding("disk", OK, f"writes {wrote / 1e6:.0f} MB/s, reads {read / 1e6:.0f} MB/s in {folder.absolute()}")
+
+
+def _jpeg() -> Iterator[Finding]:
+    """Decoding speed of one core on a photograph that ships with the package."""
+    if importlib.util.find_spec("PIL") is None:
+        return
+    from ..images.decode import decode_image
+
+    data = (Path(__file__).parents[1] / "sample" / "photos" / "china.jpg").read_bytes()
+    image = decode_image(data)
+    count, begin = 0, time.perf_counter()
+    while time.perf_counter() - begin < PROBE_SECONDS:
+        decode_image(data)
+        count += 1
+    rate = count / (time.perf_counter() - begin)
+    size = f"{image.header.width}x{image.header.height}"
+    yield Finding("JPEG decoding", OK, f"{rate:.0f} images/s of {size} on one core, measured now")
+
+
+def _expected(results: Path) -> Iterator[Finding]:
+    """Images a second on this GPU, from measured files only."""
+    import torch
+
+    if not torch.cuda.is_available():
+        yield Finding("images/s", OK, f"{NOT_MEASURED} on this CPU", f"on a GPU: {MEASURE}")
+        return
+    gpu = torch.cuda.get_device_name()
+    rates = measured_rates(results, gpu)
+    if not rates:
+        yield Finding("images/s", OK, f"{NOT_MEASURED} on {gpu}", MEASURE)
+    for what, rate in rates.items():
+        yield Finding("images/s", OK, f"{rate:.0f}: {what}, measured on {gpu}")
+
+
+def measured_rates(results: Path, gpu: str) -> dict[str, float]:
+    """Images a second of this runtime on a GPU of this name, newest figures of `*.jsonl`; what -> rate."""
+    lines: list[dict[str, Any]] = []
+    for path in sorted(results.rglob("*.jsonl")) if results.is_dir() else ():
+        for text in path.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(text))
+            except ValueError:
+                # the report names what is wrong with a file; here it only yields no figures
+                continue
+    rates: dict[str, float] = {}
+    for line in sorted(lines, key=lambda line: line.get("date", "")):
+        if line.get("gpu") != gpu or "images_per_s" not in line:
+            continue
+        if line["bench"] == "cache":
+            rates[f"caching JPEG files at {line['size']}x{line['size']}"] = line["images_per_s"]
+        elif line.get("variant") == "ours" and line.get("row"):
+            rates[f"{line['direction']} {line['size']}x{line['size']}, batch {line['batch']}"] = line["images_per_s"]
+    return rates
+
+
+def _two(version: str) -> tuple[int, int]:
+    """The first two parts of a version."""
+    major, minor = version.split("+")[0].split(".")[:2]
+    return int(major), int(minor)
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _nvidia_smi(field: str) -> list[str]:
+    """One value a GPU; empty where there is no driver."""
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [line.strip() for line in done.stdout.splitlines()] if done.returncode == 0 else []

@@ -1,0 +1,192 @@
+"""`capacitor-rt encode` and `decode`: one file of latents for each image."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..checkpoint import replacing
+from ..errors import InputError
+from .options import (
+    Area,
+    Backend,
+    Background,
+    ComputeDtype,
+    Device,
+    Dtype,
+    Images,
+    Model,
+    Revision,
+    Seed,
+    Size,
+    Steps,
+    bar,
+    list_images,
+    load_model,
+    note,
+    parse_background,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..images.frames import Frame
+
+LATENT_FORMAT = "capacitor-latent/1"
+
+
+class Sampler(str, Enum):
+    ddim = "ddim"
+    dpmpp_2m = "dpmpp_2m"
+
+
+class Schedule(str, Enum):
+    linear = "linear"
+    cosine = "cosine"
+
+
+def finish(done: int, failed: int, what: str) -> None:
+    """Say what was written; exit 3 if some inputs failed."""
+    typer.echo(f"{done} {what}" + (f", {failed} failed" if failed else ""))
+    if failed:
+        raise typer.Exit(3)
+
+
+def refuse_collisions(outputs: dict[Path, Path]) -> None:
+    """`outputs` is input -> output: two inputs must not write one file."""
+    seen: dict[Path, Path] = {}
+    for source, target in outputs.items():
+        if target in seen:
+            raise InputError(f"{seen[target]} and {source} would both be written to {target}: encode them apart")
+        seen[target] = source
+
+
+def encode(
+    images: Images,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for NAME.safetensors files.")],
+    model: Model = "sample",
+    size: Size = None,
+    area: Area = None,
+    posterior: Annotated[bool, typer.Option(help="Also store the posterior's raw mean and logsnr.")] = False,
+    dtype: Annotated[Dtype, typer.Option(help="Stored type of the latents.")] = Dtype.fp32,
+    background: Background = "ffffff",
+    revision: Revision = None,
+    device: Device = "auto",
+    compute_dtype: ComputeDtype = None,
+    backend: Backend = "auto",
+) -> None:
+    """Encode images, one .safetensors file each (for many images, see `cache`)."""
+    from ..errors import ImageError
+    from ..images.frames import Framing, load_frames, to_batch
+
+    framing, colour = Framing(size, area), parse_background(background)
+    found = list_images(images)
+    # the whole name stays in the output's name: a.png and a.jpg are two images
+    targets = {path: out / relative.with_name(relative.name + ".safetensors") for path, relative in found}
+    refuse_collisions(targets)
+    capacitor = load_model(model, revision, device, compute_dtype, backend)
+    failed = 0
+    frames = load_frames(targets, framing, capacitor.size_multiple, colour)
+    for path, frame in bar(frames, len(targets), "image"):
+        if isinstance(frame, ImageError):
+            note(f"{frame.reason}: {frame}")
+            failed += 1
+            continue
+        mean_logsnr = capacitor.encode_posterior(to_batch([frame], capacitor.device))
+        tensors = {"latents": capacitor.latents_of(mean_logsnr).to(dtype.torch())}
+        if posterior:
+            tensors |= {k: v for k, v in mean_logsnr._asdict().items() if v is not None}
+        targets[path].parent.mkdir(parents=True, exist_ok=True)
+        save_latents(targets[path], tensors, frame, capacitor.source.latent_space)
+    finish(len(targets) - failed, failed, f"images encoded to {out}")
+
+
+def decode(
+    latents: Annotated[list[Path], typer.Argument(help="Files of `encode`, or shards of `cache`.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for PNG files.")],
+    model: Model = "sample",
+    steps: Steps = 1,
+    sampler: Sampler = Sampler.ddim,
+    schedule: Schedule = Schedule.linear,
+    pdg: Annotated[float | None, typer.Option(help="Path-drop guidance of this strength.")] = None,
+    seed: Seed = 0,
+    any_space: Annotated[bool, typer.Option(help="Decode latents that another model made.")] = False,
+    revision: Revision = None,
+    device: Device = "auto",
+    compute_dtype: ComputeDtype = None,
+    backend: Backend = "auto",
+) -> None:
+    """Decode latents to PNG images."""
+    from PIL import Image
+
+    from ..config import FullCapacitorInferenceConfig
+    from ..images.frames import to_uint8
+
+    inference = FullCapacitorInferenceConfig(
+        steps, sampler.value, schedule.value, pdg=pdg is not None, pdg_strength=2.0 if pdg is None else pdg, seed=seed
+    )
+    targets = {path: out / f"{path.name.removesuffix('.safetensors')}.png" for path in latents}
+    refuse_collisions(targets)
+    capacitor = load_model(model, revision, device, compute_dtype, backend)
+    failed = written = 0
+    for path in bar(latents, len(latents), "file"):
+        try:
+            rows, space = read_latents(path)
+            if space not in (None, capacitor.source.latent_space) and not any_space:
+                raise InputError(
+                    f"{path} holds latents of {space}, and the model decodes {capacitor.source.latent_space}: "
+                    "give --model the model that made them, or pass --any-space"
+                )
+            out.mkdir(parents=True, exist_ok=True)
+            for i, row in enumerate(rows):
+                image = capacitor.decode(row[None].to(capacitor.device), inference_config=inference)[0]
+                name = targets[path] if len(rows) == 1 else targets[path].with_stem(f"{targets[path].stem}-{i:06d}")
+                Image.fromarray(to_uint8(image)).save(name)
+                written += 1
+        except InputError as error:
+            note(f"error: {error}")
+            failed += 1
+    finish(written, failed, f"images written to {out}")
+
+
+def save_latents(path: Path, tensors: dict[str, Tensor], frame: Frame, latent_space: str) -> None:
+    """Write the latents of one image; the space they are in and the geometry they stand for are its metadata."""
+    header = frame.image.header
+    metadata = {
+        "format": LATENT_FORMAT,
+        "latent_space": latent_space,
+        "source": os.fsencode(frame.path.name).decode("utf-8", "backslashreplace"),
+        "image": json.dumps({"height": header.height, "width": header.width, "orientation": header.orientation}),
+        "placement": json.dumps(asdict(frame.placement)),
+    }
+    from safetensors.torch import save_file
+
+    with replacing(path) as temporary:
+        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, temporary, metadata=metadata)
+
+
+def read_latents(path: Path) -> tuple[Tensor, str | None]:
+    """`latents [N,C,h,w]` of a file written by `encode` or of a cache shard, and the name of their space.
+
+    Raises:
+        InputError: not a safetensors file, or without `latents` of rank 4.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            if "latents" not in file.keys():  # noqa: SIM118
+                names = ", ".join(file.keys()) or "no tensors"
+                raise InputError(f"{path} holds {names}: expected a tensor named 'latents'")
+            latents, metadata = file.get_tensor("latents"), file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} cannot be read as safetensors: {error}") from error
+    if latents.dim() != 4:
+        raise InputError(f"{path}: latents have shape {list(latents.shape)}, expected [N,C,h,w]")
+    return latents, metadata.get("latent_space")

@@ -1,0 +1,236 @@
+"""`capacitor-rt psnr`: reconstruction over any number of images, in bounded memory."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import InputError
+from .options import (
+    Area,
+    Backend,
+    Background,
+    ComputeDtype,
+    Device,
+    Dtype,
+    Images,
+    Model,
+    Revision,
+    Seed,
+    Size,
+    Steps,
+    bar,
+    list_images,
+    load_model,
+    note,
+    parse_background,
+    printable,
+)
+
+if TYPE_CHECKING:
+    from ..evaluation.evaluate import Autoencoder, Latents, Score
+    from ..evaluation.metrics import PsnrTable, Similarity
+
+FLUX2 = "flux2"
+
+
+def psnr(
+    images: Images,
+    model: Model = "sample",
+    against: Annotated[
+        list[str] | None, typer.Option(help="Another model, or flux2, or flux2:FOLDER. May be repeated.")
+    ] = None,
+    against_backend: Annotated[str | None, typer.Option(help="The same with another backend.")] = None,
+    against_dtype: Annotated[Dtype | None, typer.Option(help="The same with another compute type.")] = None,
+    size: Size = None,
+    area: Area = None,
+    steps: Steps = 1,
+    seed: Seed = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Images of one size that run together, at most.")] = 8,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the table as JSON ('-': stdout).")] = None,
+    csv_file: Annotated[Path | None, typer.Option("--csv", help="Write one row an image, as it is done.")] = None,
+    background: Background = "ffffff",
+    revision: Revision = None,
+    device: Device = "auto",
+    compute_dtype: ComputeDtype = None,
+    backend: Backend = "auto",
+) -> None:
+    """Reconstruct every image and print the table of PSNRs: mean, std, median, P5, P95; latents by their cosine.
+
+    Ends with 3 if some images could not be decoded.
+    """
+    from ..config import FullCapacitorInferenceConfig
+    from ..evaluation.evaluate import evaluate
+    from ..images.frames import Framing
+
+    framing, colour = Framing(size, area), parse_background(background)
+    if json_file and str(json_file) != "-" and not json_file.parent.is_dir():
+        raise InputError(f"{json_file.parent} for --json does not exist: create it first")
+    found = [path for path, _ in list_images(images)]
+    models = _load(model, against or [], against_backend, against_dtype, revision, device, compute_dtype, backend)
+    cosines = Cosines(list(models))
+    inference = FullCapacitorInferenceConfig(num_steps=steps, seed=seed)
+    scored = evaluate(
+        found, models, framing, inference=inference, background=colour, batch=batch, observe=cosines.observe
+    )
+    values: dict[str, list[float]] = {name: [] for name in models}
+    names, failed = [], 0
+    with ExitStack() as stack:
+        write_row = _csv_rows(stack, csv_file, list(models)) if csv_file else None
+        for score in bar(scored, len(found), "image"):
+            if score.error is not None:
+                note(f"{score.error.reason}: {score.error}")
+                failed += 1
+                continue
+            names.append(printable(str(score.path)))
+            for name, column in values.items():
+                column.append(score.psnr[name])
+            if write_row:
+                write_row(score)
+    if not names:
+        raise InputError(f"none of the {len(found)} images could be decoded")
+    _print(values, names, cosines.result(), json_file)
+    if failed:
+        note(f"{failed} of {len(found)} images could not be decoded")
+        raise typer.Exit(3)
+
+
+def _load(
+    model: str,
+    against: list[str],
+    against_backend: str | None,
+    against_dtype: Dtype | None,
+    revision: str | None,
+    device: str,
+    dtype: Dtype | None,
+    backend: str,
+) -> dict[str, Autoencoder]:
+    """The models by the names that the table shows, the one that the others are compared with first."""
+    from ..evaluation.flux2 import require as require_flux2
+
+    if (against_backend or against_dtype) and all(_is_flux2(other) for other in against):
+        against = [model, *against]
+    if any(map(_is_flux2, against)):
+        require_flux2()
+    label = Path(model).name
+    models: dict[str, Autoencoder] = {label: load_model(model, revision, device, dtype, backend)}
+    for other in against:
+        if _is_flux2(other):
+            parts, made = [FLUX2], _load_flux2(other, models[label])
+        else:
+            parts = [Path(other).name, against_backend, against_dtype and against_dtype.value]
+            its = revision if other == model else None
+            made = load_model(other, its, device, against_dtype or dtype, against_backend or backend)
+        name = " ".join(filter(None, parts))
+        while name in models:
+            name += " (2)"
+        models[name] = made
+    return models
+
+
+def _is_flux2(name: str) -> bool:
+    return name == FLUX2 or name.startswith(f"{FLUX2}:")
+
+
+def _load_flux2(name: str, like: Autoencoder) -> Autoencoder:
+    from ..evaluation.flux2 import HUB_ID, Flux2
+
+    where = name.removeprefix(FLUX2).removeprefix(":") or HUB_ID
+    return Flux2.from_pretrained(where, device=like.device, dtype=like.dtype)
+
+
+def _csv_rows(stack: ExitStack, path: Path, models: list[str]) -> Callable[[Score], None]:
+    """Writes a row for each score as it comes, so that an interrupted run keeps what was done."""
+    file = stack.enter_context(path.open("w", newline="", encoding="utf-8", errors="surrogateescape"))
+    rows = csv.writer(file)
+    rows.writerow(["path", "height", "width", *models])
+
+    def write(score: Score) -> None:
+        rows.writerow([score.path, score.height, score.width, *(f"{score.psnr[m]:.4f}" for m in models)])
+        file.flush()
+
+    return write
+
+
+class Cosines:
+    """Cosine of the first model's latents with each other model's, over all images, from running sums in float64."""
+
+    def __init__(self, models: list[str]):
+        self.models = models
+        self._sums: dict[str, Any] = {}
+
+    def observe(self, latents: Latents) -> None:
+        """Add a batch; a model whose latents have another shape has no cosine."""
+        import torch
+
+        first = latents[self.models[0]]
+        for name in self.models[1:]:
+            other = latents[name]
+            if other.shape != first.shape:
+                continue
+            # float64 on the device where it has it; sums of one batch are small
+            a, b = first.double(), other.to(first.device).double()
+            sums = torch.stack([(x * y).sum((0, 2, 3)) for x, y in ((a, b), (a, a), (b, b))]).cpu()
+            self._sums[name] = self._sums.get(name, 0) + sums
+
+    def result(self) -> dict[str, Similarity]:
+        """Per other model; NaN where a vector is zero."""
+        from ..evaluation.metrics import Similarity
+
+        found = {}
+        for name, sums in self._sums.items():
+            ab, aa, bb = sums.sum(1)
+            found[name] = Similarity(float(ab / (aa * bb).sqrt()), sums[0] / (sums[1] * sums[2]).sqrt())
+        return found
+
+
+def _print(
+    values: dict[str, list[float]], names: list[str], cosines: dict[str, Similarity], json_file: Path | None
+) -> None:
+    from ..evaluation import metrics
+
+    table = metrics.PsnrTable.of(values, names)
+    first, *others = values
+    pairs = {other: metrics.PsnrTable.of({first: values[first], other: values[other]}, names) for other in others}
+    document = json.dumps(_document(table, pairs, cosines), indent=2) + "\n"
+    if json_file and str(json_file) == "-":
+        typer.echo(document, nl=False)
+        return
+    typer.echo("\n\n".join(pair.render() for pair in pairs.values()) if len(pairs) > 1 else table.render())
+    for name, similarity in cosines.items():
+        typer.echo(f"\nlatents of {first} and {name}: cosine {similarity.overall:.4f}{_spread(similarity)}")
+    if json_file:
+        json_file.write_text(document, encoding="utf-8")
+
+
+def _spread(similarity: Similarity) -> str:
+    channels = similarity.per_channel
+    channels = channels[~channels.isnan()]
+    if not len(channels):
+        return ""
+    low, middle, high = channels.min().item(), channels.median().item(), channels.max().item()
+    return f"; by channel {low:.4f} to {high:.4f}, median {middle:.4f}"
+
+
+def _document(table: PsnrTable, pairs: dict[str, PsnrTable], cosines: dict[str, Similarity]) -> dict[str, Any]:
+    document = table.to_dict()
+    if len(pairs) > 1:
+        document["deltas"] = {name: pair.to_dict()["delta"] for name, pair in pairs.items()}
+    document["latent_cosine"] = {
+        name: {
+            "overall": _finite(similarity.overall),
+            "per_channel": [_finite(value) for value in similarity.per_channel.tolist()],
+        }
+        for name, similarity in cosines.items()
+    }
+    return document
+
+
+def _finite(value: float) -> float | None:
+    return None if value != value else value

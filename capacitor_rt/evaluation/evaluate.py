@@ -1,0 +1,89 @@
+"""Reconstruction quality over a folder of images: every model sees the same frames, memory stays bounded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from ..config import FullCapacitorInferenceConfig
+from ..errors import ImageError
+from ..images.frames import RGB, Frame, Framing, load_frames, to_batch, to_uint8
+from ..model import FullCapacitor
+from .flux2 import Flux2
+from .metrics import psnr
+
+Autoencoder = FullCapacitor | Flux2
+Latents = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Score:
+    """One image: the size that was encoded and the PSNR in dB of each model, or why there is none."""
+
+    path: Path
+    height: int = 0
+    width: int = 0
+    psnr: dict[str, float] = field(default_factory=dict)
+    error: ImageError | None = None
+
+
+def evaluate(
+    paths: Iterable[Path],
+    models: Mapping[str, Autoencoder],
+    framing: Framing,
+    *,
+    inference: FullCapacitorInferenceConfig | None = None,
+    background: RGB = (255, 255, 255),
+    batch: int = 8,
+    workers: int = 4,
+    observe: Callable[[Latents], None] | None = None,
+) -> Iterator[Score]:
+    """Encode and decode every image with every model and compare the 8-bit pixels.
+
+    Args:
+        paths: image files.
+        models: by the name that the table shows. The frames satisfy the size rules of all of them.
+        inference: sampler settings; by default one step, seed 0.
+        batch: neighbouring images of one size that are encoded together, at most.
+        observe: told the latents `[B,C,h,w]` of every batch, by model.
+
+    Yields:
+        A score an image, in order; an undecodable file yields its error.
+    """
+    inference = inference or FullCapacitorInferenceConfig(seed=0)
+    multiple = math.lcm(*(model.size_multiple for model in models.values()))
+    waiting: list[Frame] = []
+    for path, frame in load_frames(paths, framing, multiple, background, workers):
+        error = isinstance(frame, ImageError)
+        if waiting and (error or len(waiting) == batch or waiting[0].pixels.shape != frame.pixels.shape):
+            yield from _scores(waiting, models, inference, observe)
+            waiting = []
+        if error:
+            yield Score(path, error=frame)
+        else:
+            waiting.append(frame)
+    if waiting:
+        yield from _scores(waiting, models, inference, observe)
+
+
+def _scores(
+    frames: list[Frame],
+    models: Mapping[str, Autoencoder],
+    inference: FullCapacitorInferenceConfig,
+    observe: Callable[[Latents], None] | None,
+) -> Iterator[Score]:
+    decibels: list[dict[str, float]] = [{} for _ in frames]
+    latents: Latents = {}
+    for name, model in models.items():
+        latents[name] = model.encode(to_batch(frames, model.device))
+        out = model.decode(latents[name], inference_config=inference)
+        for scores, frame, image in zip(decibels, frames, out, strict=True):
+            scores[name] = psnr(frame.pixels, to_uint8(image))
+    if observe:
+        observe(latents)
+    for scores, frame in zip(decibels, frames, strict=True):
+        yield Score(frame.path, *frame.pixels.shape[:2], scores)

@@ -1,0 +1,151 @@
+"""The FLUX.2 autoencoder of diffusers behind `FullCapacitor`'s interface, for comparisons: encode, decode, reconstruct.
+
+Normalised as the FLUX.2 pipeline does it: the mode of the posterior, 2x2 pixels to channels (order `c*4 + i*2 + j`),
+the running statistics of the batch norm. diffusers is optional (`pip install 'capacitor-rt[bench]'`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import FullCapacitorInferenceConfig
+from ..errors import CheckpointError, InputError
+
+HUB_ID = "black-forest-labs/FLUX.2-dev"
+SIZE_MULTIPLE = 16
+PATCH = 2
+# vae/config.json of the published weights, less what only pipelines read
+CONFIG: dict[str, Any] = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "act_fn": "silu",
+    "latent_channels": 32,
+    "norm_num_groups": 32,
+    "sample_size": 1024,
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+    "mid_block_add_attention": True,
+    "batch_norm_eps": 1e-4,
+    "batch_norm_momentum": 0.1,
+    "patch_size": (2, 2),
+}
+
+
+def missing() -> str | None:
+    """Why the FLUX.2 VAE cannot be built here, in one line that says what to install; None where it can."""
+    if importlib.util.find_spec("diffusers") is None:
+        return "diffusers is not installed: pip install 'capacitor-rt[bench]'"
+    try:
+        from diffusers import AutoencoderKLFlux2  # noqa: F401
+    except (ImportError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return f"diffusers has no usable AutoencoderKLFlux2 ({reason}): pip install -U 'diffusers>=0.36'"
+    return None
+
+
+def require() -> None:
+    """Raise InputError unless the FLUX.2 VAE can be built here."""
+    reason = missing()
+    if reason:
+        raise InputError(f"the FLUX.2 VAE needs diffusers: {reason}")
+
+
+def _vae_class() -> Any:
+    require()
+    from diffusers import AutoencoderKLFlux2
+
+    return AutoencoderKLFlux2
+
+
+class Flux2(nn.Module):
+    """An `AutoencoderKLFlux2` that takes and gives what `FullCapacitor` does; latents `[B,128,H/16,W/16]`.
+
+    Args:
+        vae: the diffusers model, which stays as it is.
+    """
+
+    size_multiple = SIZE_MULTIPLE
+
+    def __init__(self, vae: Any):
+        super().__init__()
+        self.vae = vae.eval().requires_grad_(False)
+
+    @classmethod
+    def random(cls, config: dict[str, Any] | None = None, seed: int = 0) -> Flux2:
+        """The published architecture (or `config`) in float32 on the CPU, weights as torch initialises them."""
+        vae_class = _vae_class()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return cls(vae_class(**(config or CONFIG)))
+
+    @classmethod
+    def from_pretrained(
+        cls, id_or_path: str = HUB_ID, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> Flux2:
+        """Load a hub id or folder; weights in its `vae` subfolder, or at its root.
+
+        Raises:
+            InputError: diffusers is absent. CheckpointError: no weights can be found or fetched.
+        """
+        vae_class = _vae_class()
+        folder = Path(id_or_path)
+        at_root = folder.is_dir() and not (folder / "vae").is_dir()
+        try:
+            subfolder = None if at_root else "vae"
+            vae = vae_class.from_pretrained(id_or_path, subfolder=subfolder, torch_dtype=dtype, low_cpu_mem_usage=False)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise CheckpointError(
+                f"no FLUX.2 VAE at {id_or_path} ({reason}): give flux2:FOLDER, a folder that holds its vae, "
+                "or log in to the hub where the weights were accepted"
+            ) from error
+        return cls(vae).to(device)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.vae.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.vae.parameters()).dtype
+
+    @torch.no_grad()
+    def encode(self, image: Tensor) -> Tensor:
+        """Image `[B,3,H,W]` in [-1,1], or uint8 `[B,H,W,3]`, to normalised latents, float32 `[B,128,H/16,W/16]`."""
+        if image.dtype == torch.uint8:
+            image = image.permute(0, 3, 1, 2).float() / 127.5 - 1.0
+        mode = self.vae.encode(image.to(self.dtype)).latent_dist.mode()
+        mean, std = self._statistics()
+        return (F.pixel_unshuffle(mode, PATCH).float() - mean) / std
+
+    @torch.no_grad()
+    def decode(
+        self,
+        latents: Tensor,
+        height: int | None = None,
+        width: int | None = None,
+        inference_config: FullCapacitorInferenceConfig | None = None,
+    ) -> Tensor:
+        """Normalised latents to image, float32 `[B,3,H,W]`; a VAE has no steps, so only the latents count."""
+        mean, std = self._statistics()
+        z = F.pixel_shuffle(latents.float() * std + mean, PATCH)
+        return self.vae.decode(z.to(self.dtype), return_dict=False)[0].float()
+
+    def reconstruct(self, image: Tensor, inference_config: FullCapacitorInferenceConfig | None = None) -> Tensor:
+        """`decode(encode(image))`."""
+        return self.decode(self.encode(image))
+
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        norm = self.vae.bn
+        mean, var = (t.float()[:, None, None] for t in (norm.running_mean, norm.running_var))
+        return mean, (var + norm.eps).sqrt()

@@ -1,0 +1,174 @@
+"""How well images and latents are reproduced: PSNR, its table, cosine similarity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+
+COLUMNS = {"mean": "mean", "std": "std", "median": "median", "p5": "P5", "p95": "P95"}
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """Peak signal-to-noise ratio in dB of two uint8 images of one shape, `10 log10(255^2 / MSE)`.
+
+    The MSE is over all pixels and channels, summed in integers; identical images have an infinite PSNR.
+
+    Raises:
+        InputError: another dtype, different shapes, no pixels.
+    """
+    a, b = np.asarray(a), np.asarray(b)
+    if a.dtype != np.uint8 or b.dtype != np.uint8:
+        raise InputError(f"images are {a.dtype} and {b.dtype}: PSNR is defined here on uint8, 0-255")
+    if a.shape != b.shape or a.size == 0:
+        raise InputError(f"images have shapes {list(a.shape)} and {list(b.shape)}: expected one shape, not empty")
+    error = a.astype(np.int32) - b
+    total = int(np.square(error, out=error).sum(dtype=np.int64))
+    return math.inf if total == 0 else 10 * math.log10(255**2 * a.size / total)
+
+
+def summary(values: Sequence[float]) -> dict[str, float | int]:
+    """`mean`, `std`, `median`, `p5`, `p95` of the finite values; `count` of all, `identical` of the infinite ones.
+
+    The standard deviation is the population's (divided by n); percentiles are interpolated linearly. Where every value
+    is infinite so are the figures, with a deviation of 0.
+
+    Raises:
+        InputError: no values, or NaN among them.
+    """
+    array = np.asarray(values, np.float64)
+    if array.ndim != 1 or array.size == 0 or np.isnan(array).any():
+        raise InputError(f"a summary needs at least one number and no NaN: got {array.size} values")
+    finite = array[np.isfinite(array)]
+    counts = {"count": int(array.size), "identical": int(array.size - finite.size)}
+    if finite.size == 0:
+        return {**dict.fromkeys(COLUMNS, float(array.mean())), "std": 0.0, **counts}
+    p5, median, p95 = np.percentile(finite, (5, 50, 95))
+    figures = {"mean": finite.mean(), "std": finite.std(), "median": median, "p5": p5, "p95": p95}
+    return {**{name: float(value) for name, value in figures.items()}, **counts}
+
+
+@dataclass(frozen=True)
+class PsnrTable:
+    """PSNR in dB of one or more models (or backends) on the same images; made by `of`.
+
+    `values` holds per model one PSNR per image, `images` the images' names or nothing.
+    """
+
+    values: dict[str, tuple[float, ...]]
+    images: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, values: Mapping[str, Sequence[float]], images: Sequence[str] = ()) -> PsnrTable:
+        """A table of `values` per model, each in the order of `images`.
+
+        Raises:
+            InputError: no models, no values, or different numbers of them.
+        """
+        if not values:
+            raise InputError("a table needs the values of at least one model")
+        count = len(images) or len(next(iter(values.values())))
+        for name, column in values.items():
+            if len(column) != count or count == 0:
+                raise InputError(f"{name} has {len(column)} values for {count} images")
+        return cls({name: tuple(column) for name, column in values.items()}, tuple(images))
+
+    @property
+    def count(self) -> int:
+        """Number of images."""
+        return len(next(iter(self.values.values())))
+
+    @property
+    def rows(self) -> dict[str, dict[str, float | int]]:
+        """Summary per model."""
+        return {name: summary(values) for name, values in self.values.items()}
+
+    @property
+    def delta(self) -> dict[str, float | int] | None:
+        """Summary of the differences image by image, first model minus second; None unless there are two.
+
+        So its percentiles are those of the differences, not differences of percentiles. Images that either model
+        reproduces exactly are left out and counted as `identical`.
+        """
+        if len(self.values) != 2:
+            return None
+        pairs = zip(*self.values.values(), strict=True)
+        return summary([a - b if math.isfinite(a) and math.isfinite(b) else math.inf for a, b in pairs])
+
+    def render(self, markdown: bool = True) -> str:
+        """The card's table: mean, std, median, P5, P95; with two models a row of differences, signed."""
+        rows = [[name, *_cells(row, "")] for name, row in self.rows.items()]
+        if self.delta is not None:
+            first, second = self.values
+            rows.append([f"{first} - {second}", *_cells(self.delta, "+")])
+        counted = f"{self.count} image{'' if self.count == 1 else 's'}"
+        text = _align([f"PSNR dB, {counted}", *COLUMNS.values()], rows, markdown)
+        exact = {name: row["identical"] for name, row in self.rows.items() if row["identical"]}
+        return text + "".join(f"\n{name}: {n} reproduced exactly, left out of the figures" for name, n in exact.items())
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; None stands for the infinite PSNR of identical images."""
+        return {
+            "unit": "dB",
+            "models": {name: _jsonable(row) for name, row in self.rows.items()},
+            "delta": None if self.delta is None else _jsonable(self.delta),
+            "images": list(self.images),
+            "values": {name: [_finite(v) for v in values] for name, values in self.values.items()},
+        }
+
+
+class Similarity(NamedTuple):
+    """Cosine similarities: `overall` over all elements, `per_channel` float64 `[C]`."""
+
+    overall: float
+    per_channel: Tensor
+
+
+def cosine_similarity(a: Tensor, b: Tensor) -> Similarity:
+    """Cosine of two batches of latents `[B,C,h,w]` of one shape, any float dtype, summed in float64.
+
+    A channel is one vector over batch and positions. NaN where either vector is zero: it has no direction.
+
+    Raises:
+        InputError: shapes differ or are not of rank 4.
+    """
+    if a.shape != b.shape or a.dim() != 4:
+        raise InputError(f"latents have shapes {list(a.shape)} and {list(b.shape)}: expected one shape [B,C,h,w]")
+    a, b = a.double(), b.double()
+    products = torch.stack([(x * y).sum((0, 2, 3)) for x, y in ((a, b), (a, a), (b, b))])
+    per_channel = products[0] / (products[1] * products[2]).sqrt()
+    ab, aa, bb = products.sum(1)
+    return Similarity(float(ab / (aa * bb).sqrt()), per_channel)
+
+
+def _cells(row: dict[str, float | int], sign: str) -> list[str]:
+    # a deviation is no difference, and carries no sign
+    return [f"{row[name]:{sign if name != 'std' else ''}.2f}" for name in COLUMNS]
+
+
+def _align(header: list[str], rows: list[list[str]], markdown: bool) -> str:
+    table = [header, *rows]
+    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
+    lines = [
+        [cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+        for row in table
+    ]
+    if not markdown:
+        return "\n".join("  ".join(line) for line in lines)
+    rule = ["-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
+
+
+def _jsonable(row: dict[str, float | int]) -> dict[str, float | int | None]:
+    return {name: _finite(value) for name, value in row.items()}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,187 @@
+"""What every op does before and at a launch: checks of its arguments, compiler options, queueing.
+
+Every check raises before any work starts, and says which argument is wrong, what it is, and what would do.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from triton import knobs
+
+# the jit decorator looks at the flag once, when a kernel is defined; so does this
+INTERPRETED: bool = bool(knobs.runtime.interpret)
+MIN_COMPUTE_CAPABILITY = 80
+DEFAULT_INTERPRETER_CC = 90
+INT32_MAX = 2**31 - 1
+ALIGNMENT = 16
+
+FLOATS: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)
+_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.uint8: "uint8"}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The short name used in configs and messages: bf16, fp16, fp32, uint8."""
+    return _NAMES.get(dtype, str(dtype).removeprefix("torch."))
+
+
+def check_tensor(
+    name: str,
+    t: torch.Tensor,
+    *,
+    shape: Sequence[int | None] | None = None,
+    dtypes: Sequence[torch.dtype] | torch.dtype | None = None,
+    like: torch.Tensor | None = None,
+    contiguous: bool = True,
+) -> None:
+    """Refuse a tensor that a kernel cannot take.
+
+    Args:
+        name: the argument's name, for the message.
+        shape: expected sizes; None leaves that size free. The rank is checked either way.
+        dtypes: one dtype or the accepted ones.
+        like: another argument whose device this one must share.
+        contiguous: require row-major layout without gaps.
+
+    Raises:
+        TypeError: not a tensor, or a dtype that is not accepted.
+        ValueError: rank, size, device, stride or alignment.
+    """
+    if not isinstance(t, torch.Tensor):
+        raise TypeError(f"{name} is a {type(t).__name__}, expected a torch.Tensor")
+    if dtypes is not None:
+        accepted = (dtypes,) if isinstance(dtypes, torch.dtype) else tuple(dtypes)
+        if t.dtype not in accepted:
+            names = " or ".join(dtype_name(d) for d in accepted)
+            raise TypeError(f"{name} is {dtype_name(t.dtype)}, expected {names}: convert it with .to()")
+    if shape is not None:
+        _check_shape(name, t, tuple(shape))
+    _check_device(name, t, like)
+    if contiguous and not t.is_contiguous():
+        raise ValueError(
+            f"{name} of shape {list(t.shape)} has strides {list(t.stride())}, expected row-major: "
+            "pass it through .contiguous()"
+        )
+    if t.numel() and t.data_ptr() % ALIGNMENT:
+        raise ValueError(
+            f"{name} starts at an address {t.data_ptr() % ALIGNMENT} bytes past a multiple of {ALIGNMENT}: "
+            "pass a tensor of its own, or a slice that starts on such a boundary"
+        )
+
+
+def _check_shape(name: str, t: torch.Tensor, shape: tuple[int | None, ...]) -> None:
+    wanted = "[" + ", ".join("any" if n is None else str(n) for n in shape) + "]"
+    if t.dim() != len(shape):
+        raise ValueError(f"{name} has shape {list(t.shape)}, expected {len(shape)} dimensions: {wanted}")
+    for axis, (have, want) in enumerate(zip(t.shape, shape, strict=True)):
+        if want is not None and have != want:
+            raise ValueError(
+                f"{name} has shape {list(t.shape)}, expected {wanted}: dimension {axis} is {have}, not {want}"
+            )
+
+
+def _check_device(name: str, t: torch.Tensor, like: torch.Tensor | None) -> None:
+    if like is not None and t.device != like.device:
+        raise ValueError(f"{name} is on {t.device}, the other tensors on {like.device}: move it there")
+    if t.device.type == "cuda" or (t.device.type == "cpu" and INTERPRETED):
+        return
+    raise ValueError(
+        f"{name} is on {t.device}: these kernels run on an NVIDIA GPU, or on the CPU under Triton's "
+        "interpreter (set TRITON_INTERPRET=1 before importing triton)"
+    )
+
+
+def check_rows(name: str, tokens: int, tokens_per_image: int) -> int:
+    """Number of images in `tokens` rows; refuses a remainder."""
+    if tokens_per_image < 1:
+        raise ValueError(f"tokens_per_image is {tokens_per_image}, expected at least 1")
+    if tokens < 1 or tokens % tokens_per_image:
+        raise ValueError(
+            f"{name} has {tokens} rows, not a positive multiple of tokens_per_image {tokens_per_image}: "
+            "pass whole images"
+        )
+    return tokens // tokens_per_image
+
+
+def check_int32(name: str, n: int) -> None:
+    """Refuse a count that is indexed in 32 bits and does not fit."""
+    if n > INT32_MAX:
+        raise ValueError(f"{name} is {n}, over the 32-bit limit {INT32_MAX}: split the batch")
+
+
+def check_tma(tma: bool, **operands: torch.Tensor) -> None:
+    """Refuse tensor descriptors for operands whose rows are not multiples of 16 bytes or number over 2^31."""
+    for name, t in operands.items() if tma else ():
+        check_int32(f"number of rows of {name}", t.shape[0])
+        if t.shape[1] * t.element_size() % ALIGNMENT:
+            raise ValueError(
+                f"{name} has rows of {t.shape[1]} elements, not a multiple of {ALIGNMENT} bytes as tensor "
+                "descriptors need: use a config with tma=False"
+            )
+
+
+def compute_capability(device: torch.device | torch.Tensor) -> int:
+    """Compute capability as major * 10 + minor, e.g. 90; under the interpreter CAPACITOR_INTERPRET_CC or 90.
+
+    Raises:
+        ValueError: a device without a supported NVIDIA GPU.
+    """
+    device = device.device if isinstance(device, torch.Tensor) else torch.device(device)
+    if INTERPRETED:
+        return int(os.environ.get("CAPACITOR_INTERPRET_CC", DEFAULT_INTERPRETER_CC))
+    if device.type != "cuda":
+        raise ValueError(f"no compute capability on {device}: these kernels need an NVIDIA GPU")
+    major, minor = torch.cuda.get_device_capability(device)
+    cc = major * 10 + minor
+    if cc < MIN_COMPUTE_CAPABILITY:
+        raise ValueError(
+            f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}; these kernels "
+            "need 8.0 or later (A100, RTX 30 series and newer): use the plain torch backend on this GPU"
+        )
+    return cc
+
+
+def cdiv(a: int, b: int) -> int:
+    """Ceiling of a / b for positive integers."""
+    return -(-a // b)
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """`input_precision` of tl.dot: float32 products stay float32 instead of TF32; others ignore it."""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch as data: what a launcher runs, and what the ahead-of-time check compiles.
+
+    Attributes:
+        kernel: the jit function.
+        grid: number of programs along each axis.
+        args: every argument of the kernel by name, constexprs included.
+        options: compiler options: num_warps, num_stages, maxnreg.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: Mapping[str, Any]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def run_launches(launches: Iterable[Launch], device: torch.device) -> None:
+    """Queue launches in order on the current stream of `device`."""
+    on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with on_device:
+        for launch in launches:
+            launch.kernel[launch.grid](**launch.args, **launch.options)
+
+
+def compiler_options(num_warps: int, num_stages: int, maxnreg: int | None = None) -> dict[str, Any]:
+    """Options of a launch; contraction of a*b+c is asked for, since its default changes between releases."""
+    options: dict[str, Any] = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    return options if maxnreg is None else options | {"maxnreg": maxnreg}

@@ -1,0 +1,273 @@
+"""Patchify: pixels to tokens in one GEMM whose A operand is gathered from the image.
+
+    encoder:  tokens[t, :] = patch(image)[t, :] @ w + b                                  w [3pp, D]
+    decoder:  tokens[t, :] = [patch(x_t)[t, :], latents[:, t]] @ w + b                   w [3pp + Z, D]
+
+The convolution has kernel = stride = p, so a token is a linear map of its own patch. In the decoder
+patchify, latent_up and fuse_in are linear in a row too, and dewhitening is affine: folded at load, they
+leave one weight for the noised image and the whitened latents together. uint8 pixels become x/127.5 - 1
+on the way in.
+
+The order of K follows the image's layout, so that neighbours in K are neighbours in memory and every
+32-byte sector is used in full: (c, py, px) for NCHW, runs of p pixels; (py, px, c) for NHWC, runs of
+3p values. `pack_patchify_weight` makes either from the convolution's weight. Latents are NCHW: their tile is read
+along pixels and turned on its way through shared memory. Rows of a tile may belong to several images; no
+statistic spans a row, so that changes no bit.
+
+FLOPs 2*T*(3pp + Z)*D; bytes T*3pp*itemsize(image) + T*Z*itemsize(latents) + ((3pp + Z)*D + T*D)*itemsize.
+
+Measured facts: GPU timings not measured yet. Compiled, Triton 3.6.0, p 16, D 896, 2026-11-23, as registers /
+stack bytes / CTAs per SM (`python -m bench.aot` for the rows that ship):
+- both pixel layouts load 16 bytes a thread by cp.async, uint8 NHWC included; sm_90 128x128x64, 8 warps:
+  112/0/2 from bf16 NCHW, 128/0/2 from uint8 NHWC.
+- the decoder's form has two loops and converts float32 noise on the way: 146/0/1 at that tile, 128/0/2 when
+  held to 128 registers, where Triton 3.9 spills 24 bytes; 128x128x32 with 4 stages is 126/0/2 with both, and
+  ships.
+- 128x128 at 4 warps spills 8 bytes on sm_80 in the decoder's form: 128x64 ships on sm_80, 89 and 120.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import triton
+import triton.language as tl
+
+from ..jit import grouped_tile
+from ..launch import (
+    FLOATS,
+    Launch,
+    cdiv,
+    check_int32,
+    check_tensor,
+    compiler_options,
+    compute_capability,
+    dot_precision,
+    run_launches,
+)
+from ..tuning import Family, GemmConfig, Shape, flat_gemm_default, lookup, register
+
+LAYOUTS = ("nchw", "nhwc")
+IMAGE_DTYPES = (torch.uint8, *FLOATS)
+
+
+@triton.jit
+def patchify_kernel(
+    image_ptr,
+    latents_ptr,
+    w_ptr,
+    bias_ptr,
+    tokens_ptr,
+    tokens,
+    grid_h,
+    grid_w,
+    tiles_m,
+    PATCH: tl.constexpr,
+    LATENTS: tl.constexpr,
+    DIM: tl.constexpr,
+    NHWC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    PIXELS: tl.constexpr = 3 * PATCH * PATCH
+    NORMALIZE: tl.constexpr = image_ptr.dtype.element_ty == tl.uint8
+    dtype = w_ptr.dtype.element_ty
+    tile_m, tile_n = grouped_tile(tl.program_id(0), tiles_m, tl.cdiv(DIM, BLOCK_N), GROUP_M)
+    rm = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    rn = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    rk = tl.arange(0, BLOCK_K)
+    in_m = rm < tokens
+    in_n = rn < DIM
+    per_image = grid_h * grid_w
+    width = grid_w * PATCH
+    plane = per_image * (PATCH * PATCH)
+    # rows past the end read the last patch again and are dropped at the store
+    row = tl.minimum(rm, tokens - 1)
+    inside = row % per_image
+    corner = inside // grid_w * (PATCH * width) + inside % grid_w * PATCH
+    first = (row // per_image).to(tl.int64) * (3 * plane) + (corner * 3 if NHWC else corner)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    w_ptrs = w_ptr + rk[:, None] * DIM + rn[None, :]
+    for k in range(0, PIXELS, BLOCK_K):
+        kk = k + rk
+        if NHWC:
+            offset = kk // (3 * PATCH) * (3 * width) + kk % (3 * PATCH)
+        else:
+            offset = kk // (PATCH * PATCH) * plane + kk // PATCH % PATCH * width + kk % PATCH
+        in_k = kk < PIXELS
+        if PIXELS % BLOCK_K == 0:
+            x = tl.load(image_ptr + first[:, None] + offset[None, :])
+        else:
+            x = tl.load(image_ptr + first[:, None] + offset[None, :], mask=in_k[None, :], other=0)
+        if NORMALIZE:
+            x = x.to(tl.float32) * (1.0 / 127.5) - 1.0
+        if PIXELS % BLOCK_K == 0 and DIM % BLOCK_N == 0:
+            w = tl.load(w_ptrs)
+        else:
+            w = tl.load(w_ptrs, mask=in_k[:, None] & in_n[None, :], other=0.0)
+        acc = tl.dot(x.to(dtype), w, acc, input_precision=PRECISION)
+        w_ptrs += BLOCK_K * DIM
+
+    if LATENTS > 0:
+        z_first = (rm // per_image).to(tl.int64) * LATENTS * per_image + rm % per_image
+        w_ptrs = w_ptr + (PIXELS + rk[:, None]) * DIM + rn[None, :]
+        for k in range(0, LATENTS, BLOCK_K):
+            in_k = k + rk < LATENTS
+            z_ptrs = latents_ptr + z_first[None, :] + (k + rk).to(tl.int64)[:, None] * per_image
+            z = tl.load(z_ptrs, mask=in_k[:, None] & in_m[None, :], other=0.0)  # [BLOCK_K, BLOCK_M]
+            w = tl.load(w_ptrs, mask=in_k[:, None] & in_n[None, :], other=0.0)
+            acc = tl.dot(tl.trans(z.to(dtype)), w, acc, input_precision=PRECISION)
+            w_ptrs += BLOCK_K * DIM
+
+    bias = tl.load(bias_ptr + rn, mask=in_n, other=0.0).to(tl.float32)
+    out = (acc + bias[None, :]).to(tokens_ptr.dtype.element_ty)
+    out_ptrs = tokens_ptr + rm.to(tl.int64)[:, None] * DIM + rn[None, :]
+    tl.store(out_ptrs, out, mask=in_m[:, None] & in_n[None, :])
+
+
+def pack_patchify_weight(weight: torch.Tensor, *, patch: int, layout: str = "nchw") -> torch.Tensor:
+    """[D, 3, p, p] (or [D, 3pp]) convolution weight -> [3pp, D] in the order of K that `layout` asks for, a copy."""
+    _check_layout(layout)
+    if patch < 1 or weight.dim() < 2 or weight[0].numel() != 3 * patch * patch:
+        raise ValueError(f"weight has shape {list(weight.shape)}, expected [D, 3, {patch}, {patch}] for patch {patch}")
+    kernel = weight.reshape(-1, 3, patch, patch)
+    if layout == "nhwc":
+        kernel = kernel.permute(0, 2, 3, 1)
+    return kernel.reshape(kernel.shape[0], -1).t().clone(memory_format=torch.contiguous_format)
+
+
+def patchify(
+    image: torch.Tensor,
+    w: torch.Tensor,
+    b: torch.Tensor,
+    tokens: torch.Tensor,
+    *,
+    patch: int,
+    layout: str = "nchw",
+    latents: torch.Tensor | None = None,
+    config: GemmConfig | None = None,
+) -> None:
+    """tokens = patches @ w + b; with latents, tokens = [patches, latents] @ w + b.
+
+    Args:
+        image: [B, 3, H, W] (layout "nchw") or [B, H, W, 3] ("nhwc"); uint8 is taken as x/127.5 - 1,
+        bf16, fp16 or fp32 as it is. H and W are multiples of patch.
+        w: [3pp (+ Z), D] bf16, fp16 or fp32, pixel rows from `pack_patchify_weight` of the same layout, latent
+        rows after them. The products run in this dtype.
+        b: [D], fp32 or the dtype of w.
+        tokens: [B * H/p * W/p, D] output, bf16, fp16 or fp32.
+        latents: [B, Z, H/p, W/p], bf16, fp16 or fp32, for the decoder's form.
+        config: launch parameters; looked up by the shape of one image when None.
+
+    Raises:
+        TypeError, ValueError: an argument that the kernel cannot take.
+    """
+    _check_layout(layout)
+    if patch < 1:
+        raise ValueError(f"patch is {patch}, expected at least 1")
+    channel_axis = 1 if layout == "nchw" else 3
+    shape = tuple(3 if axis == channel_axis else None for axis in range(4))
+    check_tensor("image", image, shape=shape, dtypes=IMAGE_DTYPES)
+    batch = image.shape[0]
+    height, width = (image.shape[2], image.shape[3]) if layout == "nchw" else (image.shape[1], image.shape[2])
+    for name, size in (("height", height), ("width", width)):
+        if size < patch or size % patch:
+            below = max(size // patch, 1) * patch
+            raise ValueError(f"{name} {size} of image is not a multiple of {patch}: use {below} or {below + patch}")
+    if batch < 1:
+        raise ValueError("image has no images: its first dimension is 0")
+    grid_h, grid_w = height // patch, width // patch
+    depth = 3 * patch * patch
+    if latents is not None:
+        check_tensor("latents", latents, shape=(batch, None, grid_h, grid_w), dtypes=FLOATS, like=image)
+        depth += latents.shape[1]
+    check_tensor("w", w, shape=(depth, None), dtypes=FLOATS, like=image)
+    dim = w.shape[1]
+    check_tensor("b", b, shape=(dim,), dtypes=(torch.float32, w.dtype), like=image)
+    check_tensor("tokens", tokens, shape=(batch * grid_h * grid_w, dim), dtypes=FLOATS, like=image)
+    if config is None:
+        key = {"tokens_per_image": grid_h * grid_w, "dim": dim, "depth": depth}
+        config = lookup("patchify", compute_capability(image), key, w.dtype)
+    launches = _launches(image, latents, w, b, tokens, grid_h, grid_w, patch, layout, config)
+    run_launches(launches, image.device)
+
+
+def _check_layout(layout: str) -> None:
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout is {layout!r}, expected one of {LAYOUTS}")
+
+
+def _launches(
+    image: torch.Tensor,
+    latents: torch.Tensor | None,
+    w: torch.Tensor,
+    b: torch.Tensor,
+    tokens: torch.Tensor,
+    grid_h: int,
+    grid_w: int,
+    patch: int,
+    layout: str,
+    config: GemmConfig,
+) -> list[Launch]:
+    count, dim = tokens.shape
+    check_int32("number of tokens", count + config.block_m)
+    check_int32("values of one image", image[0].numel())
+    tiles_m = cdiv(count, config.block_m)
+    programs = tiles_m * cdiv(dim, config.block_n)
+    check_int32("number of tiles", programs)
+    args = {
+        "image_ptr": image,
+        "latents_ptr": w if latents is None else latents,
+        "w_ptr": w,
+        "bias_ptr": b,
+        "tokens_ptr": tokens,
+        "tokens": count,
+        "grid_h": grid_h,
+        "grid_w": grid_w,
+        "tiles_m": tiles_m,
+        "PATCH": patch,
+        "LATENTS": 0 if latents is None else latents.shape[1],
+        "DIM": dim,
+        "NHWC": layout == "nhwc",
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "GROUP_M": config.group_m,
+        "PRECISION": dot_precision(w.dtype),
+    }
+    options = compiler_options(config.num_warps, config.num_stages, config.maxnreg)
+    return [Launch(patchify_kernel, (programs,), args, options)]
+
+
+def _default(cc: int, shape: Shape, dtype: torch.dtype, use: str) -> GemmConfig:
+    """A plain GEMM tile, but half the columns on sm_80-89 and sm_120, where the decoder's two loops spill."""
+    config = flat_gemm_default(cc, shape["tokens_per_image"], shape["dim"], shape["depth"], dtype, use)
+    if cc in (90, 100):
+        return replace(config, maxnreg=128) if cc == 90 and config.num_warps == 8 else config
+    # without the limit ptxas spills 8 bytes on sm_80 to make room for a third CTA
+    return replace(config, block_n=min(config.block_n, 64), num_stages=3, maxnreg=224)
+
+
+def _example(shape: Shape, dtype: torch.dtype, config: GemmConfig) -> list[Launch]:
+    patch, grid_w = 16, 16
+    grid_h, dim, depth = cdiv(shape["tokens_per_image"], grid_w), shape["dim"], shape["depth"]
+    channels = depth - 3 * patch * patch
+
+    def empty(*size: int, of: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(size, dtype=of, device="meta")
+
+    w, b, tokens = empty(depth, dim), empty(dim, of=torch.float32), empty(2 * grid_h * grid_w, dim)
+    nchw, nhwc = (2, 3, grid_h * patch, grid_w * patch), (2, grid_h * patch, grid_w * patch, 3)
+    if channels > 0:
+        latents = empty(2, channels, grid_h, grid_w)
+        return _launches(empty(*nchw, of=torch.float32), latents, w, b, tokens, grid_h, grid_w, patch, "nchw", config)
+    forms = [(empty(*nchw), "nchw"), (empty(*nhwc, of=torch.uint8), "nhwc")]
+    return [_launches(x, None, w, b, tokens, grid_h, grid_w, patch, name, config)[0] for x, name in forms]
+
+
+register(Family("patchify", GemmConfig, ("dim", "depth"), ("tokens_per_image",), _default, _example))

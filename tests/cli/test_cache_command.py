@@ -1,0 +1,135 @@
+"""`capacitor-rt cache` and `capacitor-rt verify`: options, what they say, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+import typer
+from cache_cases import flip_byte, pixels, small_model, snapshot, write_images
+from PIL import Image
+from typer.testing import CliRunner
+
+from capacitor_rt.cache import LatentDataset
+from capacitor_rt.cli.cache import cache, verify
+from capacitor_rt.errors import CacheError, CheckpointError, InputError
+
+
+@pytest.fixture
+def cli(tmp_path):
+    """Run a command in a folder with images in `src` and a checkpoint in `model`."""
+    app = typer.Typer()
+    app.command()(cache)
+    app.command()(verify)
+    write_images(tmp_path / "src", 6, sizes=((64, 64), (32, 128)))
+    small_model().save_pretrained(tmp_path / "model")
+
+    def invoke(*args):
+        return CliRunner().invoke(app, [str(a) for a in args])
+
+    return invoke
+
+
+def options(tmp_path, *more):
+    return tmp_path / "src", tmp_path / "out", "--model", tmp_path / "model", "--device", "cpu", *more
+
+
+def test_caches_verifies_and_does_nothing_the_second_time(cli, tmp_path):
+    args = options(tmp_path, "--area", 64, "--dtype", "fp16", "--posterior", "--flip", "--batch", 2, "--shard-rows", 2)
+    first = cli("cache", *args, "--workers", 2)
+    assert first.exit_code == 0, first.output
+    assert "cached 6 of 6 images in 4 shards" in first.stdout
+    for word in ("images/s", "read", "decode", "of 2 threads", "encode", "write", "limited by"):
+        assert word in first.stdout
+    assert "img/s" in first.stderr or "6/6" in first.stderr
+    rows = LatentDataset(tmp_path / "out", verify=True)
+    assert rows[0]["latents_flip"].dtype == torch.float16
+    again = cli("cache", *args)
+    assert again.exit_code == 0
+    assert again.stdout.startswith("nothing to do")
+    checked = cli("verify", tmp_path / "out")
+    assert checked.exit_code == 0
+    assert "6 rows of 6 inputs, 4 shards" in checked.stdout and "no damage" in checked.stdout
+
+
+def test_dry_run_counts_and_writes_nothing(cli, tmp_path):
+    (tmp_path / "src" / "bad.png").write_text("no image")
+    (tmp_path / "src" / "notes.txt").write_text("")
+    result = cli("cache", *options(tmp_path, "--area", 64, "--shard-rows", 2, "--dry-run"))
+    assert result.exit_code == 0
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert ["64x64", "3"] in lines and ["32x128", "3"] in lines
+    assert ["quarantined:", "not_an_image", "1"] in lines
+    # 6 rows of 8 channels, 16 positions, 2 bytes
+    assert "4 shards of at most 2 images, 1.536 kB of latents in all" in result.stdout
+    assert "left out, as they have no image's extension: .txt 1" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_quarantine_ends_with_3_each_time(cli, tmp_path):
+    (tmp_path / "src" / "bad.png").write_text("no image")
+    for _ in range(2):
+        result = cli("cache", *options(tmp_path, "--size", 64))
+        assert result.exit_code == 3
+        assert "1 quarantined (not_an_image 1): see" in result.stderr
+    (line,) = (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()
+    assert json.loads(line)["path"] == "bad.png"
+    assert cli("verify", tmp_path / "out").exit_code == 0
+
+
+def test_background_is_that_of_the_option(cli, tmp_path):
+    picture = Image.fromarray(pixels(64, 64)).convert("RGBA")
+    picture.putalpha(0)
+    picture.save(tmp_path / "src" / "clear.png")
+    assert cli("cache", *options(tmp_path, "--size", 64, "--dtype", "fp32", "--background", "#102030")).exit_code == 0
+    rows = LatentDataset(tmp_path / "out")
+    row = next(r for r in (rows[i] for i in range(len(rows))) if r["id"] == "clear.png")
+    flat = torch.tensor([16, 32, 48], dtype=torch.uint8).expand(1, 64, 64, 3)
+    torch.testing.assert_close(row["latents"], small_model().encode(flat)[0])
+
+
+def test_names_that_are_not_utf8_can_be_told(cli, tmp_path):
+    with open(os.path.join(os.fsencode(tmp_path / "src"), b"x\xff.png"), "wb") as f:
+        f.write(b"no image")
+    result = cli("cache", *options(tmp_path, "--size", 64))
+    assert result.exit_code == 3
+    (line,) = (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()
+    assert json.loads(line)["path"] == "x\\xff.png"
+    (tmp_path / "src" / "000.png").unlink()
+    os.unlink(os.path.join(os.fsencode(tmp_path / "src"), b"x\xff.png"))
+    error = cli("cache", *options(tmp_path, "--size", 64)).exception
+    assert "2 removed: '000.png', 'x\\\\xff.png'" in str(error)
+
+
+def test_failures_are_typed_and_change_nothing(cli, tmp_path):
+    cli("cache", *options(tmp_path, "--size", 64))
+    before = snapshot(tmp_path / "out")
+    for more, kind, message in (
+        (("--size", 96), CacheError, "geometry.side 64 -> 96"),
+        (("--size", 64, "--compute-dtype", "bf16"), CacheError, "model.compute_dtype float32 -> bfloat16"),
+        (("--size", 64, "--background", "red"), InputError, "'red' is not a colour"),
+        ((), InputError, "one of --size N"),
+        (("--size", 64, "--area", 64), InputError, "one of --size N"),
+    ):
+        result = cli("cache", *options(tmp_path, *more))
+        assert isinstance(result.exception, kind) and message in str(result.exception)
+    missing = cli("cache", tmp_path / "src", tmp_path / "new", "--model", tmp_path / "nowhere", "--size", 64)
+    assert isinstance(missing.exception, CheckpointError)
+    assert cli("cache", *options(tmp_path, "--size", 64, "--dtype", "int3")).exit_code == 2
+    assert snapshot(tmp_path / "out") == before and not (tmp_path / "new").exists()
+
+
+def test_damage_ends_verify_with_1_and_is_named(cli, tmp_path):
+    cli("cache", *options(tmp_path, "--size", 64))
+    (shard,) = (tmp_path / "out" / "shards" / "64x64").iterdir()
+    flip_byte(shard, -1)
+    result = cli("verify", tmp_path / "out")
+    assert result.exit_code == 1
+    assert f"damaged: shard {shard} is damaged: 1 of 6 rows" in result.stderr
+    flip_byte(shard, -1)
+    (tmp_path / "out" / "commits.jsonl").write_text("")
+    result = cli("verify", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "unfinished: 1 shards" in result.stderr

@@ -1,0 +1,96 @@
+"""`capacitor-rt plan`: launches, memory and times, without a GPU and without weights."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import typer
+from golden_cases import GOLDEN
+from typer.testing import CliRunner
+
+from capacitor_rt import CapacitorError, ModelConfig
+from capacitor_rt.cli.plan import plan
+from capacitor_rt.runtime.forecast import CEILINGS, Ceilings, forecast
+from capacitor_rt.runtime.plan import Request, make_plan
+
+app = typer.Typer()
+app.command()(plan)
+
+
+def run(*args: str) -> str:
+    result = CliRunner().invoke(app, args)
+    if isinstance(result.exception, CapacitorError):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def document(*args: str) -> dict:
+    return json.loads(run(*args, "--json"))
+
+
+def test_the_headline_case_of_the_full_model():
+    got = document("--size", "256", "--batch", "128")
+    truth = make_plan(ModelConfig(), Request("encode", 128, 256, 256, torch.bfloat16, torch.uint8, "nchw", 90))
+    assert got["runs"] == [128] and got["ceilings"]["tflops"] == 790 and "measured" in got["ceilings"]["source"]
+    (only,) = got["plans"]
+    assert len(only["launches"]) == 34 and only["flops"] == truth.flops and only["arena_bytes"] == truth.arena_bytes
+    assert got["milliseconds"] == pytest.approx(1e3 * truth.expected_seconds(790e12, 4.3e12))
+    assert only["milliseconds"] == pytest.approx(sum(launch["milliseconds"] for launch in only["launches"]))
+    text = run("--size", "256", "--batch", "128")
+    assert "1 x 128 images, 34 launches" in text and f"{got['milliseconds']:.3f} ms at best" in text
+    assert "790 TFLOP/s or 4300 GB/s (H200, measured" in text
+    assert f"arena {truth.arena_bytes / 2**20:.2f} MiB" in text
+
+
+def test_a_batch_is_micro_batches_and_a_tail():
+    got = document("--size", "512", "--batch", "70", "--cc", "80")
+    assert got["runs"] == [32, 32, 6] and [p["images"] for p in got["plans"]] == [32, 6]
+    times = {p["images"]: p["milliseconds"] for p in got["plans"]}
+    assert got["milliseconds"] == pytest.approx(2 * times[32] + times[6])
+    assert got["ceilings"]["source"] == CEILINGS[80].source
+    assert "2 x 32 + 1 x 6 images, 102 launches" in run("--size", "512", "--batch", "70", "--cc", "80")
+
+
+def test_decoding_with_guidance_and_steps():
+    got = document("--size", "256", "--direction", "decode", "--steps", "2", "--sampler", "dpmpp_2m", "--pdg")
+    kernels = [launch["kernel"] for launch in got["plans"][0]["launches"]]
+    assert kernels.count("project") == 20 and kernels[-1] == "combine" and got["inference"]["num_steps"] == 2
+
+
+def test_models_by_name_file_and_checkpoint(tmp_path):
+    by_name = document("--config", "semdisdiffae_p32_v2", "--size", "256")
+    config = ModelConfig(patch_size=32, model_dim=1024, bottleneck_dim=384)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    assert document("--config", str(tmp_path / "config.json"), "--size", "256") == by_name
+    golden = document("--model", str(GOLDEN / "p8"), "--size", "64", "--dtype", "fp16")
+    assert golden["plans"][0]["output_bytes"] == 4 * 8 * 8 * 8
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--size", "250"), "height 250 is not a multiple of 16: use 240 or 256"),
+        (("--size", "256", "--width", "8"), "width 8 is not a multiple of 16: use 16"),
+        (("--size", "256", "--config", "big"), "'big' is neither a file nor one of full_capacitor"),
+        (("--size", "256", "--config", "capacitor_decoder"), "'encode' is none of this model's: use one of decode"),
+        (("--size", "256", "--cc", "100"), "no ceilings are known for compute capability 100: state both"),
+        (("--size", "256", "--dtype", "fp32"), "no ceilings are known for float32"),
+        (("--size", "256", "--model", "sample", "--config", "semdisdiffae"), "give one of them"),
+        (("--size", "256", "--direction", "decode", "--sampler", "euler"), "sampler 'euler' is unknown"),
+    ],
+)
+def test_what_cannot_be_planned_is_named(args, message):
+    with pytest.raises(CapacitorError, match=message):
+        run(*args)
+
+
+def test_stated_ceilings_bind_each_launch():
+    request = Request("encode", 2, 64, 64, torch.float32, torch.uint8, "nchw", 100)
+    slow_memory = forecast(ModelConfig(), request, Ceilings(1e9, 1.0, "as given"))
+    assert {launch["bound"] for launch in slow_memory.as_dict()["plans"][0]["launches"]} == {"memory"}
+    slow_maths = forecast(ModelConfig(), request, Ceilings(1e-3, 1e9, "as given"))
+    assert slow_maths.milliseconds == pytest.approx(slow_maths.plans[2].flops / 1e6, rel=1e-3)
+    assert document("--size", "64", "--cc", "100", "--tflops", "2000", "--gbps", "8000")["ceilings"]["gbps"] == 8000

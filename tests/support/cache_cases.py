@@ -1,0 +1,90 @@
+"""A small model, images and whole-folder snapshots for the tests of the cache."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from capacitor_rt import FullCapacitor, ModelConfig
+
+SMALL = {
+    "model_dim": 32,
+    "encoder_depth": 1,
+    "decoder_depth": 3,
+    "decoder_start_blocks": 1,
+    "decoder_end_blocks": 1,
+    "bottleneck_dim": 8,
+    "adaln_low_rank_rank": 4,
+}
+
+
+def small_model(seed: int = 0, **changes) -> FullCapacitor:
+    """Random weights, statistics unlike the identity."""
+    torch.manual_seed(seed)
+    model = FullCapacitor(ModelConfig(**{**SMALL, **changes})).eval().requires_grad_(False)
+    if model.latent_norm_running_mean is not None:
+        model.latent_norm_running_mean.normal_(0, 0.1)
+        model.latent_norm_running_var.uniform_(0.5, 2)
+    return model
+
+
+class Forbidden:
+    """A source that can say what its model is but must not be asked for it."""
+
+    def __init__(self, model: FullCapacitor):
+        from capacitor_rt.cache.model_source import Loaded
+
+        self.identity = Loaded(model).identity
+
+    def load(self, identity):
+        raise AssertionError("the model was loaded although nothing was left to do")
+
+
+def pixels(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """Smooth colours with some noise, uint8 `[H,W,3]`."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[0:height, 0:width] / 32
+    waves = [np.sin(x * a + y * b + c) for a, b, c in rng.uniform(-2, 2, (3, 3))]
+    return np.clip(128 + 90 * np.stack(waves, -1) + rng.normal(0, 6, (height, width, 3)), 0, 255).astype(np.uint8)
+
+
+def write_images(folder: Path, count: int, sizes=((48, 64), (64, 48), (40, 40)), suffix: str = ".png") -> list[Path]:
+    """`count` images 000.png, 001.png, ... whose sizes go round `sizes` (height, width)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for i in range(count):
+        path = folder / f"{i:03d}{suffix}"
+        Image.fromarray(pixels(*sizes[i % len(sizes)], seed=i)).save(path)
+        paths.append(path)
+    return paths
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """Every file under `folder`: relative name -> bytes."""
+    root = os.fsencode(folder)
+    files = {}
+    for where, _, names in os.walk(root):
+        for name in names:
+            path = os.path.join(where, name)
+            with open(path, "rb") as f:
+                files[os.fsdecode(os.path.relpath(path, root))] = f.read()
+    return files
+
+
+def stamps(folder: Path) -> dict[str, tuple[int, int, int]]:
+    """Every file under `folder`: relative name -> (inode, size, mtime in ns)."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        info = path.lstat()
+        found[str(path.relative_to(folder))] = (info.st_ino, info.st_size, info.st_mtime_ns)
+    return found
+
+
+def flip_byte(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 0xFF
+    path.write_bytes(data)

@@ -1,0 +1,103 @@
+"""Run as a script, for the tests of interrupted runs: children are forked after the imports, so they start at once.
+
+`kill SRC OUT COUNT SEED` caches SRC into OUT in a child, kills it at a random moment, and so on until one ends by
+itself. Prints how far the cache was (committed shards) when each died.
+`signal SRC MODEL OUT NUMBER [OUT NUMBER ...]` runs the command in a child for each OUT, sends it a signal after its
+first shard, and prints the exit codes.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import typer
+from cache_cases import small_model
+
+from capacitor_rt.cache import Request, cache_images
+from capacitor_rt.cache.durable import require_extra
+from capacitor_rt.cli.cache import cache, verify
+
+REQUEST = Request(32, area=True, dtype="fp32", posterior=True, flip=True, shard_rows=3, batch=2)
+
+
+def commits(out: Path) -> int:
+    log = out / "commits.jsonl"
+    return log.read_bytes().count(b"\n") if log.exists() else 0
+
+
+def wait_for_commits(out: Path, count: int) -> None:
+    deadline = time.monotonic() + 20
+    while commits(out) < count and time.monotonic() < deadline:
+        time.sleep(0.0005)
+
+
+def in_child(function) -> int:
+    """Fork, call `function` in the child and end it with what that returns; the child's process id."""
+    child = os.fork()
+    if child:
+        return child
+    code = 70
+    try:
+        code = function()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def kill_until_done(src: Path, out: Path, kills: int, seed: int) -> list[int]:
+    model = small_model()
+    rng = random.Random(seed)
+    died: list[int] = []
+    while True:
+        before = commits(out)
+        child = in_child(lambda: cache_images(src, out, model, REQUEST, workers=2, progress=False).exit_code)
+        if len(died) < kills:
+            # let it finish between none and three more shards, then strike within the next one
+            wait_for_commits(out, before + rng.randint(0, 3))
+            time.sleep(rng.uniform(0, 0.02))
+            os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        if os.WIFSIGNALED(status):
+            died.append(commits(out))
+            continue
+        assert os.WEXITSTATUS(status) == 3, f"the run ended with {os.WEXITSTATUS(status)}"
+        return died
+
+
+def command(*args: str) -> int:
+    """Exit code of `capacitor-rt ARGS`, the cache's commands."""
+    app = typer.Typer(pretty_exceptions_enable=False)
+    app.command()(cache)
+    app.command()(verify)
+    try:
+        app(args)
+    except SystemExit as e:
+        return e.code
+    return 0
+
+
+def signal_command(src: Path, out: Path, model: Path, number: int) -> int:
+    sizes = ("--size", "32", "--shard-rows", "2", "--workers", "1", "--device", "cpu")
+    child = in_child(lambda: command("cache", str(src), str(out), "--model", str(model), *sizes))
+    wait_for_commits(out, 1)
+    os.kill(child, number)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for module in ("pyarrow.parquet", "xxhash"):
+        require_extra(module)
+    mode, src, second, *rest = sys.argv[1:]
+    if mode == "kill":
+        print(*kill_until_done(Path(src), Path(second), *map(int, rest)))
+    else:
+        outs, numbers = map(Path, rest[::2]), map(int, rest[1::2])
+        print(*(signal_command(Path(src), out, Path(second), n) for out, n in zip(outs, numbers, strict=True)))
