@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from capacitor_rt import FullCapacitor, FullCapacitorInferenceConfig, ModelConfig
 from capacitor_rt.diffusion import sample, unit_noise
 from capacitor_rt.evaluation.flux2 import CONFIG, Flux2
-from capacitor_rt.runtime.plan import Request, make_plan
+from capacitor_rt.runtime.plan import PlanKey, make_plan
 
 # enough for every code path of the runtime and of the VAE, small enough for the CPU
 TINY = ModelConfig(
@@ -273,7 +273,7 @@ def _capacitor_flops(config: ModelConfig, shape: Shape) -> int:
     """Of one image."""
     inference = FullCapacitorInferenceConfig() if shape.direction == "decode" else None
     side, bf16 = shape.size, torch.bfloat16
-    request = Request(shape.direction, 1, side, side, bf16, bf16, "nchw", 90, inference=inference)
+    request = PlanKey(shape.direction, 1, side, side, bf16, bf16, "nchw", 90, inference=inference)
     return make_plan(config, request).flops
 
 

@@ -54,10 +54,10 @@ def _enlarge(channel: np.ndarray, side: int) -> np.ndarray:
 
 def measure(folder: Path, out: Path, model: Any, size: int, workers: int | None) -> dict[str, Any]:
     """Cache every file of `folder` into `out`; the figures of the run."""
-    from capacitor_rt.cache.plan import Request
+    from capacitor_rt.cache.plan import CacheRequest
     from capacitor_rt.cache.run import cache_images
 
-    report = cache_images(folder, out, model, Request(side=size), workers=workers, progress=False)
+    report = cache_images(folder, out, model, CacheRequest(side=size), workers=workers, progress=False)
     meters = report.meters
     # the shares are of the pipeline's own wall time; planning the run reads every header before it
     return {

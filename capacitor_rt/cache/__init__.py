@@ -7,19 +7,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .dataset import BucketBatchSampler, LatentDataset
     from .model_source import Checkpoint
-    from .plan import Request
+    from .plan import CacheRequest
     from .run import cache_images, forecast
 
 _EXPORTS = {
     "BucketBatchSampler": "dataset",
     "Checkpoint": "model_source",
     "LatentDataset": "dataset",
-    "Request": "plan",
+    "CacheRequest": "plan",
     "cache_images": "run",
     "forecast": "run",
 }
 
-__all__ = ["BucketBatchSampler", "Checkpoint", "LatentDataset", "Request", "cache_images", "forecast"]
+__all__ = ["BucketBatchSampler", "CacheRequest", "Checkpoint", "LatentDataset", "cache_images", "forecast"]
 
 
 def __getattr__(name: str) -> Any:

@@ -18,7 +18,7 @@ from ..errors import CacheError, InputError
 from ..images.geometry import Size
 from ..images.scan import id_to_path
 from .durable import read_commits, require_extra
-from .plan import Plan, load_plan
+from .plan import CachePlan, load_plan
 from .shards import OK, ShardFile, read_index, read_rows, read_shard_header, row_hashes
 
 OPEN_FILES = 128
@@ -53,7 +53,7 @@ class LatentDataset(Dataset):
         plan = load_plan(self.root)
         if plan is None:
             raise CacheError(f"{self.root} is no latent cache: it has no plan.json")
-        self.plan: Plan = plan
+        self.plan: CachePlan = plan
         self._load_index(allow_partial)
         self._open_files()
 

@@ -40,7 +40,7 @@ BATCH_PIXELS = {"cuda": 128 * 256 * 256, "cpu": 16 * 256 * 256}
 
 
 @dataclass(frozen=True)
-class Request:
+class CacheRequest:
     """What a caller asks for. `batch` and `shard_rows` None: those of an existing plan, else derived from the size.
 
     Attributes:
@@ -92,7 +92,7 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Plan:
+class CachePlan:
     """The contents of `plan.json`."""
 
     fields: dict[str, Any]
@@ -152,7 +152,7 @@ class Plan:
         PendingFile(out / PLAN, [body.encode() + b"\n"]).publish()
 
 
-def load_plan(out: Path) -> Plan | None:
+def load_plan(out: Path) -> CachePlan | None:
     """The plan of an existing cache, None where there is none.
 
     Raises:
@@ -172,7 +172,7 @@ def load_plan(out: Path) -> Plan | None:
         raise CacheError(f"{path} has format {fields.get('format')!r}: this version reads {FORMAT!r}")
     if checksum != _checksum(fields):
         raise CacheError(_damaged(path, "its contents do not match its sha256"))
-    return Plan(fields)
+    return CachePlan(fields)
 
 
 def _damaged(path: Path, why: str) -> str:
@@ -183,8 +183,8 @@ def _checksum(fields: dict[str, Any]) -> str:
     return hashlib.sha256(canonical_json(fields)).hexdigest()
 
 
-def make_plan(request: Request, model: ModelIdentity, inputs: Inputs, buckets: tuple[Size, ...]) -> Plan:
-    """Plan of a new cache. `inputs` have been assigned to `buckets`."""
+def make_plan(request: CacheRequest, model: ModelIdentity, inputs: Inputs, buckets: tuple[Size, ...]) -> CachePlan:
+    """The plan of a new cache. `inputs` have been assigned to `buckets`."""
     tensors = ["latents"] + ["logsnr"] * request.posterior
     if request.flip:
         tensors += [f"{name}_flip" for name in tensors]
@@ -204,12 +204,12 @@ def make_plan(request: Request, model: ModelIdentity, inputs: Inputs, buckets: t
     }
     fields["store"] |= {
         "batch": request.batch or _default_batch(model.device, buckets),
-        "shard_rows": request.shard_rows or _default_shard_rows(Plan(fields), buckets),
+        "shard_rows": request.shard_rows or _default_shard_rows(CachePlan(fields), buckets),
     }
-    return Plan(fields)
+    return CachePlan(fields)
 
 
-def _geometry(request: Request) -> dict[str, Any]:
+def _geometry(request: CacheRequest) -> dict[str, Any]:
     return {
         "mode": "area" if request.area else "size",
         "side": request.side,
@@ -234,7 +234,7 @@ def _default_batch(device: str, buckets: tuple[Size, ...]) -> int:
     return max(1, BATCH_PIXELS.get(device, BATCH_PIXELS["cpu"]) // largest)
 
 
-def _default_shard_rows(plan: Plan, buckets: tuple[Size, ...]) -> int:
+def _default_shard_rows(plan: CachePlan, buckets: tuple[Size, ...]) -> int:
     return max(1, SHARD_BYTES // max(plan.row_bytes(b) for b in buckets))
 
 
@@ -244,7 +244,7 @@ def _identity(fields: dict[str, Any]) -> dict[str, Any]:
     return {**same, "model": {k: v for k, v in fields["model"].items() if k not in MODEL_NAMES}}
 
 
-def check_plan(old: Plan, request: Request, model: ModelIdentity, out: Path) -> None:
+def check_plan(old: CachePlan, request: CacheRequest, model: ModelIdentity, out: Path) -> None:
     """Refuse to continue a cache under other settings or with another model.
 
     Raises:

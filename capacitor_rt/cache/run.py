@@ -27,7 +27,7 @@ from .encoder import BatchEncoder
 from .inputs import TABLE, Inputs, changed_inputs, load_inputs, read_header, read_headers
 from .model_source import Checkpoint, Loaded, ModelIdentity, ModelSource, with_whitening
 from .pipeline import Loader, Meters, Pipeline, device_threads
-from .plan import PLAN, Plan, Request, Shard, check_plan, code_versions, load_plan, make_plan
+from .plan import PLAN, CachePlan, CacheRequest, Shard, check_plan, code_versions, load_plan, make_plan
 from .quarantine import QUARANTINE, write_quarantine
 from .shards import ShardStore, read_index
 
@@ -52,7 +52,7 @@ class Report:
 
 
 @dataclass
-class Forecast:
+class DryRun:
     """What a run would do: inputs per bucket, failures seen in headers, shards and bytes, in all and still to do."""
 
     buckets: dict[Size, int]
@@ -70,7 +70,7 @@ class Job:
     """A checked plan with its inputs."""
 
     out: Path
-    plan: Plan
+    plan: CachePlan
     inputs: Inputs
     scan: Scan
     model: FullCapacitor | None
@@ -95,7 +95,7 @@ def cache_images(
     src: str | os.PathLike[str],
     out: str | os.PathLike[str],
     model: FullCapacitor | ModelSource | str | os.PathLike[str],
-    request: Request,
+    request: CacheRequest,
     *,
     workers: int | None = None,
     progress: bool = True,
@@ -151,11 +151,11 @@ def forecast(
     src: str | os.PathLike[str],
     out: str | os.PathLike[str],
     model: FullCapacitor | ModelSource | str | os.PathLike[str],
-    request: Request,
+    request: CacheRequest,
     *,
     workers: int | None = None,
     progress: bool = True,
-) -> Forecast:
+) -> DryRun:
     """What `cache_images` with these arguments would do; reads headers only, writes nothing, loads no weights."""
     out = Path(out)
     _check_folder(out)
@@ -167,7 +167,7 @@ def forecast(
     for s in shards:
         if s.bucket:
             buckets[s.bucket] += len(s.inputs)
-    return Forecast(
+    return DryRun(
         {b: n for b, n in sorted(buckets.items()) if n},
         Counter(reason for reason, _ in job.inputs.failures.values()),
         sum(s.bucket is not None for s in shards),
@@ -213,7 +213,7 @@ def _check_folder(out: Path) -> None:
 
 
 def _prepare(
-    src: Path, out: Path, source: ModelSource, request: Request, workers: int | None, progress: bool, load: bool
+    src: Path, out: Path, source: ModelSource, request: CacheRequest, workers: int | None, progress: bool, load: bool
 ) -> Job:
     """Check what can be checked before work starts. The model is loaded only for a new plan, and with `load`."""
     for extra in ("pyarrow", "xxhash"):
@@ -252,7 +252,7 @@ def _notes(found: Scan) -> list[str]:
     return notes
 
 
-def _version_notes(plan: Plan) -> list[str]:
+def _version_notes(plan: CachePlan) -> list[str]:
     now, planned = code_versions(), plan.fields["code"]
     changed = [f"{k} {planned.get(k)} -> {v}" for k, v in now.items() if planned.get(k) != v]
     return [f"other versions than when the cache was planned: {', '.join(changed)}"] if changed else []
@@ -342,7 +342,7 @@ def _work(
     return pipeline.meters
 
 
-def _identity_of(plan: Plan, source: ModelSource) -> ModelIdentity:
+def _identity_of(plan: CachePlan, source: ModelSource) -> ModelIdentity:
     return source.identity(plan.fields["model"]["compute_dtype"])
 
 

@@ -24,7 +24,7 @@ from ..errors import CacheError
 from ..images.geometry import Size
 from .durable import CommitLog, PendingFile, byte_view, hash_file, require_extra, xxh3
 from .inputs import parquet_bytes
-from .plan import FORMAT, Plan, Shard
+from .plan import FORMAT, CachePlan, Shard
 
 ALIGN = 4096
 CODES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -75,7 +75,7 @@ def row_hashes(tensors: Sequence[Tensor]) -> list[bytes]:
     return [d.digest() for d in digests]
 
 
-def shard_header(plan: Plan, bucket: Size, rows: int) -> bytes:
+def shard_header(plan: CachePlan, bucket: Size, rows: int) -> bytes:
     """The safetensors header with its length field, a multiple of 4 KiB."""
     shape = (rows, *plan.row_shape(bucket))
     size = plan.row_bytes(bucket) // len(plan.tensors) * rows
@@ -191,7 +191,7 @@ def read_index(path: Path, digest: str | None = None) -> Any:
 class ShardStore:
     """Writes shards and knows which are done. One per run, under the writer's lock."""
 
-    def __init__(self, out: Path, plan: Plan, log: CommitLog):
+    def __init__(self, out: Path, plan: CachePlan, log: CommitLog):
         self.out = out
         self.plan = plan
         self.log = log

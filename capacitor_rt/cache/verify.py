@@ -14,7 +14,7 @@ import numpy as np
 from ..errors import CacheError
 from .durable import COMMITS, LOCK, TMP, hash_file, read_commits
 from .inputs import TABLE, Inputs, load_inputs
-from .plan import PLAN, Plan, Shard, load_plan
+from .plan import PLAN, CachePlan, Shard, load_plan
 from .quarantine import QUARANTINE, quarantine_bytes
 from .shards import OK, disk_row_hashes, read_index, read_shard_header, rebuild_hint
 
@@ -88,7 +88,7 @@ def verify(
     return found
 
 
-def _read_plan(root: Path, found: Verification) -> tuple[Plan | None, Inputs | None]:
+def _read_plan(root: Path, found: Verification) -> tuple[CachePlan | None, Inputs | None]:
     try:
         plan = load_plan(root)
         if plan is None:

@@ -62,12 +62,12 @@ def cache(
         raise InputError("give one of --size N (squares) and --area N (aspect-ratio buckets)")
     with _interruptible():
         from ..cache.model_source import Checkpoint
-        from ..cache.plan import Request
+        from ..cache.plan import CacheRequest
         from ..cache.run import cache_images, forecast
 
         compute = compute_dtype.full_name if compute_dtype else None
         source = Checkpoint(model, resolve_device(device), compute, revision)
-        request = Request(
+        request = CacheRequest(
             side=size or area,
             area=area is not None,
             max_aspect=max_aspect,

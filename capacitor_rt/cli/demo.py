@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..cache.dataset import LatentDataset
-from ..cache.plan import Request
+from ..cache.plan import CacheRequest
 from ..cache.run import Report, cache_images
 from ..config import FullCapacitorInferenceConfig
 from ..errors import CapacitorError, InputError
@@ -123,7 +123,7 @@ def run_demo(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot make the folder {out}: {error.strerror}: give another --out") from error
-    report = cache_images(photos, out / "cache", model, Request(area, area=True), progress=progress)
+    report = cache_images(photos, out / "cache", model, CacheRequest(area, area=True), progress=progress)
     roles = _sample_roles() if name == "sample" else {}
     items = tuple(read_back(out / "cache", Path(photos), model, roles))
     title = f"model {name}: {model.config.latent_channels} channels, stride {model.config.latent_stride}"

@@ -45,7 +45,7 @@ def plan(
 
     from ..config import FullCapacitorInferenceConfig
     from ..runtime.forecast import ceilings_of, forecast
-    from ..runtime.plan import Request
+    from ..runtime.plan import PlanKey
 
     architecture = read_architecture(model, config, revision)
     height, width = size, width or size
@@ -53,7 +53,7 @@ def plan(
     inference = FullCapacitorInferenceConfig(num_steps=steps, sampler=sampler, pdg=pdg)
     compute = dtype.torch()
     decoding = direction == "decode"
-    request = Request(
+    request = PlanKey(
         direction,
         batch,
         height,

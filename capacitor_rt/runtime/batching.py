@@ -6,19 +6,19 @@ from dataclasses import replace
 from functools import lru_cache
 
 from ..config import ModelConfig
-from .plan import Plan, Request, make_plan
+from .plan import LaunchPlan, PlanKey, make_plan
 
 ARENA_BUDGET = 384 << 20
 """Bytes that one micro-batch takes: 128 images of 256x256 in bfloat16, or 32 of 512x512, to encode."""
 
 
 @lru_cache(maxsize=128)
-def cached_plan(config: ModelConfig, request: Request) -> Plan:
+def cached_plan(config: ModelConfig, request: PlanKey) -> LaunchPlan:
     """`make_plan`, remembered: planning costs milliseconds of Python."""
     return make_plan(config, request)
 
 
-def micro_batch(config: ModelConfig, request: Request, budget: int) -> int:
+def micro_batch(config: ModelConfig, request: PlanKey, budget: int) -> int:
     """Images of this request's shape that run together: a power of two whose arena is within `budget`, at least 1."""
     one, two = (make_plan(config, replace(request, batch=n)).arena_bytes for n in (1, 2))
     most = max(1, (budget - one) // max(1, two - one) + 1)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .arena import ALIGNMENT, Buffer
-from .plan import Plan, Step
+from .plan import LaunchPlan, Step
 
 
 def broadcast(*, row: Tensor, out: Tensor) -> None:
@@ -43,7 +43,7 @@ class Executor:
         arena: uint8 memory of at least `plan.arena_bytes`, aligned to 256 bytes.
     """
 
-    def __init__(self, plan: Plan, weights: Mapping[str, Tensor], arena: Tensor):
+    def __init__(self, plan: LaunchPlan, weights: Mapping[str, Tensor], arena: Tensor):
         if arena.nbytes < plan.arena_bytes or arena.data_ptr() % ALIGNMENT:
             raise ValueError(
                 f"arena has {arena.nbytes} bytes, the plan needs {plan.arena_bytes} aligned to {ALIGNMENT}"

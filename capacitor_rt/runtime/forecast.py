@@ -16,7 +16,7 @@ from capacitor_kernels.tuning import base_cc
 from ..config import ModelConfig
 from ..errors import InputError
 from .batching import ARENA_BUDGET, cached_plan, micro_batch, parts
-from .plan import Plan, Request, Step, Tensors
+from .plan import LaunchPlan, PlanKey, Step, Tensors
 
 MIB = 1 << 20
 
@@ -65,9 +65,9 @@ def ceilings_of(cc: int, dtype: torch.dtype, tflops: float | None, gbps: float |
 class Forecast:
     """The runs of one call. `runs` are numbers of images; `plans` one plan for each different number."""
 
-    request: Request
+    request: PlanKey
     runs: tuple[int, ...]
-    plans: dict[int, Plan]
+    plans: dict[int, LaunchPlan]
     ceilings: Ceilings
 
     @property
@@ -75,7 +75,7 @@ class Forecast:
         """Of all runs at the ceilings, gaps between launches not counted."""
         return sum(n * self._of(self.plans[size]) for size, n in Counter(self.runs).items())
 
-    def _of(self, plan: Plan) -> float:
+    def _of(self, plan: LaunchPlan) -> float:
         return sum(self.ceilings.milliseconds(step)[0] for step in plan.steps)
 
     def as_dict(self) -> dict[str, Any]:
@@ -153,7 +153,7 @@ class Forecast:
             f"{self.ceilings.tflops:g} TFLOP/s or {self.ceilings.gbps:g} GB/s ({self.ceilings.source})"
         )
 
-    def _lines(self, size: int, plan: Plan) -> Iterator[str]:
+    def _lines(self, size: int, plan: LaunchPlan) -> Iterator[str]:
         yield ""
         yield f"{size} images:  #  launch          GFLOP         MB        ms  bound   config"
         pad = " " * len(f"{size} images:")
@@ -174,7 +174,7 @@ class Forecast:
         )
 
 
-def forecast(config: ModelConfig, request: Request, ceilings: Ceilings, budget: int = ARENA_BUDGET) -> Forecast:
+def forecast(config: ModelConfig, request: PlanKey, ceilings: Ceilings, budget: int = ARENA_BUDGET) -> Forecast:
     """Plans of the runs into which the runtime splits a request."""
     runs = parts(request.batch, min(micro_batch(config, request, budget), request.batch))
     plans = {size: cached_plan(config, replace(request, batch=size)) for size in dict.fromkeys(runs)}

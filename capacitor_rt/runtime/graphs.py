@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .executor import Executor
 from .memory import new_arena, retire
-from .plan import Plan, Request
+from .plan import LaunchPlan, PlanKey
 from .stats import Stats
 
 MAX_BOUND = 256
@@ -23,7 +23,7 @@ _capturing = threading.Lock()
 class Bound:
     """A plan bound to an arena, which others on the same device may share: one of them runs at a time."""
 
-    def __init__(self, plan: Plan, weights: Mapping[str, Tensor], arena: Tensor):
+    def __init__(self, plan: LaunchPlan, weights: Mapping[str, Tensor], arena: Tensor):
         self.plan, self.arena = plan, arena
         self.executor = Executor(plan, weights, arena)
         self.inputs, self.outputs = self.executor.inputs, self.executor.outputs
@@ -78,11 +78,11 @@ class BoundCache:
 
     def __init__(self, device: torch.device, budget: int, arena_step: int, stats: Stats):
         self.device, self.budget, self.arena_step, self.stats = device, budget, arena_step, stats
-        self._bound: OrderedDict[Request, Bound] = OrderedDict()
+        self._bound: OrderedDict[PlanKey, Bound] = OrderedDict()
         # None where nothing is to be captured
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
-    def find(self, request: Request) -> Bound | None:
+    def find(self, request: PlanKey) -> Bound | None:
         """The bound plan of `request`, now the most recently used one."""
         bound = self._bound.get(request)
         if bound is not None:
@@ -101,7 +101,7 @@ class BoundCache:
             self.stats.evictions += 1
         self.stats.nbytes = self._nbytes()
 
-    def drop(self, unwanted: Callable[[Plan], bool]) -> None:
+    def drop(self, unwanted: Callable[[LaunchPlan], bool]) -> None:
         """Free the bound plans that are unwanted."""
         for request in [r for r, bound in self._bound.items() if unwanted(bound.plan)]:
             self._retire(self._bound.pop(request))

@@ -28,7 +28,7 @@ Tensors = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 @dataclass(frozen=True)
-class Request:
+class PlanKey:
     """What a plan is for; the key under which its CUDA graph is kept.
 
     Attributes:
@@ -74,10 +74,10 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Plan:
+class LaunchPlan:
     """Steps and memory of one request. `times` are the decoder's `(t, image_scale)`, weights `t{i}.*` in this order."""
 
-    request: Request
+    request: PlanKey
     steps: tuple[Step, ...]
     buffers: tuple[Buffer, ...]
     arena_bytes: int
@@ -98,7 +98,7 @@ class Plan:
         return sum(max(s.flops / flops_per_second, s.nbytes / bytes_per_second) for s in self.steps)
 
 
-def make_plan(config: ModelConfig, request: Request) -> Plan:
+def make_plan(config: ModelConfig, request: PlanKey) -> LaunchPlan:
     """Plan a request for a model of `config`.
 
     Raises:
@@ -118,7 +118,7 @@ def make_plan(config: ModelConfig, request: Request) -> Plan:
 class _Builder:
     """Collects steps; a buffer lives from the first to the last step that names it."""
 
-    def __init__(self, config: ModelConfig, request: Request):
+    def __init__(self, config: ModelConfig, request: PlanKey):
         self.config, self.request = config, request
         self.h, self.w = request.height // config.patch_size, request.width // config.patch_size
         self.per_image = self.h * self.w
@@ -131,7 +131,7 @@ class _Builder:
 
     # the model's parts
 
-    def encode(self) -> Plan:
+    def encode(self) -> LaunchPlan:
         r = self.request
         shape = (r.batch, 3, r.height, r.width) if r.layout == "nchw" else (r.batch, r.height, r.width, 3)
         self.inputs["image"] = (shape, r.image_dtype)
@@ -142,7 +142,7 @@ class _Builder:
         self.head()
         return self.finish(())
 
-    def decode(self) -> Plan:
+    def decode(self) -> LaunchPlan:
         r = self.request
         self.inputs["noise"] = ((r.batch, 3, r.height, r.width), torch.float32)
         self.inputs["latents"] = ((r.batch, self.z, self.h, self.w), r.image_dtype)
@@ -381,7 +381,7 @@ class _Builder:
     def add(self, kernel: str, args: dict[str, str], options: dict[str, Any], flops: int, nbytes: int) -> None:
         self.steps.append(Step(kernel, args, options, flops, nbytes))
 
-    def finish(self, times: tuple[tuple[float, float], ...]) -> Plan:
+    def finish(self, times: tuple[tuple[float, float], ...]) -> LaunchPlan:
         end = len(self.steps) - 1
         buffers = []
         for place, tensors in (("buffer", self.tensors), ("input", self.inputs), ("output", self.outputs)):
@@ -390,7 +390,7 @@ class _Builder:
                 first, last = 0 if place == "input" else first, end if place == "output" else last
                 buffers.append(Buffer(name, shape, dtype, first, last))
         placed, size = lay_out(buffers)
-        return Plan(self.request, tuple(self.steps), placed, size, self.inputs, self.outputs, times)
+        return LaunchPlan(self.request, tuple(self.steps), placed, size, self.inputs, self.outputs, times)
 
 
 def _lifetime(ref: str, steps: list[Step]) -> tuple[int, int]:

@@ -25,7 +25,7 @@ from . import weights
 from .batching import ARENA_BUDGET, cached_plan, micro_batch
 from .graphs import Bound, BoundCache
 from .memory import MIB, DeviceMemoryError, amount, free_bytes, new_arena
-from .plan import Plan, Request
+from .plan import LaunchPlan, PlanKey
 from .stats import Stats
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Runtime:
         self._cache = BoundCache(device, budget, ARENA_BUDGET, self.stats)
         # bound to the cache, not to this object: a cycle would keep GPU memory until the next collection
         self._weights = weights.PackedWeights(model, device, dtype, self.stats, partial(_forget, self._cache))
-        self._limits: dict[Request, int] = {}
+        self._limits: dict[PlanKey, int] = {}
         self._lock = threading.RLock() if self._cuda else _interpreter
         self._done = torch.cuda.Event() if self._cuda else None
 
@@ -136,9 +136,9 @@ class Runtime:
         layout: str,
         inference: FullCapacitorInferenceConfig | None = None,
         at: float | None = None,
-    ) -> Request:
+    ) -> PlanKey:
         use = "latency" if batch == 1 and self._model().low_latency else "throughput"
-        return Request(direction, batch, height, width, self.dtype, image_dtype, layout, self.cc, use, inference, at)
+        return PlanKey(direction, batch, height, width, self.dtype, image_dtype, layout, self.cc, use, inference, at)
 
     def _image(self, direction: str, image: Tensor, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
         image, layout = as_it_lies(image)
@@ -160,7 +160,7 @@ class Runtime:
         outputs = {} if out is None else {"image": out}
         return self._run(request, {"latents": latents, "noise": noise}, outputs)["image"]
 
-    def _run(self, request: Request, inputs: Mapping[str, Tensor], outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _run(self, request: PlanKey, inputs: Mapping[str, Tensor], outputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """A batch as replays of one micro-batch and a tail, into the given outputs or fresh ones."""
         with self._turn():
             start = 0
@@ -196,7 +196,7 @@ class Runtime:
         """Whether the caller is capturing a graph of its own on the current stream."""
         return self._cuda and torch.cuda.is_current_stream_capturing()
 
-    def _split(self, request: Request) -> Iterator[Bound]:
+    def _split(self, request: PlanKey) -> Iterator[Bound]:
         """Bound plans for the parts of a request, one after another; smaller ones when memory runs out."""
         self._refresh("encoder" if request.direction in ("encode", "posterior") else "decoder")
         left = request.batch
@@ -210,7 +210,7 @@ class Runtime:
             yield bound
             left -= batch
 
-    def _bound(self, request: Request) -> Bound | None:
+    def _bound(self, request: PlanKey) -> Bound | None:
         """The plan of a request, bound and captured; None where memory ran out."""
         capturing = self._foreign_capture()
         bound = None if capturing else self._cache.find(request)
@@ -232,7 +232,7 @@ class Runtime:
         self.stats.capture_seconds += time.perf_counter() - started
         return bound
 
-    def _bound_for_caller(self, plan: Plan) -> Bound:
+    def _bound_for_caller(self, plan: LaunchPlan) -> Bound:
         """Inside a caller's capture: plain launches, in memory that the caller's graph owns."""
         if not self._weights.ready_for(plan):
             raise InputError(
@@ -249,7 +249,7 @@ class Runtime:
 
     # memory
 
-    def _micro_batch(self, request: Request) -> int:
+    def _micro_batch(self, request: PlanKey) -> int:
         if request.batch == 1:
             return 1
         key = replace(request, batch=1)
@@ -257,7 +257,7 @@ class Runtime:
             self._limits[key] = micro_batch(self.config, key, ARENA_BUDGET)
         return self._limits[key]
 
-    def _halve(self, part: Request) -> None:
+    def _halve(self, part: PlanKey) -> None:
         """Run half as many images of this shape together from now on; everything bound is freed first."""
         self._cache.clear()
         if part.batch == 1:
@@ -270,7 +270,7 @@ class Runtime:
         free_bytes(self.device)
         self._limits[replace(part, batch=1)] = part.batch // 2
 
-    def _output(self, request: Request, plan: Plan, name: str) -> Tensor:
+    def _output(self, request: PlanKey, plan: LaunchPlan, name: str) -> Tensor:
         """A fresh output for the whole batch."""
         shape, dtype = plan.outputs[name]
         try:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from . import fold
 from .memory import DeviceMemoryError, amount, free_bytes, retire
-from .plan import Plan
+from .plan import LaunchPlan
 from .stats import Stats
 
 if TYPE_CHECKING:
@@ -79,17 +79,17 @@ class PackedWeights:
         self._decoders: OrderedDict[Time, dict[str, Tensor]] = OrderedDict()
         self._watches: dict[str, tuple[Watch, list[int]]] = {}
 
-    def of(self, plan: Plan) -> Mapping[str, Tensor]:
+    def of(self, plan: LaunchPlan) -> Mapping[str, Tensor]:
         """Weights of a plan, folded and packed where they are not there yet."""
         if not plan.times:
             return self._encode()
         return {f"t{i}.{name}": t for i, key in enumerate(plan.times) for name, t in self._decode(key).items()}
 
-    def ready_for(self, plan: Plan) -> bool:
+    def ready_for(self, plan: LaunchPlan) -> bool:
         """Whether `of` would only look up."""
         return all(key in self._decoders for key in plan.times) if plan.times else bool(self._encoder)
 
-    def touch(self, plan: Plan) -> None:
+    def touch(self, plan: LaunchPlan) -> None:
         """Count a plan's decoders as just used."""
         for key in plan.times:
             self._decoders.move_to_end(key)

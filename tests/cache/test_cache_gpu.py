@@ -8,7 +8,7 @@ import torch
 from cache_cases import pixels, small_model, snapshot, write_images
 from PIL import Image
 
-from capacitor_rt.cache import LatentDataset, Request, cache_images
+from capacitor_rt.cache import CacheRequest, LatentDataset, cache_images
 
 pytestmark = pytest.mark.gpu
 
@@ -18,7 +18,7 @@ def test_rows_are_those_of_the_model_on_the_gpu(tmp_path, flip):
     model = small_model().to("cuda", torch.bfloat16)
     paths = write_images(tmp_path / "src", 37, sizes=((64, 64), (32, 128)))
     (tmp_path / "src" / "bad.png").write_text("no image")
-    request = Request(64, area=True, dtype="fp32", posterior=True, flip=flip, batch=4, shard_rows=10)
+    request = CacheRequest(64, area=True, dtype="fp32", posterior=True, flip=flip, batch=4, shard_rows=10)
     for name in ("one", "two"):
         report = cache_images(tmp_path / "src", tmp_path / name, model, request, workers=4, progress=False)
     assert report.cached == 37 and report.meters.seconds["encode"] > 0
@@ -37,5 +37,5 @@ def test_an_overflowing_row_is_found_on_the_gpu(tmp_path):
     model.encoder.to_bottleneck.weight.mul_(1e9)
     (tmp_path / "src").mkdir()
     Image.fromarray(pixels(32, 32)).save(tmp_path / "src" / "a.png")
-    report = cache_images(tmp_path / "src", tmp_path / "out", model, Request(32, dtype="fp16"), progress=False)
+    report = cache_images(tmp_path / "src", tmp_path / "out", model, CacheRequest(32, dtype="fp16"), progress=False)
     assert report.quarantined == {"nan_latent": 1}

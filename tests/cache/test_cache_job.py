@@ -14,13 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from capacitor_rt.cache import Request, cache_images, forecast
+from capacitor_rt.cache import CacheRequest, cache_images, forecast
 from capacitor_rt.cache.pipeline import Meters, batches
-from capacitor_rt.cache.plan import Plan, load_plan
+from capacitor_rt.cache.plan import CachePlan, load_plan
 from capacitor_rt.errors import CacheError, InputError
 from capacitor_rt.images.geometry import Size
 
-REQUEST = Request(64, area=True, shard_rows=3, batch=2)
+REQUEST = CacheRequest(64, area=True, shard_rows=3, batch=2)
 
 
 def run(src, out, model, request=REQUEST, **options):
@@ -53,9 +53,9 @@ def test_layout_of_a_finished_cache(cached):
     assert (out / "quarantine.jsonl").read_bytes() == b""
 
 
-def plan_of(shard_rows: int, buckets) -> Plan:
+def plan_of(shard_rows: int, buckets) -> CachePlan:
     fixed = {"format": "", "pipeline": 1, "inputs": {}, "model": {"sha256": ""}}
-    return Plan({**fixed, "geometry": {"buckets": buckets}, "store": {"shard_rows": shard_rows}})
+    return CachePlan({**fixed, "geometry": {"buckets": buckets}, "store": {"shard_rows": shard_rows}})
 
 
 def test_shards_are_contiguous_slices_of_each_bucket():
@@ -141,7 +141,7 @@ def test_other_settings_are_refused_by_field(cached, change, message):
     before = snapshot(out)
     settings = {"side": 64, "area": True, "shard_rows": 3, "batch": 2} | change
     with pytest.raises(CacheError, match=message) as error:
-        run(src, out, model, Request(**settings))
+        run(src, out, model, CacheRequest(**settings))
     # an aspect is a matter of areas alone
     assert str(error.value).count("->") == 1 + ("area" in change)
     assert snapshot(out) == before
@@ -170,7 +170,7 @@ def test_checkpoints_are_identified_by_content_not_by_name(tmp_path):
 
 def test_left_out_batch_and_shard_rows_are_those_of_the_plan(cached):
     src, out, model = cached
-    assert run(src, out, Forbidden(model), Request(64, area=True)).new_images == 0
+    assert run(src, out, Forbidden(model), CacheRequest(64, area=True)).new_images == 0
 
 
 def test_added_removed_and_changed_inputs_are_refused_by_name(cached):
@@ -249,10 +249,10 @@ def test_what_is_refused_leaves_no_folder_behind(tmp_path):
         run(tmp_path / "nowhere", tmp_path / "out", model)
     write_images(tmp_path / "src", 1)
     with pytest.raises(InputError, match="100 is not a multiple of 32: use 96 or 128"):
-        run(tmp_path / "src", tmp_path / "out", model, Request(100))
+        run(tmp_path / "src", tmp_path / "out", model, CacheRequest(100))
     with pytest.raises(CacheError, match="deterministic"):
         deterministic = small_model(bottleneck_posterior_kind="deterministic")
-        run(tmp_path / "src", tmp_path / "out", deterministic, Request(64, posterior=True))
+        run(tmp_path / "src", tmp_path / "out", deterministic, CacheRequest(64, posterior=True))
     with pytest.raises(CacheError, match="decoder only"):
         run(tmp_path / "src", tmp_path / "out", small_model(encoder_depth=0))
     assert not (tmp_path / "out").exists()
@@ -272,7 +272,7 @@ def test_a_plan_without_latents_may_be_deleted_and_says_so(cached):
     src, out, model = cached
     (out / "commits.jsonl").write_text("")
     with pytest.raises(CacheError, match=r"batch 2 -> 4\n.*or delete .*, which holds no latents yet"):
-        run(src, out, model, Request(64, area=True, shard_rows=3, batch=4))
+        run(src, out, model, CacheRequest(64, area=True, shard_rows=3, batch=4))
 
 
 def test_too_little_space_is_said_beforehand(tmp_path, monkeypatch):

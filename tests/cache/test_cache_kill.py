@@ -19,7 +19,7 @@ import pytest
 from cache_cases import small_model, snapshot, write_images
 from kill_driver import REQUEST
 
-from capacitor_rt.cache import Request, cache_images, durable
+from capacitor_rt.cache import CacheRequest, cache_images, durable
 from capacitor_rt.cache import pipeline as pipeline_module
 from capacitor_rt.cache.durable import DiskFull, read_commits
 from capacitor_rt.cache.verify import verify
@@ -198,7 +198,7 @@ def test_a_file_that_outgrows_the_disk_leaves_nothing(tmp_path, src):
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
     try:
         with pytest.raises(DiskFull, match=r"no space left for .*safetensors.*finished shards are safe"):
-            run(src, out, small_model(), Request(64, dtype="fp32", posterior=True, shard_rows=30))
+            run(src, out, small_model(), CacheRequest(64, dtype="fp32", posterior=True, shard_rows=30))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert not list(out.rglob("*.tmp-*")) and not list(out.rglob("*.safetensors"))
@@ -249,7 +249,7 @@ def test_an_interrupted_command_says_so_and_goes_on(tmp_path):
     done = len(read_commits(outs[0])[0])
     lines: list[str] = []
     report = cache_images(
-        src, outs[0], tmp_path / "model", Request(32, shard_rows=2), progress=False, note=lines.append
+        src, outs[0], tmp_path / "model", CacheRequest(32, shard_rows=2), progress=False, note=lines.append
     )
     assert (report.cached, report.new_images) == (120, 120 - 2 * done)
     assert lines == [f"going on: {done} of 60 shards are done"]

@@ -15,7 +15,7 @@ from cache_cases import pixels, small_model, snapshot, stamps, write_images
 from PIL import Image
 from safetensors.torch import load_file
 
-from capacitor_rt.cache import LatentDataset, Request, cache_images
+from capacitor_rt.cache import CacheRequest, LatentDataset, cache_images
 from capacitor_rt.cache import pipeline as pipeline_module
 from capacitor_rt.cache.inputs import MAX_FILE_BYTES
 from capacitor_rt.cache.shards import read_index, read_shard_header
@@ -43,7 +43,7 @@ def index(out):
 def test_rows_are_the_models_latents_of_the_resized_pixels(tmp_path, dtype, torch_dtype):
     model = small_model()
     paths = write_images(tmp_path / "src", 7)
-    run(tmp_path / "src", tmp_path / "out", model, Request(64, area=True, dtype=dtype, shard_rows=3, batch=1))
+    run(tmp_path / "src", tmp_path / "out", model, CacheRequest(64, area=True, dtype=dtype, shard_rows=3, batch=1))
     rows = LatentDataset(tmp_path / "out", verify=True)
     assert [rows[i]["id"] for i in range(7)] == [p.name for p in paths]
     for i, path in enumerate(paths):
@@ -58,7 +58,7 @@ def test_rows_are_the_models_latents_of_the_resized_pixels(tmp_path, dtype, torc
 def test_posterior_and_mirror_images(tmp_path):
     model = small_model()
     paths = write_images(tmp_path / "src", 3, sizes=((64, 64),))
-    request = Request(64, dtype="fp32", posterior=True, flip=True, batch=3)
+    request = CacheRequest(64, dtype="fp32", posterior=True, flip=True, batch=3)
     run(tmp_path / "src", tmp_path / "out", model, request)
     rows = LatentDataset(tmp_path / "out", verify=True)
     batch = torch.from_numpy(np.stack([np.array(Image.open(p)) for p in paths]))
@@ -72,7 +72,7 @@ def test_posterior_and_mirror_images(tmp_path):
 def test_draws_have_the_posteriors_mean_and_spread(tmp_path, latent_patch):
     model = small_model(latent_patch=latent_patch)
     path = write_images(tmp_path / "src", 1, sizes=((64, 64),))[0]
-    run(tmp_path / "src", tmp_path / "out", model, Request(64, dtype="fp32", posterior=True))
+    run(tmp_path / "src", tmp_path / "out", model, CacheRequest(64, dtype="fp32", posterior=True))
     rows = LatentDataset(tmp_path / "out")
     row = rows[0]
     generator = torch.Generator().manual_seed(0)
@@ -91,7 +91,7 @@ def test_draws_have_the_posteriors_mean_and_spread(tmp_path, latent_patch):
 
 def test_shards_are_plain_safetensors_with_aligned_data(tmp_path):
     write_images(tmp_path / "src", 5, sizes=((64, 64),))
-    request = Request(64, posterior=True, flip=True, shard_rows=3)
+    request = CacheRequest(64, posterior=True, flip=True, shard_rows=3)
     run(tmp_path / "src", tmp_path / "out", small_model(), request)
     for path in (tmp_path / "out" / "shards" / "64x64").iterdir():
         tensors = load_file(path)
@@ -109,7 +109,7 @@ def test_index_says_what_became_of_each_input(tmp_path):
     exif[0x0112] = 6
     # stored lying, shown upright: 40 wide, 100 high
     Image.fromarray(pixels(40, 100)).save(src / "turned.png", exif=exif)
-    run(src, out, small_model(), Request(64, dtype="fp32"))
+    run(src, out, small_model(), CacheRequest(64, dtype="fp32"))
     row = index(out)["turned.png"]
     placement = place(Size(100, 40), Size(64, 64))
     assert (row["width"], row["height"], row["orientation"]) == (40, 100, 6)
@@ -193,7 +193,7 @@ def test_difficult_files_are_cached_right_or_quarantined_with_a_reason(tmp_path,
     work.chmod(0o777)
     before = stamps(src)
     with as_nobody(tmp_path):
-        report = run(src, work / "out", model, Request(64, dtype="fp32", shard_rows=4, batch=1))
+        report = run(src, work / "out", model, CacheRequest(64, dtype="fp32", shard_rows=4, batch=1))
     assert report.exit_code == 3
     assert stamps(src) == before
     rows = index(work / "out")
@@ -219,7 +219,7 @@ def test_messages_do_not_depend_on_the_place(tmp_path, as_nobody):
     for name in ("pipe.png", "huge.tif"):
         (tmp_path / "one" / name).unlink()
     for name in ("one", "two"):
-        run(tmp_path / name, tmp_path / f"{name}-out", small_model(), Request(64))
+        run(tmp_path / name, tmp_path / f"{name}-out", small_model(), CacheRequest(64))
     one, two = snapshot(tmp_path / "one-out"), snapshot(tmp_path / "two-out")
     assert one["quarantine.jsonl"] == two["quarantine.jsonl"]
     assert len(one["quarantine.jsonl"].splitlines()) >= sum(r is not None for r in expected.values()) - 3
@@ -231,7 +231,7 @@ def test_two_files_of_one_stem_are_two_rows(tmp_path):
     src = tmp_path / "src"
     write_images(src, 1)
     Image.fromarray(pixels(40, 40, seed=5)).save(src / "000.jpg")
-    run(src, tmp_path / "out", small_model(), Request(32))
+    run(src, tmp_path / "out", small_model(), CacheRequest(32))
     rows = LatentDataset(tmp_path / "out")
     assert [rows[i]["id"] for i in range(2)] == ["000.jpg", "000.png"]
     assert not torch.equal(rows[0]["latents"], rows[1]["latents"])
@@ -249,7 +249,7 @@ def test_only_the_image_whose_latent_overflows_is_quarantined(tmp_path):
     model.latent_norm_running_var.zero_()
     for name, colour in (("a", 100), ("b", 250), ("c", 100)):
         Image.new("RGB", (32, 32), (colour,) * 3).save(src / f"{name}.png")
-    report = run(src, tmp_path / "out", model, Request(32, dtype="fp16", batch=3))
+    report = run(src, tmp_path / "out", model, CacheRequest(32, dtype="fp16", batch=3))
     assert report.exit_code == 3
     assert quarantine(tmp_path / "out") == {"b.png": "nan_latent"}
     rows = LatentDataset(tmp_path / "out", verify=True)
@@ -261,7 +261,7 @@ def test_a_model_of_nans_writes_no_shard(tmp_path):
     model = small_model()
     model.encoder.to_bottleneck.bias.fill_(float("nan"))
     write_images(tmp_path / "src", 3)
-    report = run(tmp_path / "src", tmp_path / "out", model, Request(32))
+    report = run(tmp_path / "src", tmp_path / "out", model, CacheRequest(32))
     assert (report.cached, report.quarantined) == (0, {"nan_latent": 3})
     assert not (tmp_path / "out" / "shards").exists()
     assert verify(tmp_path / "out").problems == []
@@ -293,7 +293,7 @@ def test_files_that_change_after_planning_are_quarantined(tmp_path, monkeypatch)
         paths[1].write_bytes(paths[1].read_bytes().ljust(size, b"\0"))
         paths[2].unlink()
 
-    report = run_with_change(monkeypatch, change, src, tmp_path / "out", small_model(), Request(32))
+    report = run_with_change(monkeypatch, change, src, tmp_path / "out", small_model(), CacheRequest(32))
     assert report.cached == 1
     assert quarantine(tmp_path / "out") == {"000.bmp": "changed", "001.bmp": "changed", "002.bmp": "unreadable"}
 
@@ -302,9 +302,9 @@ def test_a_source_that_goes_away_stops_the_run_and_quarantines_nothing(tmp_path,
     src, out, model = tmp_path / "src", tmp_path / "out", small_model()
     write_images(src, 4)
     with pytest.raises(CacheError, match="went away during the run"):
-        run_with_change(monkeypatch, lambda: src.rename(tmp_path / "unmounted"), src, out, model, Request(32))
+        run_with_change(monkeypatch, lambda: src.rename(tmp_path / "unmounted"), src, out, model, CacheRequest(32))
     assert (out / "quarantine.jsonl").read_bytes() == b""
     (tmp_path / "unmounted").rename(src)
-    assert run(src, out, model, Request(32)).cached == 4
-    run(src, tmp_path / "undisturbed", model, Request(32))
+    assert run(src, out, model, CacheRequest(32)).cached == 4
+    run(src, tmp_path / "undisturbed", model, CacheRequest(32))
     assert snapshot(out) == snapshot(tmp_path / "undisturbed")

@@ -17,7 +17,7 @@ from cache_cases import flip_byte, small_model, write_images
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
-from capacitor_rt.cache import BucketBatchSampler, LatentDataset, Request, cache_images
+from capacitor_rt.cache import BucketBatchSampler, CacheRequest, LatentDataset, cache_images
 from capacitor_rt.cache import dataset as dataset_module
 from capacitor_rt.cache.shards import read_shard_header
 from capacitor_rt.errors import CacheError, InputError
@@ -29,7 +29,7 @@ def cache(tmp_path_factory):
     sizes = ((40, 40), (20, 80), (40, 40), (90, 24))
     write_images(folder / "src", 23, sizes=sizes)
     (folder / "src" / "005b.png").write_text("no image")
-    request = Request(64, area=True, shard_rows=4, posterior=True)
+    request = CacheRequest(64, area=True, shard_rows=4, posterior=True)
     cache_images(folder / "src", folder / "out", small_model(), request, workers=2, progress=False)
     return folder / "out"
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from cache_cases import flip_byte, small_model, snapshot, write_images
 
-from capacitor_rt.cache import Request, cache_images
+from capacitor_rt.cache import CacheRequest, cache_images
 from capacitor_rt.cache.shards import read_index, read_shard_header
 from capacitor_rt.cache.verify import verify
 from capacitor_rt.errors import CacheError
 
-REQUEST = Request(32, dtype="fp32", flip=True, shard_rows=4)
+REQUEST = CacheRequest(32, dtype="fp32", flip=True, shard_rows=4)
 
 
 @pytest.fixture(scope="module")

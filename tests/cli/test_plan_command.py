@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from capacitor_rt import CapacitorError, ModelConfig
 from capacitor_rt.cli.plan import plan
 from capacitor_rt.runtime.forecast import CEILINGS, Ceilings, forecast
-from capacitor_rt.runtime.plan import Request, make_plan
+from capacitor_rt.runtime.plan import PlanKey, make_plan
 
 app = typer.Typer()
 app.command()(plan)
@@ -33,7 +33,7 @@ def document(*args: str) -> dict:
 
 def test_the_headline_case_of_the_full_model():
     got = document("--size", "256", "--batch", "128")
-    truth = make_plan(ModelConfig(), Request("encode", 128, 256, 256, torch.bfloat16, torch.uint8, "nchw", 90))
+    truth = make_plan(ModelConfig(), PlanKey("encode", 128, 256, 256, torch.bfloat16, torch.uint8, "nchw", 90))
     assert got["runs"] == [128] and got["ceilings"]["tflops"] == 790 and "measured" in got["ceilings"]["source"]
     (only,) = got["plans"]
     assert len(only["launches"]) == 34 and only["flops"] == truth.flops and only["arena_bytes"] == truth.arena_bytes
@@ -88,7 +88,7 @@ def test_what_cannot_be_planned_is_named(args, message):
 
 
 def test_stated_ceilings_bind_each_launch():
-    request = Request("encode", 2, 64, 64, torch.float32, torch.uint8, "nchw", 100)
+    request = PlanKey("encode", 2, 64, 64, torch.float32, torch.uint8, "nchw", 100)
     slow_memory = forecast(ModelConfig(), request, Ceilings(1e9, 1.0, "as given"))
     assert {launch["bound"] for launch in slow_memory.as_dict()["plans"][0]["launches"]} == {"memory"}
     slow_maths = forecast(ModelConfig(), request, Ceilings(1e-3, 1e9, "as given"))

@@ -15,7 +15,7 @@ from capacitor_rt.runtime import fold
 from capacitor_rt.runtime.arena import ALIGNMENT, Buffer, lay_out
 from capacitor_rt.runtime.batching import ARENA_BUDGET, micro_batch, parts
 from capacitor_rt.runtime.family import FAMILY
-from capacitor_rt.runtime.plan import Plan, Request, make_plan
+from capacitor_rt.runtime.plan import LaunchPlan, PlanKey, make_plan
 
 FULL = ModelConfig()
 GIGA, MEGA = 1e9, 1e6
@@ -37,7 +37,7 @@ WRITES = {
 
 def request(
     direction: str = "encode", batch: int = 1, height: int = 256, width: int | None = None, **changes
-) -> Request:
+) -> PlanKey:
     values = {
         "dtype": torch.bfloat16,
         "image_dtype": torch.bfloat16 if direction in ("decode", "predict") else torch.uint8,
@@ -45,7 +45,7 @@ def request(
         "cc": 90,
         "time": 0.5 if direction == "predict" else None,
     }
-    return Request(direction, batch, height, width or height, **(values | changes))
+    return PlanKey(direction, batch, height, width or height, **(values | changes))
 
 
 inferences = st.builds(
@@ -76,7 +76,7 @@ def configs(draw) -> ModelConfig:
 
 
 @st.composite
-def plans(draw) -> tuple[ModelConfig, Plan]:
+def plans(draw) -> tuple[ModelConfig, LaunchPlan]:
     config = draw(st.one_of(configs(), st.sampled_from(list(FAMILY.values()))))
     directions = ["encode", "posterior", "decode", "predict"] if config.encoder_depth else ["decode", "predict"]
     direction = draw(st.sampled_from(directions))
@@ -93,7 +93,7 @@ def plans(draw) -> tuple[ModelConfig, Plan]:
     return config, make_plan(config, request(direction, draw(st.integers(1, 6)), draw(sides), draw(sides), **changes))
 
 
-def reads_and_writes(plan: Plan):
+def reads_and_writes(plan: LaunchPlan):
     """(read, written) names of what lies in the arena, of every step."""
     for step in plan.steps:
         names = {a: r.split(":")[1] for a, r in step.args.items() if not r.startswith("weight:")}

@@ -10,7 +10,7 @@ import torch
 from capacitor_rt import FullCapacitor, FullCapacitorInferenceConfig
 from capacitor_rt.runtime import executor, fold
 from capacitor_rt.runtime.family import FAMILY
-from capacitor_rt.runtime.plan import Plan, Request, make_plan
+from capacitor_rt.runtime.plan import LaunchPlan, PlanKey, make_plan
 
 MODULES = ("patchify", "dwconv", "expand", "grn", "project", "head", "fuse_skip", "unpatchify")
 
@@ -31,7 +31,7 @@ def launches(monkeypatch) -> list[str]:
     return queued
 
 
-def packed(model: FullCapacitor, plan: Plan, monkeypatch) -> dict[str, torch.Tensor]:
+def packed(model: FullCapacitor, plan: LaunchPlan, monkeypatch) -> dict[str, torch.Tensor]:
     """The plan's weights on the meta device."""
     with monkeypatch.context() as patch:
         patch.setattr(fold, "_wide", lambda t: t.detach().double())
@@ -69,7 +69,7 @@ def test_every_launcher_takes_its_arguments(name, direction, cc, launches, monke
     for batch, height, width in ((128, 256, 256), (1, 1024, 1536), (3, 288, 352)):
         layout = "nhwc" if direction == "encode" and batch == 3 else "nchw"
         for use in ("throughput", "latency")[: 2 if batch == 1 else 1]:
-            r = Request(direction, batch, height, width, torch.bfloat16, image_dtype, layout, cc, use, inference)
+            r = PlanKey(direction, batch, height, width, torch.bfloat16, image_dtype, layout, cc, use, inference)
             plan = make_plan(config, r)
             weights = packed(model, plan, monkeypatch)
             arena = torch.empty(plan.arena_bytes, dtype=torch.uint8, device="meta")

@@ -107,7 +107,7 @@ def test_an_error_inside_a_launch_leaves_the_model_usable(monkeypatch):
 
     (bound,) = model.runtime._cache._bound.values()
     healthy, bound.graph = bound.graph, Broken()
-    message = r"replay of Request\(direction='encode', batch=3, height=8, width=8, .* failed: CUDA error: an illegal"
+    message = r"replay of PlanKey\(direction='encode', batch=3, height=8, width=8, .* failed: CUDA error: an illegal"
     with pytest.raises(RuntimeError, match=message):
         model.encode(image)
     bound.graph = healthy

@@ -19,11 +19,11 @@ import torch
 import typer
 from cache_cases import small_model
 
-from capacitor_rt.cache import Request, cache_images
+from capacitor_rt.cache import CacheRequest, cache_images
 from capacitor_rt.cache.durable import require_extra
 from capacitor_rt.cli.cache import cache, verify
 
-REQUEST = Request(32, area=True, dtype="fp32", posterior=True, flip=True, shard_rows=3, batch=2)
+REQUEST = CacheRequest(32, area=True, dtype="fp32", posterior=True, flip=True, shard_rows=3, batch=2)
 
 
 def commits(out: Path) -> int:
