@@ -29,9 +29,11 @@ test-newest: $(VENV)/.test
 	$(VENV)-newest/bin/python -m pip install -q --no-deps 'triton>=3.6,<3.10' --upgrade
 	$(TEST_ENV) $(VENV)-newest/bin/python -m pytest -n $(CORES) --dist worksteal -q -m 'not slow' tests/kernels
 
-lint: $(VENV)/.lint
+# the tests' environment too: types are checked against the packages that are used
+lint: $(VENV)/.test $(VENV)/.lint
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 
 format: $(VENV)/.lint
 	$(RUN) -m ruff check --fix .
@@ -69,5 +71,5 @@ $(VENV)/.bench: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.lint: constraints.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(PIP) install -q -c constraints.txt ruff pre-commit
+	$(PIP) install -q -c constraints.txt ruff mypy pre-commit
 	touch $@

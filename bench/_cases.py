@@ -1,97 +1,232 @@
-"""The launches that the benchmarks time: inputs at the model's sizes, the kernel's call, the same maths in plain torch.
+"""What the benchmarks of single ops time: steps of the runtime's plans on random values, beside plain torch.
 
-Bytes count each operand once, as if nothing but the launch's own inputs and outputs moved; FLOPs count a multiply-add
-as two. Both formulas stand in each kernel's docstring.
+A case is one step of the plan of a model, full_capacitor or on the CPU a tiny one: its tensors have the plan's shapes
+and dtypes, its options are the plan's, launch config included, and its FLOPs and bytes are the step's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-# modules that register launches
-MODULES = ("_cases_block", "_cases_ends")
+from capacitor_kernels import reference, tuning
+from capacitor_kernels.launch import Launch, recording
+from capacitor_kernels.ops.whiten import work as whiten_work
+from capacitor_rt import ModelConfig
+from capacitor_rt.runtime.arena import TensorSpec
+from capacitor_rt.runtime.executor import host_function
+from capacitor_rt.runtime.plan import PlanKey, Step, make_plan
 
 
-@dataclass(frozen=True)
-class Size:
-    """Images of one batch and the model's widths; `use` picks throughput or latency configs."""
+class Images(NamedTuple):
+    """Images of one batch, in pixels; `use` picks throughput or latency configs."""
 
     batch: int
     height: int
     width: int
-    dim: int = 896
-    hidden: int = 3584
     use: str = "throughput"
 
-    @property
-    def tokens_per_image(self) -> int:
-        """Tokens of one image, 16 pixels a side each."""
-        return self.height * self.width
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of the batch."""
-        return self.batch * self.tokens_per_image
-
     def __str__(self) -> str:
-        return f"{self.batch}x{16 * self.height}x{16 * self.width}"
+        return f"{self.batch}x{self.height}x{self.width}"
+
+
+# the batches of the model card, one image at a time, and one large image
+GPU_IMAGES = (Images(128, 256, 256), Images(32, 512, 512), Images(1, 256, 256, "latency"), Images(1, 2048, 2048))
+TINY_IMAGES = (Images(2, 64, 64), Images(1, 48, 80, "latency"))
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """One set of inputs: the launch, what it leaves behind, and the arguments of the plain torch function."""
+    """One set of tensors: the call of the op, what it leaves behind, and the arguments of the plain torch function."""
 
-    launch: Callable[[], None]
-    outputs: Callable[[], Sequence[torch.Tensor]]
-    plain_args: tuple[Any, ...]
+    call: Callable[[], None]
+    outputs: Callable[[], Sequence[Tensor]]
+    plain_args: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One launch at one size; `plain` is the same maths in plain torch, one function for every set of inputs."""
+    """One op at one size.
+
+    Attributes:
+        images, model, dtype, cc: what it was made from.
+        step: as the plan has it; `specs` are its tensors by argument.
+        plain: the same maths in plain torch, one function for every set of tensors.
+    """
 
     op: str
-    size: Size
+    images: Images
+    model: ModelConfig
     dtype: torch.dtype
-    flops: float
-    nbytes: int
+    cc: int
+    step: Step
+    specs: Mapping[str, TensorSpec]
     plain: Callable[..., Any]
-    prepare: Callable[[torch.device], Prepared]
+
+    def prepare(self, device: torch.device) -> Prepared:
+        """Fresh random inputs, and outputs of their own, so that a call can be repeated."""
+        _, outputs = PLAIN[self.op]
+        inputs = _inputs(self.op, self.specs)
+        tensors = {
+            name: _values(self.step, name, spec, device)
+            if name in inputs
+            else torch.empty(spec.shape, dtype=spec.dtype, device=device)
+            for name, spec in self.specs.items()
+        }
+        if self.op == "expand":
+            tensors["sumsq"] = _squares(tensors["y"], self.specs["sumsq"].shape[1])
+        call = partial(host_function(self.op), **tensors, **self.step.options)
+        plain_args = tuple(tensors[name] for name in inputs)
+        return Prepared(call, lambda: [REDUCED.get(name, _same)(tensors[name]) for name in outputs], plain_args)
+
+    def launches(self) -> list[Launch]:
+        """What a call queues, on tensors of the meta device."""
+        tensors = {name: torch.empty(s.shape, dtype=s.dtype, device="meta") for name, s in self.specs.items()}
+        with recording(cc=self.cc) as found:
+            host_function(self.op)(**tensors, **self.step.options)
+        return list(found)
+
+    def with_config(self, config: Any) -> Case:
+        """The same with another launch config, on which the shapes of partial sums and workspaces depend."""
+        with tuning.using(self.op, config):
+            return make_case(self.op, self.images, self.model, self.dtype, self.cc)
+
+    def row_shape(self) -> dict[str, int]:
+        """The shape that its config is looked up by."""
+        with tuning.using(self.op, self.step.options["config"]) as seen:
+            make_case(self.op, self.images, self.model, self.dtype, self.cc)
+        return seen[-1]
 
 
-Builder = Callable[[Size, torch.dtype], Case]
-_OPS: dict[str, Builder] = {}
-# the batches of the model card, one image at a time, and one large image
-GPU_SIZES = (Size(128, 16, 16), Size(32, 32, 32), Size(1, 16, 16, use="latency"), Size(1, 128, 128))
-TINY_SIZES = (Size(2, 4, 4, dim=32, hidden=64), Size(1, 3, 5, dim=32, hidden=64, use="latency"))
+def make_case(op: str, images: Images, model: ModelConfig, dtype: torch.dtype, cc: int) -> Case:
+    """The case of one op: the first step of it in the plan that has one."""
+    if op == "whiten":
+        step, specs = _whiten_step(images, model, dtype, cc)
+    else:
+        size = images.batch, images.height, images.width
+        if op in DECODES:
+            key = PlanKey("decode", *size, dtype, dtype, "nchw", cc, images.use)
+        else:
+            key = PlanKey("encode", *size, dtype, torch.uint8, "nchw", cc, images.use)
+        plan = make_plan(model, key)
+        step = next(step for step in plan.steps if step.op == op)
+        specs = {name: plan.spec(ref) for name, ref in step.args.items()}
+    return Case(op, images, model, dtype, cc, step, specs, _plain(op, step, specs))
 
 
-def case(builder: Builder) -> Builder:
-    """Register a builder under its function's name."""
-    _OPS[builder.__name__.removesuffix("_case")] = builder
-    return builder
+def make_cases(
+    ops: Sequence[str], images: Sequence[Images], model: ModelConfig, dtype: torch.dtype, cc: int
+) -> Iterator[Case]:
+    """Every op at every size."""
+    for op in ops:
+        for size in images:
+            yield make_case(op, size, model, dtype, cc)
 
 
-def builders() -> dict[str, Builder]:
-    """Every launch that can be timed, by name."""
-    for name in MODULES:
-        import_module(f".{name}", __package__)
-    return dict(_OPS)
+def _whiten_step(images: Images, model: ModelConfig, dtype: torch.dtype, cc: int) -> tuple[Step, dict[str, TensorSpec]]:
+    """By hand: plans fold whitening into the ops around it."""
+    height, width = images.height // model.patch_size, images.width // model.patch_size
+    latents = TensorSpec((images.batch, model.bottleneck_dim, height, width), dtype)
+    statistics = TensorSpec((model.bottleneck_dim,), torch.float32)
+    specs = {"z": latents, "mean": statistics, "rstd": statistics, "out": latents}
+    args = {"z": "input:z", "mean": "weight:mean", "rstd": "weight:rstd", "out": "output:out"}
+    config = tuning.lookup("whiten", cc, {"pixels": height * width}, dtype, use=images.use)
+    return Step("whiten", args, {"config": config}, whiten_work(**specs)), specs
 
 
-def cases(ops: Sequence[str], sizes: Sequence[Size], dtype: torch.dtype) -> Iterator[Case]:
-    """Every requested launch (all when empty) at every size."""
-    known = builders()
-    for op in ops or known:
-        for size in sizes:
-            yield known[op](size, dtype)
+def _expand(y: Tensor, w1: Tensor, b1: Tensor, sumsq: Tensor, tokens_per_image: int) -> tuple[Tensor, Tensor]:
+    # eager torch has the exact GELU, whichever the step asks for
+    return reference.expand(y, w1, b1, sumsq, tokens_per_image=tokens_per_image)
 
 
-def rand(*shape: int, device: torch.device, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
-    """Normal values; never zeros, on which GPUs run faster."""
-    return (torch.randn(shape, device=device) * scale).to(dtype)
+def _grn(partials: Tensor, gamma: Tensor) -> Tensor:
+    return reference.grn(partials.sum(1), gamma)
+
+
+def _head(
+    x: Tensor, w: Tensor, b: Tensor, whiten_mean: Tensor, whiten_rstd: Tensor, grid: tuple[int, int], channels: int
+) -> Tensor:
+    statistics = {"whiten_mean": whiten_mean, "whiten_rstd": whiten_rstd}
+    return reference.head(x, w, b, grid=grid, channels=channels, **statistics)[0]
+
+
+# op -> (the same maths, with the op's names for tensors and options, the outputs that are compared)
+PLAIN: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
+    "patchify": (reference.patchify, ("tokens",)),
+    "dwconv": (reference.dwconv, ("y", "sumsq")),
+    "expand": (_expand, ("h", "partials")),
+    "grn": (_grn, ("gain",)),
+    "project": (reference.project, ("out",)),
+    "head": (_head, ("latents",)),
+    "fuse_skip": (reference.fuse_skip, ("out",)),
+    "unpatchify": (reference.unpatchify, ("image",)),
+    "whiten": (reference.whiten, ("out",)),
+}
+DECODES = ("fuse_skip", "unpatchify")
+# an op leaves sums per tile, the plain function sums over all of them
+REDUCED: dict[str, Callable[[Tensor], Tensor]] = {
+    "sumsq": lambda t: t.sum(1, keepdim=True),
+    "partials": lambda t: t.sum(1),
+}
+
+
+def _same(t: Tensor) -> Tensor:
+    return t
+
+
+def _parameters(op: str) -> list[str]:
+    return list(inspect.signature(PLAIN[op][0]).parameters)
+
+
+def _inputs(op: str, specs: Mapping[str, TensorSpec]) -> list[str]:
+    """The tensors that the plain function takes, in its order."""
+    return [name for name in _parameters(op) if name in specs]
+
+
+def _plain(op: str, step: Step, specs: Mapping[str, TensorSpec]) -> Callable[..., Any]:
+    function, outputs = PLAIN[op]
+    names = _inputs(op, specs)
+    known = dict(step.options)
+    if op == "unpatchify":
+        known["grid"] = tuple(size // step.options["patch"] for size in specs["image"].shape[2:])
+    if op == "head":
+        _, known["channels"], *grid = specs["latents"].shape
+        known["grid"] = tuple(grid)
+    options = {name: known[name] for name in _parameters(op) if name in known}
+    dtypes = [specs[name].dtype for name in outputs]
+
+    def plain(*tensors: Tensor) -> tuple[Tensor, ...]:
+        found = function(**dict(zip(names, tensors, strict=True)), **options)
+        results = found if isinstance(found, tuple) else (found,)
+        return tuple(result.to(dtype) for result, dtype in zip(results, dtypes, strict=True))
+
+    return plain
+
+
+def _values(step: Step, name: str, spec: TensorSpec, device: torch.device) -> Tensor:
+    """Normal values at the scale that the model has them, never zeros, on which GPUs run faster."""
+    if spec.dtype == torch.uint8:
+        return torch.randint(0, 256, spec.shape, dtype=torch.uint8, device=device)
+    x = torch.randn(spec.shape, device=device)
+    if name in ("rstd", "whiten_rstd"):
+        x = x.exp()
+    elif name in ("gamma", "gain"):
+        x *= 0.3
+    elif name == "h":
+        x = torch.nn.functional.gelu(x)
+    elif name == "partials":
+        x = x.square()
+    elif step.args[name].startswith("weight:") and x.dim() == 2:
+        x *= x.shape[0] ** -0.5
+    return x.to(spec.dtype)
+
+
+def _squares(y: Tensor, tiles: int) -> Tensor:
+    """Sums of squares of each row of y, as if in equal parts of so many tiles."""
+    return y.float().square().sum(1, keepdim=True).div(tiles).expand(-1, tiles).contiguous()

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from capacitor_rt import FullCapacitor, FullCapacitorInferenceConfig, ModelConfig
-from capacitor_rt.diffusion import sample, unit_noise
+from capacitor_rt.diffusion import unit_noise
 from capacitor_rt.evaluation.flux2 import CONFIG, Flux2
+from capacitor_rt.reference import Autoencoder
 from capacitor_rt.runtime.plan import PlanKey, make_plan
 
 # enough for every code path of the runtime and of the VAE, small enough for the CPU
@@ -88,12 +89,10 @@ class Setting:
     def _truths(self) -> dict[str, Any]:
         return {}
 
-    def truth(self, model: str) -> FullCapacitor | Flux2:
+    def truth(self, model: str) -> Autoencoder | Flux2:
         """The model in float32 on the device, in plain torch; kept, so that it is weighed with no contender."""
         if model not in self._truths:
-            twin = copy.deepcopy(self.weights(model))
-            if isinstance(twin, FullCapacitor):
-                twin.backend = "torch"
+            twin = reference_of(self.capacitor) if model == CAPACITOR else copy.deepcopy(self.flux2)
             self._truths[model] = twin.to(self.device)
         return self._truths[model]
 
@@ -117,7 +116,7 @@ class Contender:
     Attributes:
         build: `(setting, shape, example input) -> run(input)`, ready to be called, not necessarily warm. A decode draws
             its noise from torch's generator of the device, as the public method does.
-        compiles: "no", "default" or "autotune": whether it costs minutes of compilation a shape.
+        compiles: "no", "default" or "autotune": whether it costs minutes of compilation per shape.
         graphs_only: differs from another contender by CUDA graphs alone, so it is left out on the CPU.
     """
 
@@ -147,6 +146,13 @@ def random_model(config: ModelConfig, seed: int = 0) -> FullCapacitor:
     return model.eval().requires_grad_(False)
 
 
+def reference_of(model: FullCapacitor) -> Autoencoder:
+    """The same weights in the plain model that everything is compared with, without a runtime around it."""
+    twin = Autoencoder(model.config)
+    twin.load_state_dict(model.state_dict())
+    return twin.eval().requires_grad_(False)
+
+
 def call_of(model: FullCapacitor | Flux2, direction: str) -> Run:
     """The public method of a direction."""
     return model.encode if direction == "encode" else model.decode
@@ -157,17 +163,11 @@ def truth_of(setting: Setting, model: str, shape: Shape, x: Tensor, count: int, 
     twin, first = setting.truth(model), x[:count].float()
     if shape.direction == "encode":
         return twin.encode(first)
-    if model == FLUX2:
+    if isinstance(twin, Flux2):
         return twin.decode(first)
     torch.manual_seed(seed)
-    noise = unit_noise((shape.batch, 3, shape.size, shape.size), None, setting.device)[:count]
-    latents = twin.dewhiten(first)
-
-    def predict_x0(x_t: Tensor, t: float) -> Tensor:
-        return twin.decoder(x_t, torch.full((count,), t, device=setting.device), latents)
-
-    with torch.no_grad():
-        return sample(predict_x0, noise, setting.config, FullCapacitorInferenceConfig())
+    noise = unit_noise((shape.batch, 3, shape.size, shape.size), None, setting.device)
+    return twin.decode(first, noise=noise[:count])
 
 
 def _place(setting: Setting, model: str, backend: str = "torch") -> Any:

@@ -62,15 +62,24 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+def nvidia_smi(device: torch.device, *fields: str) -> dict[str, str]:
+    """What the driver's tool says of a GPU, by the names of its query fields; empty where it cannot be asked."""
+    command = ["nvidia-smi", "-i", str(device.index or 0), f"--query-gpu={','.join(fields)}"]
+    try:
+        done = subprocess.run([*command, "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    values = [value.strip() for value in done.stdout.split(",")]
+    return dict(zip(fields, values, strict=True)) if len(values) == len(fields) else {}
+
+
 def busy(device: torch.device) -> str | None:
     """A warning if other processes hold memory or compute on the GPU; call it before this one does."""
     if device.type != "cuda":
         return None
-    query = ["nvidia-smi", "-i", str(device.index or 0), "--query-gpu=utilization.gpu,memory.used"]
     try:
-        done = subprocess.run([*query, "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=20)
-        percent, mib = (int(value) for value in done.stdout.strip().split(","))
-    except (OSError, ValueError, subprocess.TimeoutExpired):
+        percent, mib = (int(value) for value in nvidia_smi(device, "utilization.gpu", "memory.used").values())
+    except ValueError:
         return None
     if percent <= BUSY_PERCENT and mib << 20 <= BUSY_BYTES:
         return None
@@ -81,13 +90,12 @@ def clocks(device: torch.device) -> dict[str, int]:
     """SM clock in MHz, temperature in degrees and power in watts now, right after a measurement; empty on the CPU."""
     if device.type != "cuda":
         return {}
-    query = ["nvidia-smi", "-i", str(device.index or 0), "--query-gpu=clocks.sm,temperature.gpu,power.draw"]
+    found = nvidia_smi(device, "clocks.sm", "temperature.gpu", "power.draw")
     try:
-        done = subprocess.run([*query, "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=20)
-        values = [round(float(value)) for value in done.stdout.strip().split(",")]
-        return dict(zip(("clock_mhz", "celsius", "watts"), values, strict=True))
-    except (OSError, ValueError, subprocess.TimeoutExpired):
+        values = [round(float(value)) for value in found.values()]
+    except ValueError:
         return {}
+    return dict(zip(("clock_mhz", "celsius", "watts"), values, strict=False))
 
 
 @contextmanager
@@ -111,14 +119,15 @@ def why(error: BaseException) -> str:
 
 
 def elapsed_us(work: Callable[[], object], device: torch.device) -> float:
-    """Microseconds of `work` on the current stream of a GPU, by events, or on the CPU, by the clock."""
+    """Microseconds of `work` on the device's current stream, by events, or on the CPU, by the clock."""
     if device.type != "cuda":
         begin = time.perf_counter()
         work()
         return (time.perf_counter() - begin) * 1e6
+    stream = torch.cuda.current_stream(device)
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
+    start.record(stream)
     work()
-    end.record()
+    end.record(stream)
     end.synchronize()
     return start.elapsed_time(end) * 1e3

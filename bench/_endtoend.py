@@ -1,4 +1,4 @@
-"""How `bench.model` and `bench.flux2` measure whole calls.
+"""How `python -m bench model` and `flux2` measure whole calls.
 
 Calls are the public ones with fresh outputs; inputs rotate over more than three L2 caches; contenders are interleaved
 and compared by medians. One whose result is not that of the float32 reference gets no time; one that does not fit or
@@ -22,7 +22,8 @@ from capacitor_rt.errors import CapacitorError
 
 from ._contenders import Contender, Setting, Shape, truth_of
 from ._device import MemoryMeter, clocks, elapsed_us, exact_float32, release, why
-from ._timing import Ceilings, Timing, append_line, copies_for, summarise
+from ._records import append_line
+from ._timing import Ceilings, Timing, copies_for, floor_us, summarise
 
 # relative rms difference from the float32 reference beyond which no time is reported: in bfloat16 and plain torch
 # random weights give 0.8 % for full_capacitor and 3.6 % for FLUX.2, which is many more layers deep
@@ -108,7 +109,7 @@ class Bench:
             else:
                 lines = self.measure(shape, contenders)
             for line in lines:
-                append_line(self.out, line | {"ceilings": [self.ceilings.tflops, self.ceilings.gbs]} | self.facts)
+                append_line(self.out, line | {"ceilings": [self.ceilings.tflops, self.ceilings.gbps]} | self.facts)
                 print(format_line(line), flush=True)
 
     def measure(self, shape: Shape, contenders: Sequence[Contender]) -> list[dict[str, Any]]:
@@ -208,7 +209,7 @@ class Bench:
             "images_per_s": shape.batch / timing.us * 1e6,
             "flops": flops,
             "tflops": flops / timing.us / 1e6,
-            "percent_of_floor": 100 * self.ceilings.floor_us(flops, 0) / timing.us,
+            "percent_of_floor": 100 * floor_us(self.ceilings, flops, 0) / timing.us,
         }
 
     def _latency(self, call: Callable[[int], Any]) -> float:

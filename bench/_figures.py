@@ -1,6 +1,7 @@
 """Figures of the results as SVG: rooflines, speed-ups, throughput over the batch, the published rows by commit.
 
-One file a figure and GPU, `<figure>-<gpu>.svg`; a figure without data is not drawn. The same lines give the same bytes.
+One file per figure and GPU, `<figure>-<gpu>.svg`; a figure without data is not drawn. The same lines give the same
+bytes.
 """
 
 from __future__ import annotations
@@ -59,17 +60,17 @@ def roofline(axes: Any, lines: list[Line]) -> bool:
     launches = [x for x in newest(lines).values() if x["bench"] == "kernels" and measured(x) and x["flops"]]
     if not launches:
         return False
-    tflops, gbs = launches[-1]["ceilings"]
+    tflops, gbps = launches[-1]["ceilings"]
     found = {line["op"]: [] for line in launches}
     for line in launches:
         found[line["op"]].append((line["flops"] / line["bytes"], line["tflops"]))
     every = [intensity for points in found.values() for intensity, _ in points]
-    low, high = min(every) / 2, max(*every, 2e3 * tflops / gbs)
-    roof = [(x, min(tflops, x * gbs / 1e3)) for x in (low, 1e3 * tflops / gbs, high)]
+    low, high = min(every) / 2, max(*every, 2e3 * tflops / gbps)
+    roof = [(x, min(tflops, x * gbps / 1e3)) for x in (low, 1e3 * tflops / gbps, high)]
     axes.plot(*zip(*roof, strict=True), "k-", lw=1)
     for op, points in found.items():
         axes.plot(*zip(*points, strict=True), "o", ms=4, label=op)
-    axes.set(xscale="log", yscale="log", xlabel="FLOP a byte", ylabel="TFLOP/s", title="Launches")
+    axes.set(xscale="log", yscale="log", xlabel="FLOP per byte", ylabel="TFLOP/s", title="Launches")
     axes.legend(fontsize=7, ncols=3)
     return True
 
@@ -93,7 +94,7 @@ def speedup(axes: Any, lines: list[Line]) -> bool:
 
 
 def throughput(axes: Any, lines: list[Line]) -> bool:
-    """Megapixels a second over the batch, encode, ours and FLUX.2's."""
+    """Megapixels per second over the batch, encode, ours and FLUX.2's."""
     series: dict[str, list[tuple[int, float]]] = {}
     for line in newest(lines).values():
         contender = (line["bench"], line.get("model"), line.get("variant"))

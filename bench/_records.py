@@ -1,14 +1,19 @@
-"""Reading result files: lines by what they measured, the newest where something was measured more than once."""
+"""Result files, one JSON line per figure: written as it is measured, read by what it is a figure of."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ._timing import RESULTS
+import torch
 
+if TYPE_CHECKING:
+    from capacitor_rt.runtime.forecast import Ceilings
+
+RESULTS = Path(__file__).parent / "results"
 Line = dict[str, Any]
 # what a figure is of: two lines that agree in these measured the same thing
 END_TO_END = ("bench", "gpu", "direction", "batch", "size", "model", "variant", "dtype")
@@ -23,6 +28,24 @@ KEYS = {
 
 class RecordError(ValueError):
     """A result file that cannot be read."""
+
+
+def append_line(path: Path, line: Line) -> None:
+    """Append one JSON line and flush it, so that an interrupted run keeps what it measured."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def default_results(device: torch.device, stem: str) -> Path:
+    """bench/results/<stem>-<gpu>.jsonl, the GPU's name in lower case with dashes."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return RESULTS / f"{stem}-{'-'.join(name.lower().split())}.jsonl"
+
+
+def ceilings_line(ceilings: Ceilings, facts: dict[str, Any]) -> Line:
+    """The JSON line of measured ceilings."""
+    return {"bench": "ceilings", **asdict(ceilings), **facts}
 
 
 def read_lines(path: Path) -> list[Line]:
@@ -77,7 +100,7 @@ def newest(lines: Sequence[Line]) -> dict[tuple[Any, ...], Line]:
 
 
 def figure(line: Line) -> float | None:
-    """The main figure of a line, smaller is better: milliseconds, or for a cache run milliseconds an image."""
+    """The main figure of a line, smaller is better: milliseconds, or for a cache run milliseconds per image."""
     if not measured(line):
         return None
     if line["bench"] == "kernels":

@@ -9,21 +9,23 @@ only serves to test the benchmarks themselves.
 from __future__ import annotations
 
 import datetime
-import json
 import os
 import platform
 import statistics
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 
-RESULTS = Path(__file__).parent / "results"
+from capacitor_rt.runtime.forecast import Ceilings
+
+from ._device import elapsed_us, nvidia_smi
+
 L2_FACTOR = 3
 GRAPH_MILLISECONDS = 8.0
 WARM_SECONDS = 0.4
@@ -57,23 +59,9 @@ class Timing:
     replays: int
 
 
-@dataclass(frozen=True)
-class Ceilings:
-    """What the device reaches on the two extremes, measured, not specified.
-
-    Attributes:
-        tflops: a square matrix product on random values, in `matmul_dtype`.
-        gbs: a device-to-device copy, bytes read plus bytes written, in 10^9 bytes a second.
-    """
-
-    tflops: float
-    gbs: float
-    matmul_size: int
-    matmul_dtype: str
-
-    def floor_us(self, flops: float, nbytes: float) -> float:
-        """Microseconds that neither ceiling lets a kernel go below."""
-        return max(flops / (self.tflops * 1e6), nbytes / (self.gbs * 1e3))
+def floor_us(ceilings: Ceilings, flops: float, nbytes: float) -> float:
+    """Microseconds that neither ceiling lets a launch go below."""
+    return max(flops / (ceilings.tflops * 1e6), nbytes / (ceilings.gbps * 1e3))
 
 
 def time_variants(variants: Sequence[Variant], device: torch.device, replays: int = 21) -> dict[str, Timing]:
@@ -111,12 +99,7 @@ def _plain(variant: Variant, device: torch.device) -> tuple[Callable[[], float],
     call = variant.make()
     call()
 
-    def replay() -> float:
-        start = time.perf_counter()
-        call()
-        return (time.perf_counter() - start) * 1e6
-
-    return replay, 1
+    return lambda: elapsed_us(call, device), 1
 
 
 def _graph(variant: Variant, device: torch.device) -> tuple[Callable[[], float], int]:
@@ -130,7 +113,7 @@ def _graph(variant: Variant, device: torch.device) -> tuple[Callable[[], float],
         for call in calls:
             call()
         stream.synchronize()
-        once = _elapsed_us(lambda: [call() for call in calls], stream) / count
+        once = elapsed_us(lambda: [call() for call in calls], device) / count
     rounds = max(1, min(200, round(GRAPH_MILLISECONDS * 1e3 / (once * count))))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
@@ -141,18 +124,9 @@ def _graph(variant: Variant, device: torch.device) -> tuple[Callable[[], float],
 
     # `calls` stays alive with the closure: the graph holds pointers into its tensors
     def replay(_keep: Any = calls) -> float:
-        return _elapsed_us(graph.replay, torch.cuda.current_stream(device))
+        return elapsed_us(graph.replay, device)
 
     return replay, rounds * count
-
-
-def _elapsed_us(work: Callable[[], Any], stream: torch.cuda.Stream) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record(stream)
-    work()
-    end.record(stream)
-    end.synchronize()
-    return start.elapsed_time(end) * 1e3
 
 
 def _warm(replay: Callable[[], float], calls: int) -> None:
@@ -166,7 +140,10 @@ def _warm(replay: Callable[[], float], calls: int) -> None:
 
 
 def measure_ceilings(device: torch.device) -> Ceilings:
-    """Ceilings of this device, now: 8192^3 in bf16 and a copy of 1 GiB; tiny ones on the CPU."""
+    """What this device reaches now, not what is specified: 8192^3 in bf16 and a copy of 1 GiB; tiny ones on the CPU.
+
+    Values are random; bytes of the copy count as read and as written.
+    """
     on_gpu = device.type == "cuda"
     size, dtype, nbytes = (8192, torch.bfloat16, 1 << 30) if on_gpu else (256, torch.float32, 4 << 20)
 
@@ -184,7 +161,8 @@ def measure_ceilings(device: torch.device) -> Ceilings:
         [Variant("matmul", matmul, 3 * size * size * dtype.itemsize), Variant("copy", copy, 2 * nbytes)], device
     )
     tflops = 2 * size**3 / timed["matmul"].us / 1e6
-    return Ceilings(tflops, 2 * nbytes / timed["copy"].us / 1e3, size, str(dtype).removeprefix("torch."))
+    what = f"measured: a {size}^3 product in {str(dtype).removeprefix('torch.')} and a copy of {nbytes >> 20} MiB"
+    return Ceilings(tflops, 2 * nbytes / timed["copy"].us / 1e3, what)
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -202,9 +180,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     if device.type != "cuda":
         return facts | {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
     fields = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu")
-    index = str(device.index or 0)
-    values = _output("nvidia-smi", "-i", index, f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits")
-    facts |= dict(zip(fields, (v.strip() for v in values.split(",")), strict=False)) if values else {}
+    facts |= nvidia_smi(device, *fields)
     return facts | {"cuda": torch.version.cuda, "sms": torch.cuda.get_device_properties(device).multi_processor_count}
 
 
@@ -213,21 +189,3 @@ def _output(*command: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         return ""
-
-
-def append_line(path: Path, line: dict[str, Any]) -> None:
-    """Append one JSON line and flush it, so that an interrupted run keeps what it measured."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(json.dumps(line) + "\n")
-
-
-def default_results(device: torch.device, stem: str) -> Path:
-    """bench/results/<stem>-<gpu>.jsonl, the GPU's name in lower case with dashes."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return RESULTS / f"{stem}-{'-'.join(name.lower().split())}.jsonl"
-
-
-def ceilings_line(ceilings: Ceilings, facts: dict[str, Any]) -> dict[str, Any]:
-    """The JSON line of measured ceilings."""
-    return {"bench": "ceilings", **asdict(ceilings), **facts}

@@ -1,12 +1,12 @@
 """Throughput of `capacitor-rt cache`: JPEG files on disk to latents on disk, and which stage limits it.
 
-    python -m bench.cache                              2048 JPEG files of 512x512, cached at 256 and 512 pixels
-    python -m bench.cache --images 20000 --size 512 --folder /data/tmp
-    python -m bench.cache --device cpu                 a few small files and a tiny model, to test the benchmark itself
+    python -m bench cache                              2048 JPEG files of 512x512, cached at 256 and 512 pixels
+    python -m bench cache --images 20000 --size 512 --folder /data/tmp
+    python -m bench cache --device cpu                 a few small files and a tiny model, to test the benchmark itself
 
 The files are written first, all different, with the detail of photographs. A first run over a few of them compiles the
 kernels and captures the graphs and is not counted. Prints a line for each size and appends it as JSON to
-bench/results/cache-<gpu>.jsonl: images a second by the wall clock, and the share of its time that each stage worked.
+bench/results/cache-<gpu>.jsonl: images per second by the wall clock, and the share of its time that each stage worked.
 """
 
 from __future__ import annotations
@@ -54,8 +54,7 @@ def _enlarge(channel: np.ndarray, side: int) -> np.ndarray:
 
 def measure(folder: Path, out: Path, model: Any, size: int, workers: int | None) -> dict[str, Any]:
     """Cache every file of `folder` into `out`; the figures of the run."""
-    from capacitor_rt.cache.plan import CacheRequest
-    from capacitor_rt.cache.run import cache_images
+    from capacitor_rt.cache import CacheRequest, cache_images
 
     report = cache_images(folder, out, model, CacheRequest(side=size), workers=workers, progress=False)
     meters = report.meters
@@ -80,7 +79,8 @@ def run(args: argparse.Namespace) -> int:
 
     from ._contenders import TINY, random_model
     from ._device import busy
-    from ._timing import append_line, default_results, environment
+    from ._records import append_line, default_results
+    from ._timing import environment
 
     device = torch.device(args.device)
     on_gpu = device.type == "cuda"
@@ -110,13 +110,20 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m bench.cache", description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, help="files to write and cache")
-    parser.add_argument("--size", type=int, action="append", help="pixels a side that the cache is made at")
-    parser.add_argument("--folder", type=Path, help="where files and latents are put, and removed at the end")
-    parser.add_argument("--workers", type=int, help="threads that read and decode")
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--out", type=Path, help="JSON lines file; bench/results/cache-<gpu>.jsonl when absent")
+    parser = argparse.ArgumentParser(prog="python -m bench cache", description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, help="Write and cache this many files.")
+    parser.add_argument("--size", type=int, action="append", help="Cache at this many pixels per side.")
+    parser.add_argument(
+        "--folder", type=Path, help="Put files and latents below this folder, and remove them at the end."
+    )
+    parser.add_argument("--workers", type=int, help="Read and decode in this many threads.")
+    parser.add_argument(
+        "--device",
+        default="cuda",
+        choices=("cuda", "cpu"),
+        help="Measure there; cpu only tries the command itself out.",
+    )
+    parser.add_argument("--out", type=Path, help="Append to this file instead of bench/results/cache-<gpu>.jsonl.")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         print("no CUDA GPU here: run on one, or use --device cpu to try the benchmark out", file=sys.stderr)

@@ -1,8 +1,8 @@
 """Two result files, or two commits of the committed results, side by side.
 
-    python -m bench.compare before.jsonl after.jsonl
-    python -m bench.compare 1f0c2e7 9ab34d1              lines of bench/results by the commit that they measured
-    python -m bench.compare before after --fail-above 3  exit 1 if anything became more than 3 % slower
+    python -m bench compare before.jsonl after.jsonl
+    python -m bench compare 1f0c2e7 9ab34d1              lines of bench/results by the commit that they measured
+    python -m bench compare before after --fail-above 3  exit 1 if anything became more than 3 % slower
 
 A row is a figure that both sides have on the same GPU; the ratio is after / before, above 1 is slower. Differences
 below the spread that either side itself shows are marked as noise.
@@ -16,8 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ._records import Line, RecordError, figure, key_of, measured, newest, read_folder, read_lines
-from ._timing import RESULTS
+from ._records import RESULTS, Line, RecordError, figure, key_of, measured, newest, read_folder, read_lines
 
 NOISE_PERCENT = 3.0
 
@@ -96,11 +95,13 @@ def render(rows: Sequence[tuple[str, float | None, float | None, str]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__.splitlines()[0])
-    parser.add_argument("before", help="JSON lines file or commit")
-    parser.add_argument("after", help="JSON lines file or commit")
-    parser.add_argument("--fail-above", type=float, metavar="PERCENT", help="exit 1 if a figure is slower by more")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder that commits are looked up in")
+    parser = argparse.ArgumentParser(prog="python -m bench compare", description=__doc__.splitlines()[0])
+    parser.add_argument("before", help="Take this JSON lines file, or commit, as what was.")
+    parser.add_argument("after", help="Take this one as what is.")
+    parser.add_argument(
+        "--fail-above", type=float, metavar="PERCENT", help="Exit with 1 if a figure is slower by more."
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS, help="Look commits up in this folder.")
     args = parser.parse_args(argv)
     try:
         rows = compare(side(args.before, args.results), side(args.after, args.results))

@@ -1,11 +1,12 @@
 """The FLUX.2 VAE as its users run it, beside this model: encode and decode, time and memory.
 
-    python -m bench.flux2                  on the GPU: the published rows, then all sizes and batches
-    python -m bench.flux2 --device cpu     a tiny VAE of the same class, to test the benchmark itself
+    python -m bench flux2                  on the GPU: the published rows, then all sizes and batches
+    python -m bench flux2 --device cpu     a tiny VAE of the same class, to test the benchmark itself
 
 `AutoencoderKLFlux2` of diffusers in its published configuration; its random weights change neither time nor memory.
 encode is the mode of the posterior, 2x2 patchified and normalised as the FLUX.2 pipeline does; decode is the inverse.
-This model runs interleaved with it, so that the speed-up comes from one run. Options are those of `bench.model`.
+This model runs interleaved with it, so that the speed-up comes from one run. The options are those of
+`python -m bench model`.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """Encode and decode end to end: this runtime beside the same model in plain torch, compiled and captured.
 
-    python -m bench.model                                 on the GPU: the published rows, then all sizes and batches
-    python -m bench.model --minutes 3 --compile none      what fits in three minutes
-    python -m bench.model --shape encode:8x512 --compile all
-    python -m bench.model --device cpu                    tiny model and shapes, to test the benchmark itself
+    python -m bench model                                 on the GPU: the published rows, then all sizes and batches
+    python -m bench model --minutes 3 --compile none      what fits in three minutes
+    python -m bench model --shape encode:8x512 --compile all
+    python -m bench model --device cpu                    tiny model and shapes, to test the benchmark itself
 
 Prints a line for each contender and appends it as JSON to bench/results/model-<gpu>.jsonl; how it is measured stands in
-`bench.endtoend`. Weights are random, which changes neither time nor memory.
+bench/_endtoend.py. Weights are random, which changes neither time nor memory.
 """
 
 from __future__ import annotations
@@ -64,19 +64,31 @@ def parse_shape(text: str) -> Shape:
 
 
 def arguments(module: str, doc: str, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line that `bench.model` and `bench.flux2` share."""
-    parser = argparse.ArgumentParser(prog=f"python -m bench.{module}", description=doc.splitlines()[0])
-    parser.add_argument("--shape", action="append", default=[], help="DIRECTION:BATCHxSIZE instead of the usual ones")
-    parser.add_argument("--minutes", type=float, default=60.0, help="begin nothing new after this time")
+    """The command line that `python -m bench model` and `flux2` share."""
+    parser = argparse.ArgumentParser(prog=f"python -m bench {module}", description=doc.splitlines()[0])
+    parser.add_argument(
+        "--shape",
+        action="append",
+        default=[],
+        help="Measure DIRECTION:BATCHxSIZE, e.g. encode:8x512, instead of the usual ones.",
+    )
+    parser.add_argument("--minutes", type=float, default=60.0, help="Begin nothing new after this time.")
     parser.add_argument(
         "--compile",
         choices=("none", "first", "named", "all"),
-        help="rows for torch.compile (default: named, none on the CPU)",
+        help="Compile these rows by torch.compile (default: named, none on the CPU).",
     )
-    parser.add_argument("--no-sweep", action="store_true", help="the published rows only")
-    parser.add_argument("--dtype", choices=DTYPES, help="bfloat16 on a GPU, float32 on the CPU")
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--out", type=Path, help=f"JSON lines file; bench/results/{module}-<gpu>.jsonl when absent")
+    parser.add_argument("--no-sweep", action="store_true", help="Measure the published rows only.")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="Compute in this dtype; on a GPU it is bfloat16, on the CPU float32."
+    )
+    parser.add_argument(
+        "--device",
+        default="cuda",
+        choices=("cuda", "cpu"),
+        help="Measure there; cpu only tries the command itself out.",
+    )
+    parser.add_argument("--out", type=Path, help=f"Append to this file instead of bench/results/{module}-<gpu>.jsonl.")
     return parser.parse_args(argv)
 
 
@@ -85,7 +97,8 @@ def run(module: str, contenders: Sequence[Contender], args: argparse.Namespace, 
     from ._contenders import TINY, TINY_FLUX2, Setting, Shape
     from ._device import busy
     from ._endtoend import HEADER, Bench
-    from ._timing import append_line, ceilings_line, default_results, environment, measure_ceilings
+    from ._records import append_line, ceilings_line, default_results
+    from ._timing import environment, measure_ceilings
 
     begin, device = time.monotonic(), torch.device(args.device)
     on_gpu = device.type == "cuda"
@@ -103,7 +116,7 @@ def run(module: str, contenders: Sequence[Contender], args: argparse.Namespace, 
     out = args.out or default_results(device, module)
     ceilings = measure_ceilings(device)
     append_line(out, ceilings_line(ceilings, facts))
-    print(f"ceilings: {ceilings.tflops:.1f} TFLOP/s ({ceilings.matmul_dtype}), {ceilings.gbs:.0f} GB/s\n{HEADER}")
+    print(f"ceilings: {ceilings.tflops:.1f} TFLOP/s, {ceilings.gbps:.0f} GB/s ({ceilings.source})\n{HEADER}")
     compiled = args.compile or ("named" if on_gpu else "none")
     bench = Bench(setting, ceilings, facts, out, module, rounds=15 if on_gpu else 1)
     bench.run(plan_jobs(contenders, shapes, sweep, compiled), begin + 60 * args.minutes)

@@ -1,10 +1,11 @@
 """Result files to the tables of README.md and bench/results/README.md, and to figures.
 
-    python -m bench.report              write the tables, and figures where there are data (they need matplotlib)
-    python -m bench.report --check      exit 1 if a table is not what the result files say
+    python -m bench report              write the tables, and figures where there are data (they need matplotlib)
+    python -m bench report --check      exit 1 if a table is not what the result files say
 
-Every number comes from bench/results/*.jsonl, which `python -m bench.gpu` writes on a GPU; a cell without data says so.
-Published figures are those of the model cards, on the hardware that they name.
+Every number comes from bench/results/*.jsonl, which `python -m bench gpu` writes on a GPU; a cell without data says so,
+and where there is no data at all one line does. Published figures are those of the model cards, on the hardware that
+they name.
 """
 
 from __future__ import annotations
@@ -16,8 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ._records import Line, RecordError, key_of, measured, newest, on_gpu, read_folder
-from ._timing import RESULTS
+from ._records import RESULTS, Line, RecordError, key_of, measured, newest, on_gpu, read_folder
 from .model import BATCHES, NAMED, SIZES
 
 ROOT = Path(__file__).parents[1]
@@ -38,10 +38,12 @@ PUBLISHED_PSNR = {
     "FLUX.2 VAE (card)": (36.28, 4.53, 36.07, 28.90, 43.63),
     "difference (card)": (0.34, 0.68, 0.41, -0.85, 1.31),
 }
-COMMAND = "python -m bench.gpu --out bench/results/NAME"
+COMMAND = "python -m bench gpu --out bench/results/NAME"
 PSNR_COMMAND = (
     "capacitor-rt psnr IMAGES -m data-archetype/full_capacitor --against flux2 --json bench/results/psnr-NAME.json"
 )
+NOTHING_ON_A_GPU = f"Nothing has been measured on a GPU yet: `{COMMAND}` measures everything, in eight minutes."
+PUBLISHED_SOURCE = "RTX 5090, bfloat16, eager, from the model cards of full_capacitor and capacitor_decoder"
 # columns that README.md leaves to the page of all results
 LONG = ("eager, ms", "compiled, ms", "FLUX.2, ms", "peak MiB", "published memory, % of FLUX.2's")
 FACTS = {
@@ -65,7 +67,7 @@ class Results:
         """Every newest line of one benchmark on one GPU."""
         return [line for line in self.latest.values() if line["bench"] == bench and line["gpu"] == gpu]
 
-    def find(self, gpu: str | None, where: tuple[str, int, int], bench: str, model: str, variant: str) -> Line | None:
+    def find(self, gpu: str, where: tuple[str, int, int], bench: str, model: str, variant: str) -> Line | None:
         """The line of one contender at (direction, batch, size), in bfloat16."""
         key = (bench, gpu, *where, model, variant, "bfloat16")
         return self.latest.get(key)
@@ -108,7 +110,16 @@ def cell(line: Line | None, name: str = "ms") -> str:
     return number(line.get(name)) + (" (noisy)" if name == "ms" and line.get("noisy") else "")
 
 
-def published_rows(results: Results, gpu: str | None, brief: bool = False) -> list[str]:
+def published_alone() -> list[str]:
+    """The published figures, for where there are none to put beside them."""
+    header = ["published", "ms", "FLUX.2, ms", "memory, % of FLUX.2's"]
+    rows = []
+    for name, (mine, theirs, share) in PUBLISHED.items():
+        rows.append([name, f"{mine:.2f}", f"{theirs:.2f}" if theirs else "-", f"{share:.1f}" if share else "-"])
+    return [*table(header, rows), "", f"Published: {PUBLISHED_SOURCE}."]
+
+
+def published_rows(results: Results, gpu: str, brief: bool = False) -> list[str]:
     """The rows of the published tables, on one GPU; `brief` for README.md."""
     rows = []
     for direction, batch, size, name in NAMED:
@@ -152,9 +163,9 @@ def psnr_rows(folder: Path) -> list[str]:
             values = (row[column] for column in ("mean", "std", "median", "p5", "p95"))
             cells = (NOTHING if value is None else f"{value:.2f}" for value in values)
             rows.append([f"{name} ({path.stem.removeprefix('psnr-')})", *cells, str(row["count"])])
-    if len(rows) == len(PUBLISHED_PSNR):
-        rows.append(["released weights, here", *[NOTHING] * 6])
-    return table(header, rows)
+    if len(rows) > len(PUBLISHED_PSNR):
+        return [*table(header, rows), "", f"Measured with `{PSNR_COMMAND}`."]
+    return [*table(header, rows), "", f"Released weights: {NOTHING}; `{PSNR_COMMAND}` measures them."]
 
 
 def _faster(*lines: Line | None) -> Line | None:
@@ -181,7 +192,7 @@ def source(results: Results, gpu: str) -> str:
     parts = [f"{FACTS[name]} {', '.join(values)}" for name, values in facts.items() if values]
     peaks = [line for line in seen if line["bench"] == "ceilings"]
     if peaks:
-        parts.append(f"ceilings {number(peaks[-1]['tflops'])} TFLOP/s and {number(peaks[-1]['gbs'])} GB/s")
+        parts.append(f"ceilings {number(peaks[-1]['tflops'])} TFLOP/s and {number(peaks[-1]['gbps'])} GB/s")
     clock = sorted(line["clock_mhz"] for line in seen if "clock_mhz" in line)
     if clock:
         parts.append(f"SM clock {clock[0]} to {clock[-1]} MHz")
@@ -228,7 +239,7 @@ def kernel_rows(results: Results, gpu: str) -> list[str]:
     header = ["", "images", "dtype", "us", "TFLOP/s", "GB/s", "% of floor", "x eager", "x compile"]
     rows = []
     for line in results.of("kernels", gpu):
-        figures = [cell(line, name) for name in ("us", "tflops", "gbs", "percent_of_floor", "x_eager", "x_compile")]
+        figures = [cell(line, name) for name in ("us", "tflops", "gbps", "percent_of_floor", "x_eager", "x_compile")]
         rows.append([line["op"], line["images"], line["dtype"], *figures])
     return table(header, rows) if rows else [NOTHING]
 
@@ -245,14 +256,14 @@ def cache_rows(results: Results, gpu: str) -> list[str]:
 
 
 def compiled_rows(path: Path) -> list[str]:
-    """Summary of `aot.md`: what the compiler makes of the shipped config rows, a line per compute capability."""
+    """Summary of `aot.md`: what the compiler makes of the shipped config rows, one line per compute capability."""
     if not path.is_file():
         return [NOTHING]
     found: dict[int, list[tuple[int, int, int]]] = {}
-    for match in re.finditer(r"^\| (\d+) \|(?:[^|]*\|){5} (\d+) \| (\d+) \| (\d+) \|", path.read_text(), re.M):
+    for match in re.finditer(r"^\| (\d+) \|(?:[^|]*\|){6} (\d+) \| (\d+) \| (\d+) \|", path.read_text(), re.M):
         cc, *facts = map(int, match.groups())
         found.setdefault(cc, []).append(tuple(facts))
-    header = ["", "kernels compiled", "most registers a thread", "bytes spilled", "most shared memory, bytes"]
+    header = ["", "kernels compiled", "most registers per thread", "bytes spilled", "most shared memory, bytes"]
     columns = {cc: list(zip(*facts, strict=True)) for cc, facts in found.items()}
     return table(
         header,
@@ -265,14 +276,14 @@ def compiled_rows(path: Path) -> list[str]:
 
 def summary(results: Results) -> str:
     """The block of README.md."""
+    if not results.gpus:
+        return "\n".join([NOTHING_ON_A_GPU, "", *published_alone()])
     parts = []
-    for gpu in results.gpus or [None]:
-        where = gpu or f"NVIDIA GPU: {NOTHING}"
-        parts += [f"**{where}** (bfloat16; x is speed-up)", "", *published_rows(results, gpu, brief=True), ""]
-        if gpu:
-            parts += [source(results, gpu), ""]
+    for gpu in results.gpus:
+        parts += [f"**{gpu}** (bfloat16; x is speed-up)", "", *published_rows(results, gpu, brief=True), ""]
+        parts += [source(results, gpu), ""]
     parts.append(
-        "Published: RTX 5090, bfloat16, eager, from the model cards of full_capacitor and capacitor_decoder. "
+        f"Published: {PUBLISHED_SOURCE}. "
         f"Measured with `{COMMAND}`; compiled is the faster of `torch.compile` and its max-autotune mode. "
         "Memory, PSNR, every size, batch and launch: [bench/results](bench/results/README.md)."
     )
@@ -281,7 +292,7 @@ def summary(results: Results) -> str:
 
 def page(results: Results, folder: Path, figures: Sequence[str]) -> str:
     """bench/results/README.md."""
-    parts = ["# Results", "", f"Written by `python -m bench.report` from the files that `{COMMAND}` leaves here.", ""]
+    parts = ["# Results", "", f"Written by `python -m bench report` from the files that `{COMMAND}` leaves here.", ""]
     for gpu in results.gpus:
         parts += [f"## {gpu}", "", source(results, gpu), "", "### Published rows", "", *published_rows(results, gpu)]
         for title, rows in (
@@ -293,10 +304,10 @@ def page(results: Results, folder: Path, figures: Sequence[str]) -> str:
             parts += ["", f"### {title}", "", *rows(results, gpu)]
         parts.append("")
     if not results.gpus:
-        parts += [f"## On a GPU: {NOTHING}", "", *published_rows(results, None), ""]
+        parts += ["## On a GPU", "", NOTHING_ON_A_GPU, "", *published_alone(), ""]
     for name in figures:
         parts += [f"![{name.removesuffix('.svg')}]({name})", ""]
-    parts += ["## Reconstruction", "", *psnr_rows(folder), "", f"Measured with `{PSNR_COMMAND}`.", ""]
+    parts += ["## Reconstruction", "", *psnr_rows(folder), ""]
     parts += ["## What the compiler makes of the shipped configs", ""]
     parts += ["Without a GPU; every row is in [aot.md](aot.md).", "", *compiled_rows(folder / "aot.md"), ""]
     return "\n".join(parts)
@@ -317,10 +328,12 @@ def replaced(text: str, block: str, name: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a table is stale")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the *.jsonl files")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="page with the two markers")
+    parser = argparse.ArgumentParser(prog="python -m bench report", description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="Write nothing, and exit with 1 if a table is stale.")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="Read the *.jsonl files below this folder.")
+    parser.add_argument(
+        "--readme", type=Path, default=ROOT / "README.md", help="Write between the two markers of this page."
+    )
     args = parser.parse_args(argv)
     try:
         results = Results(read_folder(args.results))
@@ -339,7 +352,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     stale = [p for p, text in wanted.items() if not p.is_file() or p.read_text(encoding="utf-8") != text]
     for path in stale:
         if args.check:
-            print(f"{path.name} in {path.parent} is stale: run python -m bench.report", file=sys.stderr)
+            print(f"{path.name} in {path.parent} is stale: run python -m bench report", file=sys.stderr)
         else:
             path.write_text(wanted[path], encoding="utf-8")
             print(f"wrote {path}")

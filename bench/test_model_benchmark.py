@@ -1,7 +1,7 @@
 """Encode and decode end to end for pytest-benchmark: `pytest bench --benchmark-only`.
 
-One call at a time, waited for: latency, where `python -m bench.model` measures throughput. On the CPU a tiny model runs
-by the torch backend and under Triton's interpreter.
+One call at a time, waited for; `python -m bench gpu` takes the figures that count. On the CPU a tiny model runs by the
+torch backend and under Triton's interpreter.
 """
 
 import functools

@@ -1,7 +1,7 @@
 """Measure candidate configs and keep the best as a row of kernels/configs: the only writer of measured rows.
 
-    python -m bench.tune --op expand --op project --size 128x256 --size 32x512          print what would change
-    python -m bench.tune --op project --size 1x256 --use latency --write                write it
+    python -m bench tune --op expand --op project --size 128x256 --size 32x512          print what would change
+    python -m bench tune --op project --size 1x256 --use latency --write                write it
 
 Candidates are tiles around the shipped ones and every config that ships for another GPU. One that would spill, does
 not fit shared memory or disagrees with plain torch is passed over. Each is timed in turn with the present config,
@@ -51,82 +51,51 @@ def candidates(family: Any, present: Any, cc: int) -> list[Any]:
     return [config for config in dict.fromkeys(found) if config != present]
 
 
-def fits(family: Any, shape: dict[str, int], dtype: Any, config: Any, cc: int) -> bool:
-    """Whether the config compiles for this GPU without spills and within shared memory."""
+def fits(case: Any) -> bool:
+    """Whether every launch of a case compiles for its GPU without spills and within shared memory."""
     from capacitor_kernels import tuning
 
     from .aot import compile_launch
 
-    base = tuning.base_cc(cc)
-    for launch in family.example(shape, dtype, config):
+    for launch in case.launches():
         try:
-            kernel, _, stack = compile_launch(launch, cc)
+            kernel, _, stack = compile_launch(launch, case.cc)
         except Exception as error:  # the compiler raises whatever it likes on a tile it cannot do
-            print(f"  passed over {config}: {str(error).splitlines()[0][:100]}")
+            print(f"  passed over {case.step.options['config']}: {str(error).splitlines()[0][:100]}")
             return False
-        if stack > 0 or kernel.metadata.shared > tuning.LIMITS[base].smem_per_cta:
+        if stack > 0 or kernel.metadata.shared > tuning.limits(case.cc).smem_per_cta:
             return False
     return True
 
 
 def tune(case: Any, device: Any, replays: int, compile_first: bool = True) -> tuple[dict[str, int], Any, list[Trial]]:
-    """(row shape, present config, trials from best to worst) of one launch."""
+    """(row shape, present config, trials from best to worst) of one op."""
     from capacitor_kernels import tuning
-    from capacitor_kernels.launch import compute_capability
 
-    cc = compute_capability(device)
-    family = next(f for f in tuning.families() if f.name == case.op)
-    shape = _shape_of(case, device)
-    present = tuning.lookup(case.op, cc, shape, case.dtype, case.size.use)
+    family = tuning.get_family(case.op)
+    present = case.step.options["config"]
     trials = []
-    for config in candidates(family, present, cc):
-        if compile_first and not fits(family, shape, case.dtype, config, cc):
+    for config in candidates(family, present, case.cc):
+        candidate = case.with_config(config)
+        if compile_first and not fits(candidate):
             continue
-        trial = _trial(case, device, present, config, replays)
+        trial = _trial(case, candidate, device, replays)
         if trial is not None:
             trials.append(trial)
-    return shape, present, sorted(trials, key=lambda trial: trial.ratio)
+    return case.row_shape(), present, sorted(trials, key=lambda trial: trial.ratio)
 
 
-def _shape_of(case: Any, device: Any) -> dict[str, int]:
-    """The shape that the case's launch looks its config up by."""
-    from capacitor_kernels import tuning
-    from capacitor_kernels.launch import compute_capability
-
-    family = next(f for f in tuning.families() if f.name == case.op)
-    any_shape = dict.fromkeys((*family.exact, *family.near), 256)
-    config = family.default(compute_capability(device), any_shape, case.dtype, case.size.use)
-    with tuning.using(case.op, config) as seen:
-        case.prepare(device).launch()
-    return seen[-1]
-
-
-def _trial(case: Any, device: Any, present: Any, config: Any, replays: int) -> Trial | None:
-    from capacitor_kernels import tuning
-
+def _trial(present: Any, candidate: Any, device: Any, replays: int) -> Trial | None:
     from ._timing import Variant, time_variants
     from .kernels import AGREEMENT, difference
 
-    with tuning.using(case.op, config):
-        gap = difference(case, device)
-    if not gap <= AGREEMENT[str(case.dtype).removeprefix("torch.")]:
+    config, gap = candidate.step.options["config"], difference(candidate, device)
+    if not gap <= AGREEMENT[str(candidate.dtype).removeprefix("torch.")]:
         print(f"  passed over {config}: differs from plain torch by {gap:.1e}")
         return None
-
-    def with_config(chosen: Any) -> Any:
-        # launches look their config up when called: once while the graph is captured, or at every plain call
-        with tuning.using(case.op, chosen):
-            launch = case.prepare(device).launch
-
-        def call() -> None:
-            with tuning.using(case.op, chosen):
-                launch()
-
-        return call
-
     variants = [
-        Variant("present", lambda: with_config(present), case.nbytes),
-        Variant("candidate", lambda: with_config(config), case.nbytes),
+        Variant(name, lambda case=case: case.prepare(device).call, case.step.nbytes)
+        for name, case in (("present", present), ("candidate", candidate))
     ]
     timed = time_variants(variants, device, replays)
     return Trial(config, timed["candidate"].us, timed["candidate"].us / timed["present"].us)
@@ -159,46 +128,55 @@ def run(args: argparse.Namespace) -> int:
 
     from capacitor_kernels.launch import INTERPRETED, compute_capability, dtype_name
     from capacitor_kernels.tuning import base_cc
+    from capacitor_rt import ModelConfig
 
-    from . import _cases as catalogue
+    from ._cases import GPU_IMAGES, TINY_IMAGES, make_cases
+    from ._contenders import TINY
     from ._timing import environment
-    from .kernels import parse_size
+    from .kernels import parse_images, parse_ops
 
     device = torch.device(args.device)
     on_gpu = device.type == "cuda"
-    unknown = sorted(set(args.op) - set(catalogue.builders()))
-    if unknown:
-        raise SystemExit(f"--op {' '.join(unknown)} unknown: choose from {' '.join(catalogue.builders())}")
-    sizes = [parse_size(text, args.use) for text in args.size]
-    sizes = sizes or (catalogue.GPU_SIZES[:2] if on_gpu else catalogue.TINY_SIZES[:1])
+    images = [parse_images(text, args.use) for text in args.size]
+    images = images or (GPU_IMAGES[:2] if on_gpu else TINY_IMAGES[:1])
+    model = ModelConfig() if on_gpu else TINY
     dtype = torch.bfloat16 if on_gpu else torch.float32
     facts = environment(device)
-    for case in catalogue.cases(args.op, sizes, dtype):
+    for case in make_cases(parse_ops(args.op), images, model, dtype, compute_capability(device)):
         replays = 15 if on_gpu else 2
         shape, present, trials = tune(case, device, replays, compile_first=not INTERPRETED)
-        print(f"{case.op} {case.size} {shape}: present {present}")
+        print(f"{case.op} {case.images} {shape}: present {present}")
         for trial in trials[:5]:
             print(f"  x{trial.ratio:.3f} {trial.us:9.1f} us {trial.config}", flush=True)
         if not trials or trials[0].ratio > WORTHWHILE:
             print("  the present config stays")
         elif args.write:
             evidence = {"kind": "measured", "us": round(trials[0].us, 2)} | {key: facts.get(key) for key in FACTS}
-            row = {"shape": shape, "dtype": dtype_name(dtype), "use": case.size.use}
+            row = {"shape": shape, "dtype": dtype_name(dtype), "use": case.images.use}
             row |= {"config": asdict(trials[0].config), "evidence": evidence}
-            write_row(Path(args.configs), base_cc(compute_capability(device)), case.op, row)
+            write_row(Path(args.configs), base_cc(case.cc), case.op, row)
             print("  written")
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__.splitlines()[0])
-    parser.add_argument("--op", action="append", default=[], help="launch to tune; all when absent")
-    parser.add_argument("--size", action="append", default=[], help="BATCHxPIXELS, e.g. 128x256")
-    parser.add_argument("--use", default="throughput", choices=("throughput", "latency"))
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu tries the command itself out")
-    parser.add_argument("--configs", default=str(CONFIGS), help="folder of the config files")
-    parser.add_argument("--write", action="store_true", help="write winners into the config files")
+    parser = argparse.ArgumentParser(prog="python -m bench tune", description=__doc__.splitlines()[0])
+    parser.add_argument("--op", action="append", default=[], help="Tune this op instead of all.")
+    parser.add_argument(
+        "--size", action="append", default=[], help="Take BATCHxPIXELS images, e.g. 128x256, instead of the usual ones."
+    )
+    parser.add_argument(
+        "--use", default="throughput", choices=("throughput", "latency"), help="Tune configs for this use."
+    )
+    parser.add_argument(
+        "--device",
+        default="cuda",
+        choices=("cuda", "cpu"),
+        help="Measure there; cpu only tries the command itself out.",
+    )
+    parser.add_argument("--configs", default=str(CONFIGS), help="Write into the config files of this folder.")
+    parser.add_argument("--write", action="store_true", help="Write what won into the config files.")
     args = parser.parse_args(argv)
     if args.device == "cpu":
         # before triton is imported, which happens in run()

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from .errors import CacheError, CapacitorError, CheckpointError, ConfigError, ImageError, InputError
     from .model import FullCapacitor
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # imported on first use: `import capacitor_rt` loads neither triton nor pyarrow
 _EXPORTS = {

@@ -1,4 +1,4 @@
-"""Checkpoints: a hub id, a folder or a file -> validated tensors -> a model, and back.
+"""Checkpoints: a hub id, a folder or a file -> architecture, validated tensors, source; and back to a folder.
 
 One error lists everything that is wrong with a checkpoint; files are only read.
 """
@@ -11,27 +11,25 @@ import os
 import re
 import uuid
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from .checkpoint_schema import DERIVED, Reading, read_layout
-from .errors import CheckpointError, ConfigError, InputError
+from .config import ModelConfig
+from .errors import CheckpointError, ConfigError
 from .reference import default_freqs
-
-if TYPE_CHECKING:
-    from .model import FullCapacitor
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 SAMPLE = "sample"
-Model = TypeVar("Model", bound="FullCapacitor")
 
 
 @dataclass
@@ -220,112 +218,52 @@ def problems_of(source: CheckpointSource) -> tuple[Reading, list[str]]:
     return reading, [*reading.problems, *reading.leftovers, *value_problems]
 
 
-def from_pretrained(
-    id_or_path: str | os.PathLike[str],
-    *,
-    cls: type[Model] | None = None,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-    torch_dtype: torch.dtype | None = None,
-    revision: str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    token: str | bool | None = None,
-    local_files_only: bool = False,
-    force_download: bool = False,
-    subfolder: str | None = None,
-    strict: bool = True,
-    backend: str = "auto",
-    strict_size: bool = True,
-    low_latency: bool = False,
-) -> Model:
-    """Load a model, frozen and in eval mode.
+@dataclass(frozen=True)
+class CheckpointContents:
+    """A checkpoint that fits: its architecture, and its tensors by the model's names, in the model's shapes.
 
-    Args:
-        id_or_path: hub id, folder, `.safetensors` file, or "sample" for the bundled one.
-        device: default CPU.
-        dtype, torch_dtype: of the convolutions' weights, default float32 whatever the file holds. Statistics, time
-            embedding and AdaLN stay in float32.
-        revision, cache_dir, token, local_files_only, force_download, subfolder: as in `huggingface_hub`;
-            HF_HUB_OFFLINE is honoured.
-        strict: False only warns of tensors that belong to no part of the model. Missing tensors are always an error.
-        backend, strict_size, low_latency: see `FullCapacitor`.
+    The tensors keep the file's dtypes and are memory-mapped where possible; what follows from the architecture is
+    computed where the file lacks it.
+    """
+
+    config: ModelConfig
+    tensors: dict[str, Tensor]
+
+
+def read(source: CheckpointSource, *, strict: bool = True) -> CheckpointContents:
+    """Read a checkpoint whole; notes on it, and with `strict` False left-over tensors, are warned of.
 
     Raises:
-        CheckpointError: not found, not readable, or its tensors do not fit; all of them are listed.
-        InputError: `device` is not there.
+        CheckpointError: not readable, or its tensors do not fit; all of them are listed.
     """
-    from .model import FullCapacitor
-
-    if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
-        raise InputError(f"dtype {dtype} and torch_dtype {torch_dtype} differ: pass one of them")
-    dtype = dtype or torch_dtype or torch.float32
-    target = _check_device(device)
-    source = resolve(
-        id_or_path,
-        revision=revision,
-        cache_dir=cache_dir,
-        token=token,
-        local_files_only=local_files_only,
-        force_download=force_download,
-        subfolder=subfolder,
-    )
     reading = read_header(source)
-    problems = list(reading.problems)
-    if strict:
-        problems += reading.leftovers
     tensors, value_problems = read_tensors(source, reading)
-    problems += value_problems
+    problems = [*reading.problems, *(reading.leftovers if strict else []), *value_problems]
     if problems:
         raise CheckpointError(f"{source.weights} does not fit ({len(problems)} problems):", problems)
-    for note in reading.notes + ([] if strict else reading.leftovers):
-        if note.startswith(str(source.config)) or note in reading.leftovers:
+    for note in reading.notes:
+        if note.startswith(str(source.config)):
             warnings.warn(note, stacklevel=3)
-    model = build(
-        cls or FullCapacitor, reading, tensors, backend=backend, strict_size=strict_size, low_latency=low_latency
-    )
-    model.source = source
-    return model.to(device=target, dtype=dtype)
-
-
-def build(cls: type[Model], reading: Reading, tensors: dict[str, Tensor], **options) -> Model:
-    """A model of `reading.config` that holds `tensors`, reshaped and in float32, frozen and in eval mode."""
-    with torch.device("meta"):
-        model = cls(reading.config, **options)
-    expected = {entry.read_as: entry.read_shape for entry in reading.entries}
-    state = {name: t.reshape(expected[name]).to(torch.float32) for name, t in tensors.items()}
+    for note in reading.leftovers:
+        warnings.warn(note, stacklevel=3)
+    shapes = {entry.read_as: entry.read_shape or () for entry in reading.entries}
+    fitting = {name: t.reshape(shapes[name]) for name, t in tensors.items()}
     for name in DERIVED:
-        state.setdefault(name, default_freqs())
-    if reading.has_statistics and model.latent_norm_running_mean is None:
-        model.latent_norm_running_mean = torch.empty(reading.config.latent_channels, device="meta")
-        model.latent_norm_running_var = torch.empty(reading.config.latent_channels, device="meta")
-    model.load_state_dict(state, strict=True, assign=True)
-    return model.requires_grad_(False).eval()
+        fitting.setdefault(name, default_freqs())
+    return CheckpointContents(reading.config, fitting)
 
 
-def _check_device(device: torch.device | str | None) -> torch.device:
-    try:
-        target = torch.device(device if device is not None else "cpu")
-    except RuntimeError as error:
-        raise InputError(f"device {device!r} is not a torch device: use e.g. 'cpu' or 'cuda:0'") from error
-    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device {device!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
-    return target
-
-
-def save_pretrained(model: FullCapacitor, folder: str | os.PathLike[str]) -> None:
-    """Write `config.json` and `model.safetensors` into `folder`, each whole or not at all.
-
-    Tensors keep their dtype; `from_pretrained(folder)` gives the same model back.
-    """
+def save(folder: str | os.PathLike[str], config: ModelConfig, state: Mapping[str, Tensor]) -> None:
+    """Write `config.json` and `model.safetensors` into `folder`, each whole or not at all. Tensors keep their dtype."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    tensors = {name: t.detach().cpu().contiguous() for name, t in state.items()}
     # safetensors refuses tensors that share memory
-    state = {name: t.clone() if t.untyped_storage().nbytes() != t.nbytes else t for name, t in state.items()}
+    tensors = {name: t.clone() if t.untyped_storage().nbytes() != t.nbytes else t for name, t in tensors.items()}
     with replacing(folder / WEIGHTS_NAME) as path:
-        save_file(state, path, metadata={"format": "pt"})
+        save_file(tensors, path, metadata={"format": "pt"})
     with replacing(folder / CONFIG_NAME) as path:
-        path.write_text(json.dumps(model.config.to_dict(), indent=2) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 
 class replacing:
@@ -347,10 +285,3 @@ class replacing:
             os.replace(self.temporary, self.path)
         else:
             self.temporary.unlink(missing_ok=True)
-
-
-def parameter_counts(model: nn.Module) -> dict[str, int]:
-    """Numbers of parameters of the encoder, of the decoder and in all; buffers do not count."""
-    sizes = {name: p.numel() for name, p in model.named_parameters()}
-    parts = {part: sum(n for name, n in sizes.items() if name.startswith(part)) for part in ("encoder", "decoder")}
-    return {**parts, "total": sum(sizes.values())}

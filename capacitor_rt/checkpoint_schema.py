@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from . import reference
-from .config import ConfigError, ModelConfig
+from .config import ModelConfig
+from .errors import ConfigError
+from .reference import STATISTICS, Autoencoder
 
 Shape = tuple[int, ...]
 PREFIXES = ("model.", "module.")
-STATISTICS = ("latent_norm_running_mean", "latent_norm_running_var")
 # tensors that a checkpoint may lack because their values follow from the architecture
 DERIVED = ("decoder.time_embed.freqs",)
 
@@ -56,10 +56,8 @@ class Reading:
 def expected_shapes(config: ModelConfig, has_statistics: bool) -> dict[str, Shape]:
     """Name and shape of every tensor of a model of this `config`."""
     with torch.device("meta"):
-        parts = {"decoder": reference.Decoder(config)}
-        if config.encoder_depth:
-            parts["encoder"] = reference.Encoder(config)
-    shapes = {f"{part}.{name}": tuple(t.shape) for part, m in parts.items() for name, t in m.state_dict().items()}
+        model = Autoencoder(config)
+    shapes: dict[str, Shape] = {n: tuple(t.shape) for n, t in model.state_dict().items() if n not in STATISTICS}
     if has_statistics:
         shapes |= dict.fromkeys(STATISTICS, (config.latent_channels,))
     return shapes
@@ -144,56 +142,10 @@ def infer_config(shapes: Mapping[str, Shape], settings: dict[str, Any], source: 
     may grow against `config.json` but not shrink: fewer blocks are missing tensors.
     """
     base = ModelConfig.from_dict(settings, source=source)
-    found: dict[str, Any] = {}
-
-    def vote(key: str, values: Iterable[int | None]) -> None:
-        counts = Counter(v for v in values if v)
-        if counts:
-            current = getattr(base, key)
-            found[key] = max(counts, key=lambda v: (counts[v], v == current))
-
-    def dims(pattern: str, axis: int, rank: int = 1) -> list[int | None]:
-        matching = [s for n, s in shapes.items() if re.fullmatch(pattern, n)]
-        return [s[axis] for s in matching if len(s) >= rank]
-
-    def blocks(part: str) -> int:
-        indices = [int(m[1]) for n in shapes if (m := re.match(rf"{re.escape(part)}\.(\d+)\.", n))]
-        return max(indices, default=-1) + 1
-
-    vote("model_dim", dims(r".*\.(dwconv|patchify\.proj|latent_up|fuse_in|fuse_skip)\.bias", 0))
-    dim = found.get("model_dim", base.model_dim)
-    hidden = Counter(dims(r".*\.pwconv1\.bias", 0)).most_common(1)
-    if hidden and hidden[0][0] != base.hidden_dim:
-        found["mlp_ratio"] = hidden[0][0] / dim
-    elif hidden:
-        found["mlp_ratio"] = hidden[0][0] / dim if dim != base.model_dim else base.mlp_ratio
-    vote("depthwise_kernel_size", dims(r".*\.dwconv\.weight", -1, rank=4))
-    vote("adaln_low_rank_rank", dims(r"decoder\.adaln_deltas\.\d+\.down\.weight", 0))
-    for name, shape in shapes.items():
-        if name.endswith("patchify.proj.weight") and len(shape) == 4 and shape[2] == shape[3] > 1:
-            found.setdefault("in_channels", shape[1])
-            found.setdefault("patch_size", shape[2])
-        elif name.endswith("patchify.proj.weight") and len(shape) >= 2:
-            found.setdefault("patch_size", math.isqrt(max(1, math.prod(shape[1:]) // base.in_channels)))
-    vote("bottleneck_dim", dims(r"decoder\.latent_up\.weight", 1, rank=2))
-    z = found.get("bottleneck_dim", base.bottleneck_dim)
-    for width in dims(r"encoder\.to_bottleneck\.bias", 0):
-        if width in (z, 2 * z):
-            found["bottleneck_posterior_kind"] = "deterministic" if width == z else "diagonal_gaussian"
-    for name in STATISTICS:
-        if name in shapes and math.prod(shapes[name]) == 4 * z:
-            found["latent_patch"] = 2
-
-    encoder = blocks("encoder.blocks")
-    has_encoder = any(name.startswith("encoder.") for name in shapes)
-    found["encoder_depth"] = encoder if has_encoder else 0
-    start, middle, end = (blocks(f"decoder.{part}_blocks") for part in ("start", "middle", "end"))
-    if start + middle + end:
-        found |= {"decoder_start_blocks": start, "decoder_end_blocks": end, "decoder_depth": start + middle + end}
-    for key in ("encoder_depth", "decoder_depth", "decoder_start_blocks", "decoder_end_blocks"):
-        if key in settings and key in found and found[key] < getattr(base, key) and (has_encoder or "decoder" in key):
-            del found[key]
-
+    found = _widths(shapes, base) | _patches(shapes, base)
+    found |= _bottleneck(shapes, found.get("bottleneck_dim", base.bottleneck_dim))
+    found |= _depths(shapes, base, settings)
+    has_encoder = _has_encoder(shapes)
     notes = []
     for key, value in found.items():
         stated = getattr(base, key)
@@ -205,3 +157,83 @@ def infer_config(shapes: Mapping[str, Shape], settings: dict[str, Any], source: 
         return dataclasses.replace(base, **found), notes
     except ConfigError as error:
         return base, [*notes, f"the tensors' shapes fit no architecture of this family: {error}"]
+
+
+def _has_encoder(shapes: Mapping[str, Shape]) -> bool:
+    return any(name.startswith("encoder.") for name in shapes)
+
+
+def _sizes(shapes: Mapping[str, Shape], pattern: str, axis: int, rank: int = 1) -> list[int]:
+    """Size along `axis` of every tensor of at least `rank` dimensions whose name fits; zeros left out."""
+    matching = (s for n, s in shapes.items() if len(s) >= rank and re.fullmatch(pattern, n))
+    return [s[axis] for s in matching if s[axis]]
+
+
+def _vote(values: list[int], current: int) -> int | None:
+    """The commonest value, the current one where it is among several; None for no values."""
+    counts = Counter(values)
+    return max(counts, key=lambda v: (counts[v], v == current)) if counts else None
+
+
+def _widths(shapes: Mapping[str, Shape], base: ModelConfig) -> dict[str, Any]:
+    """Sizes that many tensors show."""
+    shown = {
+        "model_dim": (r".*\.(dwconv|patchify\.proj|latent_up|fuse_in|fuse_skip)\.bias", 0, 1),
+        "depthwise_kernel_size": (r".*\.dwconv\.weight", -1, 4),
+        "adaln_low_rank_rank": (r"decoder\.adaln_deltas\.\d+\.down\.weight", 0, 1),
+        "bottleneck_dim": (r"decoder\.latent_up\.weight", 1, 2),
+    }
+    found: dict[str, Any] = {}
+    for key, where in shown.items():
+        winner = _vote(_sizes(shapes, *where), getattr(base, key))
+        if winner is not None:
+            found[key] = winner
+    dim = found.get("model_dim", base.model_dim)
+    hidden = Counter(_sizes(shapes, r".*\.pwconv1\.bias", 0)).most_common(1)
+    if hidden and (hidden[0][0] != base.hidden_dim or dim != base.model_dim):
+        found["mlp_ratio"] = hidden[0][0] / dim
+    return found
+
+
+def _patches(shapes: Mapping[str, Shape], base: ModelConfig) -> dict[str, Any]:
+    """Channels and side of an image patch, from the first weight that shows them."""
+    found: dict[str, Any] = {}
+    for name, shape in shapes.items():
+        if not name.endswith("patchify.proj.weight"):
+            continue
+        if len(shape) == 4 and shape[2] == shape[3] > 1:
+            found.setdefault("in_channels", shape[1])
+            found.setdefault("patch_size", shape[2])
+        elif len(shape) >= 2:
+            found.setdefault("patch_size", math.isqrt(max(1, math.prod(shape[1:]) // base.in_channels)))
+    return found
+
+
+def _bottleneck(shapes: Mapping[str, Shape], z: int) -> dict[str, Any]:
+    """Kind of posterior and side of a latent patch, for a bottleneck of `z` channels."""
+    found: dict[str, Any] = {}
+    for width in _sizes(shapes, r"encoder\.to_bottleneck\.bias", 0):
+        if width in (z, 2 * z):
+            found["bottleneck_posterior_kind"] = "deterministic" if width == z else "diagonal_gaussian"
+    if any(name in shapes and math.prod(shapes[name]) == 4 * z for name in STATISTICS):
+        found["latent_patch"] = 2
+    return found
+
+
+def _depths(shapes: Mapping[str, Shape], base: ModelConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers of blocks, where `settings` do not state more of them."""
+
+    def blocks(part: str) -> int:
+        indices = [int(m[1]) for n in shapes if (m := re.match(rf"{re.escape(part)}\.(\d+)\.", n))]
+        return max(indices, default=-1) + 1
+
+    has_encoder = _has_encoder(shapes)
+    found = {"encoder_depth": blocks("encoder.blocks") if has_encoder else 0}
+    start, middle, end = (blocks(f"decoder.{part}_blocks") for part in ("start", "middle", "end"))
+    if start + middle + end:
+        found |= {"decoder_start_blocks": start, "decoder_end_blocks": end, "decoder_depth": start + middle + end}
+    return {
+        key: value
+        for key, value in found.items()
+        if key not in settings or value >= getattr(base, key) or (key == "encoder_depth" and not has_encoder)
+    }

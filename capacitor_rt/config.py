@@ -1,4 +1,4 @@
-"""What a checkpoint is (`ModelConfig`) and how it is sampled (`FullCapacitorInferenceConfig`)."""
+"""What a checkpoint is (`ModelConfig`), which ones are known, how one is sampled (`FullCapacitorInferenceConfig`)."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ class ModelConfig:
         Raises:
             ConfigError: a value has the wrong type or is out of range.
         """
-        known = {f.name: f.type for f in dataclasses.fields(cls) if f.name != "latent_patch"}
+        known = {f.name: str(f.type) for f in dataclasses.fields(cls) if f.name != "latent_patch"}
         unknown = sorted(k for k in values if k not in known and not k.startswith("_"))
         if unknown:
             warnings.warn(f"{source}: unknown keys ignored: {', '.join(unknown)}", stacklevel=2)
@@ -176,3 +176,16 @@ class FullCapacitorInferenceConfig:
             raise ConfigError(f"num_steps {self.num_steps!r} is not a whole number of at least 1")
         _check_choice("sampler", self.sampler, SAMPLERS)
         _check_choice("schedule", self.schedule, SCHEDULES)
+
+
+KNOWN_MODELS: dict[str, ModelConfig] = {
+    "full_capacitor": ModelConfig(),
+    "semdisdiffae": ModelConfig(encoder_depth=4),
+    "semdisdiffae_p32_v2": ModelConfig(patch_size=32, model_dim=1024, bottleneck_dim=384),
+    # decodes FLUX.2's latents as its pipeline has them: 2x2 patches as channels, normalised by FLUX.2's statistics
+    "capacitor_decoder": ModelConfig(encoder_depth=0),
+}
+"""Architectures of the published models of this family, for plans without a checkpoint.
+
+Loading needs none of these: `checkpoint` reads every number off the tensors.
+"""

@@ -1,4 +1,4 @@
-"""`FullCapacitor`, the public class: checks inputs, picks a backend, keeps the card's API."""
+"""`FullCapacitor`, the public class: checks inputs, hands them to a backend, keeps the card's interface."""
 
 from __future__ import annotations
 
@@ -7,33 +7,31 @@ from os import PathLike
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from . import reference
-from .checks import IMAGE_DTYPES, LATENT_DTYPES, check_out, check_tensor
+from . import checkpoint
+from .checks import IMAGE_DTYPES, LATENT_DTYPES, check_device, check_input, check_latents, check_multiple, check_out
 from .config import FullCapacitorInferenceConfig, ModelConfig
-from .diffusion import sample, unit_noise
+from .diffusion import unit_noise
 from .errors import InputError
 from .reference import Posterior
-from .runtime.backend import ServedModule
-from .runtime.placement import Place
+from .runtime.backend import ServedAutoencoder
 
 if TYPE_CHECKING:
-    from .checkpoint import CheckpointSource
+    from typing_extensions import Self
 
 SIZE_MULTIPLE = 32
 
 
-class FullCapacitor(ServedModule):
+class FullCapacitor(ServedAutoencoder):
     """FCDM image autoencoder with the interface of the published model.
 
     Parameters and buffers carry the names of the checkpoint's tensors. `latent_channels` is C, `latent_stride` is s:
     an image `[B,3,H,W]` has latents `[B,C,H/s,W/s]`.
 
-    The Triton backend folds and packs the weights for its GPU, once, when first called. The parameters themselves then
-    rest on the CPU as they were loaded (see `placement`): `state_dict` is exact, and the GPU holds the weights once.
-    Changes of parameters in place are noticed at the next call, except those made through `.data` or under
-    `torch.inference_mode`. `.to("cpu")` frees graphs, arenas and packed weights. To train, use backend="torch".
+    The Triton backend folds and packs the weights for its GPU, once, when first called; the packed copies lie beside
+    the parameters. Changes of parameters in place are noticed at the next call, except those made through `.data` or
+    under `torch.inference_mode`. `.to("cpu")` frees graphs, arenas and packed weights. To train, use backend="torch".
 
     Calls from several threads take turns; any current stream will do, and nothing waits for the device.
 
@@ -47,48 +45,74 @@ class FullCapacitor(ServedModule):
             whether it came alone; otherwise they depend neither on the batch nor on the place in it.
     """
 
-    weights = ("encoder", "decoder")
-    latent_norm_running_mean: Tensor | None
-    latent_norm_running_var: Tensor | None
-
     def __init__(
         self, config: ModelConfig, *, backend: str = "auto", strict_size: bool = True, low_latency: bool = False
     ):
-        super().__init__(config, backend)
+        super().__init__(config, backend=backend, low_latency=low_latency)
         self.strict_size = strict_size
-        self.low_latency = low_latency
-        self.source: CheckpointSource | None = None
-        self.encoder = reference.Encoder(config) if config.encoder_depth else None
-        self.decoder = reference.Decoder(config)
-        for name in ("latent_norm_running_mean", "latent_norm_running_var"):
-            # a decoder-only checkpoint has no statistics: its latents are decoded as they are
-            stats = torch.zeros if name.endswith("mean") else torch.ones
-            self.register_buffer(name, stats(config.latent_channels) if self.encoder is not None else None)
+        self.source: checkpoint.CheckpointSource | None = None
 
     @classmethod
-    def from_pretrained(cls, id_or_path: str | PathLike[str], **kwargs) -> FullCapacitor:
-        """Load a hub id, a folder, a `.safetensors` file, or "sample" (see `checkpoint.from_pretrained`)."""
-        from .checkpoint import from_pretrained
+    def from_pretrained(
+        cls,
+        id_or_path: str | PathLike[str],
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | None = None,
+        revision: str | None = None,
+        cache_dir: str | PathLike[str] | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        subfolder: str | None = None,
+        strict: bool = True,
+        backend: str = "auto",
+        strict_size: bool = True,
+        low_latency: bool = False,
+    ) -> Self:
+        """Load a model, frozen and in eval mode.
 
-        return from_pretrained(id_or_path, cls=cls, **kwargs)
+        Args:
+            id_or_path: hub id, folder, `.safetensors` file, or "sample" for the bundled one.
+            device: default CPU.
+            dtype, torch_dtype: of the convolutions' weights, default float32 whatever the file holds. Statistics, time
+                embedding and AdaLN stay in float32.
+            revision, cache_dir, token, local_files_only, force_download, subfolder: as in `huggingface_hub`;
+                HF_HUB_OFFLINE is honoured.
+            strict: False only warns of tensors that belong to no part of the model. Missing tensors are always an
+                error.
+            backend, strict_size, low_latency: see the class.
+
+        Raises:
+            CheckpointError: not found, not readable, or its tensors do not fit; all of them are listed.
+            InputError: `device` is not there.
+        """
+        if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
+            raise InputError(f"dtype {dtype} and torch_dtype {torch_dtype} differ: pass one of them")
+        target = check_device(device)
+        source = checkpoint.resolve(
+            id_or_path,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+            force_download=force_download,
+            subfolder=subfolder,
+        )
+        read = checkpoint.read(source, strict=strict)
+        with torch.device("meta"):
+            model = cls(read.config, backend=backend, strict_size=strict_size, low_latency=low_latency)
+        model.load_checkpoint(read.tensors)
+        model.source = source
+        return model.to(device=target, dtype=dtype or torch_dtype or torch.float32)
 
     def save_pretrained(self, folder: str | PathLike[str]) -> None:
-        """Write `config.json` and `model.safetensors` (see `checkpoint.save_pretrained`)."""
-        from .checkpoint import save_pretrained
+        """Write `config.json` and `model.safetensors` into `folder`, each whole or not at all.
 
-        save_pretrained(self, folder)
-
-    def registered_place(self) -> Place:
-        weight = self.decoder.out_proj.weight
-        return weight.device, weight.dtype
-
-    @property
-    def latent_channels(self) -> int:
-        return self.config.latent_channels
-
-    @property
-    def latent_stride(self) -> int:
-        return self.config.latent_stride
+        Tensors keep their dtype; `from_pretrained(folder)` gives the same model back.
+        """
+        checkpoint.save(folder, self.config, self.state_dict())
 
     @property
     def size_multiple(self) -> int:
@@ -124,11 +148,7 @@ class FullCapacitor(ServedModule):
         with torch.no_grad():
             if torch.compiler.is_compiling():
                 return _write(torch.ops.capacitor_rt.encode(image, self._number), out)
-            return self.runtime.encode(image, out)
-
-    def latents_of(self, posterior: Posterior) -> Tensor:
-        """Whitened mode, float32 `[B,C,h,w]`, of what `encode_posterior` returned."""
-        return self.whiten(self._mode(posterior))
+            return self.triton.encode(image, out)
 
     def encode_posterior(self, image: Tensor) -> Posterior:
         """Image to the raw posterior, before the mode is taken and whitened. Arguments and errors as in `encode`.
@@ -143,18 +163,15 @@ class FullCapacitor(ServedModule):
             shape = (0, self.config.bottleneck_dim, height // p, width // p)
             mean, logsnr = (torch.empty(shape, device=image.device) for _ in range(2))
             return Posterior(mean, logsnr if self.config.bottleneck_posterior_kind == "diagonal_gaussian" else None)
-        if self._fast:
-            with torch.no_grad():
-                if torch.compiler.is_compiling():
-                    out = torch.ops.capacitor_rt.posterior(image, self._number)
-                    return Posterior(out[0], out[1] if len(out) > 1 else None)
-                return self.runtime.posterior(image)
-        self.wake()
-        # an enclosing autocast would override the dtypes chosen here
-        with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
-            image = self._normalise(image)
-            mean, logsnr = self.encoder(image)
-        return Posterior(mean.float(), None if logsnr is None else logsnr.float())
+        with torch.no_grad():
+            if not self._fast:
+                # an enclosing autocast would override the dtypes chosen here
+                with torch.autocast(image.device.type, enabled=False):
+                    return super().encode_posterior(image)
+            if torch.compiler.is_compiling():
+                out = torch.ops.capacitor_rt.posterior(image, self._number)
+                return Posterior(out[0], out[1] if len(out) > 1 else None)
+            return self.triton.posterior(image)
 
     def decode(
         self,
@@ -163,6 +180,7 @@ class FullCapacitor(ServedModule):
         width: int | None = None,
         inference_config: FullCapacitorInferenceConfig | None = None,
         *,
+        noise: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
         """Whitened latents to image.
@@ -171,6 +189,7 @@ class FullCapacitor(ServedModule):
             latents: `[B,C,h,w]` float32, bfloat16 or float16 on the model's device. B may be 0.
             height, width: of the image, in pixels; they must be `h*s` and `w*s`, which is also the default.
             inference_config: sampler settings; default one step, no seed.
+            noise: unit normal float32 `[B,3,H,W]` to start from; drawn by the settings' seed when None.
             out: float32, bfloat16 or float16 `[B,3,H,W]` to write to, rounded once.
 
         Returns:
@@ -179,131 +198,55 @@ class FullCapacitor(ServedModule):
         Raises:
             InputError: wrong rank, channels, dtype or device; a height or width that does not fit the latents.
         """
-        inference_config = inference_config or FullCapacitorInferenceConfig()
+        inference = inference_config or FullCapacitorInferenceConfig()
         self._offload_hook()
-        shape = self._check_latents(latents, height, width)
+        check_input("latents", latents, LATENT_DTYPES, self.device)
+        batch, *size = check_latents(latents, self.latent_channels, self.latent_stride, height, width)
+        shape = (batch, self.config.in_channels, *size)
         check_out(out, shape, latents.device)
-        if shape[0] == 0:
+        if noise is None:
+            # for the whole batch, however it is split: a seed gives the same image
+            noise = _noise(shape, inference.seed, latents)
+        else:
+            check_input("noise", noise, (torch.float32,), latents.device, shape)
+        if batch == 0:
             return _write(torch.empty(shape, device=latents.device), out)
-        # for the whole batch, however it is split: a seed gives the same image
-        noise = _noise(shape, inference_config.seed, latents)
-        if self._fast:
-            return self._decode_fast(latents, noise, inference_config, out)
-        self.wake()
-        with torch.no_grad(), torch.autocast(latents.device.type, enabled=False):
-            z = self._unfold_latents(self.dewhiten(latents))
-            image = sample(self._predictor(z, inference_config), noise, self.config, inference_config)
-        return _write(image, out)
-
-    def _decode_fast(
-        self, latents: Tensor, noise: Tensor, inference: FullCapacitorInferenceConfig, out: Tensor | None
-    ) -> Tensor:
         with torch.no_grad():
+            if not self._fast:
+                with torch.autocast(latents.device.type, enabled=False):
+                    return _write(super().decode(latents, inference_config=inference, noise=noise), out)
             if self.config.latent_patch != 1:
-                latents = self._unfold_latents(self.dewhiten(latents))
+                # these models whiten by a step of its own
+                latents = self.unfold_latent_patches(self.dewhiten(latents))
             if torch.compiler.is_compiling():
                 settings = (inference.num_steps, inference.sampler, inference.schedule)
                 guidance = (inference.pdg, float(inference.pdg_strength))
                 return _write(torch.ops.capacitor_rt.decode(latents, noise, self._number, *settings, *guidance), out)
-            return self.runtime.decode(latents, noise, inference, out)
+            return self.triton.decode(latents, noise, inference, out)
 
     def reconstruct(self, image: Tensor, inference_config: FullCapacitorInferenceConfig | None = None) -> Tensor:
         """`decode(encode(image))`: float32 `[B,3,H,W]` (NCHW also for an NHWC image)."""
         return self.decode(self.encode(image), inference_config=inference_config)
 
-    def whiten(self, z: Tensor) -> Tensor:
-        """Raw latents `[B,C,h,w]` to the model's own normalised space, float32; the identity without statistics."""
-        if self.latent_norm_running_mean is None:
-            return z.float()
-        return reference.whiten(z, *self._statistics())
-
-    def dewhiten(self, z: Tensor) -> Tensor:
-        """Inverse of `whiten`, float32."""
-        if self.latent_norm_running_mean is None:
-            return z.float()
-        return reference.dewhiten(z, *self._statistics())
-
     def extra_repr(self) -> str:
-        rest = "" if self._placed is None else f", on {self.device} in {self.dtype}, weights at rest"
         latents = f"{self.latent_channels}x1/{self.latent_stride}"
-        return f"backend={self.backend!r}, strict_size={self.strict_size}, {latents}{rest}"
+        return f"backend={self.backend!r}, strict_size={self.strict_size}, {latents}"
 
-    def _statistics(self) -> tuple[Tensor, Tensor, float]:
-        return (
-            self.latent_norm_running_mean,
-            self.latent_norm_running_var,
-            self.config.latent_running_stats_eps,
-        )
-
-    def _mode(self, posterior: Posterior) -> Tensor:
-        mode = reference.posterior_mode(*posterior)
-        # order c*4 + i*2 + j of the family's 2x2 latent patches
-        return mode if self.config.latent_patch == 1 else nn.functional.pixel_unshuffle(mode, self.config.latent_patch)
-
-    def _unfold_latents(self, z: Tensor) -> Tensor:
-        return z if self.config.latent_patch == 1 else nn.functional.pixel_shuffle(z, self.config.latent_patch)
-
-    def _predictor(self, z: Tensor, inference: FullCapacitorInferenceConfig):
-        z = z.to(self.dtype)
-
-        def predict_x0(x_t: Tensor, t: float) -> Tensor:
-            times = torch.full((z.shape[0],), t, device=z.device)
-            x0 = self.decoder(x_t, times, z).float()
-            if not inference.pdg:
-                return x0
-            unguided = self.decoder(x_t, times, z, drop_path=True).float()
-            return unguided + inference.pdg_strength * (x0 - unguided)
-
-        return predict_x0
+    def check_size(self, height: int, width: int) -> None:
+        """Raise InputError, naming the nearest legal sizes, unless `height` x `width` pixels can be encoded."""
+        check_multiple(height, width, self.size_multiple, self.latent_stride)
 
     def _check_image(self, image: Tensor) -> tuple[int, int, int]:
         """(B, H, W) of an image that the encoder takes."""
         if self.encoder is None:
             raise InputError("this checkpoint has a decoder only: encode needs one with encoder.* tensors")
-        check_tensor("image", image, IMAGE_DTYPES, self.device)
+        check_input("image", image, IMAGE_DTYPES, self.device)
         channels = self.config.in_channels
         if channels not in (image.shape[1], image.shape[3]):
             raise InputError(f"image has shape {list(image.shape)}: expected [B,{channels},H,W] or [B,H,W,{channels}]")
         height, width = image.shape[2:] if image.shape[1] == channels else image.shape[1:3]
         self.check_size(height, width)
         return image.shape[0], height, width
-
-    def _normalise(self, image: Tensor) -> Tensor:
-        """NCHW in [-1,1] in the weights' dtype."""
-        if image.shape[1] != self.config.in_channels:
-            image = image.permute(0, 3, 1, 2)
-        if image.dtype == torch.uint8:
-            image = image.float() / 127.5 - 1.0
-        return image.to(self.dtype)
-
-    def check_size(self, height: int, width: int) -> None:
-        """Raise InputError, naming the nearest legal sizes, unless `height` x `width` pixels can be encoded."""
-        multiple = self.size_multiple
-        for name, size in (("height", height), ("width", width)):
-            if size % multiple or size == 0:
-                below, above = size // multiple * multiple, (size // multiple + 1) * multiple
-                use = f"{below} or {above}" if below else f"{above}"
-                hint = ""
-                if self.strict_size and size and size % self.latent_stride == 0:
-                    hint = f", or strict_size=False, which admits multiples of {self.latent_stride}"
-                raise InputError(f"{name} {size} is not a multiple of {multiple}: use {use}{hint}")
-
-    def _check_latents(self, latents: Tensor, height: int | None, width: int | None) -> tuple[int, int, int, int]:
-        """Shape of the image that these latents decode to."""
-        check_tensor("latents", latents, LATENT_DTYPES, self.device)
-        if latents.shape[1] != self.latent_channels:
-            raise InputError(f"latents have shape {list(latents.shape)}: expected [B,{self.latent_channels},h,w]")
-        batch, _, h, w = latents.shape
-        if 0 in (h, w):
-            raise InputError(f"latents have shape {list(latents.shape)}: h and w must be at least 1")
-        size = (h * self.latent_stride, w * self.latent_stride)
-        for name, given, fits in zip(("height", "width"), (height, width), size, strict=True):
-            if given is not None and given != fits:
-                raise InputError(
-                    f"{name} {given} does not fit latents of {h}x{w}, which decode to {size[0]}x{size[1]}: "
-                    f"pass {name}={fits} or leave it out"
-                )
-        return batch, self.config.in_channels, *size
 
 
 def _noise(shape: tuple[int, ...], seed: int | None, like: Tensor) -> Tensor:

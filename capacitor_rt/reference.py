@@ -1,20 +1,29 @@
-"""The autoencoder in plain torch: truth for the tests, baseline for the bench, backend where there is no GPU.
+"""The whole model in plain torch: truth for the tests, baseline for the bench, backend where there is no GPU.
 
-Shapes: B batch, D model width, F hidden width, Z bottleneck channels, p patch; for an image `[B,3,H,W]`, `h = H/p`
-and `w = W/p`. Weights may be float64, float32, bfloat16 or float16. Norm statistics, the time embedding, AdaLN vectors
-and the posterior are computed in float32 at least; a `Float32Module` keeps its weights there when the model is cast.
+Start at `Autoencoder`, below. Shapes: B batch, D model width, F hidden width, Z bottleneck channels, p patch; for an
+image `[B,3,H,W]`, `h = H/p` and `w = W/p`. Latents are `[B,C,H/s,W/s]`: C = Z and s = p, or C = 4Z and s = 2p for
+models that whiten 2x2 patches of the bottleneck. Weights may be float64, float32, bfloat16 or float16. Norm statistics,
+the time embedding, AdaLN vectors, the posterior and whitening are computed in float32 at least; a `Float32Module` keeps
+its weights there when the model is cast.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import ModelConfig
+from .config import FullCapacitorInferenceConfig, ModelConfig
+from .diffusion import PredictX0, sample, unit_noise
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+STATISTICS = ("latent_norm_running_mean", "latent_norm_running_var")
 
 
 def _full(x: Tensor) -> Tensor:
@@ -37,8 +46,154 @@ def at_least_float32(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tenso
 class Float32Module(nn.Module):
     """A module whose tensors never go below float32, whatever `.to(dtype)` asks for."""
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         return super()._apply(at_least_float32(fn), recurse)
+
+
+class Posterior(NamedTuple):
+    """Raw posterior before whitening: `mean` and `logsnr`, float32 `[B,Z,h,w]`; logsnr None if deterministic."""
+
+    mean: Tensor
+    logsnr: Tensor | None
+
+
+class Autoencoder(nn.Module):
+    """Image to whitened latents and back. Differentiable; arguments are taken as they are, unchecked.
+
+    Parameters and buffers carry the names of the checkpoint's tensors. A decoder-only model has `encoder` None and no
+    statistics: its latents are decoded as they are.
+    """
+
+    encoder: Encoder | None
+    decoder: Decoder
+    latent_norm_running_mean: Tensor | None
+    latent_norm_running_var: Tensor | None
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config) if config.encoder_depth else None
+        self.decoder = Decoder(config)
+        for name, fill in zip(STATISTICS, (torch.zeros, torch.ones), strict=True):
+            self.register_buffer(name, fill(config.latent_channels) if self.encoder is not None else None)
+
+    def hold(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take `tensors`, by the names of `state_dict`, for the parameters and buffers, without a copy; frozen."""
+        for name in STATISTICS:
+            # a decoder-only checkpoint may have statistics all the same
+            setattr(self, name, tensors.get(name))
+        self.load_state_dict(tensors, strict=True, assign=True)
+        self.requires_grad_(False).eval()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type in which the convolutions compute."""
+        return self.decoder.out_proj.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where images and latents must be."""
+        return self.decoder.out_proj.weight.device
+
+    @property
+    def latent_channels(self) -> int:
+        return self.config.latent_channels
+
+    @property
+    def latent_stride(self) -> int:
+        """Pixels per latent in each direction."""
+        return self.config.latent_stride
+
+    def encode(self, image: Tensor) -> Tensor:
+        """Whitened mode of the posterior, float32 `[B,C,H/s,W/s]`, of an image as `encode_posterior` takes it."""
+        return self.latents_of(self.encode_posterior(image))
+
+    def encode_posterior(self, image: Tensor) -> Posterior:
+        """Raw posterior of an image `[B,3,H,W]` or `[B,H,W,3]`: floats in [-1,1], or uint8 in [0,255]."""
+        if self.encoder is None:
+            raise ValueError("a decoder-only model has no encoder")
+        mean, logsnr = self.encoder(self.normalise(image))
+        return Posterior(_full(mean), None if logsnr is None else _full(logsnr))
+
+    def decode(
+        self,
+        latents: Tensor,
+        *,
+        inference_config: FullCapacitorInferenceConfig | None = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        """Image, float32 `[B,3,H,W]` in about [-1,1], not clamped, of whitened latents `[B,C,h,w]`.
+
+        Args:
+            inference_config: sampler settings; default one step, no seed.
+            noise: unit normal float32 `[B,3,H,W]` to start from; drawn by the settings' seed when None.
+        """
+        inference = inference_config or FullCapacitorInferenceConfig()
+        z = self.unfold_latent_patches(self.dewhiten(latents))
+        if noise is None:
+            p, channels = self.config.patch_size, self.config.in_channels
+            noise = unit_noise((z.shape[0], channels, p * z.shape[2], p * z.shape[3]), inference.seed, z.device)
+        return sample(self.predictor(z, inference), noise, self.config, inference)
+
+    def normalise(self, image: Tensor) -> Tensor:
+        """NCHW in [-1,1] in the weights' dtype."""
+        if image.shape[1] != self.config.in_channels:
+            image = image.permute(0, 3, 1, 2)
+        if image.dtype == torch.uint8:
+            image = image.float() / 127.5 - 1.0
+        return image.to(self.dtype)
+
+    def latents_of(self, posterior: Posterior) -> Tensor:
+        """Whitened mode, float32 `[B,C,H/s,W/s]`, of what `encode_posterior` returned."""
+        return self.whiten(self.fold_latent_patches(posterior_mode(*posterior)))
+
+    def fold_latent_patches(self, z: Tensor) -> Tensor:
+        """`[B,Z,h,w]` to `[B,C,H/s,W/s]`: the family's 2x2 latent patches, order `c*4 + i*2 + j`, where it has them."""
+        patch = self.config.latent_patch
+        return z if patch == 1 else F.pixel_unshuffle(z, patch)
+
+    def unfold_latent_patches(self, z: Tensor) -> Tensor:
+        """Inverse of `fold_latent_patches`."""
+        patch = self.config.latent_patch
+        return z if patch == 1 else F.pixel_shuffle(z, patch)
+
+    def statistics(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor] | None:
+        """Mean and standard deviation `sqrt(var + eps)` of the whitening per channel, `[C]`; None without them."""
+        mean, var = self.latent_norm_running_mean, self.latent_norm_running_var
+        if mean is None or var is None:
+            return None
+        return mean.to(dtype), torch.sqrt(var.to(dtype) + self.config.latent_running_stats_eps)
+
+    def whiten(self, z: Tensor) -> Tensor:
+        """Raw latents `[B,C,h,w]` to the model's own normalised space, float32; the identity without statistics."""
+        statistics = self.statistics()
+        return _full(z) if statistics is None else whiten(z, *statistics)
+
+    def dewhiten(self, z: Tensor) -> Tensor:
+        """Inverse of `whiten`, float32."""
+        statistics = self.statistics()
+        return _full(z) if statistics is None else dewhiten(z, *statistics)
+
+    def predictor(self, z: Tensor, inference: FullCapacitorInferenceConfig) -> PredictX0:
+        """`(x_t, t) -> x0` in float32 for raw bottlenecks z `[B,Z,h,w]`, path-drop guidance included."""
+        z = z.to(self.dtype)
+
+        def predict_x0(x_t: Tensor, t: float) -> Tensor:
+            times = torch.full((z.shape[0],), t, device=z.device)
+            x0 = _full(self.decoder(x_t, times, z))
+            if not inference.pdg:
+                return x0
+            unguided = _full(self.decoder(x_t, times, z, drop_path=True))
+            return unguided + inference.pdg_strength * (x0 - unguided)
+
+        return predict_x0
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # the statistics stay in float32, whatever the weights are cast to
+        if recurse:
+            for module in self.children():
+                module._apply(fn)
+        return super()._apply(at_least_float32(fn), recurse=False)
 
 
 class RMSNorm(nn.Module):
@@ -73,6 +228,8 @@ class Block(nn.Module):
 
     The encoder's blocks own a `layer_scale`; the decoder's take `modulation [B, 2D]` = (scale, gate) instead.
     """
+
+    layer_scale: nn.Parameter
 
     def __init__(self, config: ModelConfig, layer_scale: bool):
         super().__init__()
@@ -118,6 +275,9 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer_scale=True) for _ in range(config.encoder_depth))
         self.to_bottleneck = nn.Conv2d(config.model_dim, config.posterior_channels, 1)
 
+    def all_blocks(self) -> list[Block]:
+        return cast("list[Block]", list(self.blocks))
+
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
         x = self.patchify(image)
         for block in self.blocks:
@@ -127,13 +287,6 @@ class Encoder(nn.Module):
         if self.config.bottleneck_norm_mode == "channel_wise":
             mean = RMSNorm()(mean)
         return mean, logsnr
-
-
-class Posterior(NamedTuple):
-    """Raw posterior before whitening: `mean` and `logsnr`, float32 `[B,Z,h,w]`; logsnr None if deterministic."""
-
-    mean: Tensor
-    logsnr: Tensor | None
 
 
 def posterior_mode(mean: Tensor, logsnr: Tensor | None) -> Tensor:
@@ -151,6 +304,8 @@ def posterior_sample(mean: Tensor, logsnr: Tensor | None, noise: Tensor) -> Tens
 
 class TimeEmbed(Float32Module):
     """Sinusoidal embedding of `1000 t` and a two-layer MLP: `[B] -> [B, D]`, in float32."""
+
+    freqs: Tensor
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -215,6 +370,10 @@ class Decoder(nn.Module):
         self.path_drop_mask_feature = nn.Parameter(torch.zeros(1, d, 1, 1))
         self.out_proj = nn.Conv2d(d, config.in_channels * config.patch_size**2, 1)
 
+    def all_blocks(self) -> list[Block]:
+        """In the order of `modulations`: start, middle, end."""
+        return cast("list[Block]", [*self.start_blocks, *self.middle_blocks, *self.end_blocks])
+
     def modulations(self, t: Tensor) -> list[Tensor]:
         """Packed (scale, gate) `[B, 2D]` float32 of every block, in order, at times `t [B]`."""
         a = F.silu(self.time_embed(t))
@@ -251,11 +410,11 @@ class Decoder(nn.Module):
         return F.pixel_shuffle(self.out_proj(x), self.config.patch_size)
 
 
-def whiten(z: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
-    """`(z - mean) / sqrt(var + eps)` per channel, in float32. `z` is `[B,C,h,w]`, the statistics are `[C]`."""
-    return (_full(z) - mean[:, None, None]) / torch.sqrt(var + eps)[:, None, None]
+def whiten(z: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """`(z - mean) / std` per channel, in float32. `z` is `[B,C,h,w]`, the statistics are `[C]`."""
+    return (_full(z) - mean[:, None, None]) / std[:, None, None]
 
 
-def dewhiten(z: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+def dewhiten(z: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Inverse of `whiten`."""
-    return torch.addcmul(mean[:, None, None], _full(z), torch.sqrt(var + eps)[:, None, None])
+    return torch.addcmul(mean[:, None, None], _full(z), std[:, None, None])

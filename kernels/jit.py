@@ -1,9 +1,15 @@
-"""What kernels share: the order of tiles, activations, arithmetic that every dtype survives."""
+"""What kernels share: the order of tiles, masked loads, activations, arithmetic that every dtype survives."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def load_tile(pointers, mask, EVEN: tl.constexpr):
+    """Load a tile: EVEN says that it lies inside the tensor, otherwise what `mask` leaves out is zero."""
+    return tl.load(pointers) if EVEN else tl.load(pointers, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -37,7 +43,7 @@ def add_scaled(a, g):
 
 @triton.jit
 def grouped_tile(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """(tile_m, tile_n) of a program id: GROUP_M row tiles walk all columns together, to reuse both in L2."""
+    """(pid_m, pid_n) of a program id: GROUP_M row tiles walk all columns together, to reuse both in L2."""
     per_group = GROUP_M * tiles_n
     first = pid // per_group * GROUP_M
     rows = tl.minimum(tiles_m - first, GROUP_M)
@@ -46,12 +52,12 @@ def grouped_tile(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def image_tile(tile, tokens_per_image, tiles_per_image, BLOCK_M: tl.constexpr):
+def image_tile(pid_m, tokens_per_image, tiles_per_image, BLOCK_M: tl.constexpr):
     """Map a row tile to (image, first token of the tile as int64, tokens left in the image from there).
 
     Tiles never mix images: an image owns cdiv(tokens_per_image, BLOCK_M) of them and the last one is masked.
     """
-    image = tile // tiles_per_image
-    local = tile % tiles_per_image * BLOCK_M
+    image = pid_m // tiles_per_image
+    local = pid_m % tiles_per_image * BLOCK_M
     first = image.to(tl.int64) * tokens_per_image + local
     return image, first, tokens_per_image - local

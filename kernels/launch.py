@@ -6,10 +6,12 @@ Every check raises before any work starts, and says which argument is wrong, wha
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from math import prod
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from triton import knobs
@@ -88,12 +90,19 @@ def _check_shape(name: str, t: torch.Tensor, shape: tuple[int | None, ...]) -> N
 def _check_device(name: str, t: torch.Tensor, like: torch.Tensor | None) -> None:
     if like is not None and t.device != like.device:
         raise ValueError(f"{name} is on {t.device}, the other tensors on {like.device}: move it there")
-    if t.device.type == "cuda" or (t.device.type == "cpu" and INTERPRETED):
+    if t.device.type == "cuda" or (t.device.type == "cpu" and INTERPRETED) or _recording.get() is not None:
         return
     raise ValueError(
         f"{name} is on {t.device}: these kernels run on an NVIDIA GPU, or on the CPU under Triton's "
         "interpreter (set TRITON_INTERPRET=1 before importing triton)"
     )
+
+
+def same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors start at the same address; meta tensors, which all start at zero, in one storage."""
+    if a.data_ptr() != b.data_ptr():
+        return False
+    return not a.is_meta or a.untyped_storage()._cdata == b.untyped_storage()._cdata
 
 
 def check_rows(name: str, tokens: int, tokens_per_image: int) -> int:
@@ -106,6 +115,17 @@ def check_rows(name: str, tokens: int, tokens_per_image: int) -> int:
             "pass whole images"
         )
     return tokens // tokens_per_image
+
+
+def check_patches(batch: int, height: int, width: int, patch: int) -> tuple[int, int]:
+    """(rows, columns) of patches in the argument `image`; refuses no images, and sizes that are not whole patches."""
+    for name, size in (("height", height), ("width", width)):
+        if size < patch or size % patch:
+            below = max(size // patch, 1) * patch
+            raise ValueError(f"{name} {size} of image is not a multiple of {patch}: use {below} or {below + patch}")
+    if batch < 1:
+        raise ValueError("image has no images: its first dimension is 0")
+    return height // patch, width // patch
 
 
 def check_int32(name: str, n: int) -> None:
@@ -128,9 +148,14 @@ def check_tma(tma: bool, **operands: torch.Tensor) -> None:
 def compute_capability(device: torch.device | torch.Tensor) -> int:
     """Compute capability as major * 10 + minor, e.g. 90; under the interpreter CAPACITOR_INTERPRET_CC or 90.
 
+    Inside `recording(cc)` it is that `cc`, whatever the device.
+
     Raises:
         ValueError: a device without a supported NVIDIA GPU.
     """
+    recorded = _recording.get()
+    if recorded is not None and recorded.cc is not None:
+        return recorded.cc
     device = device.device if isinstance(device, torch.Tensor) else torch.device(device)
     if INTERPRETED:
         return int(os.environ.get("CAPACITOR_INTERPRET_CC", DEFAULT_INTERPRETER_CC))
@@ -156,6 +181,33 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
+class TensorLike(Protocol):
+    """A tensor, or the mere description of one."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+
+class Work(NamedTuple):
+    """What one call of an op costs at least.
+
+    Attributes:
+        flops: a multiply-add is two.
+        nbytes: memory traffic if every operand is read once and every output written once.
+    """
+
+    flops: int
+    nbytes: int
+
+
+def nbytes_of(*tensors: TensorLike | None) -> int:
+    """Bytes of these tensors together; None counts nothing."""
+    return sum(prod(t.shape) * t.dtype.itemsize for t in tensors if t is not None)
+
+
 @dataclass(frozen=True)
 class Launch:
     """One kernel launch as data: what a launcher runs, and what the ahead-of-time check compiles.
@@ -173,8 +225,41 @@ class Launch:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
+class _Recording(NamedTuple):
+    launches: list[Launch]
+    cc: int | None
+
+
+_recording: ContextVar[_Recording | None] = ContextVar("recording", default=None)
+
+
+@contextmanager
+def recording(cc: int | None = None) -> Iterator[list[Launch]]:
+    """Collect the launches of the ops called inside, in order, instead of queueing them; yields their list.
+
+    Tensors may then be on any one device, the meta device included; every other check of the ops holds. It is for the
+    current thread (or task) alone. Of nested recordings the innermost collects.
+
+    Args:
+        cc: compute capability that configs are looked up for; the one around it, or the device's, when None.
+    """
+    outer = _recording.get()
+    if cc is None and outer is not None:
+        cc = outer.cc
+    launches: list[Launch] = []
+    token = _recording.set(_Recording(launches, cc))
+    try:
+        yield launches
+    finally:
+        _recording.reset(token)
+
+
 def run_launches(launches: Iterable[Launch], device: torch.device) -> None:
-    """Queue launches in order on the current stream of `device`."""
+    """Queue launches in order on the current stream of `device`; inside `recording()` only collect them."""
+    recorded = _recording.get()
+    if recorded is not None:
+        recorded.launches.extend(launches)
+        return
     on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     with on_device:
         for launch in launches:

@@ -143,7 +143,7 @@ def unpatchify(
     return image if noise is None else image + scale_noise * noise.to(image.dtype)
 
 
-def to_uint8(image: torch.Tensor) -> torch.Tensor:
+def pixels_to_bytes(image: torch.Tensor) -> torch.Tensor:
     """Pixels in [-1, 1] as bytes: floor(127.5*x + 128), clamped."""
     return (image * 127.5 + 128.0).floor().clamp(0.0, 255.0).to(torch.uint8)
 

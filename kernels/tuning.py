@@ -4,8 +4,8 @@
 family's analytical default, which follows from shared memory and register limits alone. It never measures
 anything, so a first call costs nothing and can be captured in a CUDA graph.
 
-A kernel file defines its config dataclass and default and calls `register` when imported. Rows live in
-`configs/sm_XX.json`, by family:
+The module of an op defines its config dataclass and default and calls `register`; a family of launch parameters has
+its op's name, and whoever asks for it imports that module. Rows live in `configs/sm_XX.json`, by family:
 
     {"compute_capability": 90, "families": {"expand": [
         {"shape": {"tokens_per_image": 256, "dim": 896, "hidden": 3584}, "dtype": "bf16", "use": "throughput",
@@ -24,12 +24,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import cache, lru_cache
-from importlib import resources
+from importlib import import_module, resources
 from typing import Any
 
 import torch
 
-from .launch import Launch, cdiv, dtype_name
+from . import OPS
+from .launch import cdiv, check_int32, compiler_options, dtype_name
 
 Shape = Mapping[str, int]
 USES = ("throughput", "latency")
@@ -96,17 +97,23 @@ class GemmConfig:
     tma: bool = False
     split_k: int = 1
 
+    def tile(self) -> dict[str, int]:
+        """The kernel arguments that are the tile."""
+        return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k, "GROUP_M": self.group_m}
+
+    def options(self) -> dict[str, Any]:
+        """Compiler options of a launch."""
+        return compiler_options(self.num_warps, self.num_stages, self.maxnreg)
+
 
 @dataclass(frozen=True)
 class Family:
-    """One kernel family: its config type, how its rows match a shape, and its default.
+    """Launch parameters of one op: their config type, how its rows match a shape, and its default.
 
     Attributes:
         exact: shape keys that a row must share with the request.
         near: shape keys by which the closest row wins, compared by ratio.
         default: (compute capability, shape, dtype, use) -> config.
-        example: (shape, dtype, config) -> the launches at that shape, on meta tensors; the ahead-of-time check
-            compiles exactly these.
         accepts: (config of a row, requested shape) -> whether the row suits a shape that is not its own.
     """
 
@@ -115,12 +122,11 @@ class Family:
     exact: tuple[str, ...]
     near: tuple[str, ...]
     default: Callable[[int, Shape, torch.dtype, str], Any]
-    example: Callable[[Shape, torch.dtype, Any], list[Launch]] | None = None
     accepts: Callable[[Any, Shape], bool] | None = None
 
 
 @dataclass(frozen=True)
-class Row:
+class ConfigRow:
     """One line of a config file."""
 
     family: str
@@ -145,9 +151,23 @@ def register(family: Family) -> Family:
     return family
 
 
+def get_family(name: str) -> Family:
+    """The family of this name; imports the op that registers it.
+
+    Raises:
+        ValueError: no such family.
+    """
+    if name not in _FAMILIES and name in OPS:
+        import_module(f".ops.{name}", __package__)
+    if name not in _FAMILIES:
+        known = sorted({*OPS, *_FAMILIES})
+        raise ValueError(f"no kernel family {name!r}: import the module that registers it; known: {known}")
+    return _FAMILIES[name]
+
+
 def families() -> tuple[Family, ...]:
-    """Every registered family, by name."""
-    return tuple(_FAMILIES[name] for name in sorted(_FAMILIES))
+    """Every family, by name: those of all ops, and whatever else is registered."""
+    return tuple(get_family(name) for name in sorted({*OPS, *_FAMILIES}))
 
 
 def lookup(family: str, cc: int, shape: Mapping[str, int], dtype: torch.dtype, use: str = "throughput") -> Any:
@@ -171,11 +191,9 @@ def lookup(family: str, cc: int, shape: Mapping[str, int], dtype: torch.dtype, u
 
 @lru_cache(maxsize=4096)
 def _cached_lookup(name: str, cc: int, items: tuple[tuple[str, int], ...], dtype: torch.dtype, use: str) -> Any:
-    if name not in _FAMILIES:
-        raise ValueError(f"no kernel family {name!r}: import the module that registers it; known: {sorted(_FAMILIES)}")
+    family, shape = get_family(name), dict(items)
     if use not in USES:
         raise ValueError(f"use is {use!r}, expected one of {USES}")
-    family, shape = _FAMILIES[name], dict(items)
     missing = [key for key in (*family.exact, *family.near) if key not in shape]
     if missing:
         raise ValueError(f"shape of {name} lacks {missing}: it has {sorted(shape)}")
@@ -200,39 +218,39 @@ def using(family: str, config: Any) -> Iterator[list[dict[str, int]]]:
 
     For measuring candidates and for tests; it holds for all threads of the process.
     """
-    seen: list[dict[str, int]] = []
-    before = _forced.get(family)
-    _forced[family] = (config, seen)
+    name, seen = get_family(family).name, list[dict[str, int]]()
+    before = _forced.get(name)
+    _forced[name] = (config, seen)
     try:
         yield seen
     finally:
         if before is None:
-            del _forced[family]
+            del _forced[name]
         else:
-            _forced[family] = before
+            _forced[name] = before
 
 
-def _distance(family: Family, row: Row, shape: Shape) -> float:
+def _distance(family: Family, row: ConfigRow, shape: Shape) -> float:
     return sum(abs(math.log2(row.shape[key] / shape[key])) for key in family.near)
 
 
-def rows(cc: int, family: str | None = None) -> tuple[Row, ...]:
-    """Rows of the config file of `cc`, of one family or of every registered one.
+def rows(cc: int, family: str | None = None) -> tuple[ConfigRow, ...]:
+    """Rows of the config file of `cc`, of one family or of all of the file's.
 
     Raises:
-        ValueError: a row that does not fit its family's config; the message names file and row.
+        ValueError: an unknown family, or a row that does not fit its family's config; the message names file and row.
     """
     document = _document(cc)
-    names = [family] if family is not None else [f.name for f in families()]
+    names = (family,) if family is not None else config_families(cc)
     return tuple(
-        _parse_row(_FAMILIES[name], cc, index, raw)
+        _parse_row(get_family(name), cc, index, raw)
         for name in names
         for index, raw in enumerate(document.get("families", {}).get(name, ()))
     )
 
 
 def config_families(cc: int) -> tuple[str, ...]:
-    """Names of the families that have rows in the config file of `cc`, registered or not."""
+    """Names of the families that have rows in the config file of `cc`."""
     return tuple(sorted(_document(cc).get("families", {})))
 
 
@@ -242,7 +260,7 @@ def _document(cc: int) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def _parse_row(family: Family, cc: int, index: int, raw: Mapping[str, Any]) -> Row:
+def _parse_row(family: Family, cc: int, index: int, raw: Mapping[str, Any]) -> ConfigRow:
     where = f"configs/sm_{cc}.json, {family.name}, row {index}"
     known = {f.name for f in fields(family.config)}
     unknown = sorted(set(raw["config"]) - known)
@@ -258,7 +276,7 @@ def _parse_row(family: Family, cc: int, index: int, raw: Mapping[str, Any]) -> R
         config = family.config(**raw["config"])
     except TypeError as error:
         raise ValueError(f"{where}: {error}") from None
-    return Row(family.name, cc, raw["shape"], raw["dtype"], use, config, raw.get("evidence", {}))
+    return ConfigRow(family.name, cc, raw["shape"], raw["dtype"], use, config, raw.get("evidence", {}))
 
 
 def gemm_smem(config: GemmConfig, itemsize: int, buffers: int | None = None) -> int:
@@ -326,6 +344,15 @@ def flat_gemm_default(cc: int, tokens_per_image: int, n: int, k: int, dtype: tor
     """
     config = gemm_default(cc, 1024, n, k, dtype)
     if use == "latency" and tokens_per_image <= 4096:
-        small = {"block_m": min(config.block_m, 64), "block_n": min(config.block_n, 64), "num_warps": 4}
-        return replace(config, **small, num_stages=3)
+        block_m, block_n = min(config.block_m, 64), min(config.block_n, 64)
+        return replace(config, block_m=block_m, block_n=block_n, num_warps=4, num_stages=3)
     return config
+
+
+def flat_tiles(tokens: int, columns: int, config: GemmConfig) -> tuple[int, int]:
+    """(row tiles, programs) of a kernel whose tiles may mix images; refuses counts that 32 bits do not hold."""
+    check_int32("number of tokens", tokens + config.block_m)
+    tiles_m = cdiv(tokens, config.block_m)
+    programs = tiles_m * cdiv(columns, config.block_n)
+    check_int32("number of tiles", programs)
+    return tiles_m, programs

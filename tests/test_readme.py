@@ -1,4 +1,4 @@
-"""What the README promises a newcomer."""
+"""What the README promises a newcomer: its examples run. Its links and commands are checked in test_docs."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from capacitor_rt.cli.app import app, main
+from capacitor_rt.cli.app import main
 
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+README = (Path(__file__).parents[1] / "README.md").read_text()
 PYTHON, READING = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
@@ -22,6 +21,7 @@ def test_python_example_runs():
     exec(PYTHON, names)
     assert names["latents"].shape == (1, 128, 16, 24) and names["back"].shape == (1, 3, 256, 384)
     assert names["raw"].dtype == torch.float32
+    assert len([line for line in PYTHON.splitlines() if line.strip() and not line.startswith("#")]) <= 10
 
 
 def test_cache_example_runs(tmp_path, monkeypatch):
@@ -40,17 +40,14 @@ def test_cache_example_runs(tmp_path, monkeypatch):
     assert batch["latents"].shape == (1, 128, 4, 4) and batch["id"] == ["a.png"]
 
 
-def test_commands_exist():
-    shown = set(re.findall(r"^capacitor-rt (\w+)", README, re.M))
-    registered = {c.name or c.callback.__name__ for c in app.registered_commands}
-    assert shown <= registered and len(shown) >= 6
+def test_imports_in_the_text_work():
+    imports = re.findall(r"`(from \w+ import [\w, ]+)`", README)
+    assert any("capacitor_kernels" in line for line in imports) and any("capacitor_rt" in line for line in imports)
+    for line in imports:
+        names: dict = {}
+        exec(line, names)
+        assert all(callable(names[name]) for name in line.partition(" import ")[2].split(", ")), line
 
 
-def test_links_lead_somewhere():
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
-
-
-def test_make_targets_exist():
-    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
-    assert set(re.findall(r"\bmake ([\w-]+)", README)) <= targets
+def test_ten_commands_at_most_are_shown():
+    assert 6 <= len(set(re.findall(r"^capacitor-rt (\w+)", README, re.M))) <= 10

@@ -5,21 +5,34 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .dataset import BucketBatchSampler, LatentDataset
+    from .dataset import BucketBatchSampler, LatentDataset, LatentRow
     from .model_source import Checkpoint
     from .plan import CacheRequest
-    from .run import cache_images, forecast
+    from .run import cache_images, dry_run
 
+# imported on first use: none of these is needed to import the package, and some load torch's data loaders
 _EXPORTS = {
-    "BucketBatchSampler": "dataset",
-    "Checkpoint": "model_source",
-    "LatentDataset": "dataset",
-    "CacheRequest": "plan",
-    "cache_images": "run",
-    "forecast": "run",
+    "BucketBatchSampler": ("dataset", "BucketBatchSampler"),
+    "CacheRequest": ("plan", "CacheRequest"),
+    "Checkpoint": ("model_source", "Checkpoint"),
+    "LatentDataset": ("dataset", "LatentDataset"),
+    "LatentRow": ("dataset", "LatentRow"),
+    "cache_images": ("run", "cache_images"),
+    "dry_run": ("run", "dry_run"),
+    # the names of version 0.1
+    "Request": ("plan", "CacheRequest"),
+    "forecast": ("run", "dry_run"),
 }
 
-__all__ = ["BucketBatchSampler", "CacheRequest", "Checkpoint", "LatentDataset", "cache_images", "forecast"]
+__all__ = [
+    "BucketBatchSampler",
+    "CacheRequest",
+    "Checkpoint",
+    "LatentDataset",
+    "LatentRow",
+    "cache_images",
+    "dry_run",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -27,4 +40,5 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f".{_EXPORTS[name]}", __name__), name)
+    module, attribute = _EXPORTS[name]
+    return getattr(import_module(f".{module}", __name__), attribute)

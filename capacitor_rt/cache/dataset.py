@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import numpy as np
 import torch
@@ -25,18 +26,34 @@ OPEN_FILES = 128
 """Shards that one process keeps open at a time."""
 
 
-class LatentDataset(Dataset):
+class _Row(TypedDict):
+    latents: Tensor
+    id: str
+    height: int
+    width: int
+
+
+class LatentRow(_Row, total=False):
+    """A row of a latent cache, which `torch.utils.data.default_collate` takes as it is.
+
+    `latents` is `[C,h,w]` in the stored dtype; `logsnr`, `latents_flip` and `logsnr_flip` have the same shape and are
+    there where the cache has them. `id` is the input's relative path as text, `height` and `width` are the bucket's in
+    pixels.
+    """
+
+    logsnr: Tensor
+    latents_flip: Tensor
+    logsnr_flip: Tensor
+
+
+class LatentDataset(Dataset[LatentRow]):
     """Rows of a latent cache by number, in the order of the inputs' paths.
 
-    `ds[i]` is a dict of what `torch.utils.data.default_collate` takes: `latents` `[C,h,w]` in the stored dtype and,
-    where the cache has them, `logsnr`, `latents_flip`, `logsnr_flip` of the same shape; `id`, the input's relative
-    path as text; `height` and `width` of the bucket in pixels. The tensors are fresh memory. `path(i)` is the raw
-    path.
+    `ds[i]` is a `LatentRow`, whose tensors are fresh memory; `path(i)` is the raw path. `draw(row, generator)` draws a
+    sample of the posterior.
 
-    The index is held in columns (about 40 bytes a row and the ids), files are opened on first use in each process,
-    so that instances go through fork, spawn and pickle. Safe to use from several threads.
-
-    A sample of the posterior: `draw(row, generator)`.
+    The index is held in columns (about 40 bytes per row, and the ids), and files are opened on first use in each
+    process, so that instances go through fork, spawn and pickle. Several threads may use one instance.
 
     Args:
         root: folder of the cache.
@@ -44,7 +61,7 @@ class LatentDataset(Dataset):
         allow_partial: open a cache that is not finished, as far as it is.
 
     Raises:
-        CacheError: no cache there, not finished, or its plan or index is damaged.
+        CacheError: there is no cache, it is not finished, or its plan or index is damaged.
     """
 
     def __init__(self, root: str | os.PathLike[str], *, verify: bool = False, allow_partial: bool = False):
@@ -59,7 +76,7 @@ class LatentDataset(Dataset):
 
     def _load_index(self, allow_partial: bool) -> None:
         pa, pc = require_extra("pyarrow"), require_extra("pyarrow.compute")
-        commits = list(read_commits(self.root)[0].values())
+        commits = list(read_commits(self.root).values())
         seen, total = sum(c["inputs"] for c in commits), self.plan.fields["inputs"]["count"]
         if seen != total and not allow_partial:
             raise CacheError(
@@ -92,7 +109,7 @@ class LatentDataset(Dataset):
         self.buckets: tuple[Size, ...] = tuple(Size(int(h), int(w)) for h, w in unique)
 
     def _open_files(self) -> None:
-        self._files: OrderedDict[int, tuple[Any, ShardFile]] = OrderedDict()
+        self._files: OrderedDict[int, tuple[FileIO, ShardFile]] = OrderedDict()
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -108,11 +125,11 @@ class LatentDataset(Dataset):
     def __repr__(self) -> str:
         return f"LatentDataset({str(self.root)!r}, {len(self)} rows, {len(self.buckets)} buckets, {self.latent_space})"
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
+    def __getitem__(self, i: int) -> LatentRow:
         i = self._position(i)
-        row: dict[str, Any] = self.tensors(i)
         bucket = self.bucket(i)
-        return row | {"id": self._ids[i].as_py(), "height": bucket.height, "width": bucket.width}
+        named = {"id": self._ids[i].as_py(), "height": bucket.height, "width": bucket.width}
+        return cast("LatentRow", {**self.tensors(i), **named})
 
     @property
     def latent_space(self) -> str:
@@ -149,20 +166,26 @@ class LatentDataset(Dataset):
             )
         return {name: t[0] for name, t in tensors.items()}
 
-    def draw(self, row: dict[str, Any], generator: torch.Generator | None = None, *, flip: bool = False) -> Tensor:
-        """A sample of the posterior in the space of the latents, float32, from an item of a cache with `logsnr`.
+    def draw(
+        self, row: LatentRow | Mapping[str, Any], generator: torch.Generator | None = None, *, flip: bool = False
+    ) -> Tensor:
+        """A sample of the posterior in the space of the latents, float32, from a row of a cache with `logsnr`.
 
         The posterior of raw latents is `alpha mean + sigma n`, `sigma^2 = sigmoid(-logsnr)`, n unit normal, and
         `latents` holds the whitened `alpha mean`; whitening divides by `std`, so a sample is `latents + sigma / std
         * n`, `std` per channel from `plan.json` ("whitening").
 
         Args:
-            row: an item, or a collated batch of them.
-            flip: of the mirrored image.
+            row: a row, or a collated batch of rows.
+            flip: sample the posterior of the mirrored image.
+
+        Raises:
+            InputError: the row has no `logsnr`, or with `flip` none of the mirrored image.
         """
+        tensors = cast("Mapping[str, Tensor]", row)
         suffix = "_flip" if flip else ""
         try:
-            latents, logsnr = row[f"latents{suffix}"].float(), row[f"logsnr{suffix}"].float()
+            latents, logsnr = tensors[f"latents{suffix}"].float(), tensors[f"logsnr{suffix}"].float()
         except KeyError as e:
             raise InputError(f"the row has no {e.args[0]}: cache with posterior (and flip) to draw from it") from None
         sigma = (0.5 * torch.nn.functional.logsigmoid(-logsnr)).exp()
@@ -176,7 +199,7 @@ class LatentDataset(Dataset):
             raise IndexError(f"row {i} of a cache of {len(self)} rows")
         return i % len(self)
 
-    def _file(self, number: int) -> tuple[Any, ShardFile]:
+    def _file(self, number: int) -> tuple[FileIO, ShardFile]:
         with self._lock:
             if number in self._files:
                 self._files.move_to_end(number)
@@ -197,7 +220,7 @@ class LatentDataset(Dataset):
         return shard
 
 
-class BucketBatchSampler(Sampler):
+class BucketBatchSampler(Sampler[list[int]]):
     """Batches of row numbers of one bucket each, for `DataLoader(batch_sampler=...)`.
 
     A step takes `batch_size * world_size` rows of one bucket and gives each rank an equal share, so that ranks see

@@ -7,16 +7,20 @@ import json
 import os
 import socket
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import CacheError
+
+if TYPE_CHECKING:
+    from xxhash import xxh3_128
 
 TMP = ".tmp-"
 LOCK = ".lock"
@@ -30,8 +34,12 @@ class DiskFull(CacheError):
     """No space (or quota) left for a file of the cache; what was published before is whole."""
 
 
-def require_extra(module: str) -> Any:
-    """Import an optional dependency of the cache, or raise CacheError naming the extra that brings it."""
+def require_extra(module: str) -> ModuleType:
+    """Import an optional dependency of the cache.
+
+    Raises:
+        CacheError: it is not installed; the message names the extra that brings it.
+    """
     from importlib import import_module
 
     try:
@@ -40,9 +48,9 @@ def require_extra(module: str) -> Any:
         raise CacheError(f"{module.split('.')[0]} is not installed: pip install 'capacitor-rt[cache]'") from e
 
 
-def xxh3() -> Any:
-    """A fresh streaming XXH3 hash of 128 bits."""
-    return require_extra("xxhash").xxh3_128()
+def xxh3(data: bytes = b"") -> xxh3_128:
+    """A streaming XXH3 hash of 128 bits that has taken in `data`."""
+    return require_extra("xxhash").xxh3_128(data)
 
 
 def byte_view(t: Tensor) -> np.ndarray:
@@ -72,16 +80,26 @@ def make_dir(folder: Path) -> None:
     fsync_dir(folder.parent)
 
 
-def write_all(fd: int, data: Any) -> None:
+def write_all(fd: int, data: bytes | memoryview) -> None:
+    """Write all of `data`, however many calls that takes."""
     view = memoryview(data).cast("B")
     while view:
         view = view[os.write(fd, view) :]
 
 
 class PendingFile:
-    """A complete, fsynced file under a temporary name beside `final`; `size` in bytes, `digest` XXH3-128 in hex."""
+    """A complete, fsynced file under a temporary name beside `final`.
 
-    def __init__(self, final: Path, chunks: Iterable[Any]):
+    Attributes:
+        size: bytes.
+        digest: XXH3-128 of the contents, hex.
+
+    Raises:
+        DiskFull: no space is left; nothing remains of the file.
+        CacheError: it cannot be written.
+    """
+
+    def __init__(self, final: Path, chunks: Iterable[bytes | memoryview]):
         self.final = final
         self.tmp = final.with_name(f"{final.name}{TMP}{uuid.uuid4().hex}")
         self.size = 0
@@ -106,6 +124,7 @@ class PendingFile:
         self.digest: str = digest.hexdigest()
 
     def discard(self) -> None:
+        """Remove the temporary file."""
         with suppress(OSError):
             self.tmp.unlink()
 
@@ -215,8 +234,8 @@ class Lock:
                 os.close(fd)
                 return
             os.ftruncate(fd, 0)
-            owner = {"host": socket.gethostname(), "pid": os.getpid()}
-            os.pwrite(fd, canonical_json(owner) + b"\n", 0)
+            me = {"host": socket.gethostname(), "pid": os.getpid()}
+            os.pwrite(fd, canonical_json(me) + b"\n", 0)
         except OSError as e:
             os.close(fd)
             raise _write_error(self.path, e) from e
@@ -236,12 +255,12 @@ class Lock:
             if e.errno not in _NO_LOCKS:
                 raise
             owner = _owner(fd)
-            if owner and not (owner["host"] == socket.gethostname() and not _alive(owner["pid"])):
+            if owner and not (owner.host == socket.gethostname() and not _alive(owner.pid)):
                 raise self._held(fd, f"if that process is gone, delete {self.path}") from None
 
     def _held(self, fd: int, way_out: str) -> CacheError:
         owner = _owner(fd)
-        who = f"process {owner['pid']} on {owner['host']}" if owner else "another process"
+        who = f"process {owner.pid} on {owner.host}" if owner else "another process"
         return CacheError(f"{self.out} is being written by {who}: {way_out}")
 
 
@@ -252,10 +271,15 @@ def _is_file(fd: int, path: Path) -> bool:
         return False
 
 
-def _owner(fd: int) -> dict[str, Any] | None:
+class _Owner(NamedTuple):
+    host: str
+    pid: int
+
+
+def _owner(fd: int) -> _Owner | None:
     try:
         owner = json.loads(os.pread(fd, 4096, 0))
-        return {"host": str(owner["host"]), "pid": int(owner["pid"])}
+        return _Owner(str(owner["host"]), int(owner["pid"]))
     except (ValueError, KeyError, TypeError):
         return None
 
@@ -270,21 +294,53 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def read_commits(out: Path) -> tuple[dict[str, dict[str, Any]], int]:
-    """Commit lines by index file (its last line counts) and the number of bytes that hold whole lines.
+class Commit(TypedDict):
+    """A line of `commits.jsonl`: one part of the cache is written, and this is what its files hold.
 
-    A last line without its newline is the trace of a crash: it does not count. Any other bad line is damage.
+    File names are relative to the cache, hashes XXH3-128 in hex. A part without a cached input has no shard: None, 0
+    and None.
     """
+
+    index: str
+    index_bytes: int
+    index_xxh3: str
+    inputs: int
+    rows: int
+    shard: str | None
+    shard_bytes: int
+    shard_xxh3: str | None
+
+
+def committed_files(commit: Commit) -> Iterator[tuple[str, int]]:
+    """Name and size in bytes of the files of a commit: the index, and the shard if it has one."""
+    yield commit["index"], commit["index_bytes"]
+    if commit["shard"] is not None:
+        yield commit["shard"], commit["shard_bytes"]
+
+
+def read_commits(out: Path) -> dict[str, Commit]:
+    """Commits by index file, of which the last line counts; empty where there is no log.
+
+    A last line without its newline is the trace of a crash and does not count.
+
+    Raises:
+        CacheError: any other line is damaged.
+    """
+    return _read_log(out)[0]
+
+
+def _read_log(out: Path) -> tuple[dict[str, Commit], int]:
+    """Commits by index file, and the number of bytes that hold whole lines."""
     path = out / COMMITS
     data = path.read_bytes() if path.exists() else b""
     whole = data.rfind(b"\n") + 1
-    commits: dict[str, dict[str, Any]] = {}
+    commits: dict[str, Commit] = {}
     for number, line in enumerate(data[:whole].splitlines(), 1):
         try:
-            record = json.loads(line)
-            if {k: type(v) for k, v in record.items()} not in _COMMIT_TYPES:
+            commit = json.loads(line)
+            if {k: type(v) for k, v in commit.items()} not in _COMMIT_TYPES:
                 raise ValueError
-            commits[record["index"]] = record
+            commits[commit["index"]] = commit
         except (ValueError, AttributeError):
             raise CacheError(
                 f"{path} line {number} is damaged: delete that line, and the same cache command "
@@ -293,17 +349,19 @@ def read_commits(out: Path) -> tuple[dict[str, dict[str, Any]], int]:
     return commits, whole
 
 
-_COMMIT = {"index": str, "index_bytes": int, "index_xxh3": str, "inputs": int, "rows": int, "shard_bytes": int}
-# a shard of which no input could be cached has no file
-_COMMIT_TYPES = tuple({**_COMMIT, "shard": kind, "shard_xxh3": kind} for kind in (str, type(None)))
+_ALWAYS = {"index": str, "index_bytes": int, "index_xxh3": str, "inputs": int, "rows": int, "shard_bytes": int}
+_COMMIT_TYPES = tuple({**_ALWAYS, "shard": kind, "shard_xxh3": kind} for kind in (str, type(None)))
 
 
 class CommitLog:
-    """Appender of commit lines; repairs a torn last line when opened. Only the holder of the lock may open it."""
+    """`commits.jsonl` open for appending. A torn last line is cut off when it is opened.
+
+    Only the holder of the lock may open it.
+    """
 
     def __init__(self, out: Path):
         self.path = out / COMMITS
-        self.commits, whole = read_commits(out)
+        self.commits, whole = _read_log(out)
         try:
             self.fd = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o644)
             if os.fstat(self.fd).st_size != whole:
@@ -315,11 +373,11 @@ class CommitLog:
         fsync_dir(out)
         self.size = whole
 
-    def append(self, record: dict[str, Any]) -> None:
+    def append(self, commit: Commit) -> None:
         """Add one line and wait until it is on disk. A line that is there already is not repeated."""
-        if self.commits.get(record["index"]) == record:
+        if self.commits.get(commit["index"]) == commit:
             return
-        line = canonical_json(record) + b"\n"
+        line = canonical_json(commit) + b"\n"
         try:
             write_all(self.fd, line)
             os.fsync(self.fd)
@@ -328,7 +386,7 @@ class CommitLog:
                 os.ftruncate(self.fd, self.size)
             raise _write_error(self.path, e) from e
         self.size += len(line)
-        self.commits[record["index"]] = record
+        self.commits[commit["index"]] = commit
 
     def close(self) -> None:
         os.close(self.fd)

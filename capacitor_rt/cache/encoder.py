@@ -4,39 +4,54 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..model import FullCapacitor
-from ..reference import posterior_mode
+from ..reference import Autoencoder
+
+
+@dataclass
+class Marks:
+    """Points in a CUDA stream: computing begins, computing ends, and the results are on the host."""
+
+    begin: torch.cuda.Event
+    end: torch.cuda.Event
+    copied: torch.cuda.Event
 
 
 @dataclass
 class Encoded:
-    """A batch under way: on the host once `BatchEncoder.fetch` has returned it.
+    """A batch under way, which is on the host once `BatchEncoder.fetch` has returned it.
 
-    `tensors`: name -> stored dtype `[B,C,h,w]`; `stats`: float32 `[B,4]`, min, max, mean and standard deviation of
-    each row of `latents` as stored; `finite`: bool `[B]`, of all tensors of the row.
+    Attributes:
+        tensors: by name, `[B,C,h,w]` in the stored dtype.
+        stats: min, max, mean and standard deviation of each row of `latents` as stored, float32 `[B,4]`.
+        finite: whether all values of all tensors of the row are finite, bool `[B]`.
+        marks: of a batch on a GPU.
     """
 
     tensors: dict[str, Tensor]
     stats: Tensor
     finite: Tensor
-    events: tuple[Any, Any] | None = None
+    marks: Marks | None = None
 
 
 class BatchEncoder:
-    """uint8 pixels to the tensors of a shard. On CUDA `submit` returns while the GPU works, `fetch` waits for it.
+    """uint8 pixels to the tensors of a shard. On CUDA `submit` returns while the GPU works, and `fetch` waits for it.
 
-    `busy` counts the seconds that the device has computed.
+    Attributes:
+        busy: seconds that the device has computed.
+
+    Args:
+        tensors: names of the plan's tensors.
+        dtype: that they are stored in, such as "bfloat16".
     """
 
-    def __init__(self, model: FullCapacitor, tensors: tuple[str, ...], dtype: str):
+    def __init__(self, model: Autoencoder, tensors: tuple[str, ...], dtype: str):
         self.model = model
         self.names = tensors
-        self.dtype = getattr(torch, dtype)
+        self.dtype: torch.dtype = getattr(torch, dtype)
         self.on_gpu = model.device.type == "cuda"
         self.busy = 0.0
 
@@ -48,24 +63,23 @@ class BatchEncoder:
     def submit(self, pixels: Tensor) -> Encoded:
         """Begin to encode uint8 `[B,H,W,3]`, B at least 1."""
         if not self.on_gpu:
-            begin = time.perf_counter()
+            start = time.perf_counter()
             encoded = self._compute(pixels)
-            self.busy += time.perf_counter() - begin
+            self.busy += time.perf_counter() - start
             return encoded
         with torch.cuda.device(self.model.device):
-            events = tuple(torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             pixels = pixels.to(self.model.device, non_blocking=True)
-            events[0].record()
+            begin.record()
             encoded = self._compute(pixels)
-            events[1].record()
-            return self._to_host(encoded, events)
+            end.record()
+            return self._to_host(encoded, begin, end)
 
     def fetch(self, encoded: Encoded) -> Encoded:
         """Wait until a submitted batch is on the host."""
-        if encoded.events:
-            (begin, end), done = encoded.events
-            done.synchronize()
-            self.busy += begin.elapsed_time(end) / 1e3
+        if encoded.marks:
+            encoded.marks.copied.synchronize()
+            self.busy += encoded.marks.begin.elapsed_time(encoded.marks.end) / 1e3
         return encoded
 
     def _compute(self, pixels: Tensor) -> Encoded:
@@ -82,24 +96,20 @@ class BatchEncoder:
     def _encode(self, pixels: Tensor, suffix: str) -> dict[str, Tensor]:
         if "logsnr" not in self.names:
             return {f"latents{suffix}": self.model.encode(pixels)}
-        mean, logsnr = self.model.encode_posterior(pixels)
-        latents = self.model.whiten(self._fold(posterior_mode(mean, logsnr)))
-        return {f"latents{suffix}": latents, f"logsnr{suffix}": self._fold(logsnr)}
+        posterior = self.model.encode_posterior(pixels)
+        # a plan with logsnr is refused for a deterministic model
+        assert posterior.logsnr is not None
+        # folded, logsnr lies element by element under the latents
+        logsnr = self.model.fold_latent_patches(posterior.logsnr)
+        return {f"latents{suffix}": self.model.latents_of(posterior), f"logsnr{suffix}": logsnr}
 
-    def _fold(self, t: Tensor) -> Tensor:
-        """The family's 2x2 latent patches, so that logsnr lies element by element under the latents."""
-        patch = self.model.config.latent_patch
-        return t if patch == 1 else nn.functional.pixel_unshuffle(t, patch)
-
-    def _to_host(self, encoded: Encoded, events: tuple[Any, ...]) -> Encoded:
+    def _to_host(self, encoded: Encoded, begin: torch.cuda.Event, end: torch.cuda.Event) -> Encoded:
         def copy(t: Tensor) -> Tensor:
             host = torch.empty(t.shape, dtype=t.dtype, pin_memory=True)
             return host.copy_(t, non_blocking=True)
 
-        done = torch.cuda.Event()
-        host = Encoded(
-            {name: copy(t) for name, t in encoded.tensors.items()}, copy(encoded.stats), copy(encoded.finite)
-        )
-        done.record()
-        host.events = (events, done)
-        return host
+        tensors = {name: copy(t) for name, t in encoded.tensors.items()}
+        stats, finite = copy(encoded.stats), copy(encoded.finite)
+        copied = torch.cuda.Event()
+        copied.record()
+        return Encoded(tensors, stats, finite, Marks(begin, end, copied))

@@ -1,4 +1,4 @@
-"""The inputs of a planned cache, `OUT/inputs.parquet`: names, sizes, headers, buckets, failures seen in headers."""
+"""The inputs of a planned cache, `OUT/inputs.parquet`: names, sizes, headers, buckets and failures seen in headers."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from ..errors import CacheError, ImageError
-from ..images.decode import TOO_LARGE, UNREADABLE, probe
+from ..images.decode import TOO_LARGE, UNREADABLE, ImageHeader, probe, read_bytes
 from ..images.geometry import Size, assign, place
 from ..images.scan import Scan, path_to_id
-from .durable import PendingFile, canonical_json, require_extra
+from .durable import PendingFile, canonical_json, require_extra, xxh3
+
+if TYPE_CHECKING:
+    import pyarrow
 
 TABLE = "inputs.parquet"
 MAX_FILE_BYTES = 2 << 30
@@ -25,13 +28,23 @@ MAX_FILE_BYTES = 2 << 30
 _CHUNK = 256
 
 
+class Failure(NamedTuple):
+    """Why an input cannot be cached: a typed reason, and a message for people."""
+
+    reason: str
+    message: str
+
+
 @dataclass
 class Inputs:
     """Columns over the N inputs in the order of the plan.
 
-    `sizes` (bytes), `mtimes` (ns): int64. `width`, `height` as displayed, `orientation` (EXIF, 1-8): int32, 0 where
-    the header could not be read. `bucket`: int32 position in the plan's buckets, -1 without one. `failures`: ordinal
-    -> (reason, message).
+    Attributes:
+        paths: relative to the source.
+        sizes, mtimes: of the files, in bytes and in nanoseconds, int64.
+        width, height, orientation: as in `ImageHeader`, int32; 0 where the header could not be read.
+        bucket: position in the plan's buckets, -1 without one, int32.
+        failures: of the inputs without a bucket, by ordinal.
     """
 
     paths: list[bytes]
@@ -41,7 +54,7 @@ class Inputs:
     height: np.ndarray
     orientation: np.ndarray
     bucket: np.ndarray
-    failures: dict[int, tuple[str, str]]
+    failures: dict[int, Failure]
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -51,18 +64,17 @@ class Inputs:
         return Size(int(self.height[i]), int(self.width[i]))
 
     def digest(self) -> str:
-        """SHA-256 (hex) of names, sizes, headers and failures; not of times, which differ between machines."""
+        """SHA-256 (hex) of names, sizes, headers and failures, but not of times, which differ between machines."""
         digest = hashlib.sha256(b"\0".join(self.paths) + b"\0\0")
         for column in (self.sizes, self.width, self.height, self.orientation):
-            digest.update(np.ascontiguousarray(column, dtype="<i8"))
+            digest.update(np.ascontiguousarray(column, dtype="<i8").data)
         digest.update(canonical_json(sorted((i, reason) for i, (reason, _) in self.failures.items())))
         return digest.hexdigest()
 
     def save(self, out: Path) -> None:
+        """Write `inputs.parquet`, durably, in place of what a run that was killed while planning may have left."""
         pa = require_extra("pyarrow")
-        reasons, messages = [None] * len(self), [None] * len(self)
-        for i, (reason, message) in self.failures.items():
-            reasons[i], messages[i] = reason, message
+        failures = [self.failures.get(i) for i in range(len(self))]
         table = pa.table(
             {
                 "path": pa.array(self.paths, pa.binary()),
@@ -72,15 +84,15 @@ class Inputs:
                 "height": self.height,
                 "orientation": self.orientation,
                 "bucket": self.bucket,
-                "reason": pa.array(reasons, pa.string()),
-                "message": pa.array(messages, pa.string()),
+                "reason": pa.array([f and f.reason for f in failures], pa.string()),
+                "message": pa.array([f and f.message for f in failures], pa.string()),
             }
         )
         PendingFile(out / TABLE, [parquet_bytes(table)]).replace()
 
 
-def parquet_bytes(table: Any) -> memoryview:
-    """A table as Parquet with page checksums; the same table gives the same bytes."""
+def parquet_bytes(table: pyarrow.Table) -> memoryview:
+    """A table as Parquet with page checksums. The same table gives the same bytes."""
     pa, pq = require_extra("pyarrow"), require_extra("pyarrow.parquet")
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
@@ -104,7 +116,7 @@ def load_inputs(out: Path, sha256: str) -> Inputs:
         texts = table.select(["reason", "message"]).take(pa.array(failed)).to_pylist()
     except (OSError, KeyError, pa.ArrowException) as e:
         raise CacheError(f"{path} is missing or damaged ({e}): {way_out}") from e
-    failures = {int(i): (t["reason"], t["message"]) for i, t in zip(failed, texts, strict=True)}
+    failures = {int(i): Failure(t["reason"], t["message"]) for i, t in zip(failed, texts, strict=True)}
     inputs = Inputs(
         paths,
         columns["size"],
@@ -128,50 +140,48 @@ def read_headers(
 ) -> Inputs:
     """Read the header of every file found and assign it to a bucket. `advance` is told how many more are done."""
     n = len(scan.paths)
-    columns = [np.zeros(n, np.int32) for _ in range(3)]
+    width, height, orientation = (np.zeros(n, np.int32) for _ in range(3))
     bucket = np.full(n, -1, np.int32)
     position = {b: i for i, b in enumerate(buckets)}
-    failures: dict[int, tuple[str, str]] = {}
+    failures: dict[int, Failure] = {}
 
-    def some(start: int) -> tuple[int, list[tuple[int, int, int] | tuple[str, str]]]:
+    def some(start: int) -> tuple[int, list[ImageHeader | Failure]]:
         return start, [read_header(scan, i) for i in range(start, min(start + _CHUNK, n))]
 
     with ThreadPoolExecutor(workers) as pool:
         try:
             for start, headers in pool.map(some, range(0, n, _CHUNK)):
                 for i, header in enumerate(headers, start):
-                    if len(header) == 2:
+                    if isinstance(header, Failure):
                         failures[i] = header
                         continue
-                    for column, value in zip(columns, header, strict=True):
-                        column[i] = value
-                    size = Size(header[1], header[0])
+                    width[i], height[i], orientation[i] = header.width, header.height, header.orientation
+                    size = Size(header.height, header.width)
                     best = assign(size, buckets)
                     try:
                         place(size, best)
                         bucket[i] = position[best]
                     except ImageError as e:
-                        failures[i] = (e.reason, str(e))
+                        failures[i] = Failure(e.reason, str(e))
                 advance(len(headers))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return Inputs(scan.paths, scan.sizes, scan.mtimes, *columns, bucket, failures)
+    return Inputs(scan.paths, scan.sizes, scan.mtimes, width, height, orientation, bucket, failures)
 
 
-def read_header(scan: Scan, i: int) -> tuple[int, int, int] | tuple[str, str]:
-    """(width, height, orientation) of file `i` of a scan, or (reason, message) of its failure."""
+def read_header(scan: Scan, i: int) -> ImageHeader | Failure:
+    """The header of file `i` of a scan, or why it cannot be read."""
     path = scan.paths[i]
     if path in scan.errors:
-        return UNREADABLE, scan.errors[path]
+        return Failure(UNREADABLE, scan.errors[path])
     if scan.sizes[i] > MAX_FILE_BYTES:
-        return TOO_LARGE, f"file of {scan.sizes[i]} bytes: the limit is {MAX_FILE_BYTES}"
+        return Failure(TOO_LARGE, f"file of {scan.sizes[i]} bytes: the limit is {MAX_FILE_BYTES}")
     where = os.fsdecode(scan.locate(path))
     try:
-        header = probe(where)
+        return probe(where)
     except ImageError as e:
-        return e.reason, name_in_message(str(e), where, path)
-    return header.width, header.height, header.orientation
+        return Failure(e.reason, name_in_message(str(e), where, path))
 
 
 def name_in_message(message: str, where: str, path: bytes) -> str:
@@ -179,15 +189,20 @@ def name_in_message(message: str, where: str, path: bytes) -> str:
     return message.replace(where, path_to_id(path)).replace(ascii(where), path_to_id(path))
 
 
-def changed_inputs(inputs: Inputs, scan: Scan, same_bytes: Callable[[list[int]], list[int]]) -> list[str]:
+def changed_inputs(inputs: Inputs, scan: Scan, known_hashes: Callable[[list[int]], dict[int, bytes]]) -> list[str]:
     """What differs between the planned inputs and those found now, one line per kind; empty if nothing does.
 
-    Files whose time alone differs are given to `same_bytes`, which returns those of other contents.
+    A file whose time alone differs is read again.
+
+    Args:
+        known_hashes: XXH3-128 of those of the given inputs that have been read before, by ordinal.
     """
     if inputs.paths == scan.paths:
-        resized = np.flatnonzero(inputs.sizes != scan.sizes)
-        touched = np.flatnonzero((inputs.mtimes != scan.mtimes) & (inputs.sizes == scan.sizes))
-        changed = sorted([*resized.tolist(), *same_bytes(touched.tolist())])
+        resized = np.flatnonzero(inputs.sizes != scan.sizes).tolist()
+        touched = np.flatnonzero((inputs.mtimes != scan.mtimes) & (inputs.sizes == scan.sizes)).tolist()
+        known = known_hashes(touched) if touched else {}
+        edited = [i for i in touched if not _unchanged(inputs, scan, i, known.get(i))]
+        changed = sorted(resized + edited)
         return _examples("changed", [inputs.paths[i] for i in changed])
     before, now = dict(zip(inputs.paths, inputs.sizes, strict=True)), dict(zip(scan.paths, scan.sizes, strict=True))
     return [
@@ -195,6 +210,20 @@ def changed_inputs(inputs: Inputs, scan: Scan, same_bytes: Callable[[list[int]],
         *_examples("removed", sorted(before.keys() - now.keys())),
         *_examples("changed", sorted(p for p in before.keys() & now.keys() if before[p] != now[p])),
     ]
+
+
+def _unchanged(inputs: Inputs, scan: Scan, i: int, known: bytes | None) -> bool:
+    """Whether a file with a new time is still what was planned: by its bytes if they were read, else by its header."""
+    if known is None:
+        header = read_header(scan, i)
+        if isinstance(header, Failure):
+            return i in inputs.failures and inputs.failures[i].reason == header.reason
+        now = header.width, header.height, header.orientation
+        return now == (inputs.width[i], inputs.height[i], inputs.orientation[i])
+    try:
+        return xxh3(read_bytes(os.fsdecode(scan.locate(scan.paths[i])))).digest() == known
+    except ImageError:
+        return False
 
 
 def _examples(kind: str, paths: list[bytes]) -> list[str]:

@@ -10,15 +10,27 @@ from typing import Any, Protocol
 
 import torch
 
+from ..checkpoint import CheckpointSource, read_header, resolve
 from ..config import ModelConfig
 from ..errors import CacheError
 from ..model import SIZE_MULTIPLE, FullCapacitor
+from ..reference import Autoencoder
 from .durable import byte_view
 
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """What a plan records of a model. `sha256`: of the weights file, or of the tensors of a model built in memory."""
+    """What a plan records of a model.
+
+    Attributes:
+        id, revision: as given, and the hub's commit or None.
+        sha256: of the weights file, or of the tensors of a model that was built in memory.
+        channels, stride: channels of a latent, and pixels per latent in each direction.
+        multiple: sides of a bucket are multiples of this, in pixels.
+        compute_dtype: type of the convolutions, "bfloat16", "float16" or "float32".
+        device: type of the device that computes, such as "cpu".
+        whitening: per-channel "mean" and "std", `[C]` each; None before the model is loaded, or without statistics.
+    """
 
     id: str
     revision: str | None
@@ -42,9 +54,10 @@ class ModelSource(Protocol):
     """A model that need not be loaded to be identified."""
 
     def identity(self, compute_dtype: str | None = None) -> ModelIdentity:
-        """Identity; `compute_dtype` is an existing plan's, for sources that are free to choose one."""
+        """What a plan records. `compute_dtype` is an existing plan's, for sources that are free to choose one."""
 
-    def load(self, identity: ModelIdentity) -> FullCapacitor: ...
+    def load(self, identity: ModelIdentity) -> Autoencoder:
+        """The model itself, which computes as `identity` says."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +75,6 @@ class Checkpoint:
     revision: str | None = None
 
     def identity(self, compute_dtype: str | None = None) -> ModelIdentity:
-        from ..checkpoint import read_header, resolve
-
         source = resolve(self.name, revision=self.revision)
         kind = torch.device(self.device).type
         dtype = self.compute_dtype or compute_dtype or ("bfloat16" if kind == "cuda" else "float32")
@@ -83,7 +94,7 @@ class Loaded:
     model: FullCapacitor
 
     def identity(self, compute_dtype: str | None = None) -> ModelIdentity:
-        source = getattr(self.model, "source", None) or _in_memory(self.model)
+        source = self.model.source or _in_memory(self.model)
         dtype = str(self.model.dtype).removeprefix("torch.")
         identity = _identity(source, self.model.config, dtype, self.model.device.type)
         return dataclasses.replace(identity, multiple=self.model.size_multiple)
@@ -94,6 +105,8 @@ class Loaded:
 
 @dataclass(frozen=True)
 class _InMemory:
+    """Stands in for the `CheckpointSource` of a model that was built in memory."""
+
     id: str
     revision: None
     sha256: str
@@ -104,12 +117,14 @@ def _in_memory(model: FullCapacitor) -> _InMemory:
     digest = hashlib.sha256()
     for name, t in sorted(model.state_dict().items()):
         digest.update(f"{name} {t.dtype} {list(t.shape)}".encode())
-        digest.update(byte_view(t.detach().cpu().contiguous()))
+        digest.update(byte_view(t.detach().cpu().contiguous()).data)
     sha256 = digest.hexdigest()
     return _InMemory("memory", None, sha256, f"full_capacitor/whitened@sha256:{sha256[:16]}")
 
 
-def _identity(source: Any, config: ModelConfig, compute_dtype: str, device: str) -> ModelIdentity:
+def _identity(
+    source: CheckpointSource | _InMemory, config: ModelConfig, compute_dtype: str, device: str
+) -> ModelIdentity:
     if not config.encoder_depth:
         raise CacheError(f"{source.id} has a decoder only: caching needs a checkpoint with encoder.* tensors")
     return ModelIdentity(
@@ -126,10 +141,10 @@ def _identity(source: Any, config: ModelConfig, compute_dtype: str, device: str)
     )
 
 
-def with_whitening(identity: ModelIdentity, model: FullCapacitor) -> ModelIdentity:
+def with_whitening(identity: ModelIdentity, model: Autoencoder) -> ModelIdentity:
     """Add the per-channel mean and standard deviation (`sqrt(var + eps)`) that whitening subtracts and divides by."""
-    mean, var = model.latent_norm_running_mean, model.latent_norm_running_var
-    if mean is None:
+    statistics = model.statistics(torch.float64)
+    if statistics is None:
         return identity
-    std = (var.double() + model.config.latent_running_stats_eps).sqrt()
-    return dataclasses.replace(identity, whitening={"mean": mean.double().tolist(), "std": std.tolist()})
+    mean, std = statistics
+    return dataclasses.replace(identity, whitening={"mean": mean.tolist(), "std": std.tolist()})

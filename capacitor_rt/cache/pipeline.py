@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +28,7 @@ from .durable import xxh3
 from .encoder import BatchEncoder, Encoded
 from .inputs import Inputs, name_in_message
 from .plan import Shard
-from .shards import OK, QUARANTINED, ShardStore
+from .shards import OK, QUARANTINED, IndexEntry, ShardStore
 
 CHANGED = "changed"
 """Reason of an input that was replaced between planning and reading."""
@@ -65,9 +64,9 @@ class Meters:
 
 @dataclass
 class Slot:
-    """One input after reading and decoding: its index entries, and its pixels, uint8 `[H,W,3]`, unless it failed."""
+    """One input after reading and decoding: its index entry, and its pixels, uint8 `[H,W,3]`, unless it failed."""
 
-    row: dict[str, Any]
+    entry: IndexEntry
     pixels: np.ndarray | None = None
     read_seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -86,11 +85,11 @@ class Loader:
         path = self.inputs.paths[i]
         where = os.fsdecode(self.scan.locate(path))
         placement = place(self.inputs.size(i), bucket)
-        slot = Slot(self.describe(i, placement))
+        slot = Slot(self._describe(i, placement))
         begin = time.perf_counter()
         try:
             data = read_bytes(where)
-            slot.row["bytes_hash"] = _digest(data)
+            slot.entry["bytes_hash"] = xxh3(data).digest()
             if len(data) != self.inputs.sizes[i]:
                 raise ImageError(CHANGED, f"{len(data)} bytes now, {self.inputs.sizes[i]} when the cache was planned")
             read = time.perf_counter()
@@ -104,7 +103,7 @@ class Loader:
                     f"{os.fsdecode(self.scan.root)} went away during the run: "
                     "bring it back and run the same command again"
                 ) from e
-            quarantine(slot.row, e.reason, name_in_message(str(e), where, path))
+            quarantine(slot.entry, e.reason, name_in_message(str(e), where, path))
         return slot
 
     def _pixels(self, data: bytes, i: int, placement: Placement) -> np.ndarray:
@@ -114,15 +113,21 @@ class Loader:
             raise ImageError(CHANGED, f"{found} pixels (height x width) now, {planned} when the cache was planned")
         return apply(image.pixels, placement)
 
-    def describe(self, i: int, placement: Placement | None) -> dict[str, Any]:
-        """Index entries of input `i` that the plan determines; `placement` None for one that failed already then."""
+    def describe_unplanned(self, i: int) -> IndexEntry:
+        """Index entry of input `i`, which has no bucket."""
         path = self.inputs.paths[i]
-        row: dict[str, Any] = {"input": i, "id": path_to_id(path), "path": path, "status": OK}
-        if placement is None:
-            quarantine(row, *self.inputs.failures[i])
-            return row
-        size = self.inputs.size(i)
-        return row | {
+        entry: IndexEntry = {"input": i, "id": path_to_id(path), "path": path, "status": OK}
+        quarantine(entry, *self.inputs.failures[i])
+        return entry
+
+    def _describe(self, i: int, placement: Placement) -> IndexEntry:
+        """Index entry of input `i`, as far as the plan determines it."""
+        path, size = self.inputs.paths[i], self.inputs.size(i)
+        return {
+            "input": i,
+            "id": path_to_id(path),
+            "path": path,
+            "status": OK,
             "width": size.width,
             "height": size.height,
             "orientation": int(self.inputs.orientation[i]),
@@ -135,14 +140,19 @@ class Loader:
         }
 
 
-def quarantine(row: dict[str, Any], reason: str, message: str) -> None:
+def quarantine(entry: IndexEntry, reason: str, message: str) -> None:
     """Mark an index entry as not cached."""
-    row.update(status=QUARANTINED, reason=reason, message=message)
+    entry["status"], entry["reason"], entry["message"] = QUARANTINED, reason, message
 
 
 @dataclass
 class Batch:
-    """A slice of a shard's inputs. What of it can be decoded is encoded in one call."""
+    """A slice of a shard's inputs. What of it can be decoded is encoded in one call.
+
+    Attributes:
+        inputs: ordinals, int64 `[N]`.
+        last: whether the shard ends with it.
+    """
 
     shard: Shard
     inputs: np.ndarray
@@ -158,23 +168,23 @@ def batches(shards: Iterable[Shard], size: int) -> Iterator[Batch]:
 
 @dataclass
 class OpenShard:
-    """Rows of the shard under way."""
+    """The shard under way: its index entries, and the encoded rows of each tensor in pieces `[n,C,h,w]`."""
 
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    entries: list[IndexEntry] = field(default_factory=list)
     pieces: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def add(self, slots: list[Slot], encoded: Encoded | None) -> None:
-        self.rows += [slot.row for slot in slots]
+        """Add a batch; `encoded` holds what of it could be decoded, or is None if nothing could."""
+        self.entries += [slot.entry for slot in slots]
         if encoded is None:
             return
-        rows = [slot.row for slot in slots if slot.row["status"] == OK]
-        for row, stats, finite in zip(rows, encoded.stats.tolist(), encoded.finite.tolist(), strict=True):
+        decoded = [slot.entry for slot in slots if slot.entry["status"] == OK]
+        for entry, stats, finite in zip(decoded, encoded.stats.tolist(), encoded.finite.tolist(), strict=True):
             if finite:
-                row.update(zip(("min", "max", "mean", "std"), stats, strict=True))
+                entry["min"], entry["max"], entry["mean"], entry["std"] = stats
             else:
-                quarantine(
-                    row, NAN_LATENT, "a latent is not finite in the stored dtype: try another compute or storage dtype"
-                )
+                message = "a latent is not finite in the stored dtype: try another compute or storage dtype"
+                quarantine(entry, NAN_LATENT, message)
         if not encoded.finite.any():
             return
         for name, t in encoded.tensors.items():
@@ -182,7 +192,12 @@ class OpenShard:
 
 
 class Pipeline:
-    """Encodes and writes shards. `advance(images, quarantined)` is called as inputs are done."""
+    """Encodes and writes shards.
+
+    Args:
+        workers: threads for reading and decoding.
+        advance: told how many more inputs are done, and how many of these are quarantined.
+    """
 
     def __init__(
         self,
@@ -190,7 +205,7 @@ class Pipeline:
         loader: Loader,
         encoder: BatchEncoder,
         workers: int,
-        advance: Callable[[int, int], None] = lambda images, quarantined: None,
+        advance: Callable[[int, int], None] = lambda inputs, quarantined: None,
     ):
         self.store = store
         self.loader = loader
@@ -198,7 +213,6 @@ class Pipeline:
         self.workers = workers
         self.advance = advance
         self.meters = Meters(workers)
-        self.reasons: Counter[str] = Counter()
         self._open = OpenShard()
         self._writing: Future[float] | None = None
 
@@ -261,8 +275,7 @@ class Pipeline:
 
     def _collect(self, writer: ThreadPoolExecutor, batch: Batch, slots: list[Slot], encoded: Encoded | None) -> None:
         self._open.add(slots, self.encoder.fetch(encoded) if encoded else None)
-        failed = [slot.row["reason"] for slot in slots if slot.row["status"] != OK]
-        self.reasons.update(failed)
+        failed = [slot.entry["reason"] for slot in slots if slot.entry["status"] != OK]
         self.advance(len(slots), len(failed))
         if self._writing and self._writing.done():
             self._wait_for_writer()
@@ -273,7 +286,7 @@ class Pipeline:
 
     def _write(self, shard: Shard, full: OpenShard) -> float:
         begin = time.perf_counter()
-        self.store.write(shard, full.rows, full.pieces)
+        self.store.write(shard, full.entries, full.pieces)
         return time.perf_counter() - begin
 
     def _wait_for_writer(self) -> None:
@@ -281,12 +294,6 @@ class Pipeline:
             # raises what the writer raised
             self.meters.seconds["write"] += self._writing.result()
             self._writing = None
-
-
-def _digest(data: bytes) -> bytes:
-    digest = xxh3()
-    digest.update(data)
-    return digest.digest()
 
 
 def _stat_id(path: bytes) -> tuple[int, int] | None:

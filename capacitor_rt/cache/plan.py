@@ -4,7 +4,7 @@ Everything that decides a byte of the shards stands in `plan.json`: the list of 
 `inputs.parquet`), geometry, model and storage. Shard membership, and within a shard the composition of every batch, are
 functions of the plan, so that a run may end anywhere and another, here or elsewhere, writes the same files: to the bit
 where the model computes the same bits, which torch promises for one kind of device, one number of threads and one
-version. Batches matter too: a row's last bits may depend on the batch it was encoded in.
+version. Batches matter too: a row's last bits may depend on the batch that it was encoded in.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -41,13 +41,21 @@ BATCH_PIXELS = {"cuda": 128 * 256 * 256, "cpu": 16 * 256 * 256}
 
 @dataclass(frozen=True)
 class CacheRequest:
-    """What a caller asks for. `batch` and `shard_rows` None: those of an existing plan, else derived from the size.
+    """What a caller asks for.
 
     Attributes:
-        side: of the square bucket in pixels, or with `area` of the square whose area the buckets keep to.
-        dtype: of the stored tensors: "bf16", "fp16" or "fp32".
+        side: pixels per side of the square bucket, or with `area` of the square whose area the buckets keep to.
+        area: sort the images into buckets of about `side`^2 pixels by their aspect ratio.
+        max_aspect: longer side over shorter side of the longest bucket.
+        background: colour behind transparent pixels, three numbers of 0 to 255.
+        dtype: type of the stored tensors, "bf16", "fp16" or "fp32".
         posterior: store `logsnr` too.
         flip: store the latents of the mirrored images too.
+        batch: images per encode call. None takes an existing plan's, or else one that fits the size.
+        shard_rows: most inputs per shard. None takes an existing plan's, or else as many as make 256 MiB.
+
+    Raises:
+        InputError: a value that is out of range.
     """
 
     side: int
@@ -79,16 +87,33 @@ class CacheRequest:
 
 @dataclass(frozen=True)
 class Shard:
-    """A contiguous slice of the sorted inputs of one bucket: their ordinals `inputs`, in order.
+    """A contiguous slice of the sorted inputs of one bucket.
 
-    `bucket` None stands for the inputs that have none, because their header could not be read; they get an index and
-    no tensors.
+    Attributes:
+        inputs: ordinals of the inputs, int64 `[N]`, ascending.
+        name: file of the tensors, relative to the cache.
+        index: file of the index, relative to the cache.
     """
 
-    bucket: Size | None
+    bucket: Size
     inputs: np.ndarray
-    name: str | None
+    name: str
     index: str
+
+
+@dataclass(frozen=True)
+class UnplannedInputs:
+    """All inputs without a bucket: their header could not be read, or they are too elongated for any bucket.
+
+    They get an index and no tensors. Attributes as in `Shard`.
+    """
+
+    inputs: np.ndarray
+    index: str
+
+
+Part: TypeAlias = Shard | UnplannedInputs
+"""What is written and committed as one."""
 
 
 @dataclass(frozen=True)
@@ -131,12 +156,16 @@ class CachePlan:
         """Bytes of one row, all its tensors together."""
         return int(np.prod(self.row_shape(bucket))) * ITEM_SIZE[self.dtype] * len(self.tensors)
 
-    def shards(self, bucket_of: np.ndarray) -> Iterator[Shard]:
-        """Every shard in the order of writing. `bucket_of`: int `[N]`, position in `buckets` of each input or -1."""
+    def parts(self, bucket_of: np.ndarray) -> Iterator[Part]:
+        """Every part of the cache in the order of writing: the inputs without a bucket, if there are any, then shards.
+
+        Args:
+            bucket_of: position in `buckets` of each input, or -1 without one, int `[N]`.
+        """
         name = self.id[:8]
         unplanned = np.flatnonzero(bucket_of < 0)
         if len(unplanned):
-            yield Shard(None, unplanned, None, f"index/unplanned-{name}.parquet")
+            yield UnplannedInputs(unplanned, f"index/unplanned-{name}.parquet")
         for position, bucket in enumerate(self.buckets):
             members = np.flatnonzero(bucket_of == position)
             for number, start in enumerate(range(0, len(members), self.shard_rows)):
@@ -148,6 +177,11 @@ class CachePlan:
                 )
 
     def save(self, out: Path) -> None:
+        """Write `plan.json`, durably, unless an identical one is there.
+
+        Raises:
+            CacheError: another plan is there, or the file cannot be written.
+        """
         body = json.dumps({**self.fields, "sha256": _checksum(self.fields)}, indent=1, sort_keys=True)
         PendingFile(out / PLAN, [body.encode() + b"\n"]).publish()
 
@@ -185,10 +219,10 @@ def _checksum(fields: dict[str, Any]) -> str:
 
 def make_plan(request: CacheRequest, model: ModelIdentity, inputs: Inputs, buckets: tuple[Size, ...]) -> CachePlan:
     """The plan of a new cache. `inputs` have been assigned to `buckets`."""
-    tensors = ["latents"] + ["logsnr"] * request.posterior
+    tensors = ["latents", "logsnr"] if request.posterior else ["latents"]
     if request.flip:
         tensors += [f"{name}_flip" for name in tensors]
-    fields = {
+    fields: dict[str, Any] = {
         "format": FORMAT,
         "pipeline": PIPELINE,
         "inputs": {"count": len(inputs), "sha256": inputs.digest()},
@@ -225,7 +259,7 @@ def _geometry(request: CacheRequest) -> dict[str, Any]:
 
 
 def code_versions() -> dict[str, str]:
-    """Versions of what makes the pixels, for the record: they are not part of a plan's identity."""
+    """Versions of what makes the pixels, for the record; they are not part of a plan's identity."""
     return {"capacitor_rt": __version__, **decoder_versions()}
 
 
@@ -278,7 +312,7 @@ def check_plan(old: CachePlan, request: CacheRequest, model: ModelIdentity, out:
         *_diff("store.", stored, store),
     ]
     if changes:
-        started = any(commit["rows"] for commit in read_commits(out)[0].values())
+        started = any(commit["rows"] for commit in read_commits(out).values())
         raise CacheError(
             f"{out} was planned otherwise, and a cache is never mixed:\n  "
             + "\n  ".join(changes)

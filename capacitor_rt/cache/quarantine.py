@@ -1,26 +1,25 @@
-"""`quarantine.jsonl`: every input that could not be cached, with a typed reason. Always derived from the index."""
+"""`quarantine.jsonl`: every input that could not be cached, with a typed reason. It is always made from the index."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from .durable import PendingFile, canonical_json
+from .durable import Commit, PendingFile, canonical_json
 from .shards import read_index
 
 QUARANTINE = "quarantine.jsonl"
 
 
-def write_quarantine(out: Path, commits: dict[str, dict[str, Any]]) -> None:
-    """Make `quarantine.jsonl` anew from the index, in the order of the inputs; untouched if it is right already."""
+def write_quarantine(out: Path, commits: dict[str, Commit]) -> None:
+    """Make `quarantine.jsonl` anew from the index. A file that is right already is left untouched."""
     data = quarantine_bytes(out, commits)
     path = out / QUARANTINE
     if not path.exists() or path.read_bytes() != data:
         PendingFile(path, [data]).replace()
 
 
-def quarantine_bytes(out: Path, commits: dict[str, dict[str, Any]]) -> bytes:
-    """What `quarantine.jsonl` says by the index: one line per input that is not cached."""
+def quarantine_bytes(out: Path, commits: dict[str, Commit]) -> bytes:
+    """What `quarantine.jsonl` says by the index: one line per input that is not cached, in the order of the inputs."""
     lines: list[tuple[int, bytes]] = []
     for commit in commits.values():
         if commit["inputs"] == commit["rows"]:

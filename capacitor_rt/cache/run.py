@@ -1,4 +1,4 @@
-"""A run of the cache: plan it or find what is left of it, do that, and account for every input."""
+"""A run of the cache: make a plan or find what is left of one, do that, and account for every input."""
 
 from __future__ import annotations
 
@@ -11,30 +11,47 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
-from ..errors import CacheError, ImageError
-from ..images.decode import read_bytes
+from ..errors import CacheError
 from ..images.geometry import Size
 from ..images.scan import Scan, path_to_id, scan
 from ..model import FullCapacitor
+from ..reference import Autoencoder
 from . import durable
-from .durable import TMP, CommitLog, Lock, require_extra, xxh3
+from .durable import TMP, Commit, CommitLog, Lock, read_commits, require_extra
 from .encoder import BatchEncoder
-from .inputs import TABLE, Inputs, changed_inputs, load_inputs, read_header, read_headers
-from .model_source import Checkpoint, Loaded, ModelIdentity, ModelSource, with_whitening
+from .inputs import TABLE, Inputs, changed_inputs, load_inputs, read_headers
+from .model_source import Checkpoint, Loaded, ModelSource, with_whitening
 from .pipeline import Loader, Meters, Pipeline, device_threads
-from .plan import PLAN, CachePlan, CacheRequest, Shard, check_plan, code_versions, load_plan, make_plan
+from .plan import (
+    PLAN,
+    CachePlan,
+    CacheRequest,
+    Part,
+    Shard,
+    UnplannedInputs,
+    check_plan,
+    code_versions,
+    load_plan,
+    make_plan,
+)
 from .quarantine import QUARANTINE, write_quarantine
-from .shards import ShardStore, read_index
+from .shards import ShardStore, committed_hashes
 
 
 @dataclass
 class Report:
-    """What a cache holds after a run, and what the run did. With `dry_run` nothing was written."""
+    """What a cache holds after a run, and what the run did.
+
+    Attributes:
+        inputs, cached, shards, nbytes: numbers of inputs, of rows and of shard files, and the bytes of the latter.
+        quarantined: number of inputs by reason.
+        new_images: inputs that this run has read.
+        seconds: wall time of the run, planning included.
+        meters: what its stages did; None if there was nothing to encode.
+    """
 
     inputs: int
     cached: int
@@ -53,7 +70,16 @@ class Report:
 
 @dataclass
 class DryRun:
-    """What a run would do: inputs per bucket, failures seen in headers, shards and bytes, in all and still to do."""
+    """What a run would do.
+
+    Attributes:
+        buckets: number of inputs by bucket.
+        quarantined: number of inputs by the reason seen in their header.
+        shards, nbytes: number of shards in all, and the bytes of their latents if every input can be cached.
+        todo, todo_nbytes: the same of what is still to be written.
+        rows: most inputs per shard.
+        notes: what a user may want to know before the work starts, one line per note.
+    """
 
     buckets: dict[Size, int]
     quarantined: Counter[str]
@@ -66,22 +92,31 @@ class DryRun:
 
 
 @dataclass
-class Job:
-    """A checked plan with its inputs."""
+class PreparedRun:
+    """All that is known before the work starts: the plan, its inputs, and where they were found.
+
+    Attributes:
+        model: what computes, where it had to be loaded to make the plan.
+        notes: as in `DryRun`.
+    """
 
     out: Path
     plan: CachePlan
     inputs: Inputs
     scan: Scan
-    model: FullCapacitor | None
+    model: Autoencoder | None
     notes: list[str]
 
-    def shards(self) -> list[Shard]:
-        return list(self.plan.shards(self.inputs.bucket))
+    def parts(self) -> list[Part]:
+        return list(self.plan.parts(self.inputs.bucket))
 
-    def nbytes(self, shards: Iterable[Shard]) -> int:
-        """Bytes of the latents of `shards` if every input can be cached."""
-        return sum(len(s.inputs) * self.plan.row_bytes(s.bucket) for s in shards if s.bucket)
+    def nbytes(self, parts: Iterable[Part]) -> int:
+        """Bytes of the latents of `parts` if every input can be cached."""
+        return sum(len(shard.inputs) * self.plan.row_bytes(shard.bucket) for shard in _shards(parts))
+
+
+def _shards(parts: Iterable[Part]) -> list[Shard]:
+    return [part for part in parts if isinstance(part, Shard)]
 
 
 def as_source(model: FullCapacitor | ModelSource | str | os.PathLike[str]) -> ModelSource:
@@ -109,11 +144,11 @@ def cache_images(
         model: a model, the name of a checkpoint, or a `ModelSource`. It is not loaded when nothing is left to do.
         workers: threads for reading and decoding; default every core.
         progress: show a bar on stderr.
-        note: told, a line at a time, what a user may want to know before the work starts.
+        note: told, line by line, what a user may want to know before the work starts.
 
     Raises:
-        CacheError: `out` belongs to another plan, other inputs or a running process; a file is damaged; the disk is
-            full.
+        CacheError: `out` belongs to another plan, to other inputs or to a running process; a file is damaged; the disk
+            is full.
         KeyboardInterrupt: all but the open shard are safe, and the same call goes on from there.
     """
     begin = time.perf_counter()
@@ -121,33 +156,35 @@ def cache_images(
     _check_folder(out)
     with _locked(out):
         durable.remove_stale(out)
-        job = _prepare(Path(src), out, source, request, workers, progress, load=True)
-        if job.model is not None:
-            _save(job)
+        prepared = _prepare(Path(src), out, source, request, workers, progress, load=True)
+        if prepared.model is not None:
+            # a new plan is written last: with it the cache exists, without it nothing that lies here counts
+            prepared.inputs.save(out)
+            prepared.plan.save(out)
         log = CommitLog(out)
         try:
-            store = ShardStore(out, job.plan, log)
-            shards = job.shards()
-            todo = [s for s in shards if not (store.is_done(s) or store.recover(s))]
-            for line in job.notes + _outlook(job, shards, todo):
+            store = ShardStore(out, prepared.plan, log)
+            parts = prepared.parts()
+            todo = [part for part in parts if not (store.is_done(part) or store.recover(part))]
+            for line in prepared.notes + _outlook(prepared, parts, todo):
                 note(line)
-            meters, new = None, sum(len(s.inputs) for s in todo if s.bucket)
             try:
-                meters = _work(job, store, todo, source, workers, progress)
+                meters = _write_parts(prepared, store, todo, source, workers, progress)
             except BaseException:
                 # what is done so far; the reason why the run ends matters more than this file
                 with suppress(CacheError, OSError):
                     write_quarantine(out, log.commits)
                 raise
             write_quarantine(out, log.commits)
-            report = _account(job, log.commits)
+            report = _account(out, len(prepared.inputs), log.commits)
         finally:
             log.close()
-    report.new_images, report.meters, report.seconds = new, meters, time.perf_counter() - begin
+    report.new_images = sum(len(shard.inputs) for shard in _shards(todo))
+    report.meters, report.seconds = meters, time.perf_counter() - begin
     return report
 
 
-def forecast(
+def dry_run(
     src: str | os.PathLike[str],
     out: str | os.PathLike[str],
     model: FullCapacitor | ModelSource | str | os.PathLike[str],
@@ -156,26 +193,24 @@ def forecast(
     workers: int | None = None,
     progress: bool = True,
 ) -> DryRun:
-    """What `cache_images` with these arguments would do; reads headers only, writes nothing, loads no weights."""
+    """What `cache_images` with these arguments would do. It reads headers only, writes nothing and loads no weights."""
     out = Path(out)
     _check_folder(out)
-    job = _prepare(Path(src), out, as_source(model), request, workers, progress, load=False)
-    shards = job.shards()
-    committed = durable.read_commits(out)[0]
-    todo = [s for s in shards if s.index not in committed]
-    buckets = Counter({b: 0 for b in job.plan.buckets})
-    for s in shards:
-        if s.bucket:
-            buckets[s.bucket] += len(s.inputs)
+    prepared = _prepare(Path(src), out, as_source(model), request, workers, progress, load=False)
+    parts, committed = prepared.parts(), read_commits(out)
+    todo = [part for part in parts if part.index not in committed]
+    buckets: Counter[Size] = Counter()
+    for shard in _shards(parts):
+        buckets[shard.bucket] += len(shard.inputs)
     return DryRun(
-        {b: n for b, n in sorted(buckets.items()) if n},
-        Counter(reason for reason, _ in job.inputs.failures.values()),
-        sum(s.bucket is not None for s in shards),
-        sum(s.bucket is not None for s in todo),
-        job.nbytes(shards),
-        job.nbytes(todo),
-        job.plan.shard_rows,
-        job.notes + _outlook(job, shards, todo),
+        buckets=dict(sorted(buckets.items())),
+        quarantined=Counter(failure.reason for failure in prepared.inputs.failures.values()),
+        shards=len(_shards(parts)),
+        todo=len(_shards(todo)),
+        nbytes=prepared.nbytes(parts),
+        todo_nbytes=prepared.nbytes(todo),
+        rows=prepared.plan.shard_rows,
+        notes=prepared.notes + _outlook(prepared, parts, todo),
     )
 
 
@@ -214,7 +249,7 @@ def _check_folder(out: Path) -> None:
 
 def _prepare(
     src: Path, out: Path, source: ModelSource, request: CacheRequest, workers: int | None, progress: bool, load: bool
-) -> Job:
+) -> PreparedRun:
     """Check what can be checked before work starts. The model is loaded only for a new plan, and with `load`."""
     for extra in ("pyarrow", "xxhash"):
         require_extra(extra)
@@ -231,14 +266,14 @@ def _prepare(
         inputs = load_inputs(out, plan.fields["inputs"]["sha256"])
         _check_inputs(out, inputs, found)
         notes += _version_notes(plan)
-        return Job(out, plan, inputs, found, None, notes)
+        return PreparedRun(out, plan, inputs, found, None, notes)
     model = source.load(identity) if load else None
     if model is not None:
         identity = with_whitening(identity, model)
     with tqdm(total=len(found.paths), desc="headers", unit="img", disable=not progress, leave=False) as bar:
         inputs = read_headers(found, buckets, workers or device_threads(identity.device), bar.update)
     plan = make_plan(request, identity, inputs, buckets)
-    return Job(out, plan, inputs, found, model, notes)
+    return PreparedRun(out, plan, inputs, found, model, notes)
 
 
 def _notes(found: Scan) -> list[str]:
@@ -258,18 +293,8 @@ def _version_notes(plan: CachePlan) -> list[str]:
     return [f"other versions than when the cache was planned: {', '.join(changed)}"] if changed else []
 
 
-def _save(job: Job) -> None:
-    # the plan last: with it the job exists, without it nothing that lies here counts
-    job.inputs.save(job.out)
-    job.plan.save(job.out)
-
-
 def _check_inputs(out: Path, inputs: Inputs, found: Scan) -> None:
-    def same_bytes(touched: list[int]) -> list[int]:
-        known = _cached_hashes(out, touched) if touched else {}
-        return [i for i in touched if not _unchanged(inputs, found, i, known.get(i))]
-
-    changes = changed_inputs(inputs, found, same_bytes)
+    changes = changed_inputs(inputs, found, lambda ordinals: committed_hashes(out, ordinals))
     if changes:
         raise CacheError(
             f"{out} was planned for other inputs, and a finished plan is never changed:\n  "
@@ -278,51 +303,28 @@ def _check_inputs(out: Path, inputs: Inputs, found: Scan) -> None:
         )
 
 
-def _cached_hashes(out: Path, wanted: list[int]) -> dict[int, bytes]:
-    hashes: dict[int, bytes] = {}
-    for commit in durable.read_commits(out)[0].values():
-        if not (out / commit["index"]).exists():
-            continue
-        table = read_index(out / commit["index"], commit["index_xxh3"])
-        ordinals = table["input"].to_numpy()
-        for at in np.flatnonzero(np.isin(ordinals, wanted)):
-            digest = table["bytes_hash"][int(at)].as_py()
-            if digest is not None:
-                hashes[int(ordinals[at])] = digest
-    return hashes
-
-
-def _unchanged(inputs: Inputs, found: Scan, i: int, known: bytes | None) -> bool:
-    """Whether a file with a new time is still what was planned: by its bytes if they were read, else by its header."""
-    if known is None:
-        header = read_header(found, i)
-        if len(header) == 2:
-            return i in inputs.failures and inputs.failures[i][0] == header[0]
-        return header == (inputs.width[i], inputs.height[i], inputs.orientation[i])
-    try:
-        digest = xxh3()
-        digest.update(read_bytes(os.fsdecode(found.locate(found.paths[i]))))
-    except ImageError:
-        return False
-    return digest.digest() == known
-
-
-def _work(
-    job: Job, store: ShardStore, todo: list[Shard], source: ModelSource, workers: int | None, progress: bool
+def _write_parts(
+    prepared: PreparedRun,
+    store: ShardStore,
+    todo: list[Part],
+    source: ModelSource,
+    workers: int | None,
+    progress: bool,
 ) -> Meters | None:
-    """Do the shards `todo`. None if there was nothing to encode."""
-    loader = Loader(job.scan, job.inputs, tuple(job.plan.fields["geometry"]["background"]))
-    for shard in todo:
-        if shard.bucket is None:
-            store.write(shard, [loader.describe(int(i), None) for i in shard.inputs], {})
-    images = [s for s in todo if s.bucket is not None]
-    if not images:
+    """Write the parts `todo`. None if there was nothing to encode."""
+    plan, inputs = prepared.plan, prepared.inputs
+    loader = Loader(prepared.scan, inputs, tuple(plan.fields["geometry"]["background"]))
+    for part in todo:
+        if isinstance(part, UnplannedInputs):
+            store.write_unplanned(part, [loader.describe_unplanned(int(i)) for i in part.inputs])
+    shards = _shards(todo)
+    if not shards:
         return None
-    model = job.model or source.load(_identity_of(job.plan, source))
-    encoder = BatchEncoder(model, job.plan.tensors, job.plan.dtype)
+    model = prepared.model or source.load(source.identity(plan.fields["model"]["compute_dtype"]))
+    encoder = BatchEncoder(model, plan.tensors, plan.dtype)
     threads = workers or device_threads(str(model.device))
-    total = int((job.inputs.bucket >= 0).sum())
-    left = sum(len(s.inputs) for s in images)
+    total = int((inputs.bucket >= 0).sum())
+    left = sum(len(shard.inputs) for shard in shards)
     quarantined = 0
     # a bar for a person, a line now and then for a log
     interval = 0.2 if os.isatty(2) else 30
@@ -338,33 +340,29 @@ def _work(
             bar.update(count)
 
         pipeline = Pipeline(store, loader, encoder, threads, advance)
-        pipeline.run(images)
+        pipeline.run(shards)
     return pipeline.meters
 
 
-def _identity_of(plan: CachePlan, source: ModelSource) -> ModelIdentity:
-    return source.identity(plan.fields["model"]["compute_dtype"])
-
-
-def _outlook(job: Job, shards: list[Shard], todo: list[Shard]) -> list[str]:
-    lines = []
-    if todo and len(todo) < len(shards):
-        lines.append(f"going on: {len(shards) - len(todo)} of {len(shards)} shards are done")
-    existing = next(folder for folder in (job.out.absolute(), *job.out.absolute().parents) if folder.exists())
-    need, free = job.nbytes(todo), shutil.disk_usage(existing).free
+def _outlook(prepared: PreparedRun, parts: list[Part], todo: list[Part]) -> list[str]:
+    lines, out = [], prepared.out
+    if todo and len(todo) < len(parts):
+        lines.append(f"going on: {len(parts) - len(todo)} of {len(parts)} shards are done")
+    existing = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    need, free = prepared.nbytes(todo), shutil.disk_usage(existing).free
     if need > free:
         lines.append(
-            f"{need / 1e9:.2f} GB are to be written and {job.out} has {free / 1e9:.2f} GB free: "
+            f"{need / 1e9:.2f} GB are to be written and {out} has {free / 1e9:.2f} GB free: "
             "the run will stop when it is full, and go on when there is more"
         )
     return lines
 
 
-def _account(job: Job, commits: dict[str, dict[str, Any]]) -> Report:
-    text = (job.out / QUARANTINE).read_bytes()
+def _account(out: Path, inputs: int, commits: dict[str, Commit]) -> Report:
+    text = (out / QUARANTINE).read_bytes()
     reasons = Counter(json.loads(line)["reason"] for line in text.splitlines())
     return Report(
-        inputs=len(job.inputs),
+        inputs=inputs,
         cached=sum(c["rows"] for c in commits.values()),
         quarantined=reasons,
         shards=sum(c["shard"] is not None for c in commits.values()),

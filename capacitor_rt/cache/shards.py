@@ -1,10 +1,8 @@
-"""Shards and their index on disk: safetensors files of one bucket each, and a Parquet row per input.
+"""Shards and their index on disk: safetensors files of one bucket each, and a Parquet table of their inputs.
 
 A shard is an ordinary safetensors file with the tensors of `plan.tensors`, each `[N,C,h,w]` in the stored dtype; the
-header is padded with spaces so that tensor data begins on a 4 KiB boundary. The index has one row per input of the
-shard's slice of the plan, cached or not. `bytes_hash` is the XXH3-128 (16 bytes, big-endian) of the file, `row_hash`
-that of the row's bytes, all tensors in the order of `plan.tensors`. `id` is the relative path as text
-(`scan.path_to_id`), `path` its raw bytes. Sizes and crops are in pixels.
+header is padded with spaces so that tensor data begins on a 4 KiB boundary. The index has one entry per input of the
+shard's slice of the plan, cached or not.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import torch
@@ -22,17 +20,67 @@ from torch import Tensor
 
 from ..errors import CacheError
 from ..images.geometry import Size
-from .durable import CommitLog, PendingFile, byte_view, hash_file, require_extra, xxh3
+from .durable import (
+    Commit,
+    CommitLog,
+    PendingFile,
+    byte_view,
+    committed_files,
+    hash_file,
+    read_commits,
+    require_extra,
+    xxh3,
+)
 from .inputs import parquet_bytes
-from .plan import FORMAT, CachePlan, Shard
+from .plan import FORMAT, CachePlan, Part, Shard, UnplannedInputs
+
+if TYPE_CHECKING:
+    import pyarrow
 
 ALIGN = 4096
 CODES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 OK, QUARANTINED = "ok", "quarantined"
 
 
-def index_schema() -> Any:
-    """Columns of `index/*.parquet`; those after `message` are null where they do not apply."""
+class _Input(TypedDict):
+    input: int
+    id: str
+    path: bytes
+    status: str
+
+
+class IndexEntry(_Input, total=False):
+    """What the index says of one input; what does not apply is left out, and null in the file.
+
+    `input` is the ordinal, `id` the relative path as text (`scan.path_to_id`), `path` its raw bytes. Sizes and crops
+    are in pixels. `bytes_hash` is the XXH3-128 (16 bytes, big-endian) of the file, `row_hash` that of the row's bytes,
+    all tensors in the order of `plan.tensors`; `row` is its position in `shard`. `min`, `max`, `mean` and `std` are
+    those of the row of `latents` as stored.
+    """
+
+    reason: str
+    message: str
+    bytes_hash: bytes
+    width: int
+    height: int
+    orientation: int
+    bucket_height: int
+    bucket_width: int
+    resize_height: int
+    resize_width: int
+    crop_top: int
+    crop_left: int
+    shard: str
+    row: int
+    row_hash: bytes
+    min: float
+    max: float
+    mean: float
+    std: float
+
+
+def index_schema() -> pyarrow.Schema:
+    """Columns of `index/*.parquet`, those of `IndexEntry`."""
     pa = require_extra("pyarrow")
     int32, float32, digest = pa.int32(), pa.float32(), pa.binary(16)
     required = [
@@ -71,7 +119,7 @@ def row_hashes(tensors: Sequence[Tensor]) -> list[bytes]:
     digests = [xxh3() for _ in range(len(tensors[0]))]
     for t in tensors:
         for digest, row in zip(digests, byte_view(t).reshape(len(t), -1), strict=True):
-            digest.update(row)
+            digest.update(row.data)
     return [d.digest() for d in digests]
 
 
@@ -143,7 +191,7 @@ def read_rows(fd: int, shard: ShardFile, name: str, start: int, count: int) -> T
     short is an error rather than a signal.
     """
     rows = torch.empty(count, *shard.row_shape, dtype=shard.dtype)
-    view = memoryview(byte_view(rows)).cast("B")
+    view = byte_view(rows).data
     at = shard.offsets[name] + start * shard.row_nbytes
     while view:
         n = os.preadv(fd, [view], at)
@@ -163,8 +211,11 @@ def disk_row_hashes(shard: ShardFile, block: int = 256) -> list[bytes]:
     return hashes
 
 
-def read_index(path: Path, digest: str | None = None) -> Any:
-    """An index file as an Arrow table; `digest` is its XXH3-128 (hex) by the commit line.
+def read_index(path: Path, digest: str | None = None) -> pyarrow.Table:
+    """An index file as an Arrow table.
+
+    Args:
+        digest: its XXH3-128 (hex) by the commit line; None leaves it unchecked.
 
     Raises:
         CacheError: missing or damaged.
@@ -174,11 +225,8 @@ def read_index(path: Path, digest: str | None = None) -> Any:
         data = path.read_bytes()
     except OSError as e:
         raise CacheError(f"index {path} cannot be read: {e.strerror}") from e
-    if digest is not None:
-        found = xxh3()
-        found.update(data)
-        if found.hexdigest() != digest:
-            raise CacheError(f"index {path} is damaged: its hash is not that of its commit line")
+    if digest is not None and xxh3(data).hexdigest() != digest:
+        raise CacheError(f"index {path} is damaged: its hash is not that of its commit line")
     try:
         table = pq.read_table(pa.BufferReader(data))
     except (OSError, pa.ArrowException) as e:
@@ -188,56 +236,70 @@ def read_index(path: Path, digest: str | None = None) -> Any:
     return table
 
 
+def committed_hashes(out: Path, ordinals: Sequence[int]) -> dict[int, bytes]:
+    """`bytes_hash` of those of the inputs `ordinals` whose files have been read for what is committed."""
+    hashes: dict[int, bytes] = {}
+    for commit in read_commits(out).values():
+        path = out / commit["index"]
+        if not path.exists():
+            continue
+        table = read_index(path, commit["index_xxh3"])
+        inputs = table["input"].to_numpy()
+        for at in np.flatnonzero(np.isin(inputs, ordinals)).tolist():
+            digest = table["bytes_hash"][at].as_py()
+            if digest is not None:
+                hashes[int(inputs[at])] = digest
+    return hashes
+
+
 class ShardStore:
-    """Writes shards and knows which are done. One per run, under the writer's lock."""
+    """Writes the parts of a cache and knows which are done. One per run, under the writer's lock."""
 
     def __init__(self, out: Path, plan: CachePlan, log: CommitLog):
         self.out = out
         self.plan = plan
         self.log = log
 
-    def is_done(self, shard: Shard) -> bool:
-        """Whether a shard is committed and its files are there, by name and size.
+    def is_done(self, part: Part) -> bool:
+        """Whether a part is committed and its files are there, by name and size.
 
         Raises:
             CacheError: a committed file has another size than its commit line says.
         """
-        commit = self.log.commits.get(shard.index)
+        commit = self.log.commits.get(part.index)
         if commit is None:
             return False
-        for kind in ("index", "shard"):
-            if commit[kind] is None:
-                continue
-            path = self.out / commit[kind]
+        for name, nbytes in committed_files(commit):
+            path = self.out / name
             if not path.exists():
                 return False
-            if (size := path.stat().st_size) != commit[f"{kind}_bytes"]:
+            if (size := path.stat().st_size) != nbytes:
                 raise CacheError(
-                    f"{path} is damaged: it has {size} bytes, and {commit[f'{kind}_bytes']} were committed: "
-                    f"{rebuild_hint(commit)}"
+                    f"{path} is damaged: it has {size} bytes, and {nbytes} were committed: {rebuild_hint(commit)}"
                 )
         return True
 
-    def recover(self, shard: Shard) -> bool:
-        """Commit a shard whose files are whole but have no commit line: a crash came between, or the log was lost.
+    def recover(self, part: Part) -> bool:
+        """Commit a part whose files are whole but have no commit line: a crash came between, or the log was lost.
 
-        An index alone is removed: it was published for a shard that never was.
+        An index alone is removed if its shard should be there: it was published for a shard that never was.
 
         Raises:
             CacheError: shard and index are there and do not fit each other.
         """
-        index = self.out / shard.index
-        if shard.index in self.log.commits or not index.exists():
+        index = self.out / part.index
+        if part.index in self.log.commits or not index.exists():
             return False
-        path = self.out / shard.name if shard.name else None
         table = read_index(index)
-        if table["input"].to_pylist() != shard.inputs.tolist():
-            raise CacheError(f"{index} does not list the inputs of its shard: delete it, and run the command again")
         cached = table["status"].to_pylist().count(OK)
-        if cached and not path.exists():
-            index.unlink()
-            return False
-        if cached:
+        possible = len(part.inputs) if isinstance(part, Shard) else 0
+        if table["input"].to_pylist() != part.inputs.tolist() or cached > possible:
+            raise CacheError(f"{index} does not list the inputs of its shard: delete it, and run the command again")
+        if cached and isinstance(part, Shard):
+            path = self.out / part.name
+            if not path.exists():
+                index.unlink()
+                return False
             file = read_shard_header(path)
             expected = [h for h in table["row_hash"].to_pylist() if h is not None]
             if file.rows != cached or disk_row_hashes(file) != expected:
@@ -245,28 +307,33 @@ class ShardStore:
                     f"{path} does not match its index {index}, and neither is committed: "
                     "delete both, and run the command again"
                 )
-        self._commit(shard, cached)
+        self._commit(part, cached)
         return True
 
-    def write(self, shard: Shard, rows: list[dict[str, Any]], pieces: dict[str, list[Tensor]]) -> None:
+    def write_unplanned(self, unplanned: UnplannedInputs, entries: list[IndexEntry]) -> None:
+        """Write, publish and commit the index of the inputs without a bucket. Errors as in `write`."""
+        index = self._index_file(unplanned, entries)
+        index.publish()
+        self._commit(unplanned, 0, index)
+
+    def write(self, shard: Shard, entries: list[IndexEntry], pieces: dict[str, list[Tensor]]) -> None:
         """Write, publish and commit one shard.
 
         Args:
-            rows: index entries of the shard's inputs in order, without `shard`, `row` and `row_hash`.
-            pieces: for each tensor of the plan a list of contiguous `[n,C,h,w]` on the CPU: the rows with status
-                "ok", in order.
+            entries: of the shard's inputs in order, without `shard`, `row` and `row_hash`, which are added.
+            pieces: for each tensor of the plan a list of contiguous `[n,C,h,w]` on the CPU: the rows of the entries
+                with status "ok", in order.
 
         Raises:
             DiskFull: no space left; nothing of this shard remains.
             CacheError: a file of that name and other contents is there.
         """
-        cached = [row for row in rows if row["status"] == OK]
+        cached = [entry for entry in entries if entry["status"] == OK]
         names = self.plan.tensors
         hashes = [h for group in zip(*(pieces.get(name, []) for name in names), strict=True) for h in row_hashes(group)]
-        for i, (row, digest) in enumerate(zip(cached, hashes, strict=True)):
-            row |= {"shard": shard.name, "row": i, "row_hash": digest}
-        pa = require_extra("pyarrow")
-        index = PendingFile(self.out / shard.index, [parquet_bytes(pa.Table.from_pylist(rows, index_schema()))])
+        for row, (entry, digest) in enumerate(zip(cached, hashes, strict=True)):
+            entry["shard"], entry["row"], entry["row_hash"] = shard.name, row, digest
+        index = self._index_file(shard, entries)
         try:
             data = PendingFile(self.out / shard.name, self._chunks(shard, len(cached), pieces)) if cached else None
         except BaseException:
@@ -283,30 +350,43 @@ class ShardStore:
             raise
         self._commit(shard, len(cached), index, data)
 
-    def _chunks(self, shard: Shard, rows: int, pieces: dict[str, list[Tensor]]) -> Iterator[Any]:
+    def _index_file(self, part: Part, entries: list[IndexEntry]) -> PendingFile:
+        table = require_extra("pyarrow").Table.from_pylist(entries, index_schema())
+        return PendingFile(self.out / part.index, [parquet_bytes(table)])
+
+    def _chunks(self, shard: Shard, rows: int, pieces: dict[str, list[Tensor]]) -> Iterator[bytes | memoryview]:
         yield shard_header(self.plan, shard.bucket, rows)
         for name in self.plan.tensors:
-            yield from (byte_view(t) for t in pieces[name])
+            yield from (byte_view(t).data for t in pieces[name])
 
     def _commit(
-        self,
-        shard: Shard,
-        cached: int,
-        index: PendingFile | None = None,
-        data: PendingFile | None = None,
+        self, part: Part, cached: int, index: PendingFile | None = None, data: PendingFile | None = None
     ) -> None:
-        record: dict[str, Any] = {"inputs": len(shard.inputs), "rows": cached}
-        for kind, name, pending in (("index", shard.index, index), ("shard", shard.name, data)):
-            if kind == "shard" and not cached:
-                record |= {"shard": None, "shard_bytes": 0, "shard_xxh3": None}
-                continue
-            path = self.out / name
-            size, digest = (pending.size, pending.digest) if pending else (path.stat().st_size, hash_file(path))
-            record |= {kind: name, f"{kind}_bytes": size, f"{kind}_xxh3": digest}
-        self.log.append(record)
+        index_bytes, index_xxh3 = self._size_and_digest(part.index, index)
+        commit: Commit = {
+            "index": part.index,
+            "index_bytes": index_bytes,
+            "index_xxh3": index_xxh3,
+            "inputs": len(part.inputs),
+            "rows": cached,
+            "shard": None,
+            "shard_bytes": 0,
+            "shard_xxh3": None,
+        }
+        if cached and isinstance(part, Shard):
+            commit["shard"] = part.name
+            commit["shard_bytes"], commit["shard_xxh3"] = self._size_and_digest(part.name, data)
+        self.log.append(commit)
+
+    def _size_and_digest(self, name: str, pending: PendingFile | None) -> tuple[int, str]:
+        """Of a file of the cache, as it was written or else as it lies on disk."""
+        if pending is not None:
+            return pending.size, pending.digest
+        path = self.out / name
+        return path.stat().st_size, hash_file(path)
 
 
-def rebuild_hint(commit: dict[str, Any]) -> str:
+def rebuild_hint(commit: Commit) -> str:
     """How to make a damaged shard anew."""
-    files = " and ".join(commit[kind] for kind in ("shard", "index") if commit[kind])
+    files = " and ".join(name for name in (commit["shard"], commit["index"]) if name)
     return f"delete {files}, and run the cache command again"

@@ -7,16 +7,19 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..errors import CacheError
-from .durable import COMMITS, LOCK, TMP, hash_file, read_commits
+from .durable import COMMITS, LOCK, TMP, Commit, committed_files, hash_file, read_commits
 from .inputs import TABLE, Inputs, load_inputs
-from .plan import PLAN, CachePlan, Shard, load_plan
+from .plan import PLAN, CachePlan, Part, load_plan
 from .quarantine import QUARANTINE, quarantine_bytes
 from .shards import OK, disk_row_hashes, read_index, read_shard_header, rebuild_hint
+
+if TYPE_CHECKING:
+    import pyarrow
 
 
 @dataclass
@@ -24,11 +27,11 @@ class Verification:
     """What `verify` found.
 
     Attributes:
-        inputs: of the plan.
-        rows, shards, nbytes: committed.
-        problems: damage, one line each.
-        unfinished: planned shards that are not committed yet, which is no damage.
-        notes: files that do not belong to the cache.
+        inputs: number of inputs of the plan.
+        rows, shards, nbytes: what is committed, in numbers and in bytes of shard files.
+        unfinished: planned parts that are not committed yet, which is no damage.
+        problems: damage, one line per problem.
+        notes: files that do not belong to the cache, one line per file.
     """
 
     inputs: int = 0
@@ -65,7 +68,7 @@ def verify(
     found = Verification()
     plan, inputs = _read_plan(root, found)
     try:
-        commits = read_commits(root)[0]
+        commits = read_commits(root)
     except CacheError as e:
         found.problems.append(str(e))
         return found
@@ -81,7 +84,7 @@ def verify(
     found.shards = sum(c["shard"] is not None for c in commits.values())
     found.nbytes = sum(c["shard_bytes"] for c in commits.values())
     if plan is not None and inputs is not None:
-        _check_membership(found, commits, listed, list(plan.shards(inputs.bucket)))
+        _check_membership(found, commits, listed, list(plan.parts(inputs.bucket)))
     if not found.problems:
         _check_quarantine(root, found, commits)
     _look_for_strangers(root, found, commits)
@@ -100,7 +103,7 @@ def _read_plan(root: Path, found: Verification) -> tuple[CachePlan | None, Input
         return None, None
 
 
-def _check_files(root: Path, commit: dict[str, Any]) -> tuple[list[str], list[int] | None]:
+def _check_files(root: Path, commit: Commit) -> tuple[list[str], list[int] | None]:
     """Problems of one commit's files, and the ordinals of the inputs that its index lists (None if it is damaged)."""
     hint = rebuild_hint(commit)
     try:
@@ -114,7 +117,7 @@ def _check_files(root: Path, commit: dict[str, Any]) -> tuple[list[str], list[in
     return problems, table["input"].to_pylist()
 
 
-def _check_shard(root: Path, commit: dict[str, Any], index: Any | None, hint: str) -> list[str]:
+def _check_shard(root: Path, commit: Commit, index: pyarrow.Table | None, hint: str) -> list[str]:
     if commit["shard"] is None:
         return []
     path = root / commit["shard"]
@@ -126,7 +129,7 @@ def _check_shard(root: Path, commit: dict[str, Any], index: Any | None, hint: st
     return [f"shard {path} is damaged: {_damaged_rows(path, index)}: {hint}"]
 
 
-def _damaged_rows(path: Path, index: Any | None) -> str:
+def _damaged_rows(path: Path, index: pyarrow.Table | None) -> str:
     """Which rows of a shard whose hash is wrong are damaged, in words."""
     if index is None:
         return "its hash is not that of its commit line"
@@ -147,9 +150,9 @@ def _damaged_rows(path: Path, index: Any | None) -> str:
 
 
 def _check_membership(
-    found: Verification, commits: dict[str, dict[str, Any]], listed: dict[str, list[int]], planned: list[Shard]
+    found: Verification, commits: dict[str, Commit], listed: dict[str, list[int]], planned: list[Part]
 ) -> None:
-    known = {shard.index: shard for shard in planned}
+    known = {part.index: part for part in planned}
     found.unfinished = sum(index not in commits for index in known)
     for index in commits.keys() - known.keys():
         found.problems.append(f"{COMMITS} has {index}, which is not of this plan: remove its line and its files")
@@ -158,15 +161,15 @@ def _check_membership(
             found.problems.append(f"index {index} does not list the inputs that the plan gives its shard")
 
 
-def _check_quarantine(root: Path, found: Verification, commits: dict[str, dict[str, Any]]) -> None:
+def _check_quarantine(root: Path, found: Verification, commits: dict[str, Commit]) -> None:
     path = root / QUARANTINE
     if not found.unfinished and (not path.exists() or path.read_bytes() != quarantine_bytes(root, commits)):
         found.problems.append(f"{path} is missing or does not match the index: the cache command writes it anew")
 
 
-def _look_for_strangers(root: Path, found: Verification, commits: dict[str, dict[str, Any]]) -> None:
+def _look_for_strangers(root: Path, found: Verification, commits: dict[str, Commit]) -> None:
     own = {PLAN, TABLE, COMMITS, QUARANTINE, LOCK}
-    own |= {commit[kind] for commit in commits.values() for kind in ("index", "shard") if commit[kind]}
+    own |= {name for commit in commits.values() for name, _ in committed_files(commit)}
     files = (p for p in sorted(root.rglob("*")) if p.is_file())
     strangers = [p.relative_to(root).as_posix() for p in files if p.relative_to(root).as_posix() not in own]
     for name in strangers[:5]:

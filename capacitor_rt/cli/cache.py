@@ -7,68 +7,79 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from tqdm import tqdm
 
 from ..errors import InputError
 from .options import (
-    Area,
+    AreaSide,
     Background,
     ComputeDtype,
     Device,
     Dtype,
     Model,
     Revision,
-    Size,
+    SquareSide,
     note,
     parse_background,
     resolve_device,
 )
+
+if TYPE_CHECKING:
+    from ..cache.run import DryRun, Report
 
 INTERRUPTED = 130
 TERMINATED = 143
 
 
 def cache(
-    src: Annotated[Path, typer.Argument(help="Folder of images (with its subfolders), or one image.")],
-    out: Annotated[Path, typer.Argument(help="Folder of the cache: new, empty, or one to go on with.")],
+    src: Annotated[Path, typer.Argument(help="What to encode: a folder with its subfolders, or one image.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the cache: a new one, an empty one, or one to go on with.")],
     model: Model,
-    size: Size = None,
-    area: Area = None,
-    max_aspect: Annotated[float, typer.Option(min=1, help="Longest bucket, as longer side : shorter side.")] = 4.0,
+    size: SquareSide = None,
+    area: AreaSide = None,
+    max_aspect: Annotated[
+        float, typer.Option(min=1, help="Largest ratio of a bucket's longer side to its shorter side.")
+    ] = 4.0,
     background: Background = "ffffff",
-    dtype: Annotated[Dtype, typer.Option(help="Stored type of the latents.")] = Dtype.bf16,
-    posterior: Annotated[bool, typer.Option("--posterior", help="Also store logsnr, to draw from.")] = False,
-    flip: Annotated[bool, typer.Option("--flip", help="Also store the latents of the mirrored image.")] = False,
+    dtype: Annotated[Dtype, typer.Option(help="Type that the latents are stored in.")] = Dtype.bf16,
+    posterior: Annotated[
+        bool, typer.Option("--posterior", help="Store logsnr too, so that samples can be drawn.")
+    ] = False,
+    flip: Annotated[bool, typer.Option("--flip", help="Store the latents of the mirrored images too.")] = False,
     batch: Annotated[int | None, typer.Option(min=1, help="Images per encode call (default: by size).")] = None,
     shard_rows: Annotated[
         int | None, typer.Option(min=1, help="Most images per shard (default: as many as make 256 MiB).")
     ] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Decoding threads (default: every core).")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Threads that read and decode (default: every core).")
+    ] = None,
     device: Device = "auto",
     compute_dtype: ComputeDtype = None,
     revision: Revision = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress bar.")] = False,
 ) -> None:
     """Encode a folder of images into latents on disk, or go on with an unfinished cache.
 
     Ends with 0 if every input is cached, 3 if some are quarantined (OUT/quarantine.jsonl says why), 1 on failure and
     130 when interrupted; the same command then goes on from the last finished shard.
     """
-    if (size is None) == (area is None):
+    sides = [side for side in (size, area) if side is not None]
+    if len(sides) != 1:
         raise InputError("give one of --size N (squares) and --area N (aspect-ratio buckets)")
     with _interruptible():
         from ..cache.model_source import Checkpoint
         from ..cache.plan import CacheRequest
-        from ..cache.run import cache_images, forecast
+        from ..cache.run import cache_images
+        from ..cache.run import dry_run as describe_run
 
         compute = compute_dtype.full_name if compute_dtype else None
         source = Checkpoint(model, resolve_device(device), compute, revision)
         request = CacheRequest(
-            side=size or area,
+            side=sides[0],
             area=area is not None,
             max_aspect=max_aspect,
             background=parse_background(background),
@@ -79,7 +90,7 @@ def cache(
             shard_rows=shard_rows,
         )
         if dry_run:
-            _print_forecast(forecast(src, out, source, request, workers=workers, progress=not quiet))
+            _print_dry_run(describe_run(src, out, source, request, workers=workers, progress=not quiet))
             return
         report = cache_images(src, out, source, request, workers=workers, progress=not quiet, note=_remark)
     _print_report(report, out)
@@ -90,7 +101,7 @@ def cache(
 def verify(
     root: Annotated[Path, typer.Argument(help="Folder of the cache.")],
     workers: Annotated[int, typer.Option(min=1, help="Threads that read.")] = 4,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress bar.")] = False,
 ) -> None:
     """Compare every byte of a cache with its hashes and name what is damaged.
 
@@ -120,7 +131,7 @@ def verify(
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Interruptions to a line on stderr and an exit code; other expected failures are the entry point's to print."""
+    """Turn interruptions into a line on stderr and an exit code. Other failures are the entry point's to print."""
     try:
         with _sigterm():
             yield
@@ -153,21 +164,21 @@ def _sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
-def _print_forecast(plan) -> None:
-    for line in plan.notes:
+def _print_dry_run(found: DryRun) -> None:
+    for line in found.notes:
         _remark(line)
     typer.echo("bucket (height x width)    images")
-    for bucket, count in plan.buckets.items():
+    for bucket, count in found.buckets.items():
         typer.echo(f"{bucket!s:>23}  {count:>8}")
-    for reason, count in sorted(plan.quarantined.items()):
+    for reason, count in sorted(found.quarantined.items()):
         typer.echo(f"{'quarantined: ' + reason:>23}  {count:>8}")
-    typer.echo(f"{plan.shards} shards of at most {plan.rows} images, {_bytes(plan.nbytes)} of latents in all")
-    typer.echo(f"to be written: {plan.todo} shards, {_bytes(plan.todo_nbytes)}")
+    typer.echo(f"{found.shards} shards of at most {found.rows} images, {_bytes(found.nbytes)} of latents in all")
+    typer.echo(f"to be written: {found.todo} shards, {_bytes(found.todo_nbytes)}")
 
 
-def _print_report(report, out: Path) -> None:
+def _print_report(report: Report, out: Path) -> None:
     done = f"{report.cached} of {report.inputs} images in {report.shards} shards, {_bytes(report.nbytes)}"
-    if not report.new_images:
+    if report.meters is None:
         typer.echo(f"nothing to do: {out} holds {done}")
     else:
         rate = report.new_images / max(report.meters.wall, 1e-9)
@@ -181,7 +192,7 @@ def _remark(line: str) -> None:
     note(f"note: {line}")
 
 
-def _bytes(n: int) -> str:
+def _bytes(n: float) -> str:
     for unit in ("B", "kB", "MB", "GB"):
         if n < 1000:
             return f"{n:.4g} {unit}"

@@ -29,6 +29,7 @@ from ..images.decode import decode_image, read_bytes
 from ..images.frames import to_uint8
 from ..images.geometry import Size, apply, place
 from ..model import FullCapacitor
+from .options import CHECKPOINTS
 
 PHOTOS = Path(__file__).parents[1] / "sample" / "photos"
 AREA_SIDE = 320
@@ -151,7 +152,7 @@ def read_back(cache: Path, photos: Path, model: FullCapacitor, roles: Mapping[st
 
 
 def contact_sheet(items: Sequence[Item], title: str) -> Image.Image:
-    """A row per photograph: original, reconstruction, and their absolute difference times `DIFFERENCE_GAIN`."""
+    """One row per photograph: original, reconstruction, and their absolute difference times `DIFFERENCE_GAIN`."""
     entries = []
     for item in items:
         difference = np.abs(item.original.astype(np.int16) - item.decoded) * DIFFERENCE_GAIN
@@ -213,10 +214,11 @@ def _sample_roles() -> dict[str, str]:
 INK, GREY, PAPER = (24, 24, 27), (113, 113, 122), (255, 255, 255)
 MARGIN, GAP, TOP, LABEL = 28, 12, 122, 34
 
-Entry = tuple[str, str, tuple[np.ndarray, ...]]
+SheetEntry = tuple[str, str, tuple[np.ndarray, ...]]
+"""Label, note, and tiles `[H,W,3]`."""
 
 
-def _sheet(title: str, subtitle: str, heads: Sequence[str], entries: Sequence[Entry], across: int) -> Image.Image:
+def _sheet(title: str, subtitle: str, heads: Sequence[str], entries: Sequence[SheetEntry], across: int) -> Image.Image:
     """Entries of tiles under a label and a note, `across` of them in a line, tiles in columns headed by `heads`."""
     across = min(across, len(entries))
     cell = max(tile.shape[1] for _, _, tiles in entries for tile in tiles)
@@ -254,12 +256,12 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the cache and the pictures.")] = Path("demo-out"),
-    model: Annotated[str, typer.Option(help="Hub id, folder, .safetensors file, or 'sample'.")] = "sample",
-    photos: Annotated[Path, typer.Option(help="Folder of images.")] = PHOTOS,
-    area: Annotated[int, typer.Option(min=1, help="N: about N^2 pixels a photograph.")] = AREA_SIDE,
-    device: Annotated[str, typer.Option(help="A torch device.")] = "cpu",
+    model: Annotated[str, typer.Option(help=f"Model to load: {CHECKPOINTS}.")] = "sample",
+    photos: Annotated[Path, typer.Option(help="Folder of the images to show.")] = PHOTOS,
+    area: Annotated[int, typer.Option(min=1, help="Bring photographs to about N^2 pixels.")] = AREA_SIDE,
+    device: Annotated[str, typer.Option(help="Device to run on, as torch names it.")] = "cpu",
 ) -> None:
-    """Photographs to latents on disk and back, with a contact sheet, the latents as colours and the PSNR table."""
+    """Cache photographs as latents, decode them, draw a contact sheet and the latents, and print the table of PSNRs."""
     try:
         typer.echo(run_demo(out, model, device=device, photos=photos, area=area).render())
     except CapacitorError as error:

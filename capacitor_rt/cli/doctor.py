@@ -20,11 +20,13 @@ from typing import Annotated, Any
 
 import typer
 
+from .options import AsJson
+
 OK, MISSING, PROBLEM = "ok", "missing", "problem"
 NOT_MEASURED = "not measured yet"
 TORCH_LEAST = (2, 8)
 TRITON_WINDOW = ((3, 6), (3, 10))
-MEASURE = "python -m bench.gpu --out bench/results/NAME"
+MEASURE = "python -m bench gpu --out bench/results/NAME"
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
 PROBE_BYTES = 64 << 20
 PROBE_SECONDS = 0.3
@@ -75,13 +77,15 @@ def examine(folder: Path, results: Path) -> list[Finding]:
 
 
 def doctor(
-    folder: Annotated[Path, typer.Option(help="Where disk speed is measured; 64 MB are written and removed.")] = Path(),
-    results: Annotated[Path, typer.Option(help="Folder of measured results.", show_default=False)] = RESULTS,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    folder: Annotated[
+        Path, typer.Option(help="Folder whose disk is measured; 64 MB are written to it and removed.")
+    ] = Path(),
+    results: Annotated[Path, typer.Option(help="Folder of measured results to read.", show_default=False)] = RESULTS,
+    as_json: AsJson = False,
 ) -> None:
     """Say what this machine has, which configs will be used, what is missing and how fast it can be expected to be.
 
-    Ends with 1 if something is wrong; a machine without a GPU is not.
+    Ends with 1 if something is wrong; it is not wrong to have no GPU.
     """
     found = examine(folder, results)
     if as_json:
@@ -173,7 +177,7 @@ def _configs(index: int, cc: int) -> Iterator[Finding]:
     families = tuning.config_families(served)
     relative = "" if served == cc else f", the nearest to sm_{cc}"
     smem = tuning.limits(cc).smem_per_cta
-    found = f"sm_{served}.json{relative}: rows for {', '.join(sorted(families))}; {smem / 1024:.0f} KiB a CTA"
+    found = f"sm_{served}.json{relative}: rows for {', '.join(sorted(families))}; {smem / 1024:.0f} KiB per CTA"
     yield Finding(topic, OK, f"the Triton backend runs in bfloat16 and float16 with {found}")
 
 
@@ -241,7 +245,7 @@ def _jpeg() -> Iterator[Finding]:
 
 
 def _expected(results: Path) -> Iterator[Finding]:
-    """Images a second on this GPU, from measured files only."""
+    """Images per second on this GPU, from measured files only."""
     import torch
 
     if not torch.cuda.is_available():
@@ -256,7 +260,7 @@ def _expected(results: Path) -> Iterator[Finding]:
 
 
 def measured_rates(results: Path, gpu: str) -> dict[str, float]:
-    """Images a second of this runtime on a GPU of this name, newest figures of `*.jsonl`; what -> rate."""
+    """Images per second of this runtime on a GPU of this name, newest figures of `*.jsonl`; what -> rate."""
     lines: list[dict[str, Any]] = []
     for path in sorted(results.rglob("*.jsonl")) if results.is_dir() else ():
         for text in path.read_text(encoding="utf-8").splitlines():
@@ -290,7 +294,7 @@ def _version(distribution: str) -> str | None:
 
 
 def _nvidia_smi(field: str) -> list[str]:
-    """One value a GPU; empty where there is no driver."""
+    """One value per GPU; empty where there is no driver."""
     command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)

@@ -1,4 +1,4 @@
-"""`capacitor-rt encode` and `decode`: one file of latents for each image."""
+"""`capacitor-rt encode` and `decode`: one file of latents per image."""
 
 from __future__ import annotations
 
@@ -11,20 +11,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..checkpoint import replacing
 from ..errors import InputError
 from .options import (
-    Area,
+    AreaSide,
     Backend,
     Background,
     ComputeDtype,
     Device,
     Dtype,
-    Images,
+    ImagePaths,
     Model,
     Revision,
     Seed,
-    Size,
+    SquareSide,
     Steps,
     bar,
     list_images,
@@ -37,16 +36,21 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..images.frames import Frame
+    from ..model import FullCapacitor
 
 LATENT_FORMAT = "capacitor-latent/1"
 
 
 class Sampler(str, Enum):
+    """Samplers of the decoder."""
+
     ddim = "ddim"
     dpmpp_2m = "dpmpp_2m"
 
 
 class Schedule(str, Enum):
+    """Time grids of a sampler."""
+
     linear = "linear"
     cosine = "cosine"
 
@@ -68,20 +72,23 @@ def refuse_collisions(outputs: dict[Path, Path]) -> None:
 
 
 def encode(
-    images: Images,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for NAME.safetensors files.")],
+    images: ImagePaths,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the NAME.safetensors files, one per image.")],
     model: Model = "sample",
-    size: Size = None,
-    area: Area = None,
-    posterior: Annotated[bool, typer.Option(help="Also store the posterior's raw mean and logsnr.")] = False,
-    dtype: Annotated[Dtype, typer.Option(help="Stored type of the latents.")] = Dtype.fp32,
+    size: SquareSide = None,
+    area: AreaSide = None,
+    posterior: Annotated[bool, typer.Option(help="Also store the raw mean and logsnr of the posterior.")] = False,
+    dtype: Annotated[Dtype, typer.Option(help="Type in which the latents are stored.")] = Dtype.fp32,
     background: Background = "ffffff",
     revision: Revision = None,
     device: Device = "auto",
     compute_dtype: ComputeDtype = None,
     backend: Backend = "auto",
 ) -> None:
-    """Encode images, one .safetensors file each (for many images, see `cache`)."""
+    """Encode images into one .safetensors file per image. For many images, use `cache`.
+
+    Ends with 3 if some images could not be decoded.
+    """
     from ..errors import ImageError
     from ..images.frames import Framing, load_frames, to_batch
 
@@ -103,26 +110,29 @@ def encode(
         if posterior:
             tensors |= {k: v for k, v in mean_logsnr._asdict().items() if v is not None}
         targets[path].parent.mkdir(parents=True, exist_ok=True)
-        save_latents(targets[path], tensors, frame, capacitor.source.latent_space)
+        save_latents(targets[path], tensors, frame, latent_space(capacitor))
     finish(len(targets) - failed, failed, f"images encoded to {out}")
 
 
 def decode(
-    latents: Annotated[list[Path], typer.Argument(help="Files of `encode`, or shards of `cache`.", show_default=False)],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for PNG files.")],
+    latents: Annotated[list[Path], typer.Argument(help="Files of `encode`, or shards of a cache.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the PNG files.")],
     model: Model = "sample",
     steps: Steps = 1,
-    sampler: Sampler = Sampler.ddim,
-    schedule: Schedule = Schedule.linear,
-    pdg: Annotated[float | None, typer.Option(help="Path-drop guidance of this strength.")] = None,
+    sampler: Annotated[Sampler, typer.Option(help="Sampler of the decoder.")] = Sampler.ddim,
+    schedule: Annotated[Schedule, typer.Option(help="Time grid of the sampler.")] = Schedule.linear,
+    pdg: Annotated[float | None, typer.Option(help="Guide by path drop, with this strength.")] = None,
     seed: Seed = 0,
-    any_space: Annotated[bool, typer.Option(help="Decode latents that another model made.")] = False,
+    any_space: Annotated[bool, typer.Option(help="Also decode latents that another model made.")] = False,
     revision: Revision = None,
     device: Device = "auto",
     compute_dtype: ComputeDtype = None,
     backend: Backend = "auto",
 ) -> None:
-    """Decode latents to PNG images."""
+    """Decode latents into one PNG file per image.
+
+    Ends with 3 if some files could not be decoded.
+    """
     from PIL import Image
 
     from ..config import FullCapacitorInferenceConfig
@@ -138,9 +148,9 @@ def decode(
     for path in bar(latents, len(latents), "file"):
         try:
             rows, space = read_latents(path)
-            if space not in (None, capacitor.source.latent_space) and not any_space:
+            if space not in (None, latent_space(capacitor)) and not any_space:
                 raise InputError(
-                    f"{path} holds latents of {space}, and the model decodes {capacitor.source.latent_space}: "
+                    f"{path} holds latents of {space}, and the model decodes {latent_space(capacitor)}: "
                     "give --model the model that made them, or pass --any-space"
                 )
             out.mkdir(parents=True, exist_ok=True)
@@ -155,18 +165,26 @@ def decode(
     finish(written, failed, f"images written to {out}")
 
 
-def save_latents(path: Path, tensors: dict[str, Tensor], frame: Frame, latent_space: str) -> None:
+def latent_space(model: FullCapacitor) -> str:
+    """The space of the latents of a model that was loaded from a checkpoint."""
+    assert model.source is not None, "load_model() gives a model with its source"
+    return model.source.latent_space
+
+
+def save_latents(path: Path, tensors: dict[str, Tensor], frame: Frame, space: str) -> None:
     """Write the latents of one image; the space they are in and the geometry they stand for are its metadata."""
+    from safetensors.torch import save_file
+
+    from ..checkpoint import replacing
+
     header = frame.image.header
     metadata = {
         "format": LATENT_FORMAT,
-        "latent_space": latent_space,
+        "latent_space": space,
         "source": os.fsencode(frame.path.name).decode("utf-8", "backslashreplace"),
         "image": json.dumps({"height": header.height, "width": header.width, "orientation": header.orientation}),
         "placement": json.dumps(asdict(frame.placement)),
     }
-    from safetensors.torch import save_file
-
     with replacing(path) as temporary:
         save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, temporary, metadata=metadata)
 

@@ -33,25 +33,31 @@ class Dtype(str, Enum):
         return {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[self.value]
 
     def torch(self) -> torch.dtype:
+        """The torch dtype of that name."""
         import torch
 
         return getattr(torch, self.full_name)
 
 
-Model = Annotated[str, typer.Option("--model", "-m", help="Hub id, folder, .safetensors file, or 'sample'.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto is a GPU where there is one.")]
-Backend = Annotated[str, typer.Option(help="auto, torch or triton.")]
-Size = Annotated[int | None, typer.Option(min=1, help="Resize and centre-crop to N x N pixels.")]
-Area = Annotated[int | None, typer.Option(min=1, help="About N^2 pixels, in the bucket nearest in aspect.")]
-Background = Annotated[str, typer.Option(help="Colour behind transparent pixels, RRGGBB.")]
-Steps = Annotated[int, typer.Option(min=1, help="Passes through the decoder; the model is made for 1.")]
-Seed = Annotated[int, typer.Option(help="Of the decoder's start noise.")]
-Images = Annotated[list[Path], typer.Argument(help="Image files or folders.", show_default=False)]
+CHECKPOINTS = "a hub id, a folder, a .safetensors file, or 'sample' for the bundled checkpoint"
+
+Model = Annotated[str, typer.Option("--model", "-m", help=f"Model to load: {CHECKPOINTS}.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the model on the hub.")]
+Device = Annotated[str, typer.Option(help="Device to run on: cpu, cuda, cuda:1; auto takes a GPU where there is one.")]
+Backend = Annotated[str, typer.Option(help="Backend of the model: auto, torch or triton.")]
+SquareSide = Annotated[int | None, typer.Option(min=1, help="Resize and centre-crop images to N x N pixels.")]
+AreaSide = Annotated[
+    int | None, typer.Option(min=1, help="Bring images to about N^2 pixels, in the bucket nearest in aspect.")
+]
+Background = Annotated[str, typer.Option(help="Colour behind transparent pixels, as RRGGBB.")]
+Steps = Annotated[int, typer.Option(min=1, help="Number of passes through the decoder; the model is made for 1.")]
+Seed = Annotated[int, typer.Option(help="Seed of the decoder's start noise.")]
+ImagePaths = Annotated[list[Path], typer.Argument(help="Image files, or folders of them.", show_default=False)]
 ComputeDtype = Annotated[
     Dtype | None,
-    typer.Option("--compute-dtype", help="Of the convolutions (default: bf16 on a GPU, fp32 on a CPU)."),
+    typer.Option("--compute-dtype", help="Type of the convolutions (default: bf16 on a GPU, fp32 on a CPU)."),
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
 def resolve_device(name: str) -> str:
@@ -88,10 +94,14 @@ def parse_background(text: str) -> tuple[int, int, int]:
 
 
 def list_images(inputs: list[Path]) -> list[tuple[Path, Path]]:
-    """(file, path relative to the input it was found under) of every image; folders are searched."""
+    """(file, path relative to the input it was found under) of every image; folders are searched.
+
+    Raises:
+        InputError: an input does not exist. CacheError: a folder cannot be listed, or holds no image.
+    """
     from ..images.scan import scan
 
-    found = []
+    found: list[tuple[Path, Path]] = []
     for item in inputs:
         if item.is_dir():
             listing = scan(item)

@@ -1,4 +1,4 @@
-"""`capacitor-rt plan`: what a call will launch, hold and at best take. Needs neither a GPU nor weights."""
+"""`capacitor-rt plan`: what a call will run, hold and at best take. Needs neither a GPU nor weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import InputError
-from .options import Dtype, Revision
+from .options import AsJson, Dtype, Revision
 
 if TYPE_CHECKING:
     from ..config import ModelConfig
@@ -17,30 +17,33 @@ if TYPE_CHECKING:
 
 def plan(
     size: Annotated[int, typer.Option(min=1, help="Height of the images in pixels; also the width, by default.")],
-    batch: Annotated[int, typer.Option(min=1, help="Images in a call.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Number of images per call.")] = 1,
     width: Annotated[int | None, typer.Option(min=1, help="Width of the images in pixels.")] = None,
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Hub id, folder or file: its shapes count.")
+        str | None, typer.Option("--model", "-m", help="Hub id, folder or file whose shapes count.")
     ] = None,
     config: Annotated[
         str | None,
         typer.Option(
-            help="full_capacitor (the default), semdisdiffae, semdisdiffae_p32_v2, capacitor_decoder, or a config.json."
+            help="Known architecture (full_capacitor, semdisdiffae, semdisdiffae_p32_v2, capacitor_decoder) or a "
+            "config.json; the default is full_capacitor."
         ),
     ] = None,
     revision: Revision = None,
-    direction: Annotated[str, typer.Option(help="encode, posterior or decode.")] = "encode",
-    steps: Annotated[int, typer.Option(min=1, help="Passes through the decoder.")] = 1,
-    sampler: Annotated[str, typer.Option(help="ddim or dpmpp_2m.")] = "ddim",
-    pdg: Annotated[bool, typer.Option("--pdg", help="Path-drop guidance: a second pass a step.")] = False,
-    dtype: Annotated[Dtype, typer.Option(help="Of weights and activations.")] = Dtype.bf16,
-    cc: Annotated[int, typer.Option(min=80, help="Compute capability: 80, 89, 90, 100, 120.")] = 90,
-    low_latency: Annotated[bool, typer.Option("--low-latency", help="Launches shaped for a single image.")] = False,
-    tflops: Annotated[float | None, typer.Option(min=1e-3, help="Ceiling of arithmetic, TFLOP/s.")] = None,
-    gbps: Annotated[float | None, typer.Option(min=1e-3, help="Ceiling of memory, GB/s.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    direction: Annotated[str, typer.Option(help="Direction of the call: encode, posterior or decode.")] = "encode",
+    steps: Annotated[int, typer.Option(min=1, help="Number of passes through the decoder.")] = 1,
+    sampler: Annotated[str, typer.Option(help="Sampler of the decoder: ddim or dpmpp_2m.")] = "ddim",
+    pdg: Annotated[bool, typer.Option("--pdg", help="Use path-drop guidance, a second pass per step.")] = False,
+    dtype: Annotated[Dtype, typer.Option(help="Type of weights and activations.")] = Dtype.bf16,
+    cc: Annotated[int, typer.Option(min=80, help="Compute capability of the GPU: 80, 89, 90, 100 or 120.")] = 90,
+    low_latency: Annotated[
+        bool, typer.Option("--low-latency", help="Plan launches that are shaped for a single image.")
+    ] = False,
+    tflops: Annotated[float | None, typer.Option(min=1e-3, help="Ceiling of arithmetic in TFLOP/s.")] = None,
+    gbps: Annotated[float | None, typer.Option(min=1e-3, help="Ceiling of memory traffic in GB/s.")] = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Print the launches, buffers, memory and least time of a call."""
+    """Print the ops, buffers, memory and least time of a call."""
     import torch
 
     from ..config import FullCapacitorInferenceConfig
@@ -53,7 +56,7 @@ def plan(
     inference = FullCapacitorInferenceConfig(num_steps=steps, sampler=sampler, pdg=pdg)
     compute = dtype.torch()
     decoding = direction == "decode"
-    request = PlanKey(
+    key = PlanKey(
         direction,
         batch,
         height,
@@ -65,7 +68,7 @@ def plan(
         "latency" if low_latency and batch == 1 else "throughput",
         inference if decoding else None,
     )
-    result = forecast(architecture, request, ceilings_of(cc, compute, tflops, gbps))
+    result = forecast(architecture, key, ceilings_of(cc, compute, tflops, gbps))
     if as_json:
         typer.echo(json.dumps(result.as_dict(), indent=2))
         return
@@ -79,8 +82,7 @@ def read_architecture(model: str | None, config: str | None, revision: str | Non
     Raises:
         InputError, CheckpointError, ConfigError: two of them given, an unknown name, or an unreadable file.
     """
-    from ..config import ModelConfig
-    from ..runtime.family import FAMILY
+    from ..config import KNOWN_MODELS, ModelConfig
 
     if model is not None and config is not None:
         raise InputError("--model and --config both name an architecture: give one of them")
@@ -89,21 +91,17 @@ def read_architecture(model: str | None, config: str | None, revision: str | Non
 
         return read_header(resolve(model, revision=revision)).config
     name = config or "full_capacitor"
-    if name in FAMILY:
-        return FAMILY[name]
+    if name in KNOWN_MODELS:
+        return KNOWN_MODELS[name]
     if Path(name).is_file():
         return ModelConfig.from_json(name)
-    raise InputError(f"config {name!r} is neither a file nor one of {', '.join(FAMILY)}")
+    raise InputError(f"config {name!r} is neither a file nor one of {', '.join(KNOWN_MODELS)}")
 
 
 def _check(config: ModelConfig, direction: str, height: int, width: int) -> None:
+    from ..checks import check_multiple
+
     directions = ("encode", "posterior", "decode") if config.encoder_depth else ("decode",)
     if direction not in directions:
         raise InputError(f"direction {direction!r} is none of this model's: use one of {', '.join(directions)}")
-    for name, pixels in (("height", height), ("width", width)):
-        if pixels % config.latent_stride:
-            below, above = (
-                n * config.latent_stride for n in (pixels // config.latent_stride, pixels // config.latent_stride + 1)
-            )
-            use = f"{below} or {above}" if below else f"{above}"
-            raise InputError(f"{name} {pixels} is not a multiple of {config.latent_stride}: use {use}")
+    check_multiple(height, width, config.latent_stride, config.latent_stride)

@@ -13,17 +13,17 @@ import typer
 
 from ..errors import InputError
 from .options import (
-    Area,
+    AreaSide,
     Backend,
     Background,
     ComputeDtype,
     Device,
     Dtype,
-    Images,
+    ImagePaths,
     Model,
     Revision,
     Seed,
-    Size,
+    SquareSide,
     Steps,
     bar,
     list_images,
@@ -34,34 +34,41 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from ..evaluation.evaluate import Autoencoder, Latents, Score
-    from ..evaluation.metrics import PsnrTable, Similarity
+    from ..evaluation.evaluate import ImageCodec, Latents, Score
+    from ..evaluation.metrics import CosineSimilarity, PsnrTable, Similarity
 
 FLUX2 = "flux2"
 
 
 def psnr(
-    images: Images,
+    images: ImagePaths,
     model: Model = "sample",
     against: Annotated[
-        list[str] | None, typer.Option(help="Another model, or flux2, or flux2:FOLDER. May be repeated.")
+        list[str] | None,
+        typer.Option(help="Another model to compare with, flux2, or flux2:FOLDER; may be given several times."),
     ] = None,
-    against_backend: Annotated[str | None, typer.Option(help="The same with another backend.")] = None,
-    against_dtype: Annotated[Dtype | None, typer.Option(help="The same with another compute type.")] = None,
-    size: Size = None,
-    area: Area = None,
+    against_backend: Annotated[
+        str | None,
+        typer.Option(help="Backend of what is compared with: the models of --against, or else the same model."),
+    ] = None,
+    against_dtype: Annotated[
+        Dtype | None,
+        typer.Option(help="Compute type of what is compared with: the models of --against, or else the same model."),
+    ] = None,
+    size: SquareSide = None,
+    area: AreaSide = None,
     steps: Steps = 1,
     seed: Seed = 0,
-    batch: Annotated[int, typer.Option(min=1, help="Images of one size that run together, at most.")] = 8,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the table as JSON ('-': stdout).")] = None,
-    csv_file: Annotated[Path | None, typer.Option("--csv", help="Write one row an image, as it is done.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Largest number of images of one size that run together.")] = 8,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the table as JSON; '-' prints it.")] = None,
+    csv_file: Annotated[Path | None, typer.Option("--csv", help="Write one row per image, as it is done.")] = None,
     background: Background = "ffffff",
     revision: Revision = None,
     device: Device = "auto",
     compute_dtype: ComputeDtype = None,
     backend: Backend = "auto",
 ) -> None:
-    """Reconstruct every image and print the table of PSNRs: mean, std, median, P5, P95; latents by their cosine.
+    """Reconstruct every image; print the PSNRs (mean, std, median, P5, P95) and the cosine of the latents.
 
     Ends with 3 if some images could not be decoded.
     """
@@ -74,11 +81,10 @@ def psnr(
         raise InputError(f"{json_file.parent} for --json does not exist: create it first")
     found = [path for path, _ in list_images(images)]
     models = _load(model, against or [], against_backend, against_dtype, revision, device, compute_dtype, backend)
-    cosines = Cosines(list(models))
+    cosines: dict[str, CosineSimilarity] = {}
     inference = FullCapacitorInferenceConfig(num_steps=steps, seed=seed)
-    scored = evaluate(
-        found, models, framing, inference=inference, background=colour, batch=batch, observe=cosines.observe
-    )
+    observe = _cosine_observer(list(models), cosines)
+    scored = evaluate(found, models, framing, inference=inference, background=colour, batch=batch, observe=observe)
     values: dict[str, list[float]] = {name: [] for name in models}
     names, failed = [], 0
     with ExitStack() as stack:
@@ -95,7 +101,7 @@ def psnr(
                 write_row(score)
     if not names:
         raise InputError(f"none of the {len(found)} images could be decoded")
-    _print(values, names, cosines.result(), json_file)
+    _print(values, names, {name: cosine.result() for name, cosine in cosines.items()}, json_file)
     if failed:
         note(f"{failed} of {len(found)} images could not be decoded")
         raise typer.Exit(3)
@@ -110,7 +116,7 @@ def _load(
     device: str,
     dtype: Dtype | None,
     backend: str,
-) -> dict[str, Autoencoder]:
+) -> dict[str, ImageCodec]:
     """The models by the names that the table shows, the one that the others are compared with first."""
     from ..evaluation.flux2 import require as require_flux2
 
@@ -119,15 +125,15 @@ def _load(
     if any(map(_is_flux2, against)):
         require_flux2()
     label = Path(model).name
-    models: dict[str, Autoencoder] = {label: load_model(model, revision, device, dtype, backend)}
+    models: dict[str, ImageCodec] = {label: load_model(model, revision, device, dtype, backend)}
     for other in against:
         if _is_flux2(other):
-            parts, made = [FLUX2], _load_flux2(other, models[label])
+            name = FLUX2
+            made = _load_flux2(other, models[label])
         else:
-            parts = [Path(other).name, against_backend, against_dtype and against_dtype.value]
+            name = " ".join(filter(None, (Path(other).name, against_backend, against_dtype and against_dtype.value)))
             its = revision if other == model else None
             made = load_model(other, its, device, against_dtype or dtype, against_backend or backend)
-        name = " ".join(filter(None, parts))
         while name in models:
             name += " (2)"
         models[name] = made
@@ -138,7 +144,7 @@ def _is_flux2(name: str) -> bool:
     return name == FLUX2 or name.startswith(f"{FLUX2}:")
 
 
-def _load_flux2(name: str, like: Autoencoder) -> Autoencoder:
+def _load_flux2(name: str, like: ImageCodec) -> ImageCodec:
     from ..evaluation.flux2 import HUB_ID, Flux2
 
     where = name.removeprefix(FLUX2).removeprefix(":") or HUB_ID
@@ -146,7 +152,7 @@ def _load_flux2(name: str, like: Autoencoder) -> Autoencoder:
 
 
 def _csv_rows(stack: ExitStack, path: Path, models: list[str]) -> Callable[[Score], None]:
-    """Writes a row for each score as it comes, so that an interrupted run keeps what was done."""
+    """Writes one row per score as it comes, so that an interrupted run keeps what was done."""
     file = stack.enter_context(path.open("w", newline="", encoding="utf-8", errors="surrogateescape"))
     rows = csv.writer(file)
     rows.writerow(["path", "height", "width", *models])
@@ -158,36 +164,18 @@ def _csv_rows(stack: ExitStack, path: Path, models: list[str]) -> Callable[[Scor
     return write
 
 
-class Cosines:
-    """Cosine of the first model's latents with each other model's, over all images, from running sums in float64."""
+def _cosine_observer(models: list[str], cosines: dict[str, CosineSimilarity]) -> Callable[[Latents], None]:
+    """Adds each batch to `cosines`: the first model's latents with each other model's, where they have one shape."""
+    from ..evaluation.metrics import CosineSimilarity
 
-    def __init__(self, models: list[str]):
-        self.models = models
-        self._sums: dict[str, Any] = {}
+    first, *others = models
 
-    def observe(self, latents: Latents) -> None:
-        """Add a batch; a model whose latents have another shape has no cosine."""
-        import torch
+    def observe(latents: Latents) -> None:
+        for name in others:
+            if latents[name].shape == latents[first].shape:
+                cosines.setdefault(name, CosineSimilarity()).update(latents[first], latents[name])
 
-        first = latents[self.models[0]]
-        for name in self.models[1:]:
-            other = latents[name]
-            if other.shape != first.shape:
-                continue
-            # float64 on the device where it has it; sums of one batch are small
-            a, b = first.double(), other.to(first.device).double()
-            sums = torch.stack([(x * y).sum((0, 2, 3)) for x, y in ((a, b), (a, a), (b, b))]).cpu()
-            self._sums[name] = self._sums.get(name, 0) + sums
-
-    def result(self) -> dict[str, Similarity]:
-        """Per other model; NaN where a vector is zero."""
-        from ..evaluation.metrics import Similarity
-
-        found = {}
-        for name, sums in self._sums.items():
-            ab, aa, bb = sums.sum(1)
-            found[name] = Similarity(float(ab / (aa * bb).sqrt()), sums[0] / (sums[1] * sums[2]).sqrt())
-        return found
+    return observe
 
 
 def _print(
@@ -222,15 +210,5 @@ def _document(table: PsnrTable, pairs: dict[str, PsnrTable], cosines: dict[str, 
     document = table.to_dict()
     if len(pairs) > 1:
         document["deltas"] = {name: pair.to_dict()["delta"] for name, pair in pairs.items()}
-    document["latent_cosine"] = {
-        name: {
-            "overall": _finite(similarity.overall),
-            "per_channel": [_finite(value) for value in similarity.per_channel.tolist()],
-        }
-        for name, similarity in cosines.items()
-    }
+    document["latent_cosine"] = {name: similarity.to_dict() for name, similarity in cosines.items()}
     return document
-
-
-def _finite(value: float) -> float | None:
-    return None if value != value else value

@@ -6,18 +6,42 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from ..config import FullCapacitorInferenceConfig
 from ..errors import ImageError
 from ..images.frames import RGB, Frame, Framing, load_frames, to_batch, to_uint8
-from ..model import FullCapacitor
-from .flux2 import Flux2
 from .metrics import psnr
 
-Autoencoder = FullCapacitor | Flux2
 Latents = dict[str, Tensor]
+"""Latents `[B,C,h,w]` of one batch by the name of the model that made them."""
+
+
+class ImageCodec(Protocol):
+    """What is evaluated: `FullCapacitor`, `Flux2`, or anything else that encodes images and decodes its latents.
+
+    `size_multiple` divides the height and width of every image that is encoded.
+    """
+
+    @property
+    def size_multiple(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def encode(self, image: Tensor) -> Tensor:
+        """uint8 `[B,H,W,3]` to latents `[B,C,h,w]`."""
+        ...
+
+    def decode(self, latents: Tensor, *, inference_config: FullCapacitorInferenceConfig | None = None) -> Tensor:
+        """Latents `[B,C,h,w]` to images `[B,3,H,W]` in about [-1,1]."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -33,7 +57,7 @@ class Score:
 
 def evaluate(
     paths: Iterable[Path],
-    models: Mapping[str, Autoencoder],
+    models: Mapping[str, ImageCodec],
     framing: Framing,
     *,
     inference: FullCapacitorInferenceConfig | None = None,
@@ -49,30 +73,32 @@ def evaluate(
         models: by the name that the table shows. The frames satisfy the size rules of all of them.
         inference: sampler settings; by default one step, seed 0.
         batch: neighbouring images of one size that are encoded together, at most.
-        observe: told the latents `[B,C,h,w]` of every batch, by model.
+        observe: told the latents of every batch.
 
     Yields:
-        A score an image, in order; an undecodable file yields its error.
+        One score per image, in order; an undecodable file yields its error.
     """
     inference = inference or FullCapacitorInferenceConfig(seed=0)
     multiple = math.lcm(*(model.size_multiple for model in models.values()))
     waiting: list[Frame] = []
     for path, frame in load_frames(paths, framing, multiple, background, workers):
-        error = isinstance(frame, ImageError)
-        if waiting and (error or len(waiting) == batch or waiting[0].pixels.shape != frame.pixels.shape):
+        if isinstance(frame, ImageError):
+            if waiting:
+                yield from _scores(waiting, models, inference, observe)
+            waiting = []
+            yield Score(path, error=frame)
+            continue
+        if waiting and (len(waiting) == batch or waiting[0].pixels.shape != frame.pixels.shape):
             yield from _scores(waiting, models, inference, observe)
             waiting = []
-        if error:
-            yield Score(path, error=frame)
-        else:
-            waiting.append(frame)
+        waiting.append(frame)
     if waiting:
         yield from _scores(waiting, models, inference, observe)
 
 
 def _scores(
     frames: list[Frame],
-    models: Mapping[str, Autoencoder],
+    models: Mapping[str, ImageCodec],
     inference: FullCapacitorInferenceConfig,
     observe: Callable[[Latents], None] | None,
 ) -> Iterator[Score]:
@@ -86,4 +112,5 @@ def _scores(
     if observe:
         observe(latents)
     for scores, frame in zip(decibels, frames, strict=True):
-        yield Score(frame.path, *frame.pixels.shape[:2], scores)
+        height, width = frame.pixels.shape[:2]
+        yield Score(frame.path, height, width, scores)

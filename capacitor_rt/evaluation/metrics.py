@@ -125,27 +125,58 @@ class PsnrTable:
 
 
 class Similarity(NamedTuple):
-    """Cosine similarities: `overall` over all elements, `per_channel` float64 `[C]`."""
+    """Cosine similarities: `overall` over all elements, `per_channel` float64 `[C]`; NaN where a vector is zero."""
 
     overall: float
     per_channel: Tensor
 
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; None stands for NaN."""
+        return {"overall": _finite(self.overall), "per_channel": [_finite(v) for v in self.per_channel.tolist()]}
+
+
+class CosineSimilarity:
+    """Cosine of two sequences of latent batches, from sums in float64: memory does not grow with them.
+
+    A channel is one vector over all batches, rows and positions.
+    """
+
+    def __init__(self) -> None:
+        # [3, C]: the channels' products a.b, a.a and b.b
+        self._sums: Tensor | None = None
+
+    def update(self, a: Tensor, b: Tensor) -> None:
+        """Add two batches of latents `[B,C,h,w]` of one shape, any float dtype. B, h and w may change between calls.
+
+        Raises:
+            InputError: shapes differ, are not of rank 4, or have another number of channels than before.
+        """
+        if a.shape != b.shape or a.dim() != 4:
+            raise InputError(f"latents have shapes {list(a.shape)} and {list(b.shape)}: expected one shape [B,C,h,w]")
+        a, b = a.double(), b.to(a.device, torch.float64)
+        sums = torch.stack([(x * y).sum((0, 2, 3)) for x, y in ((a, b), (a, a), (b, b))]).cpu()
+        if self._sums is not None and sums.shape != self._sums.shape:
+            raise InputError(f"latents have {sums.shape[1]} channels, and those before had {self._sums.shape[1]}")
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def result(self) -> Similarity:
+        """Similarity of everything added so far.
+
+        Raises:
+            InputError: nothing was added.
+        """
+        if self._sums is None:
+            raise InputError("a cosine needs at least one batch of latents")
+        ab, aa, bb = self._sums
+        overall = ab.sum() / (aa.sum() * bb.sum()).sqrt()
+        return Similarity(float(overall), ab / (aa * bb).sqrt())
+
 
 def cosine_similarity(a: Tensor, b: Tensor) -> Similarity:
-    """Cosine of two batches of latents `[B,C,h,w]` of one shape, any float dtype, summed in float64.
-
-    A channel is one vector over batch and positions. NaN where either vector is zero: it has no direction.
-
-    Raises:
-        InputError: shapes differ or are not of rank 4.
-    """
-    if a.shape != b.shape or a.dim() != 4:
-        raise InputError(f"latents have shapes {list(a.shape)} and {list(b.shape)}: expected one shape [B,C,h,w]")
-    a, b = a.double(), b.double()
-    products = torch.stack([(x * y).sum((0, 2, 3)) for x, y in ((a, b), (a, a), (b, b))])
-    per_channel = products[0] / (products[1] * products[2]).sqrt()
-    ab, aa, bb = products.sum(1)
-    return Similarity(float(ab / (aa * bb).sqrt()), per_channel)
+    """`CosineSimilarity` of a single pair of batches."""
+    cosine = CosineSimilarity()
+    cosine.update(a, b)
+    return cosine.result()
 
 
 def _cells(row: dict[str, float | int], sign: str) -> list[str]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageChops
+from PIL import Image, ImageChops, ImageFile, TiffImagePlugin
 
 from ..errors import ImageError
 
@@ -22,7 +23,9 @@ _TURNS = {
 }
 
 
-def to_rgb8(image: Image.Image, background: tuple[int, int, int], reopen: Callable[[], Image.Image]) -> np.ndarray:
+def to_rgb8(
+    image: ImageFile.ImageFile, background: tuple[int, int, int], reopen: Callable[[], ImageFile.ImageFile]
+) -> np.ndarray:
     """Pixels of an opened, not yet loaded image: uint8 `[H,W,3]`, contiguous and writable.
 
     Transparency is composited on `background`. `reopen` opens the same file anew (16-bit colour is read twice).
@@ -39,7 +42,7 @@ def to_rgb8(image: Image.Image, background: tuple[int, int, int], reopen: Callab
         return _composite(np.asarray(image.convert("RGBA")), background)
     if image.mode == "CMYK" and image.format in ("JPEG", "MPO") and "adobe" not in image.info:
         # Pillow takes every CMYK JPEG for an inverted one; without Adobe's marker 0 means no ink (ITU-T T.872)
-        image = ImageChops.invert(image)
+        return np.array(ImageChops.invert(image).convert("RGB"))
     if image.mode in ("F", "LAB", "HSV"):
         raise ImageError("unsupported", f"samples of mode {image.mode}: convert the file to 8 or 16 bits RGB")
     # convert() copies an image that is RGB already
@@ -56,7 +59,7 @@ def orient(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return np.ascontiguousarray(pixels[rows, columns])
 
 
-def _deep_samples(image: Image.Image, reopen: Callable[[], Image.Image]) -> np.ndarray | None:
+def _deep_samples(image: ImageFile.ImageFile, reopen: Callable[[], ImageFile.ImageFile]) -> np.ndarray | None:
     """16-bit colour as uint16 `[H,W,3 or 4]`, or None for other images.
 
     Pillow keeps the high byte of each sample; read in the other byte order it keeps the low one.
@@ -75,26 +78,26 @@ def _deep_samples(image: Image.Image, reopen: Callable[[], Image.Image]) -> np.n
     return np.asarray(image).astype(np.uint16) << 8 | np.asarray(twin)
 
 
-def _rawmode(image: Image.Image) -> str | None:
-    tiles = getattr(image, "tile", None)
-    if not tiles:
+def _rawmode(image: ImageFile.ImageFile) -> str | None:
+    if not image.tile:
         return None
-    args = tiles[0][3]
+    args = image.tile[0][3]
     rawmode = args if isinstance(args, str) else args[0] if args else None
     return rawmode if isinstance(rawmode, str) else None
 
 
-def _swap(args, old: str, new: str):
-    return new if isinstance(args, str) else type(args)(new if a == old else a for a in args)
+def _swap(args: tuple[Any, ...] | str | None, old: str, new: str) -> tuple[Any, ...] | str:
+    """Arguments of a tile's decoder with the raw mode `old` replaced."""
+    return tuple(new if a == old else a for a in args) if isinstance(args, tuple) else new
 
 
-def _grey16(image: Image.Image) -> np.ndarray:
+def _grey16(image: ImageFile.ImageFile) -> np.ndarray:
     samples = np.asarray(image)
     if samples.dtype != np.uint16:
         if samples.size and (samples.min() < 0 or samples.max() > 65535):
             raise ImageError("unsupported", "32-bit grey samples: convert the file to 8 or 16 bits")
         samples = samples.astype(np.uint16)
-    if image.format == "TIFF" and image.tag_v2.get(262) == 0:
+    if isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(262) == 0:
         # white is zero: Pillow inverts 8 bits and forgets 16
         samples = 65535 - samples
     return samples

@@ -20,7 +20,7 @@ from os import PathLike
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, TiffImagePlugin
 
 from ..errors import ImageError, InputError
 from .convert import orient, to_rgb8
@@ -105,7 +105,8 @@ def read_bytes(path: str | PathLike[str]) -> bytes:
     """
     with _regular_file(path) as file, _os_errors(path):
         data = file.read()
-    return _not_empty(data, path)
+    _check_not_empty(data, _shown(path))
+    return data
 
 
 def probe(
@@ -117,8 +118,8 @@ def probe(
         ImageError: with one of `REASONS`. A header in order says nothing of the pixels behind it.
     """
     if isinstance(source, (bytes, bytearray, memoryview)):
-        stream = io.BytesIO(_not_empty(source, "image"))
-        return _header(_open(stream, "image", max_pixels))
+        _check_not_empty(source, "image")
+        return _header(_open(io.BytesIO(source), "image", max_pixels))
     with _regular_file(source) as file:
         if os.fstat(file.fileno()).st_size == 0:
             raise ImageError(EMPTY, f"{_shown(source)} has no bytes")
@@ -149,7 +150,7 @@ def decode_image(
         raise InputError(
             "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is True, which turns truncated files into grey pixels: set it to False"
         )
-    _not_empty(data, name)
+    _check_not_empty(data, name)
     image = _open(io.BytesIO(data), name, max_pixels)
     header = _header(image)
     pixels = _fast_jpeg(data, image)
@@ -184,7 +185,9 @@ def _fast_jpeg(data: bytes, image: Image.Image) -> np.ndarray | None:
 def _header(image: Image.Image) -> ImageHeader:
     orientation = _orientation(image)
     # the size of an opened TIFF is as stored in some versions of Pillow and as displayed in others
-    width, height = (image.tag_v2[256], image.tag_v2[257]) if image.format == "TIFF" else image.size
+    width, height = image.size
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        width, height = image.tag_v2[256], image.tag_v2[257]
     if orientation >= 5:
         width, height = height, width
     return ImageHeader(width, height, orientation, image.format or "", image.mode, bool(image.info.get("icc_profile")))
@@ -257,7 +260,8 @@ def _reason(stream: BinaryIO, detail: str, opening: str | None) -> str:
 def _identify(head: bytes) -> tuple[str | None, str]:
     """Format by the first 16 bytes, None if unknown; and why this build of Pillow cannot decode it, or nothing."""
     for format in _KNOWN_FORMATS:
-        accepted = Image.OPEN[format][1](head)
+        accept = Image.OPEN[format][1]
+        accepted = accept is not None and accept(head)
         if accepted:
             return format, accepted if isinstance(accepted, str) else ""
     return None, ""
@@ -330,15 +334,13 @@ def _kind(mode: int) -> str:
 
 def _shown(path: str | PathLike[str]) -> str:
     """The path in a form that any terminal and any encoding takes."""
-    text = os.fspath(path)
-    text = os.fsdecode(text)
+    text = os.fsdecode(path)
     return text if text.isprintable() else ascii(text)
 
 
-def _not_empty(data: bytes, name: object) -> bytes:
+def _check_not_empty(data: bytes | bytearray | memoryview, name: str) -> None:
     if len(data) == 0:
-        raise ImageError(EMPTY, f"{name if isinstance(name, str) else _shown(name)} has no bytes")
-    return data
+        raise ImageError(EMPTY, f"{name} has no bytes")
 
 
 def _check_background(background: tuple[int, int, int]) -> None:

@@ -80,7 +80,7 @@ def load_frames(
 
     with ThreadPoolExecutor(workers) as pool:
         todo = iter(paths)
-        ahead: list[tuple[Path, Future]] = []
+        ahead: list[tuple[Path, Future[Frame | ImageError]]] = []
         for path in chain(islice(todo, 2 * workers), todo):
             ahead.append((path, pool.submit(load, path)))
             if len(ahead) >= 2 * workers:

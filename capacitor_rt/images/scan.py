@@ -1,4 +1,4 @@
-"""The inputs of a cache: every image file under a folder, in an order that depends on nothing but their names."""
+"""Every image file under a folder, in an order that depends on nothing but their names."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class _Walk:
         self.ignored: Counter[str] = Counter()
 
     def folders(self) -> None:
-        pending: list[tuple[bytes, frozenset]] = [(b"", frozenset())]
+        pending: list[tuple[bytes, frozenset[tuple[int, int] | None]]] = [(b"", frozenset())]
         while pending:
             folder, above = pending.pop()
             where = os.path.join(self.root, folder)
@@ -134,7 +134,7 @@ class _Walk:
         try:
             info = look()
         except OSError as e:
-            self.fail(path, e.strerror)
+            self.fail(path, e.strerror or str(e))
             return
         if not stat.S_ISREG(info.st_mode):
             self.fail(path, "not a regular file")

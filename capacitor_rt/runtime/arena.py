@@ -5,11 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import prod
+from typing import NamedTuple
 
 import torch
 
 ALIGNMENT = 256
 """Bytes; what the CUDA allocator gives, so that every buffer is as aligned as a tensor of its own."""
+
+
+class TensorSpec(NamedTuple):
+    """What a tensor will be: enough to plan for it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -24,9 +40,13 @@ class Buffer:
     offset: int = 0
 
     @property
+    def spec(self) -> TensorSpec:
+        return TensorSpec(self.shape, self.dtype)
+
+    @property
     def nbytes(self) -> int:
         """Bytes taken in the arena, alignment included."""
-        return -(-prod(self.shape) * self.dtype.itemsize // ALIGNMENT) * ALIGNMENT
+        return -(-self.spec.nbytes // ALIGNMENT) * ALIGNMENT
 
     @property
     def end(self) -> int:

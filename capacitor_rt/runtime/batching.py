@@ -13,18 +13,18 @@ ARENA_BUDGET = 384 << 20
 
 
 @lru_cache(maxsize=128)
-def cached_plan(config: ModelConfig, request: PlanKey) -> LaunchPlan:
+def cached_plan(config: ModelConfig, key: PlanKey) -> LaunchPlan:
     """`make_plan`, remembered: planning costs milliseconds of Python."""
-    return make_plan(config, request)
+    return make_plan(config, key)
 
 
-def micro_batch(config: ModelConfig, request: PlanKey, budget: int) -> int:
-    """Images of this request's shape that run together: a power of two whose arena is within `budget`, at least 1."""
-    one, two = (make_plan(config, replace(request, batch=n)).arena_bytes for n in (1, 2))
+def micro_batch(config: ModelConfig, key: PlanKey, budget: int) -> int:
+    """Images of this key's shape that run together: a power of two whose arena is within `budget`, at least 1."""
+    one, two = (make_plan(config, replace(key, batch=n)).arena_bytes for n in (1, 2))
     most = max(1, (budget - one) // max(1, two - one) + 1)
     size = 1 << (most.bit_length() - 1)
     # an arena does not grow quite evenly: alignment, and sums per tile
-    while size > 1 and make_plan(config, replace(request, batch=size)).arena_bytes > budget:
+    while size > 1 and make_plan(config, replace(key, batch=size)).arena_bytes > budget:
         size //= 2
     return size
 

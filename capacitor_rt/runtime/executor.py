@@ -1,37 +1,18 @@
-"""Walks a plan on the current stream: arguments are resolved once, a run only launches."""
+"""Walks a plan on the current stream: arguments are resolved once, a run only queues launches."""
 
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable, Mapping
-from math import prod
 
 import torch
 from torch import Tensor
 
+from capacitor_kernels.launch import Launch, recording
+
 from .arena import ALIGNMENT, Buffer
+from .host_ops import host_function
 from .plan import LaunchPlan, Step
-
-
-def broadcast(*, row: Tensor, out: Tensor) -> None:
-    """Fill the rows of `out [T,D]` with `row [D]`."""
-    out.copy_(row.expand_as(out))
-
-
-def combine(*, out: Tensor, coefficients: tuple[float, ...], **images: Tensor) -> None:
-    """`out = sum_i coefficients[i] * x{i}`, elementwise, float32; allocates nothing."""
-    torch.mul(images["x0"], coefficients[0], out=out)
-    for i in range(1, len(coefficients)):
-        out.add_(images[f"x{i}"], alpha=coefficients[i])
-
-
-LOCAL = {"broadcast": broadcast, "combine": combine}
-
-
-def launcher(name: str) -> Callable[..., None]:
-    """The function that runs a step of this name: one of ours, or the launch of that name in its module."""
-    return LOCAL[name] if name in LOCAL else getattr(importlib.import_module(f"capacitor_kernels.ops.{name}"), name)
 
 
 class Executor:
@@ -52,12 +33,24 @@ class Executor:
         self.plan = plan
         self.inputs = {name: views[name] for name in plan.inputs}
         self.outputs = {name: views[name] for name in plan.outputs}
-        self._calls = [_bind(step, views, weights) for step in plan.steps]
+        self.calls = [_bind(step, views, weights) for step in plan.steps]
 
     def run(self) -> None:
-        """Launch every step in order on the current stream."""
-        for call in self._calls:
+        """Call the op of every step in order, on the current stream."""
+        for call in self.calls:
             call()
+
+
+def trace(plan: LaunchPlan) -> list[tuple[Step, list[Launch]]]:
+    """The launches of every step, exactly as a run would queue them, with tensors of the meta device as arguments."""
+    weights = {name: torch.empty(s.shape, dtype=s.dtype, device="meta") for name, s in plan.weights.items()}
+    executor = Executor(plan, weights, torch.empty(plan.arena_bytes, dtype=torch.uint8, device="meta"))
+    traced = []
+    for step, call in zip(plan.steps, executor.calls, strict=True):
+        with recording(plan.key.cc) as launches:
+            call()
+        traced.append((step, list(launches)))
+    return traced
 
 
 def _bind(step: Step, views: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Callable[[], None]:
@@ -65,8 +58,8 @@ def _bind(step: Step, views: Mapping[str, Tensor], weights: Mapping[str, Tensor]
     for argument, ref in step.args.items():
         place, name = ref.split(":")
         tensors[argument] = weights[name] if place == "weight" else views[name]
-    return functools.partial(launcher(step.kernel), **tensors, **step.options)
+    return functools.partial(host_function(step.op), **tensors, **step.options)
 
 
 def _size(buffer: Buffer) -> int:
-    return prod(buffer.shape) * buffer.dtype.itemsize
+    return buffer.spec.nbytes

@@ -1,6 +1,7 @@
 """Checkpoint tensors to the packed weights of the launches: every exact simplification, in float64, rounded once.
 
-Matrices are `[K, N]` row-major, as the launches take them. What is folded (MODEL.md, "Numerics"):
+Matrices are `[K, N]` row-major, as the ops take them. A model on the meta device folds to meta tensors, which is how
+plans know the shapes of their weights. What is folded (docs/numbers.md):
 
 - AdaLN's `1 + scale` into the rows of W1, gate or layer scale into the columns of W2 and its bias;
 - GRN's beta into the bias of W2: `b2 + beta @ W2`;
@@ -11,15 +12,19 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from functools import lru_cache
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from .. import reference
+from capacitor_kernels import pack_patchify_weight
 
-if TYPE_CHECKING:
-    from ..model import FullCapacitor
+from ..config import ModelConfig
+from ..reference import Autoencoder, Block
+from .arena import TensorSpec
+
+ENCODER, DECODER = "encoder", "decoder"
 
 
 @dataclass(frozen=True)
@@ -37,9 +42,13 @@ class PackedBlock:
 
 @dataclass(frozen=True)
 class PackedEncoder:
-    """`patch_w [3pp,D]` with rows in the order (channel, row, column); `head_w [D,2Z]` with the means first."""
+    """`head_w [D,2Z]` with the means first; `patch_w [3pp,D]` with rows in the order (channel, row, column).
+
+    `patch_w_nhwc` has them in the order (row, column, channel), for images whose channels lie innermost.
+    """
 
     patch_w: Tensor
+    patch_w_nhwc: Tensor
     patch_b: Tensor
     blocks: tuple[PackedBlock, ...]
     head_w: Tensor
@@ -66,8 +75,23 @@ class PackedDecoder:
     out_b: Tensor
 
 
+Packed = PackedBlock | PackedEncoder | PackedDecoder
+PackedT = TypeVar("PackedT", bound=Packed)
+
+
+def _home(t: Tensor) -> str:
+    """Where folding happens: on the CPU, or nowhere for a model without values."""
+    return "meta" if t.is_meta else "cpu"
+
+
 def _wide(t: Tensor) -> Tensor:
-    return t.detach().to("cpu", torch.float64)
+    return t.detach().to(_home(t), torch.float64)
+
+
+def _bias(conv: torch.nn.Conv2d) -> Tensor:
+    if conv.bias is None:
+        raise ValueError("a convolution of this model has no bias")
+    return _wide(conv.bias)
 
 
 def _matrix(conv: torch.nn.Conv2d) -> Tensor:
@@ -76,37 +100,41 @@ def _matrix(conv: torch.nn.Conv2d) -> Tensor:
     return w.reshape(w.shape[0], -1).t()
 
 
-def fold_block(block: reference.Block, scale: Tensor | None, gate: Tensor) -> PackedBlock:
+def fold_block(block: Block, scale: Tensor | None, gate: Tensor) -> PackedBlock:
     """Pack one block in float64; `scale [D]` (None: no modulation) and `gate [D]` are AdaLN's, or the layer scale."""
     w1, w2 = _matrix(block.pwconv1), _matrix(block.pwconv2)
     beta, gamma = (_wide(p).flatten() for p in (block.grn.beta, block.grn.gamma))
     return PackedBlock(
         dw_w=_wide(block.dwconv.weight).flatten(1).t(),
-        dw_b=_wide(block.dwconv.bias),
+        dw_b=_bias(block.dwconv),
         w1=w1 if scale is None else w1 * (1 + scale)[:, None],
-        b1=_wide(block.pwconv1.bias),
+        b1=_bias(block.pwconv1),
         gamma=gamma,
         w2=w2 * gate,
-        b2=(_wide(block.pwconv2.bias) + beta @ w2) * gate,
+        b2=(_bias(block.pwconv2) + beta @ w2) * gate,
     )
 
 
-def fold_encoder(model: FullCapacitor) -> PackedEncoder:
+def fold_encoder(model: Autoencoder) -> PackedEncoder:
     """Pack the encoder in float64."""
     encoder = model.encoder
+    if encoder is None:
+        raise ValueError("a decoder-only model has no encoder to fold")
     mean, std = _statistics(model)
+    patch, weight = model.config.patch_size, _wide(encoder.patchify.proj.weight)
     return PackedEncoder(
-        patch_w=_matrix(encoder.patchify.proj),
-        patch_b=_wide(encoder.patchify.proj.bias),
-        blocks=tuple(fold_block(b, None, _wide(b.layer_scale)) for b in encoder.blocks),
+        patch_w=pack_patchify_weight(weight, patch=patch),
+        patch_w_nhwc=pack_patchify_weight(weight, patch=patch, layout="nhwc"),
+        patch_b=_bias(encoder.patchify.proj),
+        blocks=tuple(fold_block(b, None, _wide(b.layer_scale)) for b in encoder.all_blocks()),
         head_w=_matrix(encoder.to_bottleneck),
-        head_b=_wide(encoder.to_bottleneck.bias),
+        head_b=_bias(encoder.to_bottleneck),
         whiten_mean=mean,
         whiten_rstd=1 / std,
     )
 
 
-def fold_decoder(model: FullCapacitor, t: float, image_scale: float = 1.0) -> PackedDecoder:
+def fold_decoder(model: Autoencoder, t: float, image_scale: float = 1.0) -> PackedDecoder:
     """Pack the decoder at time `t` in float64.
 
     Args:
@@ -119,61 +147,68 @@ def fold_decoder(model: FullCapacitor, t: float, image_scale: float = 1.0) -> Pa
     fuse, up, patch = (_matrix(c) for c in (decoder.fuse_in, decoder.latent_up, decoder.patchify.proj))
     fuse_patch, fuse_latent = fuse[:dim], fuse[dim:]
     latent = up @ fuse_latent
-    in_b = _wide(decoder.fuse_in.bias) + _wide(decoder.patchify.proj.bias) @ fuse_patch
-    in_b = in_b + _wide(decoder.latent_up.bias) @ fuse_latent + mean @ latent
+    in_b = _bias(decoder.fuse_in) + _bias(decoder.patchify.proj) @ fuse_patch
+    in_b = in_b + _bias(decoder.latent_up) @ fuse_latent + mean @ latent
     modulations = modulations_at(model, t)
-    blocks = [*decoder.start_blocks, *decoder.middle_blocks, *decoder.end_blocks]
     return PackedDecoder(
         in_w=torch.cat([image_scale * (patch @ fuse_patch), std[:, None] * latent]),
         in_b=in_b,
-        blocks=tuple(fold_block(b, m[:dim], m[dim:]) for b, m in zip(blocks, modulations, strict=True)),
+        blocks=tuple(fold_block(b, m[:dim], m[dim:]) for b, m in zip(decoder.all_blocks(), modulations, strict=True)),
         skip_w=_matrix(decoder.fuse_skip),
-        skip_b=_wide(decoder.fuse_skip.bias),
+        skip_b=_bias(decoder.fuse_skip),
         drop_feature=_wide(decoder.path_drop_mask_feature).flatten(),
         out_w=_matrix(decoder.out_proj),
-        out_b=_wide(decoder.out_proj.bias),
+        out_b=_bias(decoder.out_proj),
     )
 
 
-def modulations_at(model: FullCapacitor, t: float) -> list[Tensor]:
+def modulations_at(model: Autoencoder, t: float) -> list[Tensor]:
     """Packed (scale, gate) `[2D]` of every decoder block at time `t`, float64."""
     decoder = model.decoder
+    home = _home(decoder.path_drop_mask_feature)
+
     # the model's tensors may be on a GPU and in float32; these few are cheap to copy
-    embed, base = (copy.deepcopy(m).to("cpu", torch.float64) for m in (decoder.time_embed, decoder.adaln_base))
+    def wide(module: torch.nn.Module) -> torch.nn.Module:
+        return copy.deepcopy(module).to(home, torch.float64)
+
     with torch.no_grad():
-        a = torch.nn.functional.silu(embed(torch.tensor([t], dtype=torch.float64, device="cpu")))
-        return [(base(a) + copy.deepcopy(d).to("cpu", torch.float64)(a))[0] for d in decoder.adaln_deltas]
+        time = torch.tensor([t], dtype=torch.float64, device=home)
+        a = torch.nn.functional.silu(wide(decoder.time_embed)(time))
+        base = wide(decoder.adaln_base)(a)
+        return [(base + wide(delta)(a))[0] for delta in decoder.adaln_deltas]
 
 
-def _statistics(model: FullCapacitor) -> tuple[Tensor, Tensor]:
+def _statistics(model: Autoencoder) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the whitening, float64 `[Z]`; of the identity where it cannot be folded.
 
     That is where the model has no statistics, and where its latents are 2x2 patches of the bottleneck: their statistics
     belong to positions within a patch, so whitening is a step of its own.
     """
-    config = model.config
-    if model.latent_norm_running_mean is None or config.latent_patch != 1:
-        zeros = torch.zeros(config.bottleneck_dim, dtype=torch.float64, device="cpu")
+    home = _home(model.decoder.path_drop_mask_feature)
+    statistics = model.statistics(torch.float64) if model.config.latent_patch == 1 else None
+    if statistics is None:
+        zeros = torch.zeros(model.config.bottleneck_dim, dtype=torch.float64, device=home)
         return zeros, zeros + 1
-    var = _wide(model.latent_norm_running_var) + config.latent_running_stats_eps
-    return _wide(model.latent_norm_running_mean), var.sqrt()
+    mean, std = statistics
+    return mean.to(home), std.to(home)
 
 
-MATRICES = ("patch_w", "head_w", "in_w", "skip_w", "out_w", "w1", "w2", "drop_feature")
+MATRICES = ("patch_w", "patch_w_nhwc", "head_w", "in_w", "skip_w", "out_w", "w1", "w2", "drop_feature")
 
 
-def pack(folded, dtype: torch.dtype, device: torch.device | str):
+def pack(folded: PackedT, dtype: torch.dtype, device: torch.device | str) -> PackedT:
     """Round a folded part once and move it: what meets activations to `dtype`, everything else to float32."""
 
-    def convert(name: str, value):
+    def convert(name: str, value: Tensor | tuple[PackedBlock, ...]) -> Tensor | tuple[PackedBlock, ...]:
         if isinstance(value, tuple):
             return tuple(pack(v, dtype, device) for v in value)
         return value.to(dtype if name in MATRICES else torch.float32).contiguous().to(device)
 
-    return type(folded)(**{f.name: convert(f.name, getattr(folded, f.name)) for f in fields(folded)})
+    values: dict[str, Any] = {f.name: convert(f.name, getattr(folded, f.name)) for f in fields(folded)}
+    return type(folded)(**values)
 
 
-def named_tensors(packed, prefix: str = "") -> dict[str, Tensor]:
+def named_tensors(packed: Packed, prefix: str = "") -> dict[str, Tensor]:
     """Every tensor of a packed part by the name that plans use, e.g. `blocks.0.w1`."""
     named: dict[str, Tensor] = {}
     for f in fields(packed):
@@ -186,6 +221,10 @@ def named_tensors(packed, prefix: str = "") -> dict[str, Tensor]:
     return named
 
 
-def rows_nhwc(w: Tensor, patch: int) -> Tensor:
-    """`patch_w` with its rows in the order (row, column, channel), for images whose channels lie innermost."""
-    return w.reshape(3, patch, patch, -1).permute(1, 2, 0, 3).reshape(w.shape).contiguous()
+@lru_cache(maxsize=32)
+def packed_specs(config: ModelConfig, part: str, dtype: torch.dtype) -> dict[str, TensorSpec]:
+    """What `named_tensors` of the packed "encoder" or "decoder" of a model of `config` holds, without the values."""
+    with torch.device("meta"):
+        model = Autoencoder(config)
+    packed: Packed = fold_encoder(model) if part == ENCODER else fold_decoder(model, 1.0)
+    return {n: TensorSpec(tuple(t.shape), t.dtype) for n, t in named_tensors(pack(packed, dtype, "meta")).items()}

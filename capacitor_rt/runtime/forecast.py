@@ -1,11 +1,10 @@
-"""What a call will launch, hold and at best take, from its plans alone. Pure: no GPU and no weights."""
+"""What a call will run, hold and at best take, from its plans alone. Pure: no GPU and no weights."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, is_dataclass, replace
-from math import prod
 from typing import Any
 
 import torch
@@ -30,12 +29,12 @@ class Ceilings:
     source: str
 
     def milliseconds(self, step: Step) -> tuple[float, str]:
-        """Time of a launch that reaches the ceiling that binds it, and which one that is."""
+        """Time of a step that reaches the ceiling that binds it, and which one that is."""
         maths, memory = step.flops / self.tflops / 1e9, step.nbytes / self.gbps / 1e6
         return (maths, "math") if maths > memory else (memory, "memory")
 
 
-# PERFORMANCE.md 1.3
+# docs/numbers.md
 CEILINGS: dict[int, Ceilings] = {
     80: Ceilings(312.0, 2040.0, "A100-80 SXM, datasheet"),
     89: Ceilings(165.2, 1008.0, "RTX 4090, datasheet"),
@@ -63,9 +62,9 @@ def ceilings_of(cc: int, dtype: torch.dtype, tflops: float | None, gbps: float |
 
 @dataclass(frozen=True)
 class Forecast:
-    """The runs of one call. `runs` are numbers of images; `plans` one plan for each different number."""
+    """The runs of one call. `runs` are numbers of images; `plans` one plan per different number."""
 
-    request: PlanKey
+    key: PlanKey
     runs: tuple[int, ...]
     plans: dict[int, LaunchPlan]
     ceilings: Ceilings
@@ -80,7 +79,7 @@ class Forecast:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: sizes in bytes, times in milliseconds."""
-        r = self.request
+        r = self.key
         return {
             "direction": r.direction,
             "batch": r.batch,
@@ -108,7 +107,7 @@ class Forecast:
             "arena_bytes": plan.arena_bytes,
             "input_bytes": _nbytes(plan.inputs),
             "output_bytes": _nbytes(plan.outputs),
-            "launches": [self._launch(step) for step in plan.steps],
+            "steps": [self._step(step) for step in plan.steps],
             "buffers": [
                 {
                     "name": b.name,
@@ -123,25 +122,25 @@ class Forecast:
             ],
         }
 
-    def _launch(self, step: Step) -> dict[str, Any]:
+    def _step(self, step: Step) -> dict[str, Any]:
         milliseconds, bound = self.ceilings.milliseconds(step)
         config = step.options.get("config")
         return {
-            "kernel": step.kernel,
+            "op": step.op,
             "args": dict(step.args),
             "flops": step.flops,
             "bytes": step.nbytes,
             "milliseconds": milliseconds,
             "bound": bound,
-            "config": asdict(config) if is_dataclass(config) else None,
+            "config": _fields(config),
         }
 
     def lines(self) -> Iterator[str]:
         """For people."""
-        r = self.request
+        r = self.key
         what = f"{r.direction}, {r.batch} images of {r.height}x{r.width}, {dtype_name(r.dtype)}, sm_{r.cc}"
         runs = " + ".join(f"{n} x {size}" for size, n in Counter(self.runs).items())
-        yield f"{what}: {runs} images, {sum(len(self.plans[n].steps) for n in self.runs)} launches"
+        yield f"{what}: {runs} images, {sum(len(self.plans[n].steps) for n in self.runs)} ops"
         for size, plan in self.plans.items():
             yield from self._lines(size, plan)
         flops, nbytes = (sum(getattr(self.plans[n], name) for n in self.runs) for name in ("flops", "nbytes"))
@@ -149,19 +148,19 @@ class Forecast:
         yield ""
         yield f"{flops / 1e9:,.1f} GFLOP and {nbytes / 1e6:,.1f} MB in all"
         yield (
-            f"{total:.3f} ms at best, {1e3 * r.batch / total:,.0f} images/s: every launch at its ceiling of "
+            f"{total:.3f} ms at best, {1e3 * r.batch / total:,.0f} images/s: every op at its ceiling of "
             f"{self.ceilings.tflops:g} TFLOP/s or {self.ceilings.gbps:g} GB/s ({self.ceilings.source})"
         )
 
     def _lines(self, size: int, plan: LaunchPlan) -> Iterator[str]:
         yield ""
-        yield f"{size} images:  #  launch          GFLOP         MB        ms  bound   config"
+        yield f"{size} images:  #  op              GFLOP         MB        ms  bound   config"
         pad = " " * len(f"{size} images:")
         for i, step in enumerate(plan.steps):
             milliseconds, bound = self.ceilings.milliseconds(step)
             config = _short(step.options.get("config"))
             figures = f"{step.flops / 1e9:>11.3f} {step.nbytes / 1e6:>10.2f} {milliseconds:>9.4f}"
-            yield f"{pad}{i:>3}  {step.kernel:<10}{figures}  {bound:<6}  {config}".rstrip()
+            yield f"{pad}{i:>3}  {step.op:<10}{figures}  {bound:<6}  {config}".rstrip()
         yield ""
         yield f"{pad}     buffer         MiB     offset   steps    shape"
         for b in sorted(plan.buffers, key=lambda b: b.offset):
@@ -174,19 +173,21 @@ class Forecast:
         )
 
 
-def forecast(config: ModelConfig, request: PlanKey, ceilings: Ceilings, budget: int = ARENA_BUDGET) -> Forecast:
-    """Plans of the runs into which the runtime splits a request."""
-    runs = parts(request.batch, min(micro_batch(config, request, budget), request.batch))
-    plans = {size: cached_plan(config, replace(request, batch=size)) for size in dict.fromkeys(runs)}
-    return Forecast(request, tuple(runs), plans, ceilings)
+def forecast(config: ModelConfig, key: PlanKey, ceilings: Ceilings, budget: int = ARENA_BUDGET) -> Forecast:
+    """Plans of the runs into which the runtime splits a key."""
+    runs = parts(key.batch, min(micro_batch(config, key, budget), key.batch))
+    plans = {size: cached_plan(config, replace(key, batch=size)) for size in dict.fromkeys(runs)}
+    return Forecast(key, tuple(runs), plans, ceilings)
 
 
 def _nbytes(tensors: Tensors) -> int:
-    return sum(prod(shape) * dtype.itemsize for shape, dtype in tensors.values())
+    return sum(spec.nbytes for spec in tensors.values())
+
+
+def _fields(config: Any) -> dict[str, Any] | None:
+    return asdict(config) if is_dataclass(config) and not isinstance(config, type) else None
 
 
 def _short(config: Any) -> str:
-    """A launch config in a few words: block_m 128, ..."""
-    if not is_dataclass(config):
-        return ""
-    return ", ".join(f"{k} {v}" for k, v in asdict(config).items() if v not in (None, False))
+    """A config in a few words: block_m 128, ..."""
+    return ", ".join(f"{k} {v}" for k, v in (_fields(config) or {}).items() if v not in (None, False))

@@ -1,10 +1,11 @@
-"""Plans bound to arenas, captured as CUDA graphs, kept by request in a cache with a byte budget."""
+"""Plans bound to arenas, captured as CUDA graphs, kept by key in a cache with a byte budget."""
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ class Bound:
         self.inputs, self.outputs = self.executor.inputs, self.executor.outputs
         self.graph: torch.cuda.CUDAGraph | None = None
 
-    def capture(self, pool: tuple[int, int]) -> None:
+    def capture(self, pool: Any) -> None:
         """Capture the launches. They run once before, so that every kernel is compiled and loaded.
 
         `torch.cuda.graph` would wait for the device and empty the allocator's cache first; the launches allocate
@@ -54,7 +55,7 @@ class Bound:
         """Replay, or launch where nothing was captured.
 
         Raises:
-            RuntimeError: of CUDA; the message names the request.
+            RuntimeError: of CUDA; the message names the key.
         """
         if self.graph is None:
             self.executor.run()
@@ -62,7 +63,7 @@ class Bound:
         try:
             self.graph.replay()
         except RuntimeError as error:
-            raise RuntimeError(f"replay of {self.plan.request} failed: {error}") from error
+            raise RuntimeError(f"replay of {self.plan.key} failed: {error}") from error
 
 
 class BoundCache:
@@ -82,12 +83,12 @@ class BoundCache:
         # None where nothing is to be captured
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
-    def find(self, request: PlanKey) -> Bound | None:
-        """The bound plan of `request`, now the most recently used one."""
-        bound = self._bound.get(request)
+    def find(self, key: PlanKey) -> Bound | None:
+        """The bound plan of `key`, now the most recently used one."""
+        bound = self._bound.get(key)
         if bound is not None:
             self.stats.hits += 1
-            self._bound.move_to_end(request)
+            self._bound.move_to_end(key)
         return bound
 
     def add(self, bound: Bound) -> None:
@@ -95,7 +96,7 @@ class BoundCache:
         if self._pool is not None:
             bound.capture(self._pool)
             self.stats.captures += 1
-        self._bound[bound.plan.request] = bound
+        self._bound[bound.plan.key] = bound
         while (self._nbytes() > self.budget or len(self._bound) > MAX_BOUND) and len(self._bound) > 1:
             self._retire(self._bound.popitem(last=False)[1])
             self.stats.evictions += 1
@@ -103,8 +104,8 @@ class BoundCache:
 
     def drop(self, unwanted: Callable[[LaunchPlan], bool]) -> None:
         """Free the bound plans that are unwanted."""
-        for request in [r for r, bound in self._bound.items() if unwanted(bound.plan)]:
-            self._retire(self._bound.pop(request))
+        for key in [r for r, bound in self._bound.items() if unwanted(bound.plan)]:
+            self._retire(self._bound.pop(key))
             self.stats.evictions += 1
         self.stats.nbytes = self._nbytes()
 

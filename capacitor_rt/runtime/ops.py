@@ -9,33 +9,43 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
-from ..config import FullCapacitorInferenceConfig
+from ..config import FullCapacitorInferenceConfig, ModelConfig
 from ..diffusion import unit_noise
 from ..errors import InputError
 
 if TYPE_CHECKING:
-    from ..model import FullCapacitor
     from .runtime import Runtime
 
-_models: weakref.WeakValueDictionary[int, FullCapacitor] = weakref.WeakValueDictionary()
+
+class Served(Protocol):
+    """What the operators need of a model."""
+
+    config: ModelConfig
+
+    @property
+    def runtime(self) -> Runtime | None:
+        """The Triton backend, None where the torch backend serves."""
+
+
+_models: weakref.WeakValueDictionary[int, Served] = weakref.WeakValueDictionary()
 _numbers = itertools.count(1)
 # the tag came with torch 2.9
 _TAGS = tuple(tag for name in ("cudagraph_unsafe",) if (tag := getattr(torch.Tag, name, None)) is not None)
 
 
-def register(model: FullCapacitor) -> int:
+def register(model: Served) -> int:
     """A number by which the operators find `model` while it lives."""
     number = next(_numbers)
     _models[number] = model
     return number
 
 
-def _model(number: int) -> FullCapacitor:
+def _model(number: int) -> Served:
     if number not in _models:
         raise InputError(
             f"model {number} of this compiled or exported program is not in this process any more: compile or "
@@ -54,7 +64,7 @@ def _runtime(number: int) -> Runtime:
     return runtime
 
 
-def _grid(image: Tensor, model: FullCapacitor) -> tuple[int, int, int]:
+def _grid(image: Tensor, model: Served) -> tuple[int, int, int]:
     """(B, h, w) of the bottleneck of an NCHW or NHWC image."""
     height, width = image.shape[2:] if image.shape[1] == 3 else image.shape[1:3]
     p = model.config.patch_size

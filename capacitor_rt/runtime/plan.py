@@ -1,4 +1,4 @@
-"""Plans: (model, direction, sizes) -> launches in order, buffers in one arena, FLOPs and bytes. Pure: no GPU needed.
+"""Plans: (architecture, key) -> steps in order, buffers in one arena, FLOPs and bytes. Pure: no GPU needed.
 
 An argument of a step is a string `place:name`; places are `weight` (packed tensors), `buffer`, `input` and `output`.
 The last three lie in the arena: an input from the first step until its last use, an output from its first use on.
@@ -6,7 +6,6 @@ The last three lie in the arena: an input from the first step until its last use
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,17 +13,17 @@ from typing import Any
 
 import torch
 
-from capacitor_kernels import tuning
-from capacitor_kernels.ops.dwconv import dwconv_sumsq_shape
-from capacitor_kernels.ops.expand import expand_partials_shape
-from capacitor_kernels.ops.project import project_workspace_shape
+from capacitor_kernels import dwconv_sumsq_shape, expand_partials_shape, project_workspace_shape, tuning
+from capacitor_kernels.launch import Work
 
 from ..config import FullCapacitorInferenceConfig, ModelConfig
 from ..diffusion import NoiseLevel, noise_levels
-from .arena import Buffer, lay_out
+from .arena import Buffer, TensorSpec, lay_out
+from .fold import DECODER, ENCODER, packed_specs
+from .host_ops import work_of
 
 DIRECTIONS = ("encode", "posterior", "decode", "predict")
-Tensors = dict[str, tuple[tuple[int, ...], torch.dtype]]
+Tensors = dict[str, TensorSpec]
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class PlanKey:
 
     Attributes:
         direction: "encode" (image to whitened latents), "posterior" (image to raw mean and logsnr), "decode" (noise and
-            latents to image, all steps) or "predict" (x_t and latents to x0, one step at `time`).
+            latents to image, all passes of the sampler) or "predict" (x_t and latents to x0, one pass at `time`).
         batch, height, width: images, in pixels.
         dtype: of the weights and activations.
         image_dtype, layout: of the input image, "nchw" or "nhwc"; in decoding, dtype of the latents and "nchw".
@@ -57,30 +56,42 @@ class PlanKey:
 
 @dataclass(frozen=True)
 class Step:
-    """One launch.
+    """One call of an op.
 
     Attributes:
-        kernel: name of the launcher.
-        args: launcher argument -> "place:name".
-        options: further keyword arguments, the launch config among them.
-        flops, nbytes: work, and memory traffic if every tensor is read and written once.
+        op: name of the host function.
+        args: its tensor arguments, argument -> "place:name".
+        options: its further keyword arguments, the config of its launches among them.
+        work: FLOPs, and bytes if every operand is read or written once.
     """
 
-    kernel: str
+    op: str
     args: Mapping[str, str]
     options: Mapping[str, Any] = field(default_factory=dict)
-    flops: int = 0
-    nbytes: int = 0
+    work: Work = Work(0, 0)  # noqa: RUF009
+
+    @property
+    def flops(self) -> int:
+        return self.work.flops
+
+    @property
+    def nbytes(self) -> int:
+        return self.work.nbytes
 
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """Steps and memory of one request. `times` are the decoder's `(t, image_scale)`, weights `t{i}.*` in this order."""
+    """Steps and memory of one key.
 
-    request: PlanKey
+    `weights` are the packed tensors that the steps name. `times` are the decoder's `(t, image_scale)`, whose weights
+    are called `t{i}.*` in this order.
+    """
+
+    key: PlanKey
     steps: tuple[Step, ...]
     buffers: tuple[Buffer, ...]
     arena_bytes: int
+    weights: Tensors
     inputs: Tensors
     outputs: Tensors
     times: tuple[tuple[float, float], ...] = ()
@@ -93,64 +104,69 @@ class LaunchPlan:
     def nbytes(self) -> int:
         return sum(s.nbytes for s in self.steps)
 
-    def expected_seconds(self, flops_per_second: float, bytes_per_second: float) -> float:
-        """Sum over the steps of the slower of arithmetic and memory, at the given ceilings."""
-        return sum(max(s.flops / flops_per_second, s.nbytes / bytes_per_second) for s in self.steps)
+    def spec(self, ref: str) -> TensorSpec:
+        """Shape and dtype of what a `place:name` of a step stands for."""
+        place, name = ref.split(":")
+        if place == "weight":
+            return self.weights[name]
+        return next(b.spec for b in self.buffers if b.name == name)
 
 
-def make_plan(config: ModelConfig, request: PlanKey) -> LaunchPlan:
-    """Plan a request for a model of `config`.
+def make_plan(config: ModelConfig, key: PlanKey) -> LaunchPlan:
+    """Plan a key for a model of `config`.
 
     Raises:
-        ValueError: an unknown direction, or a size that is not whole tokens.
+        ValueError: an unknown direction, or a size that is not whole patches.
     """
-    if request.direction not in DIRECTIONS:
-        raise ValueError(f"direction {request.direction!r} is unknown: use one of {DIRECTIONS}")
+    if key.direction not in DIRECTIONS:
+        raise ValueError(f"direction {key.direction!r} is unknown: use one of {DIRECTIONS}")
     p = config.patch_size
-    if request.height % p or request.width % p or min(request.batch, request.height, request.width) < 1:
-        raise ValueError(
-            f"{request.batch} images of {request.height}x{request.width} are not whole patches of {p} pixels"
-        )
-    builder = _Builder(config, request)
-    return builder.decode() if request.direction in ("decode", "predict") else builder.encode()
+    if key.height % p or key.width % p or min(key.batch, key.height, key.width) < 1:
+        raise ValueError(f"{key.batch} images of {key.height}x{key.width} are not whole patches of {p} pixels")
+    builder = _Builder(config, key)
+    return builder.decode() if key.direction in ("decode", "predict") else builder.encode()
 
 
 class _Builder:
     """Collects steps; a buffer lives from the first to the last step that names it."""
 
-    def __init__(self, config: ModelConfig, request: PlanKey):
-        self.config, self.request = config, request
-        self.h, self.w = request.height // config.patch_size, request.width // config.patch_size
+    def __init__(self, config: ModelConfig, key: PlanKey):
+        self.config, self.key = config, key
+        self.h, self.w = key.height // config.patch_size, key.width // config.patch_size
         self.per_image = self.h * self.w
-        self.tokens = request.batch * self.per_image
+        self.tokens = key.batch * self.per_image
         self.dim, self.hidden, self.z = config.model_dim, config.hidden_dim, config.bottleneck_dim
+        self.image_shape = (key.batch, 3, key.height, key.width)
         self.steps: list[Step] = []
-        self.tensors: Tensors = {}
+        self.weights: Tensors = {}
+        self.buffers: Tensors = {}
         self.inputs: Tensors = {}
         self.outputs: Tensors = {}
 
     # the model's parts
 
     def encode(self) -> LaunchPlan:
-        r = self.request
-        shape = (r.batch, 3, r.height, r.width) if r.layout == "nchw" else (r.batch, r.height, r.width, 3)
-        self.inputs["image"] = (shape, r.image_dtype)
-        patches = "patch_w" if r.layout == "nchw" else "patch_w_nhwc"
-        self.patchify("input:image", patches, "patch_b", "x", r.layout)
+        key = self.key
+        shape = self.image_shape if key.layout == "nchw" else (key.batch, key.height, key.width, 3)
+        self.inputs["image"] = TensorSpec(shape, key.image_dtype)
+        patches = "patch_w" if key.layout == "nchw" else "patch_w_nhwc"
+        self.patchify("input:image", patches, "patch_b", "x", key.layout)
         for i in range(self.config.encoder_depth):
             self.block(f"blocks.{i}", "x", "x")
         self.head()
         return self.finish(())
 
     def decode(self) -> LaunchPlan:
-        r = self.request
-        self.inputs["noise"] = ((r.batch, 3, r.height, r.width), torch.float32)
-        self.inputs["latents"] = ((r.batch, self.z, self.h, self.w), r.image_dtype)
-        self.outputs["image"] = ((r.batch, 3, r.height, r.width), torch.float32)
-        inference = r.inference or FullCapacitorInferenceConfig()
-        if r.direction == "predict":
+        key = self.key
+        self.inputs["noise"] = TensorSpec(self.image_shape, torch.float32)
+        self.inputs["latents"] = TensorSpec((key.batch, self.z, self.h, self.w), key.image_dtype)
+        self.outputs["image"] = TensorSpec(self.image_shape, torch.float32)
+        inference = key.inference or FullCapacitorInferenceConfig()
+        if key.direction == "predict":
+            if key.time is None:
+                raise ValueError("a plan to predict needs a time")
             self.predict(0, "input:noise", "output:image", 1.0, None, inference)
-            return self.finish(((r.time, 1.0),))
+            return self.finish(((key.time, 1.0),))
         levels = noise_levels(self.config, inference)
         start = levels[0].sigma * self.config.pixel_noise_std
         times = tuple((level.t, start if i == 0 else 1.0) for i, level in enumerate(levels[:-1]))
@@ -227,170 +243,137 @@ class _Builder:
 
     def block(self, weights: str, source: str, target: str) -> None:
         """One FCDM block from token buffer `source` to `target`, which may be the same."""
-        dims = {"dim": self.dim, "hidden": self.hidden}
+        batch, dtype, dims = self.key.batch, self.key.dtype, {"dim": self.dim, "hidden": self.hidden}
         conv = self.lookup("dwconv", height=self.h, width=self.w, dim=self.dim)
         expand = self.lookup("expand", tokens_per_image=self.per_image, **dims)
         project = self.lookup("project", tokens_per_image=self.per_image, **dims)
-        partials = expand_partials_shape(self.request.batch, self.per_image, self.hidden, expand)
+        partials = expand_partials_shape(batch, self.per_image, self.hidden, expand)
         grn = self.lookup("grn", tiles=partials[1], hidden=self.hidden)
-        x, out = self.token_buffer(source), self.token_buffer(target)
-        y = self.token_buffer("y")
+        x, out, y = (self.token_buffer(name) for name in (source, target, "y"))
         sumsq = self.buffer("sumsq", dwconv_sumsq_shape(self.tokens, self.dim, conv), torch.float32)
-        h = self.buffer("h", (self.tokens, self.hidden), self.request.dtype)
+        h = self.buffer("h", (self.tokens, self.hidden), dtype)
         sums = self.buffer("partials", partials, torch.float32)
-        norms = self.buffer("norms", (self.request.batch, self.hidden), torch.float32)
-        gain = self.buffer("gain", (self.request.batch, self.hidden), self.request.dtype)
-
-        def w(name: str) -> str:
-            return f"weight:{weights}.{name}"
-
-        grid = {"batch": self.request.batch, "height": self.h, "width": self.w}
+        norms = self.buffer("norms", (batch, self.hidden), torch.float32)
+        gain = self.buffer("gain", (batch, self.hidden), dtype)
+        dw_w, dw_b, w1, b1, gamma, w2, b2 = (
+            self.weight(f"{weights}.{name}") for name in ("dw_w", "dw_b", "w1", "b1", "gamma", "w2", "b2")
+        )
+        grid = {"batch": batch, "height": self.h, "width": self.w}
         rows = {"tokens_per_image": self.per_image}
-        product = 2 * self.tokens * self.dim * self.hidden
-        size = self.request.dtype.itemsize
-        matrix = self.dim * self.hidden * size
-        narrow, wide = self.tokens * self.dim * size, self.tokens * self.hidden * size
-        stats = 4 * math.prod(partials)
-        squares = 4 * math.prod(self.tensors["sumsq"][0])
-        self.add(
-            "dwconv",
-            {"x": x, "w": w("dw_w"), "b": w("dw_b"), "y": y, "sumsq": sumsq},
-            {**grid, "config": conv},
-            2 * 49 * self.tokens * self.dim,
-            2 * narrow + 50 * 4 * self.dim + squares,
-        )
-        args = {"y": y, "w1": w("w1"), "b1": w("b1"), "sumsq": sumsq, "h": h, "partials": sums}
-        self.add("expand", args, {**rows, "config": expand}, product, narrow + matrix + wide + stats + squares)
-        args = {"partials": sums, "gamma": w("gamma"), "gain": gain, "norms": norms}
-        self.add(
-            "grn", args, {"config": grn}, 2 * math.prod(partials), stats + (4 + size) * self.request.batch * self.hidden
-        )
-        args = {"h": h, "gain": gain, "w2": w("w2"), "b2": w("b2"), "residual": x, "out": out}
+        # the fitted GELU is under half an ulp of the half types, and over many of float32's
+        gelu = "erf" if dtype == torch.float32 else "fit"
+        self.add("dwconv", {"x": x, "w": dw_w, "b": dw_b, "y": y, "sumsq": sumsq}, **grid, config=conv)
+        args = {"y": y, "w1": w1, "b1": b1, "sumsq": sumsq, "h": h, "partials": sums}
+        self.add("expand", args, **rows, gelu=gelu, config=expand)
+        self.add("grn", {"partials": sums, "gamma": gamma, "gain": gain, "norms": norms}, config=grn)
+        args = {"h": h, "gain": gain, "w2": w2, "b2": b2, "residual": x, "out": out}
         workspace = project_workspace_shape(self.tokens, self.dim, project)
         if workspace is not None:
             args["workspace"] = self.buffer("workspace", workspace, torch.float32)
-        extra = 8 * math.prod(workspace) if workspace else 0
-        self.add("project", args, {**rows, "config": project}, product, wide + matrix + 2 * narrow + extra)
+        self.add("project", args, **rows, config=project)
 
-    # single launches
+    # single steps
 
     def patchify(self, image: str, w: str, b: str, target: str, layout: str, latents: bool = False) -> None:
-        pixels = 3 * self.config.patch_size**2
-        depth = pixels + (self.z if latents else 0)
-        args = {"image": image, "w": f"weight:{w}", "b": f"weight:{b}", "tokens": self.token_buffer(target)}
+        args = {"image": image, "w": self.weight(w), "b": self.weight(b), "tokens": self.token_buffer(target)}
         if latents:
             args["latents"] = "input:latents"
+        depth = 3 * self.config.patch_size**2 + (self.z if latents else 0)
         config = self.lookup("patchify", tokens_per_image=self.per_image, dim=self.dim, depth=depth)
-        size = self.request.dtype.itemsize
-        read = self.tokens * (pixels * self.itemsize(image) + (depth - pixels) * self.request.image_dtype.itemsize)
-        self.add(
-            "patchify",
-            args,
-            {"patch": self.config.patch_size, "layout": layout, "config": config},
-            2 * self.tokens * depth * self.dim,
-            read + (depth + self.tokens) * self.dim * size,
-        )
+        self.add("patchify", args, patch=self.config.patch_size, layout=layout, config=config)
 
     def fuse_skip(self, s: str, m: str, w: str, b: str, target: str) -> None:
-        args = {"s": self.token_buffer(s), "m": self.token_buffer(m), "w": f"weight:{w}", "b": f"weight:{b}"}
+        args = {"s": self.token_buffer(s), "m": self.token_buffer(m), "w": self.weight(w), "b": self.weight(b)}
+        args["out"] = self.token_buffer(target)
         config = self.lookup("fuse_skip", tokens_per_image=self.per_image, dim=self.dim, width=self.dim)
-        flops = 4 * self.tokens * self.dim**2
-        nbytes = (3 * self.tokens * self.dim + 2 * self.dim**2) * self.request.dtype.itemsize
-        options = {"tokens_per_image": self.per_image, "config": config}
-        self.add("fuse_skip", {**args, "out": self.token_buffer(target)}, options, flops, nbytes)
+        self.add("fuse_skip", args, tokens_per_image=self.per_image, config=config)
 
     def unpatchify(
         self, source: str, w: str, b: str, target: str, weight: float, add: tuple[str, float] | None
     ) -> None:
-        pixels = 3 * self.config.patch_size**2
-        args = {
-            "tokens": self.token_buffer(source),
-            "w": f"weight:{w}",
-            "b": f"weight:{b}",
-            "image": self.image_buffer(target),
-        }
-        options = {
-            "patch": self.config.patch_size,
-            "scale_x0": weight,
-            "config": self.lookup("unpatchify", tokens_per_image=self.per_image, dim=self.dim, depth=pixels),
-        }
+        args = {"tokens": self.token_buffer(source), "w": self.weight(w), "b": self.weight(b)}
+        args["image"] = self.image_buffer(target)
+        options: dict[str, Any] = {"patch": self.config.patch_size, "scale_x0": weight}
         if add is not None:
             args["noise"], options["scale_noise"] = self.image_buffer(add[0]), add[1]
-        images = (2 if add else 1) * self.tokens * pixels * 4
-        nbytes = (self.tokens + pixels) * self.dim * self.request.dtype.itemsize + images
-        self.add("unpatchify", args, options, 2 * self.tokens * pixels * self.dim, nbytes)
+        depth = 3 * self.config.patch_size**2
+        config = self.lookup("unpatchify", tokens_per_image=self.per_image, dim=self.dim, depth=depth)
+        self.add("unpatchify", args, **options, config=config)
 
     def head(self) -> None:
-        r, config = self.request, self.config
-        width, norm = config.posterior_channels, config.bottleneck_norm_mode == "channel_wise"
-        args = {"x": self.token_buffer("x"), "w": "weight:head_w", "b": "weight:head_b"}
-        shape = (r.batch, self.z, self.h, self.w)
-        if r.direction == "encode":
-            self.outputs["latents"] = (shape, torch.float32)
-            args |= {name: f"weight:{name}" for name in ("whiten_mean", "whiten_rstd")}
+        key, config = self.key, self.config
+        args = {"x": self.token_buffer("x"), "w": self.weight("head_w"), "b": self.weight("head_b")}
+        written = TensorSpec((key.batch, self.z, self.h, self.w), torch.float32)
+        if key.direction == "encode":
+            self.outputs["latents"] = written
+            args |= {name: self.weight(name) for name in ("whiten_mean", "whiten_rstd")}
         else:
-            self.outputs["mean"] = (shape, torch.float32)
+            self.outputs["mean"] = written
             if config.bottleneck_posterior_kind == "diagonal_gaussian":
-                self.outputs["logsnr"] = (shape, torch.float32)
+                self.outputs["logsnr"] = written
         args |= {name: f"output:{name}" for name in self.outputs}
-        # with the norm a tile holds all channels: the launcher derives that config itself
+        norm = config.bottleneck_norm_mode == "channel_wise"
+        # with the norm a tile holds all channels: the op derives that config itself
         rows = None if norm else self.lookup("head", tokens_per_image=self.per_image, dim=self.dim, channels=self.z)
-        written = 4 * self.tokens * self.z * len(self.outputs)
-        nbytes = (self.tokens + width) * self.dim * r.dtype.itemsize + written
-        self.add("head", args, {"norm": norm, "config": rows}, 2 * self.tokens * self.dim * width, nbytes)
+        self.add("head", args, norm=norm, config=rows)
 
     def broadcast(self, w: str, target: str) -> None:
         """Fill a token buffer with one row."""
-        args = {"row": f"weight:{w}", "out": self.token_buffer(target)}
-        self.add("broadcast", args, {}, 0, self.tokens * self.dim * self.request.dtype.itemsize)
+        self.add("broadcast", {"row": self.weight(w), "out": self.token_buffer(target)})
 
     def combine(self, target: str, terms: list[tuple[str, float]]) -> None:
         """target = sum of coefficient * image."""
         args = {f"x{i}": self.image_buffer(ref) for i, (ref, _) in enumerate(terms)}
         args["out"] = self.image_buffer(target)
-        size = 4 * self.tokens * 3 * self.config.patch_size**2
-        options = {"coefficients": tuple(c for _, c in terms)}
-        self.add("combine", args, options, len(terms) * size // 2, (len(terms) + 1) * size)
+        self.add("combine", args, coefficients=tuple(c for _, c in terms))
 
     # bookkeeping
 
     def lookup(self, family: str, **shape: int) -> Any:
-        # a family is known once its module is imported
-        importlib.import_module(f"capacitor_kernels.ops.{family}")
-        return tuning.lookup(family, self.request.cc, shape, self.request.dtype, self.request.use)
+        return tuning.lookup(family, self.key.cc, shape, self.key.dtype, use=self.key.use)
+
+    def weight(self, name: str) -> str:
+        """Reference to a packed tensor; a decoder's name begins with the number of its time."""
+        decoding = self.key.direction in ("decode", "predict")
+        specs = packed_specs(self.config, DECODER if decoding else ENCODER, self.key.dtype)
+        self.weights[name] = specs[name.partition(".")[2] if decoding else name]
+        return f"weight:{name}"
 
     def buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> str:
-        known = self.tensors.setdefault(name, (shape, dtype))
-        if known != (shape, dtype):
-            raise ValueError(f"buffer {name} is {known}, and now {(shape, dtype)}")
+        spec = TensorSpec(shape, dtype)
+        known = self.buffers.setdefault(name, spec)
+        if known != spec:
+            raise ValueError(f"buffer {name} is {known}, and now {spec}")
         return f"buffer:{name}"
 
     def token_buffer(self, name: str) -> str:
-        return self.buffer(name, (self.tokens, self.dim), self.request.dtype)
+        return self.buffer(name, (self.tokens, self.dim), self.key.dtype)
 
     def image_buffer(self, ref: str) -> str:
         if ref.startswith("buffer:"):
-            shape = (self.request.batch, 3, self.request.height, self.request.width)
-            return self.buffer(ref.removeprefix("buffer:"), shape, torch.float32)
+            return self.buffer(ref.removeprefix("buffer:"), self.image_shape, torch.float32)
         return ref
 
-    def itemsize(self, ref: str) -> int:
+    def spec(self, ref: str) -> TensorSpec:
         place, name = ref.split(":")
-        return (self.inputs if place == "input" else self.tensors)[name][1].itemsize
+        return {"weight": self.weights, "buffer": self.buffers, "input": self.inputs, "output": self.outputs}[place][
+            name
+        ]
 
-    def add(self, kernel: str, args: dict[str, str], options: dict[str, Any], flops: int, nbytes: int) -> None:
-        self.steps.append(Step(kernel, args, options, flops, nbytes))
+    def add(self, op: str, args: dict[str, str], **options: Any) -> None:
+        specs = {argument: self.spec(ref) for argument, ref in args.items()}
+        self.steps.append(Step(op, args, options, work_of(op)(**specs, **options)))
 
     def finish(self, times: tuple[tuple[float, float], ...]) -> LaunchPlan:
         end = len(self.steps) - 1
         buffers = []
-        for place, tensors in (("buffer", self.tensors), ("input", self.inputs), ("output", self.outputs)):
-            for name, (shape, dtype) in tensors.items():
+        for place, tensors in (("buffer", self.buffers), ("input", self.inputs), ("output", self.outputs)):
+            for name, spec in tensors.items():
                 first, last = _lifetime(f"{place}:{name}", self.steps)
                 first, last = 0 if place == "input" else first, end if place == "output" else last
-                buffers.append(Buffer(name, shape, dtype, first, last))
+                buffers.append(Buffer(name, spec.shape, spec.dtype, first, last))
         placed, size = lay_out(buffers)
-        return LaunchPlan(self.request, tuple(self.steps), placed, size, self.inputs, self.outputs, times)
+        return LaunchPlan(self.key, tuple(self.steps), placed, size, self.weights, self.inputs, self.outputs, times)
 
 
 def _lifetime(ref: str, steps: list[Step]) -> tuple[int, int]:

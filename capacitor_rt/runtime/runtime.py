@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from math import prod
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,16 +18,13 @@ from capacitor_kernels.launch import INTERPRETED, compute_capability
 from ..config import FullCapacitorInferenceConfig
 from ..diffusion import sample
 from ..errors import InputError
-from ..reference import Posterior
+from ..reference import Autoencoder, Posterior
 from . import weights
 from .batching import ARENA_BUDGET, cached_plan, micro_batch
 from .graphs import Bound, BoundCache
 from .memory import MIB, DeviceMemoryError, amount, free_bytes, new_arena
 from .plan import LaunchPlan, PlanKey
 from .stats import Stats
-
-if TYPE_CHECKING:
-    from ..model import FullCapacitor
 
 CACHE_BUDGET = 2048 * MIB
 """Bytes of all arenas; at most an eighth of the device's memory."""
@@ -45,23 +40,34 @@ class Runtime:
         model: whose tensors are folded when first needed; they are only read, and held weakly.
         device: a CUDA device, or the CPU under Triton's interpreter.
         dtype: of packed weights and activations.
+        to_fold: from `model` to the one whose tensors are folded, where that is another.
+
+    Attributes:
+        low_latency: run a single image by launches shaped for it.
+        stats: counters.
 
     Raises:
         InputError: a model, device or dtype that the launches do not take.
     """
 
-    def __init__(self, model: FullCapacitor, device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self,
+        model: Autoencoder,
+        device: torch.device,
+        dtype: torch.dtype,
+        to_fold: Callable[[Any], Autoencoder] = lambda model: model,
+    ):
         self.cc = _check(model, device, dtype)
+        self.low_latency = False
         self.config, self.device, self.dtype = model.config, device, dtype
         self.stats = Stats()
-        self._model = weakref.ref(model)
         self._cuda = device.type == "cuda"
         budget = CACHE_BUDGET
         if self._cuda:
             budget = min(budget, torch.cuda.get_device_properties(device).total_memory // 8)
         self._cache = BoundCache(device, budget, ARENA_BUDGET, self.stats)
         # bound to the cache, not to this object: a cycle would keep GPU memory until the next collection
-        self._weights = weights.PackedWeights(model, device, dtype, self.stats, partial(_forget, self._cache))
+        self._weights = weights.PackedWeights(model, device, dtype, self.stats, to_fold, partial(_forget, self._cache))
         self._limits: dict[PlanKey, int] = {}
         self._lock = threading.RLock() if self._cuda else _interpreter
         self._done = torch.cuda.Event() if self._cuda else None
@@ -109,14 +115,14 @@ class Runtime:
                 direction, at = "predict", 1.0
         else:
             inference = None
-        request = self._request(direction, batch, height, width, image_dtype, layout, inference, at)
+        key = self._key(direction, batch, height, width, image_dtype, layout, inference, at)
         with self._turn():
             seen = set()
-            for bound in self._split(request):
+            for bound in self._split(key):
                 # what is not captured compiles when it is launched
-                if bound.graph is None and self._cuda and bound.plan.request not in seen:
+                if bound.graph is None and self._cuda and bound.plan.key not in seen:
                     bound.executor.run()
-                seen.add(bound.plan.request)
+                seen.add(bound.plan.key)
 
     def clear(self) -> None:
         """Free graphs, arenas and packed weights; limits learnt from running out of memory are forgotten."""
@@ -126,7 +132,7 @@ class Runtime:
 
     # one call
 
-    def _request(
+    def _key(
         self,
         direction: str,
         batch: int,
@@ -137,14 +143,14 @@ class Runtime:
         inference: FullCapacitorInferenceConfig | None = None,
         at: float | None = None,
     ) -> PlanKey:
-        use = "latency" if batch == 1 and self._model().low_latency else "throughput"
+        use = "latency" if batch == 1 and self.low_latency else "throughput"
         return PlanKey(direction, batch, height, width, self.dtype, image_dtype, layout, self.cc, use, inference, at)
 
     def _image(self, direction: str, image: Tensor, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
         image, layout = as_it_lies(image)
         height, width = image.shape[2:] if layout == "nchw" else image.shape[1:3]
-        request = self._request(direction, image.shape[0], height, width, image.dtype, layout)
-        return self._run(request, {"image": image}, outputs)
+        key = self._key(direction, image.shape[0], height, width, image.dtype, layout)
+        return self._run(key, {"image": image}, outputs)
 
     def _latents(
         self,
@@ -156,23 +162,23 @@ class Runtime:
         out: Tensor | None,
     ) -> Tensor:
         batch, _, height, width = noise.shape
-        request = self._request(direction, batch, height, width, latents.dtype, "nchw", inference, at)
+        key = self._key(direction, batch, height, width, latents.dtype, "nchw", inference, at)
         outputs = {} if out is None else {"image": out}
-        return self._run(request, {"latents": latents, "noise": noise}, outputs)["image"]
+        return self._run(key, {"latents": latents, "noise": noise}, outputs)["image"]
 
-    def _run(self, request: PlanKey, inputs: Mapping[str, Tensor], outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _run(self, key: PlanKey, inputs: Mapping[str, Tensor], outputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """A batch as replays of one micro-batch and a tail, into the given outputs or fresh ones."""
         with self._turn():
             start = 0
-            for bound in self._split(request):
-                stop = start + bound.plan.request.batch
+            for bound in self._split(key):
+                stop = start + bound.plan.key.batch
                 for name, static in bound.inputs.items():
                     static.copy_(inputs[name][start:stop])
                 bound.run()
                 self._count(bound)
                 for name, static in bound.outputs.items():
                     if name not in outputs:
-                        outputs[name] = self._output(request, bound.plan, name)
+                        outputs[name] = self._output(key, bound.plan, name)
                     outputs[name][start:stop].copy_(static)
                 start = stop
         return outputs
@@ -183,26 +189,26 @@ class Runtime:
         on_device = torch.cuda.device(self.device) if self._cuda else nullcontext()
         # tensors that are kept must not be those of a caller's inference mode: they are written again later
         with self._lock, torch.inference_mode(False), torch.no_grad(), on_device:
-            shared = self._cuda and not self._foreign_capture()
-            if shared:
-                torch.cuda.current_stream().wait_event(self._done)
+            done = None if self._foreign_capture() else self._done
+            if done is not None:
+                torch.cuda.current_stream().wait_event(done)
             try:
                 yield
             finally:
-                if shared:
-                    self._done.record()
+                if done is not None:
+                    done.record()
 
     def _foreign_capture(self) -> bool:
         """Whether the caller is capturing a graph of its own on the current stream."""
         return self._cuda and torch.cuda.is_current_stream_capturing()
 
-    def _split(self, request: PlanKey) -> Iterator[Bound]:
-        """Bound plans for the parts of a request, one after another; smaller ones when memory runs out."""
-        self._refresh("encoder" if request.direction in ("encode", "posterior") else "decoder")
-        left = request.batch
+    def _split(self, key: PlanKey) -> Iterator[Bound]:
+        """Bound plans for the parts of a batch, one after another; smaller ones when memory runs out."""
+        self._refresh("encoder" if key.direction in ("encode", "posterior") else "decoder")
+        left = key.batch
         while left:
-            batch = min(self._micro_batch(request), left)
-            part = request if batch == request.batch else replace(request, batch=batch)
+            batch = min(self._micro_batch(key), left)
+            part = key if batch == key.batch else replace(key, batch=batch)
             bound = self._bound(part)
             if bound is None:
                 self._halve(part)
@@ -210,22 +216,22 @@ class Runtime:
             yield bound
             left -= batch
 
-    def _bound(self, request: PlanKey) -> Bound | None:
-        """The plan of a request, bound and captured; None where memory ran out."""
+    def _bound(self, key: PlanKey) -> Bound | None:
+        """The plan of `key`, bound and captured; None where memory ran out."""
         capturing = self._foreign_capture()
-        bound = None if capturing else self._cache.find(request)
+        bound = None if capturing else self._cache.find(key)
         if bound is not None:
             self._weights.touch(bound.plan)
             return bound
         started = time.perf_counter()
-        plan = cached_plan(self.config, request)
+        plan = cached_plan(self.config, key)
         if capturing:
             return self._bound_for_caller(plan)
         packed = self._weights.of(plan)
         try:
             bound = Bound(plan, packed, self._cache.arena(plan.arena_bytes))
             # weights of single steps come and go, so no graph may keep their addresses
-            if request.direction != "predict":
+            if key.direction != "predict":
                 self._cache.add(bound)
         except torch.OutOfMemoryError:
             return None
@@ -236,7 +242,7 @@ class Runtime:
         """Inside a caller's capture: plain launches, in memory that the caller's graph owns."""
         if not self._weights.ready_for(plan):
             raise InputError(
-                f"this model has not run {plan.request.direction} yet, and weights cannot be folded while a CUDA graph "
+                f"this model has not run {plan.key.direction} yet, and weights cannot be folded while a CUDA graph "
                 "is being captured: call it once with the same shape, or warmup(), before the capture"
             )
         return Bound(plan, self._weights.of(plan), new_arena(plan.arena_bytes, self.device))
@@ -249,13 +255,13 @@ class Runtime:
 
     # memory
 
-    def _micro_batch(self, request: PlanKey) -> int:
-        if request.batch == 1:
+    def _micro_batch(self, key: PlanKey) -> int:
+        if key.batch == 1:
             return 1
-        key = replace(request, batch=1)
-        if key not in self._limits:
-            self._limits[key] = micro_batch(self.config, key, ARENA_BUDGET)
-        return self._limits[key]
+        one = replace(key, batch=1)
+        if one not in self._limits:
+            self._limits[one] = micro_batch(self.config, one, ARENA_BUDGET)
+        return self._limits[one]
 
     def _halve(self, part: PlanKey) -> None:
         """Run half as many images of this shape together from now on; everything bound is freed first."""
@@ -270,17 +276,17 @@ class Runtime:
         free_bytes(self.device)
         self._limits[replace(part, batch=1)] = part.batch // 2
 
-    def _output(self, request: PlanKey, plan: LaunchPlan, name: str) -> Tensor:
+    def _output(self, key: PlanKey, plan: LaunchPlan, name: str) -> Tensor:
         """A fresh output for the whole batch."""
-        shape, dtype = plan.outputs[name]
+        spec = plan.outputs[name]
         try:
-            return torch.empty((request.batch, *shape[1:]), dtype=dtype, device=self.device)
+            return torch.empty((key.batch, *spec.shape[1:]), dtype=spec.dtype, device=self.device)
         except torch.OutOfMemoryError as error:
-            row = prod(shape[1:]) * dtype.itemsize
+            row = spec.nbytes // spec.shape[0]
             free = free_bytes(self.device)
             fits = "a smaller batch" if free is None else f"a batch of {free // row}"
             raise DeviceMemoryError(
-                f"{name} of {request.batch} images need {amount(request.batch * row)}, and {amount(free)} are free on "
+                f"{name} of {key.batch} images need {amount(key.batch * row)}, and {amount(free)} are free on "
                 f"{self.device}: {fits} would fit"
             ) from error
 
@@ -302,9 +308,9 @@ class Runtime:
         self._weights.clear()
 
 
-def _forget(cache: BoundCache, key: tuple[float, float]) -> None:
+def _forget(cache: BoundCache, time: weights.Time) -> None:
     """Free the plans of weights that went: their graphs hold the addresses."""
-    cache.drop(lambda plan: key in plan.times)
+    cache.drop(lambda plan: time in plan.times)
 
 
 def as_it_lies(image: Tensor) -> tuple[Tensor, str]:
@@ -315,7 +321,7 @@ def as_it_lies(image: Tensor) -> tuple[Tensor, str]:
     return (nhwc, "nhwc") if nhwc.is_contiguous() and not image.is_contiguous() else (image, "nchw")
 
 
-def _check(model: FullCapacitor, device: torch.device, dtype: torch.dtype) -> int:
+def _check(model: Autoencoder, device: torch.device, dtype: torch.dtype) -> int:
     """Compute capability of `device`, after refusing what the launches cannot do."""
     config = model.config
     if config.in_channels != 3 or config.depthwise_kernel_size != 7:

@@ -2,78 +2,47 @@
 
 from __future__ import annotations
 
-import operator
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..reference import Autoencoder
 from . import fold
+from .as_loaded import Watch
 from .memory import DeviceMemoryError, amount, free_bytes, retire
 from .plan import LaunchPlan
 from .stats import Stats
-
-if TYPE_CHECKING:
-    from ..model import FullCapacitor
 
 MAX_TIMES = 8
 """Folded decoders kept, one per time (full_capacitor in bfloat16: 111 MB each, computed)."""
 Time = tuple[float, float]
 
 
-class Watch:
-    """Notices changes of a module's tensors: other tensors, or the same edited in place.
-
-    Edits through `.data`, and of tensors made under `torch.inference_mode`, leave no trace and go unnoticed.
-    """
-
-    def __init__(self, module: nn.Module):
-        self._module = module
-        seen = [
-            (owner, name, t)
-            for m in module.modules()
-            for owner in (m._parameters, m._buffers)
-            for name, t in owner.items()
-            if t is not None
-        ]
-        self._owners, self._names, self._tensors = zip(*seen, strict=True)
-        self._tracked = [t for t in self._tensors if not t.is_inference()]
-        self._versions = [t._version for t in self._tracked]
-
-    def sees_change(self, module: nn.Module | None) -> bool:
-        """Whether `module` is not the one that was seen, or not as it was."""
-        # made on every call, so without a loop in Python
-        return (
-            module is not self._module
-            or list(map(_version_of, self._tracked)) != self._versions
-            or not all(map(operator.is_, map(dict.get, self._owners, self._names), self._tensors))
-        )
-
-
-_version_of = operator.attrgetter("_version")
-
-
 class PackedWeights:
     """Packed tensors by the names that plans use.
 
     Args:
+        model: whose parameters are watched, held weakly.
+        to_fold: from `model` to the one whose tensors are folded.
         evicted: called with the `(t, image_scale)` of a decoder that went, whose plans are to go too.
     """
 
     def __init__(
         self,
-        model: FullCapacitor,
+        model: Autoencoder,
         device: torch.device,
         dtype: torch.dtype,
         stats: Stats,
+        to_fold: Callable[[Autoencoder], Autoencoder],
         evicted: Callable[[Time], None],
     ):
         # a reference cycle would keep GPU memory until the next collection
-        self._model = weakref.ref(model)
+        self._ref = weakref.ref(model)
+        self._to_fold = to_fold
         self._device, self._dtype, self._stats, self._evicted = device, dtype, stats, evicted
         self._encoder: dict[str, Tensor] = {}
         self._decoders: OrderedDict[Time, dict[str, Tensor]] = OrderedDict()
@@ -83,22 +52,22 @@ class PackedWeights:
         """Weights of a plan, folded and packed where they are not there yet."""
         if not plan.times:
             return self._encode()
-        return {f"t{i}.{name}": t for i, key in enumerate(plan.times) for name, t in self._decode(key).items()}
+        return {f"t{i}.{name}": t for i, time in enumerate(plan.times) for name, t in self._decode(time).items()}
 
     def ready_for(self, plan: LaunchPlan) -> bool:
         """Whether `of` would only look up."""
-        return all(key in self._decoders for key in plan.times) if plan.times else bool(self._encoder)
+        return all(time in self._decoders for time in plan.times) if plan.times else bool(self._encoder)
 
     def touch(self, plan: LaunchPlan) -> None:
         """Count a plan's decoders as just used."""
-        for key in plan.times:
-            self._decoders.move_to_end(key)
+        for time in plan.times:
+            self._decoders.move_to_end(time)
 
     def stale(self, part: str) -> bool:
         """Whether the parameters of "encoder" or "decoder" changed since they were packed."""
         if part not in self._watches:
             return False
-        model = self._model()
+        model = self._model
         watch, statistics = self._watches[part]
         return watch.sees_change(getattr(model, part)) or statistics != _statistics(model)
 
@@ -113,26 +82,26 @@ class PackedWeights:
 
     def _encode(self) -> dict[str, Tensor]:
         if not self._encoder:
-            packed = self._pack("encoder", fold.fold_encoder)
-            packed["patch_w_nhwc"] = fold.rows_nhwc(packed["patch_w"], self._model().config.patch_size)
-            self._encoder = packed
+            self._encoder = self._pack(fold.ENCODER, fold.fold_encoder)
             self._weigh()
         return self._encoder
 
-    def _decode(self, key: Time) -> dict[str, Tensor]:
-        if key not in self._decoders:
-            t, image_scale = key
-            self._decoders[key] = self._pack("decoder", lambda model: fold.fold_decoder(model, t, image_scale))
+    def _decode(self, time: Time) -> dict[str, Tensor]:
+        if time not in self._decoders:
+            t, image_scale = time
+            self._decoders[time] = self._pack(fold.DECODER, lambda model: fold.fold_decoder(model, t, image_scale))
             if len(self._decoders) > MAX_TIMES:
                 oldest, packed = self._decoders.popitem(last=False)
                 self._evicted(oldest)
                 retire(packed.values())
             self._weigh()
-        self._decoders.move_to_end(key)
-        return self._decoders[key]
+        self._decoders.move_to_end(time)
+        return self._decoders[time]
 
-    def _pack(self, part: str, folded: Callable[[FullCapacitor], object]) -> dict[str, Tensor]:
-        model = self._model()
+    def _pack(
+        self, part: str, folded: Callable[[Autoencoder], fold.PackedEncoder | fold.PackedDecoder]
+    ) -> dict[str, Tensor]:
+        model = self._model
         _refuse_sharded(part, getattr(model, part))
         if part not in self._watches:
             self._watches[part] = (Watch(getattr(model, part)), _statistics(model))
@@ -140,7 +109,7 @@ class PackedWeights:
         try:
             # an enclosing autocast would round products of the fold
             with torch.autocast("cpu", enabled=False):
-                return fold.named_tensors(fold.pack(folded(model), self._dtype, self._device))
+                return fold.named_tensors(fold.pack(folded(self._to_fold(model)), self._dtype, self._device))
         except torch.OutOfMemoryError as error:
             size = sum(p.numel() for p in getattr(model, part).parameters()) * self._dtype.itemsize
             message = (
@@ -149,14 +118,21 @@ class PackedWeights:
             )
             raise DeviceMemoryError(message) from error
 
+    @property
+    def _model(self) -> Autoencoder:
+        model = self._ref()
+        if model is None:
+            raise RuntimeError("the model of these packed weights is gone")
+        return model
+
     def _weigh(self) -> None:
         sets = (self._encoder, *self._decoders.values())
         self._stats.weight_nbytes = sum(t.nbytes for s in sets for t in s.values())
 
 
-def _statistics(model: FullCapacitor) -> list[int]:
+def _statistics(model: Autoencoder) -> list[int]:
     stats = (model.latent_norm_running_mean, model.latent_norm_running_var)
-    return [n for t in stats if t is not None for n in (id(t), 0 if t.is_inference() else t._version)]
+    return [n for t in stats if t is not None for n in (id(t), t.data_ptr(), 0 if t.is_inference() else t._version)]
 
 
 def _refuse_sharded(part: str, module: nn.Module) -> None:

@@ -6,6 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+
+from ..images.frames import to_uint8
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,9 @@ class PatchPCA:
         """`pixels` uint8 `[H,W,3]`, H and W multiples of p, through the first `k` components and back to uint8."""
         basis = self.components[:k]
         flat = to_patches(pixels, self.patch) - self.mean
-        restored = from_patches(flat @ basis.T @ basis + self.mean, self.patch, *pixels.shape[:2])
-        return to_uint8(restored)
+        height, width = pixels.shape[:2]
+        restored = from_patches(flat @ basis.T @ basis + self.mean, self.patch, height, width)
+        return to_uint8(torch.from_numpy(restored).permute(2, 0, 1))
 
 
 def to_patches(pixels: np.ndarray, patch: int) -> np.ndarray:
@@ -45,20 +49,16 @@ def from_patches(flat: np.ndarray, patch: int, height: int, width: int) -> np.nd
     return x.reshape(height, width, 3)
 
 
-def to_uint8(image: np.ndarray) -> np.ndarray:
-    """[-1,1] to uint8, rounded and clamped."""
-    return np.clip(np.rint((image + 1.0) * 127.5), 0, 255).astype(np.uint8)
-
-
 def fit(images: Iterable[np.ndarray], patch: int = 16, shifts: Iterable[tuple[int, int]] = ((0, 0),)) -> PatchPCA:
     """Fit on the patches of uint8 `[H,W,3]` images, each also cut at every offset (y, x) of `shifts`."""
     offsets = tuple(shifts)
-    total, products, count = 0.0, 0.0, 0
+    length = 3 * patch**2
+    total, products, count = np.zeros(length), np.zeros((length, length)), 0
     for image in images:
         for y, x in offsets:
             flat = to_patches(image[y:, x:], patch)
-            total = total + flat.sum(0)
-            products = products + flat.T @ flat
+            total += flat.sum(0)
+            products += flat.T @ flat
             count += len(flat)
     mean = total / count
     variances, vectors = np.linalg.eigh(products / count - np.outer(mean, mean))

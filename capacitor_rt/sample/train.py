@@ -23,14 +23,14 @@ import torch.nn.functional as F
 import typer
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_, convert_conv2d_weight_memory_format
 from tqdm import tqdm
 
-from .. import reference
 from ..config import ModelConfig
 from ..diffusion import noise_level
 from ..errors import CapacitorError, InputError
 from ..evaluation.metrics import psnr
-from ..model import FullCapacitor
+from ..reference import Autoencoder, posterior_mode, posterior_sample
 from . import photos
 from .augment import CropSampler, crop_pca
 from .initial import blocks, from_pca
@@ -89,11 +89,11 @@ class Recipe:
 
 
 @dataclass
-class Run:
+class TrainingRun:
     """State of a training run. `progress` in [0,1] drives the learning rate."""
 
-    model: FullCapacitor
-    ema: FullCapacitor
+    model: Autoencoder
+    ema: Autoencoder
     optimizer: torch.optim.Optimizer
     sampler: CropSampler
     step: int = 0
@@ -121,16 +121,16 @@ class Run:
 
 def start(
     chosen: Sequence[photos.Photo], pixels: list[np.ndarray], seed: int, recipe: Recipe, config: ModelConfig = CONFIG
-) -> Run:
+) -> TrainingRun:
     """A run at step 0 on the photographs `chosen`, uint8 `[H,W,3]` each: the model is the PCA of random crops."""
     torch.manual_seed(seed)
     sampler = CropSampler(chosen, pixels, torch.Generator().manual_seed(seed))
     model = from_pca(config, crop_pca(sampler, recipe.pca_crops, recipe.crop, config.patch_size))
-    model.to(memory_format=torch.channels_last)
+    convert_conv2d_weight_memory_format(model, torch.channels_last)
     for grn in (block.grn for block in blocks(model)):
         grn.register_forward_pre_hook(_stop_undefined_gradients)
     optimizer = torch.optim.AdamW(_parameter_groups(model, recipe), betas=recipe.betas)
-    return Run(model, copy.deepcopy(model), optimizer, sampler)
+    return TrainingRun(model, copy.deepcopy(model), optimizer, sampler)
 
 
 def _stop_undefined_gradients(grn: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -139,8 +139,8 @@ def _stop_undefined_gradients(grn: nn.Module, args: tuple[Tensor, ...]) -> None:
         args[0].register_hook(lambda grad: torch.where(grad.isnan(), 0.0, grad))
 
 
-def _parameter_groups(model: FullCapacitor, recipe: Recipe) -> list[dict[str, Any]]:
-    groups = {
+def _parameter_groups(model: Autoencoder, recipe: Recipe) -> list[dict[str, Any]]:
+    groups: dict[str, dict[str, Any]] = {
         "linear": {"params": [], "peak": recipe.linear_lr, "weight_decay": 0.0},
         "matrices": {"params": [], "peak": recipe.lr, "weight_decay": recipe.weight_decay},
         "vectors": {"params": [], "peak": recipe.lr, "weight_decay": 0.0},
@@ -153,15 +153,16 @@ def _parameter_groups(model: FullCapacitor, recipe: Recipe) -> list[dict[str, An
 
 
 def objective(
-    model: FullCapacitor, image: Tensor, generator: torch.Generator, recipe: Recipe, drop_path: bool = False
+    model: Autoencoder, image: Tensor, generator: torch.Generator, recipe: Recipe, drop_path: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Loss of one batch `[B,3,H,W]` in [-1,1], and its error in dB (mean over crops, peak 2).
 
     The logarithm of each crop's error is what PSNR measures: a smooth crop counts nearly as much as a busy one.
     """
     config = model.config
-    mean, logsnr = model.encoder(image)
-    latents = reference.posterior_sample(mean, logsnr, _normal(mean, generator))
+    mean, logsnr = model.encode_posterior(image)
+    assert logsnr is not None, "CONFIG has a Gaussian posterior"
+    latents = posterior_sample(mean, logsnr, _normal(mean, generator))
     draws = torch.rand(2, len(image), generator=generator)
     times = torch.where(draws[0] < recipe.random_time_share, draws[1], 1.0)
     levels = [noise_level(t, config.logsnr_min, config.logsnr_max) for t in times.tolist()]
@@ -189,7 +190,7 @@ def _kl_to_unit_normal(mean: Tensor, logsnr: Tensor) -> Tensor:
     return kl.sum(1).mean()
 
 
-def train_step(run: Run, recipe: Recipe, progress: float) -> float:
+def train_step(run: TrainingRun, recipe: Recipe, progress: float) -> float:
     """One optimiser step; returns the batch's PSNR in dB, or NaN: no finite gradient, the step was skipped."""
     warm = min(1.0, (run.step + 1) / recipe.warmup_steps)
     cosine = 0.01 + 0.99 * 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
@@ -200,7 +201,7 @@ def train_step(run: Run, recipe: Recipe, progress: float) -> float:
     loss, decibels = objective(run.model, image, run.generator, recipe, drop_path)
     run.optimizer.zero_grad()
     loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), recipe.clip)
+    norm = clip_grad_norm_(run.model.parameters(), recipe.clip)
     run.step += 1
     if not math.isfinite(norm):
         run.skipped += 1
@@ -213,28 +214,27 @@ def train_step(run: Run, recipe: Recipe, progress: float) -> float:
 
 
 @torch.no_grad()
-def running_statistics(model: FullCapacitor, images: list[np.ndarray]) -> tuple[Tensor, Tensor]:
+def running_statistics(model: Autoencoder, images: list[np.ndarray]) -> tuple[Tensor, Tensor]:
     """Per-channel mean and variance `[Z]` of the posterior mode over uint8 `[H,W,3]` images, cropped to legal sizes."""
     modes = []
     for pixels in images:
         image = torch.from_numpy(np.ascontiguousarray(photos.centre_crop(pixels)))[None]
-        mode = reference.posterior_mode(*model.encode_posterior(image))
+        mode = posterior_mode(*model.encode_posterior(image))
         modes.append(mode[0].flatten(1).double())
     rows = torch.cat(modes, 1)
     return rows.mean(1).float(), rows.var(1, unbiased=False).float()
 
 
-def export(model: FullCapacitor, images: list[np.ndarray], folder: Path, about: dict[str, str]) -> FullCapacitor:
+def export(model: Autoencoder, images: list[np.ndarray], folder: Path, about: dict[str, str]) -> Autoencoder:
     """Write `config.json` and a float16 `model.safetensors`; returns the model as that file holds it, in float32.
 
     The statistics are those of the rounded weights.
     """
-    rounded = FullCapacitor(model.config)
+    rounded = Autoencoder(model.config)
     state = {name: t.half().float() if name not in FLOAT32_TENSORS else t for name, t in model.state_dict().items()}
     rounded.load_state_dict(state)
     mean, var = running_statistics(rounded, images)
-    rounded.latent_norm_running_mean.copy_(mean)
-    rounded.latent_norm_running_var.copy_(var)
+    rounded.load_state_dict(state | {"latent_norm_running_mean": mean, "latent_norm_running_var": var})
     tensors = {
         name: (t if name in FLOAT32_TENSORS else t.half()).contiguous() for name, t in rounded.state_dict().items()
     }
@@ -246,7 +246,7 @@ def export(model: FullCapacitor, images: list[np.ndarray], folder: Path, about: 
 
 
 def fit(
-    run: Run,
+    run: TrainingRun,
     recipe: Recipe,
     folder: Path,
     *,
@@ -277,12 +277,12 @@ def fit(
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Folder for config.json, model.safetensors and the run's state.")],
-    minutes: Annotated[float, typer.Option(help="Length of the run; ignored with --steps.")] = 40.0,
+    out: Annotated[Path, typer.Option(help="Folder for config.json, model.safetensors and the state of the run.")],
+    minutes: Annotated[float, typer.Option(help="Length in minutes, where --steps is not given.")] = 40.0,
     steps: Annotated[int | None, typer.Option(help="Length in steps: the same seed gives the same weights.")] = None,
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
-    seed: Annotated[int, typer.Option(help="Of the initial weights and of all crops and noise.")] = 0,
-    resume: Annotated[bool, typer.Option(help="Go on from the state in --out.")] = False,
+    threads: Annotated[int, typer.Option(help="Number of CPU threads.")] = 2,
+    seed: Annotated[int, typer.Option(help="Seed of the initial weights and of all crops and noise.")] = 0,
+    resume: Annotated[bool, typer.Option(help="Go on from the state that lies in --out.")] = False,
 ) -> None:
     """Train the sample checkpoint on the bundled photographs, then print its held-out PSNR beside PCA's."""
     try:
@@ -305,8 +305,7 @@ def main(
             "torch": torch.__version__,
             "recipe": json.dumps(dataclasses.asdict(recipe)),
         }
-        export(run.ema, pixels, out, about)
-        print_table(FullCapacitor.from_pretrained(out))
+        print_table(export(run.ema, pixels, out, about))
     except CapacitorError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None

@@ -1,1 +1,1 @@
-"""One op a module: its kernels, its host function of the module's name, its configs."""
+"""One module per op: its kernels, the host function of the module's name, its work, its default config."""

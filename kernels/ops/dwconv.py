@@ -3,50 +3,40 @@
     y[t, c]     = b[c] + sum_{dy, dx} w[7*dy + dx, c] * x[t shifted by (dy - 3, dx - 3), c]
     sumsq[t, i] = sum of y[t, c]^2 over channel tile i, from the float32 values before y is rounded
 
-A thread owns `cols` neighbouring pixels of one row and four channels. For each of the seven input rows it
-loads `cols + 6` pixels and seven weights once, and every loaded pixel feeds up to seven accumulators: the
-six pixels of overlap are the only ones that are loaded twice. Pairs of bfloat16 travel as one 32-bit word
-and widen by a shift and a mask, an instruction each. A CTA stacks `strips_y` rows, so that the seven
-readings of a row hit L1. Rows outside the image are read from its edge and weighted zero; where the tiles
-cover the width exactly only the halo columns are masked, and where one tile is the whole width they are
-not even loaded.
+A thread owns `cols` neighbouring pixels of one row and four channels. For each of the seven input rows it loads
+`cols + 6` pixels and seven weights once, and every loaded pixel feeds up to seven accumulators: the six pixels of
+overlap are the only ones that are loaded twice. Pairs of bfloat16 travel as one 32-bit word and widen by a shift and a
+mask, an instruction each. A CTA stacks `strips_y` rows, so that the seven readings of a row hit L1. Rows outside the
+image are read from its edge and weighted zero; where the tiles cover the width exactly only the halo columns are
+masked, and where one tile is the whole width they are not even loaded. Taps are added in the order dy, dx whatever the
+config, so the bits of y depend on nothing but the pixel's neighbourhood. Other forms lost: kernels/NOTES.md.
 
-FLOPs 2*49*T*C; bytes 2*T*C*itemsize + 49*C*4 + 4*T*ceil(C/block_c). Taps are added in the order dy, dx
-whatever the config, so the bits of y depend on nothing but the pixel's neighbourhood.
-
-Measured facts: GPU timings not measured yet. Compiled, Triton 3.6.0, C 896, bf16, 2026-11-23; instructions
-are counted in the SASS and weighted by the trips of the loop, and the share is that of the 49 FMAs a pixel
-and channel among them:
-- 16 columns, 16x16 grid: 76 % on sm_80-90, 72 % on sm_120 (a tenth less is executed, since taps beside the
-  image are left out), 144 to 150 registers, 12 warps an SM, no spills. 32x32: 64 % with 128 registers, 16
-  warps. At full issue that is 112 000 and 132 000 cycles for 32 768 tokens on 132 SMs. sm_100 fuses pairs
-  into FFMA2 and needs 31 % fewer instructions, but held to 128 registers it spills.
-- the same with 8 columns: 58 %; with 4 (one image at a time): 45 %, 64 to 80 registers.
-- bfloat16 tiles widened by a cast instead of as 32-bit pairs: 60 % where this form has 63, since the upper
-  half then takes two instructions.
-- four channels a thread against two: the sums over a warp cost 10 instructions a pixel either way.
-- all seven rows unrolled, 4 x 4 pixels a thread, weights in registers (128): 58 % on sm_90, but 20 s to
-  compile (Triton's coalescing pass is quadratic in the operations), which rules out taller tiles.
-- columns loaded as one tile and split in registers: layout conversions through shared memory, 47 %.
+FLOPs 2*49*T*C; bytes T*C * (itemsize(x) + itemsize(y)) + 50*C * itemsize(w) + 4*T*ceil(C/block_c).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from ..jit import load_tile
 from ..launch import (
     FLOATS,
     Launch,
+    TensorLike,
+    Work,
     cdiv,
     check_int32,
     check_rows,
     check_tensor,
     compiler_options,
     compute_capability,
+    nbytes_of,
     run_launches,
 )
 from ..tuning import Family, Shape, lookup, next_power_of_2, register
@@ -69,13 +59,12 @@ class DwconvConfig:
 
 
 @triton.jit
-def _load_pairs(pointers, mask, SHAPE: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr):
+def _load_pairs(pointers, mask, SHAPE: tl.constexpr, EVEN: tl.constexpr, PACKED: tl.constexpr):
     """Even and odd channels of a pixel as float32; PACKED pointers are to words of two bfloat16."""
+    values = load_tile(pointers, mask, EVEN)
     if PACKED:
-        words = tl.load(pointers, mask=mask, other=0) if MASKED else tl.load(pointers)
-        return (words << 16).to(tl.float32, bitcast=True), (words & 0xFFFF0000).to(tl.float32, bitcast=True)
+        return (values << 16).to(tl.float32, bitcast=True), (values & 0xFFFF0000).to(tl.float32, bitcast=True)
     else:
-        values = tl.load(pointers, mask=mask, other=0.0) if MASKED else tl.load(pointers)
         return tl.split(tl.reshape(values.to(tl.float32), SHAPE))
 
 
@@ -110,31 +99,29 @@ def dwconv_kernel(
     LEFT: tl.constexpr = 3 if FULL_W else 0
     RIGHT: tl.constexpr = COLS + 3 if FULL_W else COLS + 6
     pid = tl.program_id(0)
-    channel_tile = pid % CHANNEL_TILES
+    pid_c = pid % CHANNEL_TILES
     tile = pid // CHANNEL_TILES
     image = tile // (row_tiles * col_tiles)
     tile_y = tile // col_tiles % row_tiles
     strip = tl.arange(0, STRIPS)[:, None]
     h = tile_y * STRIPS_Y + strip // STRIPS_X
     w0 = tile % col_tiles * (STRIPS_X * COLS) + strip % STRIPS_X * COLS
-    rc = channel_tile * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    rw = channel_tile * (BLOCK_C // WORD) + tl.arange(0, BLOCK_C // WORD)[None, :]
-    in_c = rc < CHANNELS
-    in_w = rw < CHANNELS // WORD
+    offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    offs_word = pid_c * (BLOCK_C // WORD) + tl.arange(0, BLOCK_C // WORD)[None, :]
+    in_c = offs_c < CHANNELS
+    in_word = offs_word < CHANNELS // WORD
     first = image.to(tl.int64) * height * width
     # one unsigned comparison checks both ends; a size of 1 arrives as a constexpr and has no dtype of its own
     limit_h = (h * 0 + height).to(tl.uint32)
     limit_w = (h * 0 + width).to(tl.uint32)
 
-    bias = tl.load(bias_ptr + rc, mask=in_c, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + offs_c, mask=in_c, other=0.0).to(tl.float32)
     even, odd = tl.split(tl.reshape(bias + tl.zeros([STRIPS, BLOCK_C], tl.float32), PAIRS))
-    acc = ()
-    for _ in tl.static_range(COLS):
-        acc += (even, odd)
+    acc = (even, odd) * COLS
 
     x_ptrs = x_ptr.to(tl.pointer_type(tl.uint32)) if PACKED else x_ptr
-    x_ptrs += first * (CHANNELS // WORD) + rw
-    w_ptrs = w_ptr + rc
+    x_ptrs += first * (CHANNELS // WORD) + offs_word
+    w_ptrs = w_ptr + offs_c
     for dy in tl.range(0, 7):
         row = h + (dy - 3)
         in_h = row.to(tl.uint32) < limit_h
@@ -149,26 +136,26 @@ def dwconv_kernel(
         pixels = ()
         for c in tl.static_range(LEFT, RIGHT):
             in_x = (w0 + (c - 3)).to(tl.uint32) < limit_w
-            in_x = in_x if EVEN_C else in_x & in_w
+            in_x = in_x if EVEN_C else in_x & in_word
             p_x = p_row + c * (CHANNELS // WORD)
-            masked = not (EVEN_C and EVEN_W and c >= 3 and c < COLS + 3)
-            pixels += _load_pairs(p_x, in_x, PAIRS, masked, PACKED)
-        sums = ()
+            inside = EVEN_C and EVEN_W and c >= 3 and c < COLS + 3
+            pixels += _load_pairs(p_x, in_x, PAIRS, inside, PACKED)
         for s in tl.static_range(COLS):
-            even = acc[2 * s]
-            odd = acc[2 * s + 1]
+            # a pixel's two sums leave the tuple in front and come back at its end
+            even = acc[0]
+            odd = acc[1]
+            acc = acc[2:]
             for dx in tl.static_range(7):
                 if s + dx >= LEFT and s + dx < RIGHT:
                     even = tl.fma(pixels[2 * (s + dx - LEFT)], weights[2 * dx], even)
                     odd = tl.fma(pixels[2 * (s + dx - LEFT) + 1], weights[2 * dx + 1], odd)
-            sums += (even, odd)
-        acc = sums
+            acc += (even, odd)
         w_ptrs += 7 * CHANNELS
 
     # every lane gets the sum of squares of every pixel; the one that keeps it stores it
     columns = tl.arange(0, PADDED_COLS)[None, :]
     squares = tl.zeros([STRIPS, PADDED_COLS], tl.float32)
-    y_ptrs = y_ptr + first * CHANNELS + (h * width + w0) * CHANNELS + rc
+    y_ptrs = y_ptr + first * CHANNELS + (h * width + w0) * CHANNELS + offs_c
     left = tl.where(h < height, width, 0) - w0
     for s in tl.static_range(COLS):
         even = acc[2 * s]
@@ -177,7 +164,7 @@ def dwconv_kernel(
         in_y = s < left if EVEN_C else (s < left) & in_c
         tl.store(y_ptrs + s * CHANNELS, y.to(y_ptr.dtype.element_ty), mask=in_y)
         squares = tl.where(columns == s, tl.sum(even * even + odd * odd, axis=1, keep_dims=True), squares)
-    sumsq_ptrs = sumsq_ptr + (first + h * width + w0 + columns) * CHANNEL_TILES + channel_tile
+    sumsq_ptrs = sumsq_ptr + (first + h * width + w0 + columns) * CHANNEL_TILES + pid_c
     tl.store(sumsq_ptrs, squares, mask=(columns < left) & (columns < COLS))
 
 
@@ -204,9 +191,10 @@ def dwconv(
         x: [T, C] bf16, fp16 or fp32 tokens, T = batch * height * width, row by row.
         w: [49, C] taps in the order dy, dx; bf16, fp16 or fp32 (fp32 is read as fast, and rounds nothing).
         b: [C], dtype of w.
-        y: [T, C] output, bf16, fp16 or fp32. sumsq: output of shape `dwconv_sumsq_shape(...)`, fp32.
-        batch, height, width: images and their grid in tokens. config: launch parameters; looked up by the
-        grid when None.
+        y: [T, C] output, bf16, fp16 or fp32.
+        sumsq: output of shape `dwconv_sumsq_shape(...)`, fp32.
+        batch, height, width: images and their grid in tokens.
+        config: launch parameters; looked up by the grid when None.
 
     Raises:
         TypeError, ValueError: an argument that the kernel cannot take.
@@ -225,24 +213,9 @@ def dwconv(
     check_tensor("b", b, shape=(channels,), dtypes=w.dtype, like=x)
     check_tensor("y", y, shape=(tokens, channels), dtypes=FLOATS, like=x)
     if config is None:
-        shape = {"height": height, "width": width, "dim": channels}
-        config = lookup("dwconv", compute_capability(x), shape, x.dtype)
+        key = {"height": height, "width": width, "dim": channels}
+        config = lookup("dwconv", compute_capability(x), key, x.dtype)
     check_tensor("sumsq", sumsq, shape=dwconv_sumsq_shape(tokens, channels, config), dtypes=torch.float32, like=x)
-    run_launches(_launches(x, w, b, y, sumsq, batch, height, width, config), x.device)
-
-
-def _launches(
-    x: torch.Tensor,
-    w: torch.Tensor,
-    b: torch.Tensor,
-    y: torch.Tensor,
-    sumsq: torch.Tensor,
-    batch: int,
-    height: int,
-    width: int,
-    config: DwconvConfig,
-) -> list[Launch]:
-    channels = x.shape[1]
     # a tile's pixels are indexed in 32 bits from its image's first, rows below the image included
     check_int32("elements of one image", (height + config.strips_y) * (width + config.cols) * channels)
     row_tiles = cdiv(height, config.strips_y)
@@ -269,7 +242,13 @@ def _launches(
         "FULL_W": config.strips_x == 1 and width == config.cols,
         "PACKED": x.dtype == torch.bfloat16 and channels % 2 == 0,
     }
-    return [Launch(dwconv_kernel, (programs,), args, compiler_options(config.num_warps, 1, config.maxnreg))]
+    options = compiler_options(config.num_warps, 1, config.maxnreg)
+    run_launches([Launch(dwconv_kernel, (programs,), args, options)], x.device)
+
+
+def work(*, x: TensorLike, w: TensorLike, b: TensorLike, y: TensorLike, sumsq: TensorLike, **options: Any) -> Work:
+    """FLOPs and bytes of `dwconv` called with these arguments."""
+    return Work(2 * 49 * prod(x.shape), nbytes_of(x, w, b, y, sumsq))
 
 
 def _cost(shape: Shape, config: DwconvConfig) -> float:
@@ -305,16 +284,4 @@ def _suits(config: DwconvConfig, shape: Shape) -> bool:
     return _cost(shape, config) <= 1.1 * _cost(shape, _default(80, shape, torch.bfloat16, "throughput"))
 
 
-def _example(shape: Shape, dtype: torch.dtype, config: DwconvConfig) -> list[Launch]:
-    height, width, channels = shape["height"], shape["width"], shape["dim"]
-    tokens = 2 * height * width
-
-    def empty(*size: int, of: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(size, dtype=of, device="meta")
-
-    x, y = empty(tokens, channels, of=dtype), empty(tokens, channels, of=dtype)
-    sumsq = empty(*dwconv_sumsq_shape(tokens, channels, config))
-    return _launches(x, empty(49, channels), empty(channels), y, sumsq, 2, height, width, config)
-
-
-register(Family("dwconv", DwconvConfig, ("dim",), ("height", "width"), _default, _example, _suits))
+register(Family("dwconv", DwconvConfig, ("dim",), ("height", "width"), _default, _suits))

@@ -3,18 +3,20 @@
     G[b, f]    = sqrt(sum_i partials[b, i, f])
     gain[b, f] = gamma[f] * G[b, f] / (mean_f G[b, :] + eps)
 
-The project kernel then scales h by 1 + gain. Sums run in the order of the tiles, so the result depends
-neither on the batch nor on the run. Few tiles per image: one program an image does everything in one
-launch. Many tiles (a single 2048 x 2048 image has 128): a first launch sums them with a program for each
-chunk of channels, a second one takes the mean over the image's G (4*F bytes, from L2) and writes the
-gain.
+The project kernel then scales h by 1 + gain. Sums run in the order of the tiles, so the result depends neither on the
+batch nor on the run. Few tiles per image: one program per image does everything in one launch. Many tiles (a single
+2048 x 2048 image has 128): a first launch sums them with a program for each chunk of channels, a second one takes the
+mean over the image's G (4*F bytes, from L2) and writes the gain.
 
-Bytes 4*B*tiles*F + (4 + itemsize)*B*F; about 2 FLOPs an element.
+FLOPs 2*B*tiles*F; bytes 4*B*tiles*F + F * itemsize(gamma) + (4 + itemsize) * B*F, and 4*B*F more in two launches, the
+second of which reads G again.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
+from typing import Any
 
 import torch
 import triton
@@ -23,11 +25,14 @@ import triton.language as tl
 from ..launch import (
     FLOATS,
     Launch,
+    TensorLike,
+    Work,
     cdiv,
     check_int32,
     check_tensor,
     compiler_options,
     compute_capability,
+    nbytes_of,
     run_launches,
 )
 from ..tuning import Family, Shape, lookup, next_power_of_2, register
@@ -39,7 +44,7 @@ LOADS_IN_FLIGHT = 4
 
 @dataclass(frozen=True)
 class GrnConfig:
-    """`split` chooses two launches, of `block_f` channels a program; the fused one takes all channels."""
+    """`split` chooses two launches, of `block_f` channels per program; the fused one takes all channels."""
 
     split: bool
     block_f: int
@@ -47,17 +52,17 @@ class GrnConfig:
 
 
 @triton.jit
-def _ordered_sum(partials_ptr, image, tiles, rf, HIDDEN: tl.constexpr, UNROLL: tl.constexpr):
+def _ordered_sum(partials_ptr, image, tiles, offs_f, HIDDEN: tl.constexpr, UNROLL: tl.constexpr):
     """Sum of an image's partials in tile order; UNROLL loads are in flight at a time."""
-    acc = tl.zeros(rf.shape, dtype=tl.float32)
-    ptrs = partials_ptr + image.to(tl.int64) * tiles * HIDDEN + rf
+    acc = tl.zeros(offs_f.shape, dtype=tl.float32)
+    ptrs = partials_ptr + image.to(tl.int64) * tiles * HIDDEN + offs_f
     tile = tl.full((), 0, tl.int32)
     # not range(): the interpreter of Triton 3.6 cannot take its bounds from an argument under numpy 2.4
     while tile < tiles:
         for ahead in tl.static_range(UNROLL):
             # one comparison of a block: Triton 3.9's interpreter gets `block & scalar` wrong
             last = tl.where(tile + ahead < tiles, HIDDEN, 0)
-            acc += tl.load(ptrs, mask=rf < last, other=0.0)
+            acc += tl.load(ptrs, mask=offs_f < last, other=0.0)
             ptrs += HIDDEN
         tile += UNROLL
     return acc
@@ -76,12 +81,12 @@ def grn_fused_kernel(
     UNROLL: tl.constexpr,
 ):
     image = tl.program_id(0)
-    rf = tl.arange(0, BLOCK_F)
-    in_f = rf < HIDDEN
-    norms = tl.sqrt(_ordered_sum(partials_ptr, image, tiles, rf, HIDDEN, UNROLL))
+    offs_f = tl.arange(0, BLOCK_F)
+    in_f = offs_f < HIDDEN
+    norms = tl.sqrt(_ordered_sum(partials_ptr, image, tiles, offs_f, HIDDEN, UNROLL))
     mean = tl.sum(norms, axis=0) / HIDDEN
-    gamma = tl.load(gamma_ptr + rf, mask=in_f, other=0.0).to(tl.float32)
-    out = image.to(tl.int64) * HIDDEN + rf
+    gamma = tl.load(gamma_ptr + offs_f, mask=in_f, other=0.0).to(tl.float32)
+    out = image.to(tl.int64) * HIDDEN + offs_f
     tl.store(norms_ptr + out, norms, mask=in_f)
     gain = gamma * (norms / (mean + eps))
     tl.store(gain_ptr + out, gain.to(gain_ptr.dtype.element_ty), mask=in_f)
@@ -97,10 +102,10 @@ def grn_norms_kernel(
     UNROLL: tl.constexpr,
 ):
     image = tl.program_id(0)
-    rf = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-    in_f = rf < HIDDEN
-    norms = tl.sqrt(_ordered_sum(partials_ptr, image, tiles, rf, HIDDEN, UNROLL))
-    tl.store(norms_ptr + image.to(tl.int64) * HIDDEN + rf, norms, mask=in_f)
+    offs_f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    in_f = offs_f < HIDDEN
+    norms = tl.sqrt(_ordered_sum(partials_ptr, image, tiles, offs_f, HIDDEN, UNROLL))
+    tl.store(norms_ptr + image.to(tl.int64) * HIDDEN + offs_f, norms, mask=in_f)
 
 
 @triton.jit
@@ -117,12 +122,12 @@ def grn_gain_kernel(
     base = norms_ptr + image.to(tl.int64) * HIDDEN
     every = tl.arange(0, PADDED)
     mean = tl.sum(tl.load(base + every, mask=every < HIDDEN, other=0.0), axis=0) / HIDDEN
-    rf = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-    in_f = rf < HIDDEN
-    norms = tl.load(base + rf, mask=in_f, other=0.0)
-    gamma = tl.load(gamma_ptr + rf, mask=in_f, other=0.0).to(tl.float32)
+    offs_f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    in_f = offs_f < HIDDEN
+    norms = tl.load(base + offs_f, mask=in_f, other=0.0)
+    gamma = tl.load(gamma_ptr + offs_f, mask=in_f, other=0.0).to(tl.float32)
     gain = gamma * (norms / (mean + eps))
-    out = gain_ptr + image.to(tl.int64) * HIDDEN + rf
+    out = gain_ptr + image.to(tl.int64) * HIDDEN + offs_f
     tl.store(out, gain.to(gain_ptr.dtype.element_ty), mask=in_f)
 
 
@@ -158,28 +163,34 @@ def grn(
     check_int32("number of programs", batch * hidden)
     if config is None:
         config = lookup("grn", compute_capability(partials), {"tiles": tiles, "hidden": hidden}, gain.dtype)
-    run_launches(_launches(partials, gamma, gain, norms, eps, config), partials.device)
-
-
-def _launches(
-    partials: torch.Tensor,
-    gamma: torch.Tensor,
-    gain: torch.Tensor,
-    norms: torch.Tensor,
-    eps: float,
-    config: GrnConfig,
-) -> list[Launch]:
-    batch, tiles, hidden = partials.shape
     options = compiler_options(config.num_warps, 1)
     padded = next_power_of_2(hidden)
     sums = {"partials_ptr": partials, "norms_ptr": norms, "tiles": tiles, "HIDDEN": hidden, "UNROLL": LOADS_IN_FLIGHT}
     scale = {"gamma_ptr": gamma, "gain_ptr": gain, "eps": eps}
-    if not config.split:
-        return [Launch(grn_fused_kernel, (batch,), sums | scale | {"BLOCK_F": padded}, options)]
-    grid = (batch, cdiv(hidden, config.block_f))
-    block = {"BLOCK_F": config.block_f}
-    gain_args = scale | block | {"norms_ptr": norms, "HIDDEN": hidden, "PADDED": padded}
-    return [Launch(grn_norms_kernel, grid, sums | block, options), Launch(grn_gain_kernel, grid, gain_args, options)]
+    if config.split:
+        grid, block = (batch, cdiv(hidden, config.block_f)), {"BLOCK_F": config.block_f}
+        second = scale | block | {"norms_ptr": norms, "HIDDEN": hidden, "PADDED": padded}
+        launches = [
+            Launch(grn_norms_kernel, grid, sums | block, options),
+            Launch(grn_gain_kernel, grid, second, options),
+        ]
+    else:
+        launches = [Launch(grn_fused_kernel, (batch,), sums | scale | {"BLOCK_F": padded}, options)]
+    run_launches(launches, partials.device)
+
+
+def work(
+    *,
+    partials: TensorLike,
+    gamma: TensorLike,
+    gain: TensorLike,
+    norms: TensorLike,
+    config: GrnConfig | None = None,
+    **options: Any,
+) -> Work:
+    """FLOPs and bytes of `grn` called with these arguments; without a config, those of one launch."""
+    read_again = nbytes_of(norms) if config is not None and config.split else 0
+    return Work(2 * prod(partials.shape), nbytes_of(partials, gamma, gain, norms) + read_again)
 
 
 def _default(cc: int, shape: Shape, dtype: torch.dtype, use: str) -> GrnConfig:
@@ -188,14 +199,4 @@ def _default(cc: int, shape: Shape, dtype: torch.dtype, use: str) -> GrnConfig:
     return GrnConfig(split=True, block_f=min(256, next_power_of_2(shape["hidden"])), num_warps=4)
 
 
-def _example(shape: Shape, dtype: torch.dtype, config: GrnConfig) -> list[Launch]:
-    tiles, hidden = shape["tiles"], shape["hidden"]
-
-    def empty(*size: int, of: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(size, dtype=of, device="meta")
-
-    gain = empty(2, hidden, of=dtype)
-    return _launches(empty(2, tiles, hidden), empty(hidden), gain, empty(2, hidden), 1e-6, config)
-
-
-register(Family("grn", GrnConfig, ("hidden",), ("tiles",), _default, _example))
+register(Family("grn", GrnConfig, ("hidden",), ("tiles",), _default))

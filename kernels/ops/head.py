@@ -4,39 +4,37 @@
     mean         = mean * rsqrt(mean_c(mean^2) + 1e-6)        only with norm: weightless RMSNorm
     latents      = (sqrt(sigmoid(logsnr)) * mean - shift) * scale
 
-Everything after the products is float32. A program holds the same channels of both halves, two accumulators, so
-that the mode needs no second pass; with `norm` it holds all of them. sqrt(sigmoid(s)) is taken as
-exp(0.5 * (min(s, 0) - log(1 + exp(-|s|)))), which overflows for no s. A weight [D, Z] is a deterministic
-bottleneck: no logsnr, and the mode is the mean. Tiles are stored along pixels.
+Everything after the products is float32. A program holds the same channels of both halves, two accumulators, so that
+the mode needs no second pass; with `norm` it holds all of them. sqrt(sigmoid(s)) is taken as
+exp(0.5 * (min(s, 0) - log(1 + exp(-|s|)))), which overflows for no s. A weight [D, Z] is a deterministic bottleneck: no
+logsnr, and the mode is the mean. Tiles are stored along pixels.
 
-FLOPs 2*T*D*2Z; bytes (T*D + D*2Z) * itemsize + T*Z * itemsize of each output.
-
-Measured facts: GPU timings not measured yet. Compiled, Triton 3.6.0, D 896, Z 128, 2026-11-23: 128 tokens x
-64 channels of both halves take 123 registers on sm_90 (8 warps, two CTAs an SM), 234 to 245 on sm_80, 89, 120
-(4 warps, two CTAs), no spills.
+FLOPs 2*T*D*2Z; bytes (T*D + D*2Z) * itemsize + 2Z * itemsize(b) + T*Z * itemsize of each output + 8*Z where whitened.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from ..jit import grouped_tile
+from ..jit import grouped_tile, load_tile
 from ..launch import (
     FLOATS,
     Launch,
-    cdiv,
-    check_int32,
+    TensorLike,
+    Work,
     check_tensor,
-    compiler_options,
     compute_capability,
     dot_precision,
+    nbytes_of,
     run_launches,
 )
-from ..tuning import Family, GemmConfig, Shape, flat_gemm_default, lookup, next_power_of_2, register
+from ..tuning import Family, GemmConfig, Shape, flat_gemm_default, flat_tiles, lookup, next_power_of_2, register
 
 NORM_EPS = 1e-6
 NORM_MAX_CHANNELS = 512
@@ -70,46 +68,47 @@ def head_kernel(
     LATENTS: tl.constexpr,
     RAW: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_Z: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     WIDTH: tl.constexpr = 2 * CHANNELS if POSTERIOR else CHANNELS
     EVEN_K: tl.constexpr = DIM % BLOCK_K == 0
-    EVEN_Z: tl.constexpr = CHANNELS % BLOCK_Z == 0
-    tile_m, tile_z = grouped_tile(tl.program_id(0), tiles_m, tl.cdiv(CHANNELS, BLOCK_Z), GROUP_M)
-    rm = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    rz = tile_z * BLOCK_Z + tl.arange(0, BLOCK_Z)
-    rk = tl.arange(0, BLOCK_K)
-    in_z = rz < CHANNELS
+    EVEN_N: tl.constexpr = CHANNELS % BLOCK_N == 0
+    pid_m, pid_n = grouped_tile(tl.program_id(0), tiles_m, tl.cdiv(CHANNELS, BLOCK_N), GROUP_M)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    # channels of one half
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    in_n = offs_n < CHANNELS
     # rows past the end read the last token again and are dropped at the store
-    x_ptrs = x_ptr + tl.minimum(rm, tokens - 1).to(tl.int64)[:, None] * DIM + rk[None, :]
-    w_ptrs = w_ptr + rk[:, None] * WIDTH + rz[None, :]
+    x_ptrs = x_ptr + tl.minimum(offs_m, tokens - 1).to(tl.int64)[:, None] * DIM + offs_k[None, :]
+    w_ptrs = w_ptr + offs_k[:, None] * WIDTH + offs_n[None, :]
 
-    mean = tl.zeros((BLOCK_M, BLOCK_Z), dtype=tl.float32)
-    logsnr = tl.zeros((BLOCK_M, BLOCK_Z), dtype=tl.float32)
+    mean = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    logsnr = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for k in range(0, DIM, BLOCK_K):
-        in_w = (rk[:, None] < DIM - k) & in_z[None, :]
-        x = tl.load(x_ptrs) if EVEN_K else tl.load(x_ptrs, mask=rk[None, :] < DIM - k, other=0.0)
-        w = tl.load(w_ptrs) if EVEN_K and EVEN_Z else tl.load(w_ptrs, mask=in_w, other=0.0)
+        in_k = offs_k < DIM - k
+        in_w = in_k[:, None] & in_n[None, :]
+        x = load_tile(x_ptrs, in_k[None, :], EVEN_K)
+        w = load_tile(w_ptrs, in_w, EVEN_K and EVEN_N)
         mean = tl.dot(x, w, mean, input_precision=PRECISION)
         if POSTERIOR:
-            v_ptrs = w_ptrs + CHANNELS
-            v = tl.load(v_ptrs) if EVEN_K and EVEN_Z else tl.load(v_ptrs, mask=in_w, other=0.0)
+            v = load_tile(w_ptrs + CHANNELS, in_w, EVEN_K and EVEN_N)
             logsnr = tl.dot(x, v, logsnr, input_precision=PRECISION)
         x_ptrs += BLOCK_K
         w_ptrs += BLOCK_K * WIDTH
 
-    mean += tl.load(bias_ptr + rz, mask=in_z, other=0.0).to(tl.float32)[None, :]
+    mean += tl.load(bias_ptr + offs_n, mask=in_n, other=0.0).to(tl.float32)[None, :]
     if NORM:
         # columns past the last channel are zero: no weight, no bias
         mean *= tl.rsqrt(tl.sum(mean * mean, axis=1) / CHANNELS + EPS)[:, None]
-    at = (rm // tokens_per_image).to(tl.int64) * CHANNELS * tokens_per_image + rm % tokens_per_image
-    at = at[:, None] + rz.to(tl.int64)[None, :] * tokens_per_image  # [BLOCK_M, BLOCK_Z]
-    mask = (rm < tokens)[:, None] & in_z[None, :]
+    at = (offs_m // tokens_per_image).to(tl.int64) * CHANNELS * tokens_per_image + offs_m % tokens_per_image
+    at = at[:, None] + offs_n.to(tl.int64)[None, :] * tokens_per_image  # [BLOCK_M, BLOCK_N]
+    mask = (offs_m < tokens)[:, None] & in_n[None, :]
     if POSTERIOR:
-        logsnr += tl.load(bias_ptr + CHANNELS + rz, mask=in_z, other=0.0).to(tl.float32)[None, :]
+        logsnr += tl.load(bias_ptr + CHANNELS + offs_n, mask=in_n, other=0.0).to(tl.float32)[None, :]
     if RAW:
         tl.store(mean_ptr + at, mean.to(mean_ptr.dtype.element_ty), mask=mask)
         if POSTERIOR:
@@ -119,8 +118,8 @@ def head_kernel(
         if POSTERIOR:
             mode = alpha_of(logsnr) * mean
         if WHITEN:
-            shift = tl.load(shift_ptr + rz, mask=in_z, other=0.0)[None, :]
-            mode = (mode - shift) * tl.load(scale_ptr + rz, mask=in_z, other=0.0)[None, :]
+            shift = tl.load(shift_ptr + offs_n, mask=in_n, other=0.0)[None, :]
+            mode = (mode - shift) * tl.load(scale_ptr + offs_n, mask=in_n, other=0.0)[None, :]
         tl.store(latents_ptr + at, mode.to(latents_ptr.dtype.element_ty), mask=mask)
 
 
@@ -163,7 +162,8 @@ def head(
     if 0 in shape:
         raise ValueError(f"{name} has shape {list(shape)}, expected at least one image, channel and pixel")
     channels, per_image = shape[1], shape[2] * shape[3]
-    check_tensor("x", x, shape=(shape[0] * per_image, dim))
+    tokens = shape[0] * per_image
+    check_tensor("x", x, shape=(tokens, dim))
     check_tensor("w", w, shape=(dim, None), dtypes=x.dtype, like=x)
     posterior = w.shape[1] != channels
     if posterior and w.shape[1] != 2 * channels:
@@ -183,8 +183,32 @@ def head(
     config = config or _config(x, channels, per_image, norm)
     if norm and config.block_n < channels:
         raise ValueError(f"norm needs all {channels} channels in one tile, config has block_n {config.block_n}")
-    launches = _launches(x, w, b, latents, mean, logsnr, whiten_mean, whiten_rstd, norm, per_image, channels, config)
-    run_launches(launches, x.device)
+    tiles_m, programs = flat_tiles(tokens, channels, config)
+    # a pointer that the kernel's switches leave unused still has to be one
+    args = {
+        "x_ptr": x,
+        "w_ptr": w,
+        "bias_ptr": b,
+        "shift_ptr": b if whiten_mean is None else whiten_mean,
+        "scale_ptr": b if whiten_rstd is None else whiten_rstd,
+        "latents_ptr": b if latents is None else latents,
+        "mean_ptr": b if mean is None else mean,
+        "logsnr_ptr": b if logsnr is None else logsnr,
+        "tokens": tokens,
+        "tokens_per_image": per_image,
+        "tiles_m": tiles_m,
+        "DIM": dim,
+        "CHANNELS": channels,
+        "POSTERIOR": posterior,
+        "NORM": norm,
+        "EPS": NORM_EPS,
+        "WHITEN": whiten_mean is not None,
+        "LATENTS": latents is not None,
+        "RAW": mean is not None,
+        "PRECISION": dot_precision(x.dtype),
+        **config.tile(),
+    }
+    run_launches([Launch(head_kernel, (programs,), args, config.options())], x.device)
 
 
 def _check_statistics(
@@ -201,8 +225,8 @@ def _check_statistics(
 
 
 def _config(x: torch.Tensor, channels: int, per_image: int, norm: bool) -> GemmConfig:
-    shape = {"tokens_per_image": per_image, "dim": x.shape[1], "channels": channels}
-    config = lookup("head", compute_capability(x), shape, x.dtype)
+    key = {"tokens_per_image": per_image, "dim": x.shape[1], "channels": channels}
+    config: GemmConfig = lookup("head", compute_capability(x), key, x.dtype)
     if not norm or config.block_n >= channels:
         return config
     if channels > NORM_MAX_CHANNELS:
@@ -215,54 +239,21 @@ def _config(x: torch.Tensor, channels: int, per_image: int, norm: bool) -> GemmC
     return replace(config, block_m=max(16, 64 * 64 // block_n), block_n=block_n, block_k=16, num_warps=8, num_stages=2)
 
 
-def _launches(
-    x: torch.Tensor,
-    w: torch.Tensor,
-    b: torch.Tensor,
-    latents: torch.Tensor | None,
-    mean: torch.Tensor | None,
-    logsnr: torch.Tensor | None,
-    whiten_mean: torch.Tensor | None,
-    whiten_rstd: torch.Tensor | None,
-    norm: bool,
-    tokens_per_image: int,
-    channels: int,
-    config: GemmConfig,
-) -> list[Launch]:
-    tokens, dim = x.shape
-    check_int32("number of tokens", tokens + config.block_m)
-    tiles_m = cdiv(tokens, config.block_m)
-    programs = tiles_m * cdiv(channels, config.block_n)
-    check_int32("number of tiles", programs)
-    # a pointer that the kernel's switches leave unused still has to be one
-    args = {
-        "x_ptr": x,
-        "w_ptr": w,
-        "bias_ptr": b,
-        "shift_ptr": b if whiten_mean is None else whiten_mean,
-        "scale_ptr": b if whiten_rstd is None else whiten_rstd,
-        "latents_ptr": b if latents is None else latents,
-        "mean_ptr": b if mean is None else mean,
-        "logsnr_ptr": b if logsnr is None else logsnr,
-        "tokens": tokens,
-        "tokens_per_image": tokens_per_image,
-        "tiles_m": tiles_m,
-        "DIM": dim,
-        "CHANNELS": channels,
-        "POSTERIOR": w.shape[1] == 2 * channels,
-        "NORM": norm,
-        "EPS": NORM_EPS,
-        "WHITEN": whiten_mean is not None,
-        "LATENTS": latents is not None,
-        "RAW": mean is not None,
-        "BLOCK_M": config.block_m,
-        "BLOCK_Z": config.block_n,
-        "BLOCK_K": config.block_k,
-        "GROUP_M": config.group_m,
-        "PRECISION": dot_precision(x.dtype),
-    }
-    options = compiler_options(config.num_warps, config.num_stages, config.maxnreg)
-    return [Launch(head_kernel, (programs,), args, options)]
+def work(
+    *,
+    x: TensorLike,
+    w: TensorLike,
+    b: TensorLike,
+    latents: TensorLike | None = None,
+    mean: TensorLike | None = None,
+    logsnr: TensorLike | None = None,
+    whiten_mean: TensorLike | None = None,
+    whiten_rstd: TensorLike | None = None,
+    **options: Any,
+) -> Work:
+    """FLOPs and bytes of `head` called with these arguments."""
+    nbytes = nbytes_of(x, w, b, latents, mean, logsnr, whiten_mean, whiten_rstd)
+    return Work(2 * x.shape[0] * prod(w.shape), nbytes)
 
 
 def _default(cc: int, shape: Shape, dtype: torch.dtype, use: str) -> GemmConfig:
@@ -271,15 +262,4 @@ def _default(cc: int, shape: Shape, dtype: torch.dtype, use: str) -> GemmConfig:
     return replace(config, block_n=max(16, min(config.block_n, 128 if use == "throughput" else 64) // 2))
 
 
-def _example(shape: Shape, dtype: torch.dtype, config: GemmConfig) -> list[Launch]:
-    per_image, dim, channels = shape["tokens_per_image"], shape["dim"], shape["channels"]
-
-    def empty(*size: int, of: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(size, dtype=of, device="meta")
-
-    x, w, statistic = empty(2 * per_image, dim, of=dtype), empty(dim, 2 * channels, of=dtype), empty(channels)
-    latents, bias = empty(2, channels, per_image, 1, of=dtype), empty(2 * channels)
-    return _launches(x, w, bias, latents, None, None, statistic, statistic, False, per_image, channels, config)
-
-
-register(Family("head", GemmConfig, ("dim", "channels"), ("tokens_per_image",), _default, _example))
+register(Family("head", GemmConfig, ("dim", "channels"), ("tokens_per_image",), _default))

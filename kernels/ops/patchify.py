@@ -3,50 +3,45 @@
     encoder:  tokens[t, :] = patch(image)[t, :] @ w + b                                  w [3pp, D]
     decoder:  tokens[t, :] = [patch(x_t)[t, :], latents[:, t]] @ w + b                   w [3pp + Z, D]
 
-The convolution has kernel = stride = p, so a token is a linear map of its own patch. In the decoder
-patchify, latent_up and fuse_in are linear in a row too, and dewhitening is affine: folded at load, they
-leave one weight for the noised image and the whitened latents together. uint8 pixels become x/127.5 - 1
-on the way in.
+The convolution has kernel = stride = p, so a token is a linear map of its own patch. In the decoder patchify, latent_up
+and fuse_in are linear in a row too, and dewhitening is affine: folded at load, they leave one weight for the noised
+image and the whitened latents together. uint8 pixels become x/127.5 - 1 on the way in.
 
-The order of K follows the image's layout, so that neighbours in K are neighbours in memory and every
-32-byte sector is used in full: (c, py, px) for NCHW, runs of p pixels; (py, px, c) for NHWC, runs of
-3p values. `pack_patchify_weight` makes either from the convolution's weight. Latents are NCHW: their tile is read
-along pixels and turned on its way through shared memory. Rows of a tile may belong to several images; no
-statistic spans a row, so that changes no bit.
+The order of K follows the image's layout, so that neighbours in K are neighbours in memory and every 32-byte sector is
+used in full: (c, py, px) for NCHW, runs of p pixels; (py, px, c) for NHWC, runs of 3p values. `pack_patchify_weight`
+makes either from the convolution's weight. Latents are NCHW: their tile is read along pixels and turned on its way
+through shared memory. Rows of a tile may belong to several images; no statistic spans a row, so that changes no bit.
+Both layouts load 16 bytes per thread by cp.async; registers by tile and form are in kernels/NOTES.md.
 
-FLOPs 2*T*(3pp + Z)*D; bytes T*3pp*itemsize(image) + T*Z*itemsize(latents) + ((3pp + Z)*D + T*D)*itemsize.
-
-Measured facts: GPU timings not measured yet. Compiled, Triton 3.6.0, p 16, D 896, 2026-11-23, as registers /
-stack bytes / CTAs per SM (`python -m bench.aot` for the rows that ship):
-- both pixel layouts load 16 bytes a thread by cp.async, uint8 NHWC included; sm_90 128x128x64, 8 warps:
-  112/0/2 from bf16 NCHW, 128/0/2 from uint8 NHWC.
-- the decoder's form has two loops and converts float32 noise on the way: 146/0/1 at that tile, 128/0/2 when
-  held to 128 registers, where Triton 3.9 spills 24 bytes; 128x128x32 with 4 stages is 126/0/2 with both, and
-  ships.
-- 128x128 at 4 warps spills 8 bytes on sm_80 in the decoder's form: 128x64 ships on sm_80, 89 and 120.
+FLOPs 2*T*(3pp + Z)*D; bytes T*3pp * itemsize(image) + T*Z * itemsize(latents) + (3pp + Z)*D * itemsize
++ D * itemsize(b) + T*D * itemsize(tokens).
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from ..jit import grouped_tile
+from ..jit import grouped_tile, load_tile
 from ..launch import (
     FLOATS,
     Launch,
-    cdiv,
+    TensorLike,
+    Work,
     check_int32,
+    check_patches,
     check_tensor,
-    compiler_options,
     compute_capability,
     dot_precision,
+    nbytes_of,
     run_launches,
 )
-from ..tuning import Family, GemmConfig, Shape, flat_gemm_default, lookup, register
+from ..tuning import Family, GemmConfig, Shape, flat_gemm_default, flat_tiles, lookup, register
 
 LAYOUTS = ("nchw", "nhwc")
 IMAGE_DTYPES = (torch.uint8, *FLOATS)
@@ -74,59 +69,55 @@ def patchify_kernel(
     PRECISION: tl.constexpr,
 ):
     PIXELS: tl.constexpr = 3 * PATCH * PATCH
+    EVEN_K: tl.constexpr = PIXELS % BLOCK_K == 0
+    EVEN_N: tl.constexpr = DIM % BLOCK_N == 0
     NORMALIZE: tl.constexpr = image_ptr.dtype.element_ty == tl.uint8
     dtype = w_ptr.dtype.element_ty
-    tile_m, tile_n = grouped_tile(tl.program_id(0), tiles_m, tl.cdiv(DIM, BLOCK_N), GROUP_M)
-    rm = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    rn = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    rk = tl.arange(0, BLOCK_K)
-    in_m = rm < tokens
-    in_n = rn < DIM
+    pid_m, pid_n = grouped_tile(tl.program_id(0), tiles_m, tl.cdiv(DIM, BLOCK_N), GROUP_M)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    in_m = offs_m < tokens
+    in_n = offs_n < DIM
     per_image = grid_h * grid_w
     width = grid_w * PATCH
     plane = per_image * (PATCH * PATCH)
     # rows past the end read the last patch again and are dropped at the store
-    row = tl.minimum(rm, tokens - 1)
+    row = tl.minimum(offs_m, tokens - 1)
     inside = row % per_image
     corner = inside // grid_w * (PATCH * width) + inside % grid_w * PATCH
     first = (row // per_image).to(tl.int64) * (3 * plane) + (corner * 3 if NHWC else corner)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    w_ptrs = w_ptr + rk[:, None] * DIM + rn[None, :]
+    w_ptrs = w_ptr + offs_k[:, None] * DIM + offs_n[None, :]
     for k in range(0, PIXELS, BLOCK_K):
-        kk = k + rk
+        kk = k + offs_k
         if NHWC:
             offset = kk // (3 * PATCH) * (3 * width) + kk % (3 * PATCH)
         else:
             offset = kk // (PATCH * PATCH) * plane + kk // PATCH % PATCH * width + kk % PATCH
         in_k = kk < PIXELS
-        if PIXELS % BLOCK_K == 0:
-            x = tl.load(image_ptr + first[:, None] + offset[None, :])
-        else:
-            x = tl.load(image_ptr + first[:, None] + offset[None, :], mask=in_k[None, :], other=0)
+        x = load_tile(image_ptr + first[:, None] + offset[None, :], in_k[None, :], EVEN_K)
         if NORMALIZE:
             x = x.to(tl.float32) * (1.0 / 127.5) - 1.0
-        if PIXELS % BLOCK_K == 0 and DIM % BLOCK_N == 0:
-            w = tl.load(w_ptrs)
-        else:
-            w = tl.load(w_ptrs, mask=in_k[:, None] & in_n[None, :], other=0.0)
+        w = load_tile(w_ptrs, in_k[:, None] & in_n[None, :], EVEN_K and EVEN_N)
         acc = tl.dot(x.to(dtype), w, acc, input_precision=PRECISION)
         w_ptrs += BLOCK_K * DIM
 
     if LATENTS > 0:
-        z_first = (rm // per_image).to(tl.int64) * LATENTS * per_image + rm % per_image
-        w_ptrs = w_ptr + (PIXELS + rk[:, None]) * DIM + rn[None, :]
+        z_first = (offs_m // per_image).to(tl.int64) * LATENTS * per_image + offs_m % per_image
+        w_ptrs = w_ptr + (PIXELS + offs_k[:, None]) * DIM + offs_n[None, :]
         for k in range(0, LATENTS, BLOCK_K):
-            in_k = k + rk < LATENTS
-            z_ptrs = latents_ptr + z_first[None, :] + (k + rk).to(tl.int64)[:, None] * per_image
+            in_k = k + offs_k < LATENTS
+            z_ptrs = latents_ptr + z_first[None, :] + (k + offs_k).to(tl.int64)[:, None] * per_image
             z = tl.load(z_ptrs, mask=in_k[:, None] & in_m[None, :], other=0.0)  # [BLOCK_K, BLOCK_M]
             w = tl.load(w_ptrs, mask=in_k[:, None] & in_n[None, :], other=0.0)
             acc = tl.dot(tl.trans(z.to(dtype)), w, acc, input_precision=PRECISION)
             w_ptrs += BLOCK_K * DIM
 
-    bias = tl.load(bias_ptr + rn, mask=in_n, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + offs_n, mask=in_n, other=0.0).to(tl.float32)
     out = (acc + bias[None, :]).to(tokens_ptr.dtype.element_ty)
-    out_ptrs = tokens_ptr + rm.to(tl.int64)[:, None] * DIM + rn[None, :]
+    out_ptrs = tokens_ptr + offs_m.to(tl.int64)[:, None] * DIM + offs_n[None, :]
     tl.store(out_ptrs, out, mask=in_m[:, None] & in_n[None, :])
 
 
@@ -155,10 +146,10 @@ def patchify(
     """tokens = patches @ w + b; with latents, tokens = [patches, latents] @ w + b.
 
     Args:
-        image: [B, 3, H, W] (layout "nchw") or [B, H, W, 3] ("nhwc"); uint8 is taken as x/127.5 - 1,
-        bf16, fp16 or fp32 as it is. H and W are multiples of patch.
-        w: [3pp (+ Z), D] bf16, fp16 or fp32, pixel rows from `pack_patchify_weight` of the same layout, latent
-        rows after them. The products run in this dtype.
+        image: [B, 3, H, W] (layout "nchw") or [B, H, W, 3] ("nhwc"); uint8 is taken as x/127.5 - 1, bf16, fp16 or fp32
+            as it is. H and W are multiples of patch.
+        w: [3pp (+ Z), D] bf16, fp16 or fp32, pixel rows from `pack_patchify_weight` of the same layout, latent rows
+            after them. The products run in this dtype.
         b: [D], fp32 or the dtype of w.
         tokens: [B * H/p * W/p, D] output, bf16, fp16 or fp32.
         latents: [B, Z, H/p, W/p], bf16, fp16 or fp32, for the decoder's form.
@@ -173,53 +164,22 @@ def patchify(
     channel_axis = 1 if layout == "nchw" else 3
     shape = tuple(3 if axis == channel_axis else None for axis in range(4))
     check_tensor("image", image, shape=shape, dtypes=IMAGE_DTYPES)
-    batch = image.shape[0]
-    height, width = (image.shape[2], image.shape[3]) if layout == "nchw" else (image.shape[1], image.shape[2])
-    for name, size in (("height", height), ("width", width)):
-        if size < patch or size % patch:
-            below = max(size // patch, 1) * patch
-            raise ValueError(f"{name} {size} of image is not a multiple of {patch}: use {below} or {below + patch}")
-    if batch < 1:
-        raise ValueError("image has no images: its first dimension is 0")
-    grid_h, grid_w = height // patch, width // patch
-    depth = 3 * patch * patch
+    batch, height, width = (size for axis, size in enumerate(image.shape) if axis != channel_axis)
+    grid_h, grid_w = check_patches(batch, height, width, patch)
+    channels = 0
     if latents is not None:
         check_tensor("latents", latents, shape=(batch, None, grid_h, grid_w), dtypes=FLOATS, like=image)
-        depth += latents.shape[1]
+        channels = latents.shape[1]
+    depth, count = 3 * patch * patch + channels, batch * grid_h * grid_w
     check_tensor("w", w, shape=(depth, None), dtypes=FLOATS, like=image)
     dim = w.shape[1]
     check_tensor("b", b, shape=(dim,), dtypes=(torch.float32, w.dtype), like=image)
-    check_tensor("tokens", tokens, shape=(batch * grid_h * grid_w, dim), dtypes=FLOATS, like=image)
+    check_tensor("tokens", tokens, shape=(count, dim), dtypes=FLOATS, like=image)
     if config is None:
         key = {"tokens_per_image": grid_h * grid_w, "dim": dim, "depth": depth}
         config = lookup("patchify", compute_capability(image), key, w.dtype)
-    launches = _launches(image, latents, w, b, tokens, grid_h, grid_w, patch, layout, config)
-    run_launches(launches, image.device)
-
-
-def _check_layout(layout: str) -> None:
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout is {layout!r}, expected one of {LAYOUTS}")
-
-
-def _launches(
-    image: torch.Tensor,
-    latents: torch.Tensor | None,
-    w: torch.Tensor,
-    b: torch.Tensor,
-    tokens: torch.Tensor,
-    grid_h: int,
-    grid_w: int,
-    patch: int,
-    layout: str,
-    config: GemmConfig,
-) -> list[Launch]:
-    count, dim = tokens.shape
-    check_int32("number of tokens", count + config.block_m)
-    check_int32("values of one image", image[0].numel())
-    tiles_m = cdiv(count, config.block_m)
-    programs = tiles_m * cdiv(dim, config.block_n)
-    check_int32("number of tiles", programs)
+    check_int32("values of one image", 3 * height * width)
+    tiles_m, programs = flat_tiles(count, dim, config)
     args = {
         "image_ptr": image,
         "latents_ptr": w if latents is None else latents,
@@ -231,17 +191,31 @@ def _launches(
         "grid_w": grid_w,
         "tiles_m": tiles_m,
         "PATCH": patch,
-        "LATENTS": 0 if latents is None else latents.shape[1],
+        "LATENTS": channels,
         "DIM": dim,
         "NHWC": layout == "nhwc",
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
-        "GROUP_M": config.group_m,
         "PRECISION": dot_precision(w.dtype),
+        **config.tile(),
     }
-    options = compiler_options(config.num_warps, config.num_stages, config.maxnreg)
-    return [Launch(patchify_kernel, (programs,), args, options)]
+    run_launches([Launch(patchify_kernel, (programs,), args, config.options())], image.device)
+
+
+def _check_layout(layout: str) -> None:
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout is {layout!r}, expected one of {LAYOUTS}")
+
+
+def work(
+    *,
+    image: TensorLike,
+    w: TensorLike,
+    b: TensorLike,
+    tokens: TensorLike,
+    latents: TensorLike | None = None,
+    **options: Any,
+) -> Work:
+    """FLOPs and bytes of `patchify` called with these arguments."""
+    return Work(2 * tokens.shape[0] * prod(w.shape), nbytes_of(image, w, b, tokens, latents))
 
 
 def _default(cc: int, shape: Shape, dtype: torch.dtype, use: str) -> GemmConfig:
@@ -253,21 +227,4 @@ def _default(cc: int, shape: Shape, dtype: torch.dtype, use: str) -> GemmConfig:
     return replace(config, block_n=min(config.block_n, 64), num_stages=3, maxnreg=224)
 
 
-def _example(shape: Shape, dtype: torch.dtype, config: GemmConfig) -> list[Launch]:
-    patch, grid_w = 16, 16
-    grid_h, dim, depth = cdiv(shape["tokens_per_image"], grid_w), shape["dim"], shape["depth"]
-    channels = depth - 3 * patch * patch
-
-    def empty(*size: int, of: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(size, dtype=of, device="meta")
-
-    w, b, tokens = empty(depth, dim), empty(dim, of=torch.float32), empty(2 * grid_h * grid_w, dim)
-    nchw, nhwc = (2, 3, grid_h * patch, grid_w * patch), (2, grid_h * patch, grid_w * patch, 3)
-    if channels > 0:
-        latents = empty(2, channels, grid_h, grid_w)
-        return _launches(empty(*nchw, of=torch.float32), latents, w, b, tokens, grid_h, grid_w, patch, "nchw", config)
-    forms = [(empty(*nchw), "nchw"), (empty(*nhwc, of=torch.uint8), "nhwc")]
-    return [_launches(x, None, w, b, tokens, grid_h, grid_w, patch, name, config)[0] for x, name in forms]
-
-
-register(Family("patchify", GemmConfig, ("dim", "depth"), ("tokens_per_image",), _default, _example))
+register(Family("patchify", GemmConfig, ("dim", "depth"), ("tokens_per_image",), _default))

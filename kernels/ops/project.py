@@ -2,40 +2,34 @@
 
     out = (h * (1 + gain[image])) @ w2 + b2 + residual        [T, D]
 
-The gain scales K, so it must touch the A operand: each tile of h becomes fma(h, gain, h) in registers on
-its way to the tensor cores, one HFMA2 for two elements. Layer scale or gate, and GRN's beta, are folded
-into w2 and b2 at load. A tile never mixes images, since each has its own gain row.
+The gain scales K, so it must touch the A operand: each tile of h becomes fma(h, gain, h) in registers on its way to the
+tensor cores, one HFMA2 for two elements. A takes no stage of shared memory then, and two CTAs fit an SM. Layer scale or
+gate, and GRN's beta, are folded into w2 and b2 at load. A tile never mixes images, since each has its own gain row.
 
-Few tokens (one image): `split_k` > 1 gives each slice of K its own programs, which leave float32 sums in
-a workspace; a second launch adds them in order, with bias and residual.
+Few tokens (one image): `split_k` > 1 gives each slice of K its own programs, which leave float32 sums in a workspace; a
+second launch adds them in order, with bias and residual. What was tried besides is in kernels/NOTES.md.
 
-FLOPs 2*T*F*D; bytes (T*F + F*D + 2*T*D + B*F) * itemsize, and 8*split_k*T*D for the workspace.
-
-Measured facts: GPU timings not measured yet. Compiled, Triton 3.6.0, F 3584, D 896, bf16, 2026-11-23, as
-registers / stack bytes / CTAs per SM (`python -m bench.aot` for the rows that ship):
-- sm_90: 128x128x64, 8 warps: 128/0/2 with 3 and with 4 stages (115 KB), because A goes through registers and takes
-  no stage of its own; wgmma reads it there. By tensor descriptors the same. 128x256x64 spills 152 to 176 bytes.
-- sm_100: 128x128x64 at 4 warps spills 48 bytes by pointers and, with Triton 3.9, 32 by descriptors; 128x128x32 by
-  pointers is 255/0/2 with both, and ships.
-- sm_120: 128x128x32, 4 warps, 4 stages 219/0/2 by pointers; by descriptors 234/8/2; 128x128x64 with 8 warps held
-  to 128 registers spills 32 bytes and still has one CTA.
-- 896 columns are seven tiles of 128; a tile of 256 would waste an eighth of the products.
-- programmatic dependent launch, as in `expand`: 128/0/2 on sm_90, 186/0/2 on sm_100, 219/0/2 on sm_120; not shipped.
+FLOPs 2*T*F*D; bytes (T*F + F*D + 2*T*D + B*F) * itemsize + D * itemsize(b2), and 8*split_k*T*D for the workspace, which
+is written and read.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..jit import add_scaled, grouped_tile, image_tile
+from ..jit import add_scaled, grouped_tile, image_tile, load_tile
 from ..launch import (
     FLOATS,
     Launch,
+    TensorLike,
+    Work,
     cdiv,
     check_int32,
     check_rows,
@@ -44,6 +38,7 @@ from ..launch import (
     compiler_options,
     compute_capability,
     dot_precision,
+    nbytes_of,
     run_launches,
 )
 from ..tuning import Family, GemmConfig, Shape, gemm_default, lookup, register, suits_image
@@ -79,49 +74,47 @@ def project_kernel(
     SLICE: tl.constexpr = (HIDDEN + BLOCK_K * SPLIT_K - 1) // (BLOCK_K * SPLIT_K) * BLOCK_K
     EVEN_N: tl.constexpr = DIM % BLOCK_N == 0
     EVEN_K: tl.constexpr = HIDDEN % SLICE == 0
-    tiles_n = tl.cdiv(DIM, BLOCK_N)
-    tile_m, tile_n = grouped_tile(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
-    image, first, left = image_tile(tile_m, tokens_per_image, tiles_per_image, BLOCK_M)
-    k_first = tl.program_id(1) * SLICE
-    rm = tl.arange(0, BLOCK_M)
+    pid_m, pid_n = grouped_tile(tl.program_id(0), tiles_m, tl.cdiv(DIM, BLOCK_N), GROUP_M)
+    pid_k = tl.program_id(1)
+    image, first, left = image_tile(pid_m, tokens_per_image, tiles_per_image, BLOCK_M)
+    k_first = pid_k * SLICE
+    offs_m = tl.arange(0, BLOCK_M)
     # rows past the image read its last row again: no mask in the loop, and the epilogue drops them
-    rows = rm if EVEN_M else tl.minimum(rm, left - 1)
-    rn = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    rk = k_first + tl.arange(0, BLOCK_K)
+    rows = offs_m if EVEN_M else tl.minimum(offs_m, left - 1)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = k_first + tl.arange(0, BLOCK_K)
+    in_n = offs_n < DIM
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    h_ptrs = h_ptr if TMA else h_ptr + first * HIDDEN + rows[:, None] * HIDDEN + rk[None, :]
-    w_ptrs = w_ptr if TMA else w_ptr + rk[:, None] * DIM + rn[None, :]
-    gain_ptrs = gain_ptr + image.to(tl.int64) * HIDDEN + rk
+    h_ptrs = h_ptr if TMA else h_ptr + first * HIDDEN + rows[:, None] * HIDDEN + offs_k[None, :]
+    w_ptrs = w_ptr if TMA else w_ptr + offs_k[:, None] * DIM + offs_n[None, :]
+    gain_ptrs = gain_ptr + image.to(tl.int64) * HIDDEN + offs_k
     for k in range(0, SLICE, BLOCK_K):
+        in_k = offs_k < HIDDEN - k
         if TMA:
             h = h_ptr.load([first.to(tl.int32), k_first + k])
-            w = w_ptr.load([k_first + k, tile_n * BLOCK_N])
+            w = w_ptr.load([k_first + k, pid_n * BLOCK_N])
         else:
-            h = tl.load(h_ptrs) if EVEN_K else tl.load(h_ptrs, mask=rk[None, :] < HIDDEN - k, other=0.0)
-            if EVEN_K and EVEN_N:
-                w = tl.load(w_ptrs)
-            else:
-                w = tl.load(w_ptrs, mask=(rk[:, None] < HIDDEN - k) & (rn[None, :] < DIM), other=0.0)
+            h = load_tile(h_ptrs, in_k[None, :], EVEN_K)
+            w = load_tile(w_ptrs, in_k[:, None] & in_n[None, :], EVEN_K and EVEN_N)
             h_ptrs += BLOCK_K
             w_ptrs += BLOCK_K * DIM
-        gain = tl.load(gain_ptrs) if EVEN_K else tl.load(gain_ptrs, mask=rk < HIDDEN - k, other=0.0)
+        gain = load_tile(gain_ptrs, in_k, EVEN_K)
         gain_ptrs += BLOCK_K
         h = add_scaled(h, gain[None, :])
         acc = tl.dot(h, w, acc, input_precision=PRECISION)
 
-    inside = (rm[:, None] < left) & (rn[None, :] < DIM)
-    at = first * DIM + rm[:, None] * DIM + rn[None, :]
+    inside = (offs_m[:, None] < left) & in_n[None, :]
+    at = first * DIM + offs_m[:, None] * DIM + offs_n[None, :]
     if SPLIT_K > 1:
-        slice_at = tl.program_id(1).to(tl.int64) * tokens * DIM
+        slice_at = pid_k.to(tl.int64) * tokens * DIM
         tl.store(workspace_ptr + slice_at + at, acc, mask=inside)
     else:
-        acc += tl.load(bias_ptr + rn, mask=rn < DIM, other=0.0).to(tl.float32)[None, :]
+        acc += tl.load(bias_ptr + offs_n, mask=in_n, other=0.0).to(tl.float32)[None, :]
+        acc += load_tile(residual_ptr + at, inside, EVEN_M and EVEN_N).to(tl.float32)
         if EVEN_M and EVEN_N:
-            acc += tl.load(residual_ptr + at).to(tl.float32)
             tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty))
         else:
-            acc += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
             tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -188,79 +181,60 @@ def project(
     check_tensor("residual", residual, shape=(tokens, dim), dtypes=h.dtype, like=h)
     check_tensor("out", out, shape=(tokens, dim), dtypes=h.dtype, like=h)
     if config is None:
-        shape = {"tokens_per_image": tokens_per_image, "hidden": hidden, "dim": dim}
-        config = lookup("project", compute_capability(h), shape, h.dtype)
+        key = {"tokens_per_image": tokens_per_image, "hidden": hidden, "dim": dim}
+        config = lookup("project", compute_capability(h), key, h.dtype)
     needed = project_workspace_shape(tokens, dim, config)
     if needed is not None:
         if workspace is None:
             raise ValueError(f"workspace is missing: split_k {config.split_k} needs float32 of shape {list(needed)}")
         check_tensor("workspace", workspace, shape=needed, dtypes=torch.float32, like=h)
+        check_int32("elements of a split projection", tokens * dim)
     check_tma(config.tma, h=h, w2=w2)
-    run_launches(_launches(h, gain, w2, b2, residual, out, tokens_per_image, workspace, config), h.device)
-
-
-def _launches(
-    h: torch.Tensor,
-    gain: torch.Tensor,
-    w2: torch.Tensor,
-    b2: torch.Tensor,
-    residual: torch.Tensor,
-    out: torch.Tensor,
-    tokens_per_image: int,
-    workspace: torch.Tensor | None,
-    config: GemmConfig,
-) -> list[Launch]:
-    (tokens, hidden), dim = h.shape, w2.shape[1]
     tiles_per_image = cdiv(tokens_per_image, config.block_m)
-    tiles_m = tokens // tokens_per_image * tiles_per_image
+    tiles_m = batch * tiles_per_image
     programs = tiles_m * cdiv(dim, config.block_n)
     check_int32("number of tiles", programs)
-    a, b = h, w2
-    if config.tma:
-        a = TensorDescriptor.from_tensor(h, [config.block_m, config.block_k])
-        b = TensorDescriptor.from_tensor(w2, [config.block_k, config.block_n])
-    args = {
-        "h_ptr": a,
+    # the workspace is never touched without a split; a tensor keeps the signature one and the same
+    ends = {"bias_ptr": b2, "residual_ptr": residual, "out_ptr": out, "workspace_ptr": workspace if needed else out}
+    args = ends | {
+        "h_ptr": TensorDescriptor.from_tensor(h, [config.block_m, config.block_k]) if config.tma else h,
         "gain_ptr": gain,
-        "w_ptr": b,
-        "bias_ptr": b2,
-        "residual_ptr": residual,
-        "out_ptr": out,
-        # never touched without a split; a tensor keeps the signature one and the same
-        "workspace_ptr": out if config.split_k == 1 else workspace,
+        "w_ptr": TensorDescriptor.from_tensor(w2, [config.block_k, config.block_n]) if config.tma else w2,
         "tokens": tokens,
         "tokens_per_image": tokens_per_image,
         "tiles_per_image": tiles_per_image,
         "tiles_m": tiles_m,
         "HIDDEN": hidden,
         "DIM": dim,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
-        "GROUP_M": config.group_m,
         "SPLIT_K": config.split_k,
         "EVEN_M": tokens_per_image % config.block_m == 0,
         "TMA": config.tma,
         "PRECISION": dot_precision(h.dtype),
+        **config.tile(),
     }
-    options = compiler_options(config.num_warps, config.num_stages, config.maxnreg)
-    main = Launch(project_kernel, (programs, config.split_k), args, options)
-    if config.split_k == 1:
-        return [main]
-    count = tokens * dim
-    reduce_args = {
-        "workspace_ptr": workspace,
-        "bias_ptr": b2,
-        "residual_ptr": residual,
-        "out_ptr": out,
-        "count": count,
-        "DIM": dim,
-        "SPLIT_K": config.split_k,
-        "BLOCK": REDUCE_BLOCK,
-    }
-    check_int32("elements of a split projection", count)
-    grid = (cdiv(count, REDUCE_BLOCK),)
-    return [main, Launch(project_reduce_kernel, grid, reduce_args, compiler_options(4, 1))]
+    launches = [Launch(project_kernel, (programs, config.split_k), args, config.options())]
+    if needed is not None:
+        count = tokens * dim
+        sums = ends | {"count": count, "DIM": dim, "SPLIT_K": config.split_k, "BLOCK": REDUCE_BLOCK}
+        grid = (cdiv(count, REDUCE_BLOCK),)
+        launches.append(Launch(project_reduce_kernel, grid, sums, compiler_options(4, 1)))
+    run_launches(launches, h.device)
+
+
+def work(
+    *,
+    h: TensorLike,
+    gain: TensorLike,
+    w2: TensorLike,
+    b2: TensorLike,
+    residual: TensorLike,
+    out: TensorLike,
+    workspace: TensorLike | None = None,
+    **options: Any,
+) -> Work:
+    """FLOPs and bytes of `project` called with these arguments; the workspace is written and read."""
+    nbytes = nbytes_of(h, gain, w2, b2, residual, out) + 2 * nbytes_of(workspace)
+    return Work(2 * h.shape[0] * prod(w2.shape), nbytes)
 
 
 def _default(cc: int, shape: Shape, dtype: torch.dtype, use: str) -> GemmConfig:
@@ -274,18 +248,4 @@ def _default(cc: int, shape: Shape, dtype: torch.dtype, use: str) -> GemmConfig:
     return replace(config, split_k=min(8, most, max(1, 128 // programs)))
 
 
-def _example(shape: Shape, dtype: torch.dtype, config: GemmConfig) -> list[Launch]:
-    images, tokens_per_image, hidden, dim = 2, shape["tokens_per_image"], shape["hidden"], shape["dim"]
-    tokens = images * tokens_per_image
-
-    def empty(*size: int, of: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(size, dtype=of, device="meta")
-
-    needed = project_workspace_shape(tokens, dim, config)
-    workspace = None if needed is None else empty(*needed, of=torch.float32)
-    h, gain, w2 = empty(tokens, hidden), empty(images, hidden), empty(hidden, dim)
-    residual, out, b2 = empty(tokens, dim), empty(tokens, dim), empty(dim, of=torch.float32)
-    return _launches(h, gain, w2, b2, residual, out, tokens_per_image, workspace, config)
-
-
-register(Family("project", GemmConfig, ("hidden", "dim"), ("tokens_per_image",), _default, _example, suits_image))
+register(Family("project", GemmConfig, ("hidden", "dim"), ("tokens_per_image",), _default, suits_image))

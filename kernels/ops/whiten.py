@@ -3,18 +3,17 @@
     whiten:    out = (z - mean[c]) * rstd[c],   rstd = 1 / sqrt(running_var + eps)
     dewhiten:  out = z * std[c] + mean[c],      std = sqrt(running_var + eps)
 
-Inside encode and decode both are folded into their neighbours; these are the launches behind the public
-`whiten()` and `dewhiten()`. A program takes a tile of rows, where a row is one channel of one image.
+Inside encode and decode both are folded into their neighbours; these are the ops behind the public `whiten()` and
+`dewhiten()`. A program takes a tile of rows, where a row is one channel of one image.
 
-Two FLOPs an element; bytes B*Z*h*w * (itemsize in + itemsize out).
-
-Measured facts: GPU timings not measured yet. Compiled, Triton 3.6.0, 2026-11-23: 29 to 36 registers, full
-occupancy on every GPU.
+FLOPs 2*B*Z*h*w; bytes B*Z*h*w * (itemsize in + itemsize out) + 8*Z.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
+from typing import Any
 
 import torch
 import triton
@@ -23,11 +22,14 @@ import triton.language as tl
 from ..launch import (
     FLOATS,
     Launch,
+    TensorLike,
+    Work,
     cdiv,
     check_int32,
     check_tensor,
     compiler_options,
     compute_capability,
+    nbytes_of,
     run_launches,
 )
 from ..tuning import Family, Shape, lookup, next_power_of_2, register
@@ -35,7 +37,7 @@ from ..tuning import Family, Shape, lookup, next_power_of_2, register
 
 @dataclass(frozen=True)
 class WhitenConfig:
-    """`block_rows` channels of `block_pixels` pixels a program."""
+    """`block_rows` channels of `block_pixels` pixels per program."""
 
     block_rows: int
     block_pixels: int
@@ -57,16 +59,16 @@ def whiten_kernel(
     BLOCK_PIXELS: tl.constexpr,
 ):
     pid = tl.program_id(0)
-    rr = pid // pixel_tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    rp = pid % pixel_tiles * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
-    in_rows = rr < rows
-    mask = in_rows[:, None] & (rp[None, :] < pixels)
-    offsets = rr.to(tl.int64)[:, None] * pixels + rp[None, :]
-    z = tl.load(z_ptr + offsets, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_ROWS, BLOCK_PIXELS]
-    shift = tl.load(shift_ptr + rr % channels, mask=in_rows, other=0.0)[:, None]
-    scale = tl.load(scale_ptr + rr % channels, mask=in_rows, other=0.0)[:, None]
+    offs_row = pid // pixel_tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    offs_pixel = pid % pixel_tiles * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
+    in_rows = offs_row < rows
+    mask = in_rows[:, None] & (offs_pixel[None, :] < pixels)
+    at = offs_row.to(tl.int64)[:, None] * pixels + offs_pixel[None, :]
+    z = tl.load(z_ptr + at, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_ROWS, BLOCK_PIXELS]
+    shift = tl.load(shift_ptr + offs_row % channels, mask=in_rows, other=0.0)[:, None]
+    scale = tl.load(scale_ptr + offs_row % channels, mask=in_rows, other=0.0)[:, None]
     out = tl.fma(z, scale, shift) if INVERSE else (z - shift) * scale
-    tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def whiten(
@@ -115,24 +117,13 @@ def _run(
     check_tensor("z", z, shape=(None, None, None, None), dtypes=FLOATS)
     if 0 in z.shape:
         raise ValueError(f"z has shape {list(z.shape)}, expected at least one image, channel and pixel")
-    channels = z.shape[1]
+    batch, channels, height, width = z.shape
     check_tensor("mean", mean, shape=(channels,), dtypes=torch.float32, like=z)
     check_tensor(scale_name, scale, shape=(channels,), dtypes=torch.float32, like=z)
     check_tensor("out", out, shape=tuple(z.shape), dtypes=FLOATS, like=z)
+    rows, pixels = batch * channels, height * width
     if config is None:
-        config = lookup("whiten", compute_capability(z), {"pixels": z.shape[2] * z.shape[3]}, z.dtype)
-    run_launches(_launches(z, mean, scale, out, inverse, config), z.device)
-
-
-def _launches(
-    z: torch.Tensor,
-    mean: torch.Tensor,
-    scale: torch.Tensor,
-    out: torch.Tensor,
-    inverse: bool,
-    config: WhitenConfig,
-) -> list[Launch]:
-    rows, pixels = z.shape[0] * z.shape[1], z.shape[2] * z.shape[3]
+        config = lookup("whiten", compute_capability(z), {"pixels": pixels}, z.dtype)
     check_int32("number of channels over all images", rows + config.block_rows)
     check_int32("pixels of one channel", pixels + config.block_pixels)
     pixel_tiles = cdiv(pixels, config.block_pixels)
@@ -145,13 +136,26 @@ def _launches(
         "out_ptr": out,
         "rows": rows,
         "pixels": pixels,
-        "channels": z.shape[1],
+        "channels": channels,
         "pixel_tiles": pixel_tiles,
         "INVERSE": inverse,
         "BLOCK_ROWS": config.block_rows,
         "BLOCK_PIXELS": config.block_pixels,
     }
-    return [Launch(whiten_kernel, (programs,), args, compiler_options(config.num_warps, 1))]
+    run_launches([Launch(whiten_kernel, (programs,), args, compiler_options(config.num_warps, 1))], z.device)
+
+
+def work(
+    *,
+    z: TensorLike,
+    mean: TensorLike,
+    out: TensorLike,
+    rstd: TensorLike | None = None,
+    std: TensorLike | None = None,
+    **options: Any,
+) -> Work:
+    """FLOPs and bytes of `whiten` (with rstd) or `dewhiten` (with std) called with these arguments."""
+    return Work(2 * prod(z.shape), nbytes_of(z, mean, rstd, std, out))
 
 
 def _default(cc: int, shape: Shape, dtype: torch.dtype, use: str) -> WhitenConfig:
@@ -164,10 +168,4 @@ def _suits(config: WhitenConfig, shape: Shape) -> bool:
     return config.block_pixels <= max(16, next_power_of_2(shape["pixels"]))
 
 
-def _example(shape: Shape, dtype: torch.dtype, config: WhitenConfig) -> list[Launch]:
-    z = torch.empty(2, 128, shape["pixels"], 1, dtype=dtype, device="meta")
-    statistic = torch.empty(128, device="meta")
-    return [_launches(z, statistic, statistic, z, inverse, config)[0] for inverse in (False, True)]
-
-
-register(Family("whiten", WhitenConfig, (), ("pixels",), _default, _example, _suits))
+register(Family("whiten", WhitenConfig, (), ("pixels",), _default, _suits))

@@ -15,17 +15,24 @@ import torch
 from bench import _cases as cases
 from bench import _timing as timing
 from bench import gpu, kernels
+from bench._contenders import TINY
+from capacitor_kernels import OPS
+from capacitor_rt.runtime.forecast import Ceilings
+from capacitor_rt.runtime.plan import PlanKey, make_plan
 
 ROOT = Path(__file__).parents[2]
-OPS = cases.builders()
 CPU = torch.device("cpu")
-CEILINGS = timing.Ceilings(tflops=100.0, gbs=1000.0, matmul_size=1, matmul_dtype="float32")
+CEILINGS = Ceilings(tflops=100.0, gbps=1000.0, source="for the tests")
 
 
-def run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def case_of(op: str, images: cases.Images = cases.TINY_IMAGES[0]) -> cases.Case:
+    return cases.make_case(op, images, TINY, torch.float32, 90)
+
+
+def run(command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", f"bench.{module}", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    line = [sys.executable, "-m", "bench", command, *arguments]
+    return subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
 
 
 def test_summary_takes_median_and_percentiles():
@@ -41,8 +48,8 @@ def test_copies_exceed_three_caches():
 
 def test_floor_is_the_slower_of_compute_and_copy():
     # 100 TFLOP/s: 1e8 FLOPs a microsecond; 1000 GB/s: 1e6 bytes a microsecond
-    assert CEILINGS.floor_us(flops=3e8, nbytes=1e6) == pytest.approx(3.0)
-    assert CEILINGS.floor_us(flops=1e8, nbytes=5e6) == pytest.approx(5.0)
+    assert timing.floor_us(CEILINGS, flops=3e8, nbytes=1e6) == pytest.approx(3.0)
+    assert timing.floor_us(CEILINGS, flops=1e8, nbytes=5e6) == pytest.approx(5.0)
 
 
 def test_variants_are_interleaved():
@@ -61,46 +68,72 @@ def test_environment_names_its_source():
 
 @pytest.mark.parametrize("op", OPS)
 def test_every_case_agrees_with_plain_torch(op):
-    for size in cases.TINY_SIZES:
-        case = OPS[op](size, torch.float32)
-        assert case.flops > 0 and case.nbytes > 0
+    for images in cases.TINY_IMAGES:
+        case = case_of(op, images)
+        assert case.step.flops > 0 and case.step.nbytes > 0
         assert kernels.difference(case, CPU) <= kernels.AGREEMENT["float32"]
 
 
+@pytest.mark.parametrize("op", [op for op in OPS if op != "whiten"])
+def test_a_case_is_a_step_of_the_runtimes_plan(op):
+    case = case_of(op)
+    keys = [
+        PlanKey(direction, 2, 64, 64, torch.float32, image_dtype, "nchw", 90)
+        for direction, image_dtype in (("encode", torch.uint8), ("decode", torch.float32))
+    ]
+    assert case.step in [step for key in keys for step in make_plan(TINY, key).steps]
+    prepared = case.prepare(CPU)
+    again = case.prepare(CPU)
+    assert any(not torch.equal(a, b) for a, b in zip(prepared.plain_args, again.plain_args, strict=True))
+    assert all(torch.isfinite(t.float()).all() for t in prepared.plain_args)
+
+
+def test_a_call_can_be_repeated():
+    # the runtime projects onto its own residual, which a second call would add to again
+    case = case_of("project")
+    prepared = case.prepare(CPU)
+    prepared.call()
+    first = [t.clone() for t in prepared.outputs()]
+    prepared.call()
+    assert all(torch.equal(a, b) for a, b in zip(first, prepared.outputs(), strict=True))
+
+
 def test_a_wrong_launch_gets_no_time():
-    case = OPS["grn"](cases.TINY_SIZES[0], torch.float32)
-    wrong = dataclasses.replace(case, plain=lambda *args: 1.01 * case.plain(*args))
+    case = case_of("grn")
+    wrong = dataclasses.replace(case, plain=lambda *args: [1.01 * t for t in case.plain(*args)])
     line = kernels.measure(wrong, CPU, CEILINGS, compiled=False, replays=1)
     assert "us" not in line and "differs from eager torch by 9" in line["refused"]
     assert "refused" in kernels.format_line(line)
 
 
 def test_a_right_launch_gets_every_figure():
-    case = OPS["project"](cases.TINY_SIZES[0], torch.float32)
+    case = case_of("project")
     line = kernels.measure(case, CPU, CEILINGS, compiled=False, replays=2)
-    assert line["tflops"] == pytest.approx(case.flops / line["us"] / 1e6)
-    assert line["gbs"] == pytest.approx(case.nbytes / line["us"] / 1e3)
+    assert line["tflops"] == pytest.approx(case.step.flops / line["us"] / 1e6)
+    assert line["gbps"] == pytest.approx(case.step.nbytes / line["us"] / 1e3)
     assert line["x_eager"] == pytest.approx(line["eager_us"] / line["us"])
-    assert line["percent_of_floor"] == pytest.approx(100 * CEILINGS.floor_us(case.flops, case.nbytes) / line["us"])
+    assert line["percent_of_floor"] == pytest.approx(
+        100 * timing.floor_us(CEILINGS, case.step.flops, case.step.nbytes) / line["us"]
+    )
 
 
-def test_kernels_command_writes_one_line_a_figure(tmp_path):
+def test_kernels_command_writes_one_line_per_figure(tmp_path):
     out = tmp_path / "kernels.jsonl"
     done = run("kernels", "--device", "cpu", "--op", "grn", "--out", str(out))
     assert done.returncode == 0, done.stderr
     assert "these times say nothing" in done.stdout
     ceilings, *lines = map(json.loads, out.read_text().splitlines())
-    assert ceilings["bench"] == "ceilings" and ceilings["tflops"] > 0 and ceilings["gbs"] > 0
-    assert [line["images"] for line in lines] == [str(size) for size in cases.TINY_SIZES]
+    assert ceilings["bench"] == "ceilings" and ceilings["tflops"] > 0 and ceilings["gbps"] > 0
+    assert [line["images"] for line in lines] == [str(images) for images in cases.TINY_IMAGES]
     for line in lines:
-        assert {"op", "dtype", "us", "p20", "p80", "tflops", "gbs", "x_eager", "commit", "date", "triton"} <= set(line)
+        assert {"op", "dtype", "us", "p20", "p80", "tflops", "gbps", "x_eager", "commit", "date", "triton"} <= set(line)
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
         ((), 2, "no CUDA GPU here"),
-        (("--device", "cpu", "--op", "sort"), 1, "--op sort unknown: choose from dwconv"),
+        (("--device", "cpu", "--op", "sort"), 1, "--op sort unknown: choose from patchify"),
         (("--device", "cpu", "--size", "12"), 1, "--size 12 is not BATCHxPIXELS"),
         (("--device", "cpu", "--size", "2x100"), 1, "100 a positive multiple of 16"),
     ],
@@ -114,7 +147,7 @@ def test_gpu_command_saves_as_it_goes(tmp_path):
     done = run("gpu", "--out", str(tmp_path), "--device", "cpu", "--only", "ceilings")
     assert done.returncode == 0, done.stdout + done.stderr
     (summary,) = json.loads((tmp_path / "summary.json").read_text())
-    assert (summary["step"], summary["status"]) == ("ceilings", "ok")
+    assert (summary["stage"], summary["status"]) == ("ceilings", "ok")
     assert json.loads((tmp_path / "ceilings.jsonl").read_text())["tflops"] > 0
 
 
@@ -131,14 +164,14 @@ def test_gpu_command_refuses(tmp_path, arguments, message):
     ("program", "limit", "status", "code"),
     [("pass", 60, "ok", 0), ("raise SystemExit(3)", 60, "failed", 1), ("import time; time.sleep(60)", 1, "timeout", 1)],
 )
-def test_gpu_command_reports_how_steps_end(tmp_path, monkeypatch, program, limit, status, code):
-    step = gpu.Step("tests", ("-c", program), "tests.log", limit)
-    monkeypatch.setattr(gpu, "steps", lambda *_: (step,))
+def test_gpu_command_reports_how_stages_end(tmp_path, monkeypatch, program, limit, status, code):
+    stage = gpu.Stage("tests", ("-c", program), "tests.log", limit)
+    monkeypatch.setattr(gpu, "stages", lambda *_: (stage,))
     assert gpu.main(["--out", str(tmp_path), "--device", "cpu"]) == code
     assert json.loads((tmp_path / "summary.json").read_text())[0]["status"] == status
 
 
 def test_a_missing_tool_is_said(tmp_path):
-    step = gpu.Step("sanitizer", ("-c", "pass"), "sanitizer.log", 60, before=("no-such-tool",))
-    outcome = gpu.run_step(step, tmp_path)
+    stage = gpu.Stage("sanitizer", ("-c", "pass"), "sanitizer.log", 60, before=("no-such-tool",))
+    outcome = gpu.run_stage(stage, tmp_path)
     assert (outcome.status, outcome.detail) == ("skipped", "no-such-tool is not installed")

@@ -15,12 +15,12 @@ from bench import _device as device
 from bench import _endtoend as endtoend
 from bench import cache, model
 from bench._contenders import CAPACITOR, CAPACITORS, EAGER, OURS, TINY, TINY_FLUX2, Contender, Setting, Shape
-from bench._timing import Ceilings
 from capacitor_rt import ModelConfig
 from capacitor_rt.errors import InputError
+from capacitor_rt.runtime.forecast import Ceilings
 
 CPU = torch.device("cpu")
-CEILINGS = Ceilings(tflops=100.0, gbs=1000.0, matmul_size=1, matmul_dtype="float32")
+CEILINGS = Ceilings(tflops=100.0, gbps=1000.0, source="for the tests")
 ENCODE, DECODE = Shape("encode", 1, 32), Shape("decode", 2, 32)
 
 
@@ -71,7 +71,7 @@ def test_the_truth_of_the_first_images_is_that_of_the_batch(setting, shape):
 
 @pytest.mark.parametrize("shape", [ENCODE, DECODE], ids=str)
 def test_the_compiled_baseline_has_no_graph_breaks(setting, shape):
-    call = contenders.call_of(setting.truth(CAPACITOR), shape.direction)
+    call = contenders.call_of(contenders._place(setting, CAPACITOR), shape.direction)
     x = endtoend.make_inputs(setting, CAPACITOR, shape)[0]
     torch.compile(call, backend="eager", fullgraph=True, dynamic=False)(x)
 
@@ -121,8 +121,25 @@ def test_what_fails_while_timed_is_dropped(error, reason):
     assert timed["a"].replays == 3 and timed["b"] == reason
 
 
-def test_the_runtime_has_the_switch_that_no_graphs_uses(setting):
-    assert hasattr(contenders._place(setting, CAPACITOR, "triton").runtime._cache, "_pool")
+def stats_after_a_call(setting: Setting, contender: Contender, shape: Shape):
+    (x,) = endtoend.make_inputs(setting, CAPACITOR, shape)[:1]
+    call = contender.build(setting, shape, x)
+    call(x)
+    return call.__self__.stats()
+
+
+def test_ours_is_the_runtime_and_eager_is_not(setting):
+    ours, eager = (stats_after_a_call(setting, contender, ENCODE) for contender in (OURS, EAGER))
+    assert ours.eager + ours.replays == 1 and eager.eager + eager.replays == 0
+
+
+@pytest.mark.gpu
+def test_only_ours_without_graphs_captures_nothing():
+    setting = Setting(torch.device("cuda"), torch.bfloat16, dataclasses.replace(TINY, model_dim=128), TINY_FLUX2)
+    without = next(contender for contender in CAPACITORS if contender.name == "ours, no graphs")
+    assert stats_after_a_call(setting, OURS, Shape("encode", 3, 64)).captures > 0
+    found = stats_after_a_call(setting, without, Shape("encode", 3, 64))
+    assert found.captures == 0 and found.eager > 0
 
 
 def test_calls_are_interleaved_over_their_inputs():
@@ -162,7 +179,7 @@ def test_inputs_are_random_and_rotated(setting):
     assert endtoend.make_inputs(setting, CAPACITOR, DECODE)[0].shape == (2, TINY.bottleneck_dim, 2, 2)
 
 
-def test_model_command_writes_a_line_a_contender(tmp_path, capsys):
+def test_model_command_writes_one_line_per_contender(tmp_path, capsys):
     out = tmp_path / "model.jsonl"
     options = ["--device", "cpu", "--shape", "encode:1x32", "--compile", "none", "--out", str(out)]
     assert model.main(options) == 0
@@ -197,6 +214,18 @@ def test_a_busy_gpu_is_recorded(monkeypatch, state, warning):
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: done)
     found = device.busy(torch.device("cuda"))
     assert found is None if warning is None else warning in found
+
+
+def test_without_the_drivers_tool_nothing_is_claimed(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    gpu = torch.device("cuda")
+    assert device.nvidia_smi(gpu, "clocks.sm") == device.clocks(gpu) == {} and device.busy(gpu) is None
+
+
+def test_clocks_are_numbers(monkeypatch):
+    done = subprocess.CompletedProcess([], 0, stdout="1755, 41, 312.60\n")
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: done)
+    assert device.clocks(torch.device("cuda")) == {"clock_mhz": 1755, "celsius": 41, "watts": 313}
 
 
 def test_caching_throughput(tmp_path, capsys):

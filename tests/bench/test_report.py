@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 from bench_lines import GPU, caching, call, ceilings, launch, write
 
+import bench
 from bench import _figures as figures
 from bench import _records as records
 from bench import report
+from bench.__main__ import COMMANDS, RESULTS_PAGE, listing
+from bench.__main__ import main as entry
 from bench.model import NAMED
 
 ROW = "card: encode 256x256, batch 128"
@@ -46,18 +50,18 @@ def test_committed_tables_are_those_of_the_committed_files():
     assert report.main(["--check"]) == 0, "run python -m bench.report"
 
 
-def test_nothing_measured_is_said_in_every_cell(project):
+def test_nothing_measured_is_said_once(project):
     folder, options = project
     assert report.main(options) == 0
-    text = (folder / "README.md").read_text()
-    for *_, name in NAMED:
-        mine, theirs, _ = report.PUBLISHED[name]
-        *cells, published, flux2 = row_of(text, name)[1:]
-        assert set(cells) == {report.NOTHING} and float(published) == mine
-        assert flux2 == "-" if theirs is None else float(flux2) == theirs
-    # figures in the text can only come from the published tables then
-    page = (folder / "results" / "README.md").read_text()
-    assert report.NOTHING in page and "not measured yet" in page.split("## Reconstruction")[1]
+    text, page = (path.read_text() for path in (folder / "README.md", folder / "results" / "README.md"))
+    for page_or_readme in (text, page):
+        assert page_or_readme.count("Nothing has been measured on a GPU yet: `python -m bench gpu") == 1
+        # figures can only come from the published tables then
+        for *_, name in NAMED:
+            values = [None if cell == "-" else float(cell) for cell in row_of(page_or_readme, name)[1:]]
+            assert tuple(values) == report.PUBLISHED[name]
+    assert report.NOTHING not in text
+    assert page.split("## Reconstruction")[1].split("##")[0].count(report.NOTHING) == 1
 
 
 def test_numbers_are_those_of_the_files(project):
@@ -114,7 +118,8 @@ def test_cpu_runs_are_no_results(project):
     folder, options = project
     write(folder / "results" / "model.jsonl", call("model", "ours", 9.0, row=ROW, gpu=None, device="cpu"))
     report.main(options)
-    assert set(row_of((folder / "README.md").read_text(), ROW)[1:7]) == {report.NOTHING}
+    text = (folder / "README.md").read_text()
+    assert "Nothing has been measured" in text and "9.0" not in text
 
 
 def test_the_newest_figure_wins_and_reasons_do_not_hide_figures():
@@ -147,7 +152,7 @@ def test_numbers_keep_three_digits(value, text):
 
 
 def test_compiled_facts_are_those_of_the_table(tmp_path):
-    head = "| 90 | k | bf16 | throughput | s | c |"
+    head = "| 90 | k | bf16 | throughput | s | c | encode |"
     (tmp_path / "aot.md").write_text(f"{head} 100 | 0 | 4096 | 2 | - |\n{head} 168 | 8 | 1024 | 1 | - |\n")
     assert report.compiled_rows(tmp_path / "aot.md")[-1] == "| sm_90 | 2 | 168 | 8 | 4096 |"
     assert report.compiled_rows(tmp_path / "absent.md") == [report.NOTHING]
@@ -165,6 +170,28 @@ def test_psnr_files_become_rows(tmp_path):
     rows = "\n".join(report.psnr_rows(tmp_path))
     assert row_of(rows, "full_capacitor (photos)")[1:] == ["36.60", "4.60", "36.50", "29.10", report.NOTHING, "7"]
     assert row_of(rows, "full_capacitor (card)")[1] == "36.62" and "released weights" not in rows
+
+
+def test_every_command_feeds_a_page_that_exists_and_is_listed(project):
+    folder, options = project
+    write(folder / "results" / "model.jsonl", *lines())
+    report.main(options)
+    headings = re.findall(r"^#+ (.*)$", (folder / "results" / "README.md").read_text(), re.M)
+    root = Path(bench.__file__).parents[1]
+    public = [p for p in (root / "bench").glob("*.py") if not p.name.startswith(("_", "test_", "conftest"))]
+    assert {root / command.file for command in COMMANDS} == set(public)
+    for command in COMMANDS:
+        assert f"{command.name} " in listing() and command.does in listing()
+        _, _, tables = command.feeds.partition(f"{RESULTS_PAGE}: ")
+        assert not tables or set(tables.split(", ")) <= set(headings), command
+
+
+def test_the_package_runs_its_commands(capsys):
+    with pytest.raises(SystemExit):
+        entry(["compare", "--help"])
+    assert "python -m bench compare" in capsys.readouterr().out
+    assert entry([]) == 2 and "bench/compare.py" in capsys.readouterr().err
+    assert entry(["compare", "no-such-file", "neither"]) == 2
 
 
 def test_figures_show_what_there_is(tmp_path):

@@ -103,7 +103,7 @@ def test_a_lost_commit_log_is_written_anew_from_the_shards(src, out, whole, monk
 
 
 def test_an_uncommitted_shard_that_does_not_fit_its_index_is_refused(src, out, whole):
-    commit = list(read_commits(out)[0].values())[-1]
+    commit = list(read_commits(out).values())[-1]
     (out / "commits.jsonl").unlink()
     shard = out / commit["shard"]
     shard.write_bytes(shard.read_bytes()[:-1] + b"?")
@@ -116,7 +116,7 @@ def test_an_uncommitted_shard_that_does_not_fit_its_index_is_refused(src, out, w
 
 
 def test_a_deleted_shard_is_written_again(src, out, whole):
-    commit = list(read_commits(out)[0].values())[2]
+    commit = list(read_commits(out).values())[2]
     (out / commit["shard"]).unlink()
     (out / commit["index"]).unlink()
     run(src, out, small_model())
@@ -124,7 +124,7 @@ def test_a_deleted_shard_is_written_again(src, out, whole):
 
 
 def test_a_shard_cut_short_is_refused_before_work_starts(src, out, whole):
-    commit = list(read_commits(out)[0].values())[2]
+    commit = list(read_commits(out).values())[2]
     shard = out / commit["shard"]
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(CacheError, match=rf"{shard.name} is damaged: .* bytes.*: delete {commit['shard']} and"):
@@ -132,7 +132,7 @@ def test_a_shard_cut_short_is_refused_before_work_starts(src, out, whole):
 
 
 def test_a_file_that_differs_is_never_replaced(src, out, whole):
-    commit = list(read_commits(out)[0].values())[-1]
+    commit = list(read_commits(out).values())[-1]
     lines = (out / "commits.jsonl").read_bytes().splitlines(keepends=True)
     (out / "commits.jsonl").write_bytes(b"".join(lines[:-1]))
     (out / commit["index"]).unlink()
@@ -202,7 +202,7 @@ def test_a_file_that_outgrows_the_disk_leaves_nothing(tmp_path, src):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert not list(out.rglob("*.tmp-*")) and not list(out.rglob("*.safetensors"))
-    assert len(read_commits(out)[0]) == 1
+    assert len(read_commits(out)) == 1
 
 
 def test_after_a_full_disk_the_same_command_goes_on(tmp_path, src, whole, monkeypatch):
@@ -224,7 +224,7 @@ def test_after_a_full_disk_the_same_command_goes_on(tmp_path, src, whole, monkey
             break
         except DiskFull:
             left[0] = 60 << 10
-            done.append(len(read_commits(out)[0]) if out.exists() else 0)
+            done.append(len(read_commits(out)) if out.exists() else 0)
             assert not list(out.rglob("*.tmp-*"))
             assert len(done) < 100
     assert len(done) > 3 and done == sorted(done)
@@ -243,10 +243,10 @@ def test_an_interrupted_command_says_so_and_goes_on(tmp_path):
     assert driver.stderr.count("the same command goes on from there") == 2
     assert "Traceback" not in driver.stderr
     for out in outs:
-        assert 0 < len(read_commits(out)[0]) < 60
+        assert 0 < len(read_commits(out)) < 60
         assert {p.name for p in out.iterdir()} >= {"plan.json", "quarantine.jsonl"}
         assert not list(out.rglob("*.tmp-*")) and not (out / ".lock").exists()
-    done = len(read_commits(outs[0])[0])
+    done = len(read_commits(outs[0]))
     lines: list[str] = []
     report = cache_images(
         src, outs[0], tmp_path / "model", CacheRequest(32, shard_rows=2), progress=False, note=lines.append

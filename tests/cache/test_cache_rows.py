@@ -15,7 +15,7 @@ from cache_cases import pixels, small_model, snapshot, stamps, write_images
 from PIL import Image
 from safetensors.torch import load_file
 
-from capacitor_rt.cache import CacheRequest, LatentDataset, cache_images
+from capacitor_rt.cache import CacheRequest, LatentDataset, LatentRow, cache_images
 from capacitor_rt.cache import pipeline as pipeline_module
 from capacitor_rt.cache.inputs import MAX_FILE_BYTES
 from capacitor_rt.cache.shards import read_index, read_shard_header
@@ -61,6 +61,7 @@ def test_posterior_and_mirror_images(tmp_path):
     request = CacheRequest(64, dtype="fp32", posterior=True, flip=True, batch=3)
     run(tmp_path / "src", tmp_path / "out", model, request)
     rows = LatentDataset(tmp_path / "out", verify=True)
+    assert set(rows[0]) == LatentRow.__required_keys__ | LatentRow.__optional_keys__
     batch = torch.from_numpy(np.stack([np.array(Image.open(p)) for p in paths]))
     for suffix, images in (("", batch), ("_flip", batch.flip(2))):
         stored = {k: torch.stack([rows[i][k + suffix] for i in range(3)]) for k in ("latents", "logsnr")}

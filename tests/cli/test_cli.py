@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+import typer
 from golden_cases import GOLDEN
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from capacitor_rt import FullCapacitor, FullCapacitorInferenceConfig
-from capacitor_rt.cli.app import main
+from capacitor_rt.cli import app, main
 
 P16, P8 = str(GOLDEN / "p16"), str(GOLDEN / "p8")
 
@@ -175,3 +177,18 @@ def test_failures_are_one_line_and_an_exit_code(run, photos, args, code, message
     got, _, err = run(*args)
     assert got == code, err
     assert message in " ".join(err.split())
+
+
+def test_every_command_and_option_is_explained_in_a_sentence():
+    commands = typer.main.get_command(app).commands
+    assert {"encode", "decode", "psnr", "inspect", "doctor"} <= set(commands)
+    for name, command in commands.items():
+        texts = {"": command.help} | {p.name: p.help for p in command.params}
+        for what, text in texts.items():
+            assert text and text[0].isupper() and text.rstrip().endswith("."), f"{name} {what}: {text!r}"
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys, capacitor_rt.cli; print({'torch', 'numpy', 'PIL'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "set()", done.stderr

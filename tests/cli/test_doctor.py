@@ -44,7 +44,7 @@ def test_a_machine_without_a_gpu_is_no_problem(run, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_text_has_a_line_a_finding(tmp_path):
+def test_text_has_one_line_per_finding(tmp_path):
     app = typer.Typer()
     app.command()(module.doctor)
     result = CliRunner().invoke(app, ["--folder", str(tmp_path / "absent"), "--results", str(tmp_path)])
@@ -89,8 +89,8 @@ def test_a_probe_that_fails_does_not_end_the_examination(run, monkeypatch):
         (75, "the torch backend runs on this GPU"),
         (80, "sm_80.json: rows for"),
         (86, "the nearest to sm_86"),
-        (90, "227 KiB a CTA"),
-        (120, "99 KiB a CTA"),
+        (90, "227 KiB per CTA"),
+        (120, "99 KiB per CTA"),
     ],
 )
 def test_configs_are_those_that_serve_the_gpu(cc, says):

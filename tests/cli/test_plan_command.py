@@ -1,4 +1,4 @@
-"""`capacitor-rt plan`: launches, memory and times, without a GPU and without weights."""
+"""`capacitor-rt plan`: ops, memory and times, without a GPU and without weights."""
 
 from __future__ import annotations
 
@@ -36,11 +36,13 @@ def test_the_headline_case_of_the_full_model():
     truth = make_plan(ModelConfig(), PlanKey("encode", 128, 256, 256, torch.bfloat16, torch.uint8, "nchw", 90))
     assert got["runs"] == [128] and got["ceilings"]["tflops"] == 790 and "measured" in got["ceilings"]["source"]
     (only,) = got["plans"]
-    assert len(only["launches"]) == 34 and only["flops"] == truth.flops and only["arena_bytes"] == truth.arena_bytes
-    assert got["milliseconds"] == pytest.approx(1e3 * truth.expected_seconds(790e12, 4.3e12))
-    assert only["milliseconds"] == pytest.approx(sum(launch["milliseconds"] for launch in only["launches"]))
+    assert len(only["steps"]) == 34 and only["flops"] == truth.flops and only["arena_bytes"] == truth.arena_bytes
+    assert got["milliseconds"] == pytest.approx(
+        sum(max(step.flops / 790e9, step.nbytes / 4.3e9) for step in truth.steps)
+    )
+    assert only["milliseconds"] == pytest.approx(sum(step["milliseconds"] for step in only["steps"]))
     text = run("--size", "256", "--batch", "128")
-    assert "1 x 128 images, 34 launches" in text and f"{got['milliseconds']:.3f} ms at best" in text
+    assert "1 x 128 images, 34 ops" in text and f"{got['milliseconds']:.3f} ms at best" in text
     assert "790 TFLOP/s or 4300 GB/s (H200, measured" in text
     assert f"arena {truth.arena_bytes / 2**20:.2f} MiB" in text
 
@@ -51,13 +53,13 @@ def test_a_batch_is_micro_batches_and_a_tail():
     times = {p["images"]: p["milliseconds"] for p in got["plans"]}
     assert got["milliseconds"] == pytest.approx(2 * times[32] + times[6])
     assert got["ceilings"]["source"] == CEILINGS[80].source
-    assert "2 x 32 + 1 x 6 images, 102 launches" in run("--size", "512", "--batch", "70", "--cc", "80")
+    assert "2 x 32 + 1 x 6 images, 102 ops" in run("--size", "512", "--batch", "70", "--cc", "80")
 
 
 def test_decoding_with_guidance_and_steps():
     got = document("--size", "256", "--direction", "decode", "--steps", "2", "--sampler", "dpmpp_2m", "--pdg")
-    kernels = [launch["kernel"] for launch in got["plans"][0]["launches"]]
-    assert kernels.count("project") == 20 and kernels[-1] == "combine" and got["inference"]["num_steps"] == 2
+    ops = [step["op"] for step in got["plans"][0]["steps"]]
+    assert ops.count("project") == 20 and ops[-1] == "combine" and got["inference"]["num_steps"] == 2
 
 
 def test_models_by_name_file_and_checkpoint(tmp_path):
@@ -87,10 +89,10 @@ def test_what_cannot_be_planned_is_named(args, message):
         run(*args)
 
 
-def test_stated_ceilings_bind_each_launch():
-    request = PlanKey("encode", 2, 64, 64, torch.float32, torch.uint8, "nchw", 100)
-    slow_memory = forecast(ModelConfig(), request, Ceilings(1e9, 1.0, "as given"))
-    assert {launch["bound"] for launch in slow_memory.as_dict()["plans"][0]["launches"]} == {"memory"}
-    slow_maths = forecast(ModelConfig(), request, Ceilings(1e-3, 1e9, "as given"))
+def test_stated_ceilings_bind_each_step():
+    key = PlanKey("encode", 2, 64, 64, torch.float32, torch.uint8, "nchw", 100)
+    slow_memory = forecast(ModelConfig(), key, Ceilings(1e9, 1.0, "as given"))
+    assert {step["bound"] for step in slow_memory.as_dict()["plans"][0]["steps"]} == {"memory"}
+    slow_maths = forecast(ModelConfig(), key, Ceilings(1e-3, 1e9, "as given"))
     assert slow_maths.milliseconds == pytest.approx(slow_maths.plans[2].flops / 1e6, rel=1e-3)
     assert document("--size", "64", "--cc", "100", "--tflops", "2000", "--gbps", "8000")["ceilings"]["gbps"] == 8000

@@ -15,13 +15,13 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from capacitor_rt import CheckpointError, FullCapacitor, InputError
-from capacitor_rt.cli.psnr import Cosines, psnr
+from capacitor_rt.cli.psnr import psnr
 from capacitor_rt.evaluation import evaluate
 from capacitor_rt.evaluation.metrics import cosine_similarity
 from capacitor_rt.images import frames
 from capacitor_rt.images.frames import Framing
 
-P16 = str(GOLDEN / "p16")
+P16, P8 = str(GOLDEN / "p16"), str(GOLDEN / "p8")
 
 
 @pytest.fixture
@@ -59,21 +59,11 @@ def test_latents_are_compared_by_their_cosine(run, photos, tmp_path):
     assert found["per_channel"] == pytest.approx(want.per_channel.tolist(), abs=1e-7)
 
 
-def test_running_sums_are_those_of_all_batches():
-    a, b = torch.randn(5, 4, 3, 3), torch.randn(5, 4, 3, 3)
-    sums = Cosines(["a", "b"])
-    for part in (slice(0, 2), slice(2, 5)):
-        sums.observe({"a": a[part], "b": b[part]})
-    want = cosine_similarity(a, b)
-    found = sums.result()["b"]
-    assert found.overall == pytest.approx(want.overall, abs=1e-12)
-    torch.testing.assert_close(found.per_channel, want.per_channel)
-
-
-def test_latents_of_other_shapes_have_no_cosine():
-    sums = Cosines(["a", "b"])
-    sums.observe({"a": torch.randn(1, 4, 2, 2), "b": torch.randn(1, 8, 2, 2)})
-    assert sums.result() == {}
+def test_latents_of_other_shapes_have_no_cosine(run, photos, tmp_path):
+    result = run("--against", P8, "--against", P16, "--json", tmp_path / "t.json")
+    assert result.exit_code == 3
+    assert list(json.loads((tmp_path / "t.json").read_text())["latent_cosine"]) == ["p16 (2)"]
+    assert result.stdout.count("cosine") == 1
 
 
 def test_several_models_are_compared_with_the_first(run, photos, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from capacitor_rt.errors import InputError
-from capacitor_rt.evaluation.metrics import PsnrTable, cosine_similarity, psnr, summary
+from capacitor_rt.evaluation.metrics import CosineSimilarity, PsnrTable, cosine_similarity, psnr, summary
 
 
 def flat(value: int, shape=(8, 8, 3)) -> np.ndarray:
@@ -137,6 +137,34 @@ class TestCosine:
         per_channel = cosine_similarity(a, a).per_channel
         assert per_channel[0] == 1 and per_channel[1].isnan()
 
+    def test_batches_add_up_whatever_their_sizes(self):
+        batches = [(torch.randn(n, 4, h, w), torch.randn(n, 4, h, w)) for n, h, w in ((2, 3, 3), (3, 3, 3), (1, 5, 2))]
+        cosine = CosineSimilarity()
+        for a, b in batches:
+            cosine.update(a, b)
+        # the vectors written out: all that a channel ever held
+        a, b = (torch.cat([pair[i].transpose(0, 1).flatten(1) for pair in batches], 1).double() for i in (0, 1))
+        found = cosine.result()
+        torch.testing.assert_close(found.per_channel, torch.cosine_similarity(a, b, dim=1))
+        assert found.overall == pytest.approx(torch.cosine_similarity(a.flatten(), b.flatten(), dim=0).item())
+
+    def test_mixed_types_are_summed_alike(self):
+        a, b = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4).bfloat16()
+        assert cosine_similarity(a, b).overall == cosine_similarity(a.double(), b.double()).overall
+
     def test_shapes_are_checked(self):
         with pytest.raises(InputError, match="one shape"):
             cosine_similarity(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 4, 3))
+        cosine = CosineSimilarity()
+        with pytest.raises(InputError, match="at least one batch"):
+            cosine.result()
+        cosine.update(torch.ones(1, 2, 3, 3), torch.ones(1, 2, 3, 3))
+        with pytest.raises(InputError, match="1 channels, and those before had 2"):
+            cosine.update(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3))
+        assert cosine.result().overall == pytest.approx(1)
+
+    def test_dictionary_is_json(self):
+        a = torch.zeros(1, 2, 2, 2)
+        a[:, 0] = 1
+        read = json.loads(json.dumps(cosine_similarity(a, a).to_dict(), allow_nan=False))
+        assert read == {"overall": 1.0, "per_channel": [1.0, None]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -13,7 +14,7 @@ import pytest
 import torch
 import triton
 
-from bench import aot
+from bench import _compile, _row_launches, aot
 from capacitor_kernels import tuning
 from capacitor_kernels.launch import Launch
 
@@ -25,7 +26,7 @@ MATRIX_INSTRUCTION = {80: "mma", 89: "mma", 90: "wgmma", 100: "tcgen05", 120: "m
 
 def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | environment
-    command = [sys.executable, "-m", "bench.aot", *arguments]
+    command = [sys.executable, "-m", "bench", "aot", *arguments]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
 
 
@@ -49,7 +50,6 @@ def _name(fact: dict) -> str:
 @pytest.mark.aot
 def test_every_row_of_every_gpu_is_compiled(compiled):
     facts, _ = compiled
-    aot.load_families()
     for cc in tuning.COMPUTE_CAPABILITIES:
         for row in tuning.rows(cc):
             found = [f for f in facts if f["cc"] == cc and f["family"] == row.family and f["shape"] == row.shape]
@@ -97,7 +97,40 @@ def test_committed_table_is_current(compiled):
     committed = aot.DEFAULT_TABLE.read_text()
     if f"Triton {triton.__version__} " not in committed:
         pytest.skip(f"the table was written with another Triton than {triton.__version__}")
-    assert committed == compiled[1], "run python -m bench.aot and commit bench/results/aot.md"
+    assert committed == compiled[1], "run python -m bench aot and commit bench/results/aot.md"
+
+
+@pytest.mark.aot
+def test_every_form_that_the_runtime_queues_is_compiled(compiled):
+    forms = {
+        ("patchify", 768): {"encode uint8 nhwc", "encode uint8 nchw, posterior", "encode bf16 nchw"},
+        ("patchify", 896): {"decode bf16 latents", "decode fp32 latents"},
+        ("head", None): {"encode", "posterior"},
+        ("unpatchify", 768): {"decode"},
+        ("expand", None): {"encode, posterior, decode"},
+    }
+    for (family, depth), expected in forms.items():
+        for cc in tuning.COMPUTE_CAPABILITIES:
+            mine = [f for f in compiled[0] if (f["family"], f["cc"], f["shape"].get("depth")) == (family, cc, depth)]
+            assert {f["queued_by"] for f in mine} == expected, (family, cc)
+
+
+@pytest.mark.parametrize(("family", "written"), [("unpatchify", ("image_ptr",)), ("head", ("latents_ptr",))])
+def test_what_is_compiled_stores_float32_as_the_runtime_does(family, written):
+    (row,) = tuning.rows(90, family)
+    queued = dict(_row_launches._by_plans(row))
+    for call, (launch,) in queued.items():
+        if call.direction != "posterior":
+            assert {launch.args[name].dtype for name in written} == {torch.float32}
+            assert launch.args[{"unpatchify": "tokens_ptr", "head": "x_ptr"}[family]].dtype == torch.bfloat16
+    assert {call.direction for call in queued} == {"unpatchify": {"decode"}, "head": {"encode", "posterior"}}[family]
+
+
+def test_a_row_of_no_known_model_is_refused():
+    row = tuning.rows(90, "expand")[0]
+    stray = dataclasses.replace(row, shape={**row.shape, "dim": 640})
+    with pytest.raises(ValueError, match=r"no plan of a known model looks up expand at .*640.*: remove this row"):
+        _row_launches.launches_of(stray)
 
 
 def test_refuses_the_interpreter():
@@ -117,7 +150,7 @@ def test_refuses_the_interpreter():
     ],
 )
 def test_ctas_per_sm(cc, registers, smem, warps, expected):
-    assert aot.ctas_per_sm(cc, registers, smem, warps) == expected
+    assert _compile.ctas_per_sm(cc, registers, smem, warps) == expected
 
 
 def test_signature_follows_the_launch():
@@ -130,7 +163,7 @@ def test_signature_follows_the_launch():
 
     x = torch.empty(4, dtype=torch.bfloat16, device="meta")
     args = {"x": x, "n": 32, "m": 1, "k": 7, "e": 1e-6, "f": 2**33, "BLOCK": 64}
-    types, constants, hints = aot.signature(Launch(Kernel, (1,), args))
+    types, constants, hints = _compile.signature(Launch(Kernel, (1,), args))
     assert types == {
         "x": "*bf16", "n": "i32", "m": "constexpr", "k": "i32", "e": "fp32", "f": "i64", "BLOCK": "constexpr"
     }  # fmt: skip

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import subprocess
+import sys
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.aot import load_families
-from capacitor_kernels import tuning
-from capacitor_kernels.tuning import COMPUTE_CAPABILITIES, Family, GemmConfig, Row
+from capacitor_kernels import OPS, tuning
+from capacitor_kernels.tuning import COMPUTE_CAPABILITIES, ConfigRow, GemmConfig
 
-load_families()
 SHAPE = {"tokens_per_image": 256, "dim": 896, "hidden": 3584}
 BF16 = torch.bfloat16
 
@@ -44,7 +45,7 @@ def test_a_row_that_pads_too_much_is_passed_over():
 )
 def test_default_serves_what_no_row_covers(change, dtype):
     shape = SHAPE | change
-    family = next(f for f in tuning.families() if f.name == "expand")
+    family = tuning.get_family("expand")
     assert tuning.lookup("expand", 90, shape, dtype) == family.default(90, shape, dtype, "throughput")
 
 
@@ -94,13 +95,13 @@ def test_relatives_share_rows(cc, base):
     ],
 )
 def test_bad_rows_name_file_and_row(raw, message):
-    family = next(f for f in tuning.families() if f.name == "expand")
+    family = tuning.get_family("expand")
     with pytest.raises(ValueError, match=message):
         tuning._parse_row(family, 90, 3, {"shape": SHAPE, "dtype": "bf16", "config": {}} | raw)
 
 
 def test_a_family_registers_once():
-    family = next(f for f in tuning.families() if f.name == "expand")
+    family = tuning.get_family("expand")
     assert tuning.register(family) is family
     with pytest.raises(ValueError, match="expand is registered twice"):
         tuning.register(dataclasses.replace(family, near=("dim",)))
@@ -108,7 +109,7 @@ def test_a_family_registers_once():
 
 @pytest.mark.parametrize("cc", COMPUTE_CAPABILITIES)
 def test_every_row_of_every_file_belongs_to_a_family(cc):
-    assert set(tuning.config_families(cc)) <= {f.name for f in tuning.families()}
+    assert set(tuning.config_families(cc)) <= set(OPS)
     rows = tuning.rows(cc)
     assert {row.family for row in rows} >= {"expand", "grn", "project"}
     keys = [(row.family, tuple(sorted(row.shape.items())), row.dtype, row.use) for row in rows]
@@ -119,12 +120,14 @@ def test_every_row_of_every_file_belongs_to_a_family(cc):
 
 def test_nearest_row_is_by_ratio(monkeypatch):
     rows = tuple(
-        Row("expand", 90, SHAPE | {"tokens_per_image": n}, "bf16", "throughput", GemmConfig(n, 64, 32, 8, 4, 2), {})
+        ConfigRow(
+            "expand", 90, SHAPE | {"tokens_per_image": n}, "bf16", "throughput", GemmConfig(n, 64, 32, 8, 4, 2), {}
+        )
         for n in (16, 128)
     )
     monkeypatch.setattr(tuning, "rows", lambda cc, family: rows)
     tuning._cached_lookup.cache_clear()
-    family = tuning._FAMILIES["expand"]
+    family = tuning.get_family("expand")
     monkeypatch.setitem(tuning._FAMILIES, "expand", dataclasses.replace(family, accepts=None))
     found = [tuning.lookup("expand", 90, SHAPE | {"tokens_per_image": n}, BF16).block_m for n in (40, 50)]
     tuning._cached_lookup.cache_clear()
@@ -153,9 +156,40 @@ def test_default_fits_every_gpu(cc, tokens, n, k, dtype):
     assert config.block_m * config.block_n / (32 * config.num_warps) <= 128
 
 
-def test_family_is_data():
-    family = Family("x", GemmConfig, ("dim",), ("tokens_per_image",), lambda *a: None)
-    assert family.example is None and dataclasses.is_dataclass(family)
+ALONE = """
+import json, sys
+from capacitor_kernels import tuning
+imported = lambda: sorted(m.rpartition(".")[2] for m in sys.modules if m.startswith("capacitor_kernels.ops."))
+seen = [imported()]
+import torch
+tuning.lookup("grn", 90, {"tiles": 2, "hidden": 3584}, torch.bfloat16)
+seen.append(imported())
+for name in ("launch", "ops.grn", "antigravity", ""):
+    try:
+        tuning.lookup(name, 90, {}, torch.bfloat16)
+        seen.append(name)
+    except ValueError as error:
+        assert f"no kernel family {name!r}: import the module that registers it; known: ['dwconv', " in str(error)
+assert "antigravity" not in sys.modules
+seen.append(imported())
+tuning.rows(90, "whiten")
+seen.append(imported())
+seen.append(sorted({row.family for row in tuning.rows(90)}))
+seen.append([f.name for f in tuning.families()])
+print(json.dumps(seen))
+"""
+
+
+def test_a_family_is_imported_when_it_is_first_asked_for_and_nothing_else_is():
+    done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    everything = sorted(OPS)
+    assert json.loads(done.stdout) == [[], ["grn"], ["grn"], ["grn", "whiten"], everything, everything]
+
+
+def test_a_config_is_not_forced_on_a_family_that_is_none():
+    with pytest.raises(ValueError, match="no kernel family 'expandd'"), tuning.using("expandd", None):
+        pass
 
 
 def test_using_forces_a_config_and_lets_go_again():

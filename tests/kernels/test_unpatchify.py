@@ -117,7 +117,7 @@ def test_bytes_are_rounded_and_clamped(noise):
     case = make_case(2, (7, 5), out=torch.uint8, noise=noise)
     case.tokens *= 2.0
     got, exact = case.run(), case.reference()
-    expected = reference.to_uint8(exact)
+    expected = reference.pixels_to_bytes(exact)
     assert (expected == 0).any() and (expected == 255).any(), "the case does not reach the clamp"
     # a float32 sum may fall on the other side of a half: only there, and only by one
     differs = got != expected

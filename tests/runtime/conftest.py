@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _tall_tiles():
+@pytest.fixture(autouse=True)
+def _tall_tiles(monkeypatch):
     if torch.cuda.is_available():
-        yield
         return
     from capacitor_kernels import tuning
 
     lookup = tuning.lookup
 
-    def tall(family, *args):
-        config = lookup(family, *args)
+    def tall(family: str, *args: Any, **options: Any) -> Any:
+        config = lookup(family, *args, **options)
         return dataclasses.replace(config, strips_y=16, num_warps=8) if family == "dwconv" else config
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tuning, "lookup", tall)
-        yield
+    monkeypatch.setattr(tuning, "lookup", tall)

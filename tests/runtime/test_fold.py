@@ -113,12 +113,12 @@ def test_pack_rounds_once(model):
     assert torch.equal(block.w2, truth.w2.to(torch.bfloat16)) and block.w2.is_contiguous()
     assert torch.equal(block.b2, truth.b2.float()) and block.dw_w.dtype == torch.float32
     named = fold.named_tensors(packed)
-    assert named["blocks.1.w2"] is block.w2 and len(named) == 6 + 7 * len(packed.blocks)
+    assert named["blocks.1.w2"] is block.w2 and len(named) == 7 + 7 * len(packed.blocks)
 
 
 def test_rows_of_nhwc_images(model):
-    w = fold.fold_encoder(model).patch_w
+    folded = fold.fold_encoder(model)
     image = random(1, 3, 32, 16)
     nhwc = image.permute(0, 2, 3, 1).reshape(2, 16 * 16 * 3)
-    truth = torch.nn.functional.unfold(image, 16, stride=16)[0].t() @ w
-    assert relative_error(nhwc @ fold.rows_nhwc(w, 16), truth) < TIGHT
+    truth = torch.nn.functional.unfold(image, 16, stride=16)[0].t() @ folded.patch_w
+    assert relative_error(nhwc @ folded.patch_w_nhwc, truth) < TIGHT

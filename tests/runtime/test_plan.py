@@ -1,4 +1,4 @@
-"""Plans: buffers that never clash, names that exist, and the arithmetic of PERFORMANCE.md."""
+"""Plans: buffers that never clash, names that exist, and the arithmetic of docs/numbers.md."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capacitor_rt import FullCapacitor, FullCapacitorInferenceConfig, ModelConfig
+from capacitor_rt import FullCapacitorInferenceConfig, ModelConfig
+from capacitor_rt.config import KNOWN_MODELS
+from capacitor_rt.reference import Autoencoder
 from capacitor_rt.runtime import fold
 from capacitor_rt.runtime.arena import ALIGNMENT, Buffer, lay_out
 from capacitor_rt.runtime.batching import ARENA_BUDGET, micro_batch, parts
-from capacitor_rt.runtime.family import FAMILY
+from capacitor_rt.runtime.forecast import Ceilings, forecast
 from capacitor_rt.runtime.plan import LaunchPlan, PlanKey, make_plan
 
 FULL = ModelConfig()
 GIGA, MEGA = 1e9, 1e6
 CCS = (80, 86, 89, 90, 100, 120)
-# launcher -> the arguments that it writes
+# op -> the arguments that it writes
 WRITES = {
     "patchify": ("tokens",),
     "dwconv": ("y", "sumsq"),
@@ -35,7 +37,7 @@ WRITES = {
 }
 
 
-def request(
+def key_of(
     direction: str = "encode", batch: int = 1, height: int = 256, width: int | None = None, **changes
 ) -> PlanKey:
     values = {
@@ -77,7 +79,7 @@ def configs(draw) -> ModelConfig:
 
 @st.composite
 def plans(draw) -> tuple[ModelConfig, LaunchPlan]:
-    config = draw(st.one_of(configs(), st.sampled_from(list(FAMILY.values()))))
+    config = draw(st.one_of(configs(), st.sampled_from(list(KNOWN_MODELS.values()))))
     directions = ["encode", "posterior", "decode", "predict"] if config.encoder_depth else ["decode", "predict"]
     direction = draw(st.sampled_from(directions))
     sides = st.integers(1, 12).map(lambda n: n * config.patch_size)
@@ -90,7 +92,7 @@ def plans(draw) -> tuple[ModelConfig, LaunchPlan]:
         changes["inference"] = draw(inferences)
     else:
         changes["layout"] = draw(st.sampled_from(["nchw", "nhwc"]))
-    return config, make_plan(config, request(direction, draw(st.integers(1, 6)), draw(sides), draw(sides), **changes))
+    return config, make_plan(config, key_of(direction, draw(st.integers(1, 6)), draw(sides), draw(sides), **changes))
 
 
 def reads_and_writes(plan: LaunchPlan):
@@ -98,8 +100,8 @@ def reads_and_writes(plan: LaunchPlan):
     for step in plan.steps:
         names = {a: r.split(":")[1] for a, r in step.args.items() if not r.startswith("weight:")}
         yield (
-            {n for a, n in names.items() if a not in WRITES[step.kernel]},
-            {n for a, n in names.items() if a in WRITES[step.kernel]},
+            {n for a, n in names.items() if a not in WRITES[step.op]},
+            {n for a, n in names.items() if a in WRITES[step.op]},
         )
 
 
@@ -135,57 +137,54 @@ def test_every_byte_read_is_the_last_one_written_there(case):
 
 @settings(max_examples=30, deadline=None)
 @given(plans().filter(lambda case: case[0].model_dim < 100))
-def test_every_name_exists(case):
+def test_every_name_exists_and_every_weight_is_as_planned(case):
     config, plan = case
     with torch.random.fork_rng():
-        model = FullCapacitor(config)
+        model = Autoencoder(config)
+    if plan.times:
+        folded = {f"t{i}.": fold.fold_decoder(model, *time) for i, time in enumerate(plan.times)}
+    else:
+        folded = {"": fold.fold_encoder(model)}
+    packed = {}
+    for prefix, part in folded.items():
+        packed |= fold.named_tensors(fold.pack(part, plan.key.dtype, "cpu"), prefix)
+    for name, spec in plan.weights.items():
+        assert (tuple(packed[name].shape), packed[name].dtype) == spec, name
     places = {
         "buffer": {b.name for b in plan.buffers} - set(plan.inputs) - set(plan.outputs),
         "input": set(plan.inputs),
         "output": set(plan.outputs),
-        "weight": {
-            f"t{i}.{n}" for i, key in enumerate(plan.times) for n in fold.named_tensors(fold.fold_decoder(model, *key))
-        },
+        "weight": set(plan.weights),
     }
-    if not plan.times:
-        places["weight"] = {*fold.named_tensors(fold.fold_encoder(model)), "patch_w_nhwc"}
-    used = set()
-    for step in plan.steps:
-        for ref in step.args.values():
-            place, name = ref.split(":")
-            assert name in places[place], ref
-            used.add(ref)
-    for place in ("buffer", "input", "output"):
-        assert {f"{place}:{name}" for name in places[place]} <= used
+    used = {ref for step in plan.steps for ref in step.args.values()}
+    assert used == {f"{place}:{name}" for place, names in places.items() for name in names}
     # every decoder that is folded for this plan is used by it
-    assert {name.split(".")[0] for name in places["weight"] if plan.times} <= {
-        r.split(":")[1].split(".")[0] for r in used
-    }
+    assert {name.split(".")[0] for name in plan.weights if plan.times} == {f"t{i}" for i in range(len(plan.times))}
 
 
 @pytest.mark.parametrize(
     ("direction", "size", "gflop"), [("encode", 256, 26.956), ("encode", 512, 107.825), ("decode", 256, 28.07)]
 )
 def test_flops_are_those_of_the_model(direction, size, gflop):
-    # PERFORMANCE.md 1.1; in decoding with patchify, latent projection and fuse_in collapsed into one product
-    plan = make_plan(FULL, request(direction, 3, size))
+    # docs/numbers.md; in decoding with patchify, latent projection and fuse_in collapsed into one product
+    plan = make_plan(FULL, key_of(direction, 3, size))
     assert plan.flops / 3 / GIGA == pytest.approx(gflop, rel=5e-4)
 
 
 def test_a_block_moves_785_megabytes():
-    # PERFORMANCE.md 3.2: 128 images of 256x256, 32 768 tokens
-    plan = make_plan(FULL, request(batch=128))
+    # docs/numbers.md: 128 images of 256x256, 32 768 tokens
+    plan = make_plan(FULL, key_of(batch=128))
     block = plan.steps[1:5]
-    assert [s.kernel for s in block] == ["dwconv", "expand", "grn", "project"]
+    assert [s.op for s in block] == ["dwconv", "expand", "grn", "project"]
     assert sum(s.nbytes for s in block) / MEGA == pytest.approx(785, rel=0.02)
 
 
 @pytest.mark.parametrize("cc", CCS)
-def test_launches_of_the_full_model(cc):
-    encode = make_plan(FULL, request(batch=128, cc=cc))
+def test_steps_of_the_full_model(cc):
+    encode = make_plan(FULL, key_of(batch=128, cc=cc))
     assert len(encode.steps) == 34
-    decode = make_plan(FULL, request("decode", 16, 512, cc=cc))
-    assert [s.kernel for s in decode.steps if s.kernel not in ("dwconv", "expand", "grn", "project")] == [
+    decode = make_plan(FULL, key_of("decode", 16, 512, cc=cc))
+    assert [s.op for s in decode.steps if s.op not in ("dwconv", "expand", "grn", "project")] == [
         "patchify",
         "fuse_skip",
         "unpatchify",
@@ -194,28 +193,28 @@ def test_launches_of_the_full_model(cc):
 
 
 def test_time_and_memory_of_the_full_model():
-    plan = make_plan(FULL, request(batch=128))
+    plan = make_plan(FULL, key_of(batch=128))
     # the wide hidden layer is the only large buffer: 32 768 tokens x 3584 in bfloat16
     largest, second = sorted((b.nbytes for b in plan.buffers), reverse=True)[:2]
     assert largest == 32768 * 3584 * 2 and second == largest // 4
     assert plan.arena_bytes / MEGA == pytest.approx(360, rel=0.01)
     # at least the arithmetic at the measured ceiling, and little more: the products are bound by it
-    assert 4.37e-3 < plan.expected_seconds(790e12, 4.3e12) < 5.2e-3
+    assert 4.37 < forecast(FULL, plan.key, Ceilings(790.0, 4300.0, "measured")).milliseconds < 5.2
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m"])
 @pytest.mark.parametrize("pdg", [False, True])
 @pytest.mark.parametrize("steps", [1, 2, 5])
-def test_launches_of_every_sampler(sampler, pdg, steps):
+def test_steps_of_every_sampler(sampler, pdg, steps):
     inference = FullCapacitorInferenceConfig(num_steps=steps, sampler=sampler, pdg=pdg)
-    plan = make_plan(FULL, request("decode", 2, inference=inference))
-    kernels = [s.kernel for s in plan.steps]
-    assert len(plan.times) == steps and kernels.count("patchify") == steps
+    plan = make_plan(FULL, key_of("decode", 2, inference=inference))
+    ops = [s.op for s in plan.steps]
+    assert len(plan.times) == steps and ops.count("patchify") == steps
     # with guidance the start blocks run once, the end blocks twice
-    assert kernels.count("project") == steps * (10 if pdg else 8)
-    assert kernels.count("unpatchify") == steps * (2 if pdg else 1)
-    assert kernels.count("broadcast") == (steps if pdg else 0)
-    assert kernels.count("combine") == (steps if sampler == "dpmpp_2m" else 0)
+    assert ops.count("project") == steps * (10 if pdg else 8)
+    assert ops.count("unpatchify") == steps * (2 if pdg else 1)
+    assert ops.count("broadcast") == (steps if pdg else 0)
+    assert ops.count("combine") == (steps if sampler == "dpmpp_2m" else 0)
     assert plan.steps[-1].args["out" if sampler == "dpmpp_2m" else "image"] == "output:image"
     start = 0.558 * plan_sigma(FULL)
     assert plan.times[0] == (1.0, pytest.approx(start)) and all(scale == 1.0 for _, scale in plan.times[1:])
@@ -229,17 +228,17 @@ def plan_sigma(config: ModelConfig) -> float:
 
 @pytest.mark.parametrize(("size", "images"), [(256, 128), (512, 32), (1024, 8), (4096, 1)])
 def test_micro_batches_of_the_full_model(size, images):
-    assert micro_batch(FULL, request(height=size), ARENA_BUDGET) == images
+    assert micro_batch(FULL, key_of(height=size), ARENA_BUDGET) == images
 
 
 @settings(max_examples=30, deadline=None)
 @given(plans(), st.integers(0, 1 << 26))
 def test_a_micro_batch_is_the_largest_within_its_budget(case, budget):
     config, plan = case
-    size = micro_batch(config, plan.request, budget)
+    size = micro_batch(config, plan.key, budget)
 
     def arena(batch: int) -> int:
-        return make_plan(config, dataclasses.replace(plan.request, batch=batch)).arena_bytes
+        return make_plan(config, dataclasses.replace(plan.key, batch=batch)).arena_bytes
 
     assert size & (size - 1) == 0
     assert size == 1 or arena(size) <= budget
@@ -271,6 +270,6 @@ def test_layouts_never_overlap_and_waste_nothing_when_all_live(sizes):
 
 def test_plans_refuse_what_cannot_be():
     with pytest.raises(ValueError, match="direction 'sideways' is unknown"):
-        make_plan(FULL, request("sideways"))
+        make_plan(FULL, key_of("sideways"))
     with pytest.raises(ValueError, match="1 images of 250x256 are not whole patches of 16 pixels"):
-        make_plan(FULL, request(height=250, width=256))
+        make_plan(FULL, key_of(height=250, width=256))

@@ -62,8 +62,8 @@ def test_the_micro_batch_halves_until_it_fits(small_device):
 
 
 def arena_of(model: FullCapacitor, batch: int) -> int:
-    request = model.runtime._request("encode", batch, 8, 8, torch.float32, "nchw")
-    return runtime.cached_plan(model.config, request).arena_bytes
+    key = model.runtime._key("encode", batch, 8, 8, torch.float32, "nchw")
+    return runtime.cached_plan(model.config, key).arena_bytes
 
 
 def test_a_batch_whose_result_does_not_fit_says_which_would(small_device, monkeypatch):
@@ -168,12 +168,12 @@ def test_old_gpus_are_named_and_left_to_torch(monkeypatch):
     for capability, backend in (((7, 5), "torch"), ((8, 0), "triton"), ((12, 0), "triton")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
         module._launches_run_on.cache_clear()
-        assert auto._resolve(torch.device("cuda", 0), torch.bfloat16) == backend
-        assert auto._resolve(torch.device("cuda", 0), torch.float32) == "torch"
+        assert auto._serving(torch.device("cuda", 0), torch.bfloat16) == backend
+        assert auto._serving(torch.device("cuda", 0), torch.float32) == "torch"
     # an AMD GPU calls itself cuda
     monkeypatch.setattr(torch.version, "cuda", None)
     module._launches_run_on.cache_clear()
-    assert auto._resolve(torch.device("cuda", 0), torch.bfloat16) == "torch"
+    assert auto._serving(torch.device("cuda", 0), torch.bfloat16) == "torch"
     module._launches_run_on.cache_clear()
 
 

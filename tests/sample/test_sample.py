@@ -34,7 +34,7 @@ def fitted() -> pca.PatchPCA:
 
 
 @pytest.fixture(scope="module")
-def rows(model, fitted) -> dict[str, report.Row]:
+def rows(model, fitted) -> dict[str, report.HeldOutPsnr]:
     return {row.name: row for row in report.held_out_rows(model, fitted)}
 
 

@@ -32,7 +32,7 @@ def call(
     over: dict[str, float] | None = None,
     **facts: Any,
 ) -> dict[str, Any]:
-    """A line of `bench.model` or `bench.flux2`."""
+    """A line of `python -m bench model` or `flux2`."""
     direction, batch, size = shape
     return {
         "bench": bench,
@@ -63,7 +63,7 @@ def call(
 
 
 def launch(op: str, us: float, **facts: Any) -> dict[str, Any]:
-    """A line of `bench.kernels`."""
+    """A line of `python -m bench kernels`."""
     return {
         "bench": "kernels",
         "op": op,
@@ -79,7 +79,7 @@ def launch(op: str, us: float, **facts: Any) -> dict[str, Any]:
         "flops": 2e11,
         "bytes": 3e8,
         "tflops": 2e5 / us,
-        "gbs": 3e5 / us,
+        "gbps": 3e5 / us,
         "percent_of_floor": 60.0,
         "x_eager": 2.5,
         **FACTS,
@@ -88,7 +88,7 @@ def launch(op: str, us: float, **facts: Any) -> dict[str, Any]:
 
 
 def caching(rate: float, **facts: Any) -> dict[str, Any]:
-    """A line of `bench.cache`."""
+    """A line of `python -m bench cache`."""
     shares = {"read": 0.1, "decode": 0.8, "encode": 0.2, "write": 0.05}
     return {
         "bench": "cache",
@@ -106,7 +106,7 @@ def caching(rate: float, **facts: Any) -> dict[str, Any]:
 
 
 def ceilings(**facts: Any) -> dict[str, Any]:
-    return {"bench": "ceilings", "tflops": 800.0, "gbs": 4000.0, **FACTS, **facts}
+    return {"bench": "ceilings", "tflops": 800.0, "gbps": 4000.0, **FACTS, **facts}
 
 
 def write(path: Path, *lines: dict[str, Any]) -> Path:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
+import textwrap
 
 import numpy as np
 import pytest
@@ -14,9 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from capacitor_rt.cache import CacheRequest, cache_images, forecast
+import capacitor_rt.cache
+from capacitor_rt.cache import CacheRequest, cache_images, dry_run
 from capacitor_rt.cache.pipeline import Meters, batches
-from capacitor_rt.cache.plan import CachePlan, load_plan
+from capacitor_rt.cache.plan import CachePlan, Shard, UnplannedInputs, load_plan
 from capacitor_rt.errors import CacheError, InputError
 from capacitor_rt.images.geometry import Size
 
@@ -60,33 +64,36 @@ def plan_of(shard_rows: int, buckets) -> CachePlan:
 
 def test_shards_are_contiguous_slices_of_each_bucket():
     plan = plan_of(2, [[32, 64], [64, 32]])
-    shards = list(plan.shards(np.array([1, 0, -1, 0, 0, 1])))
+    unplanned, *shards = plan.parts(np.array([1, 0, -1, 0, 0, 1]))
+    assert isinstance(unplanned, UnplannedInputs) and unplanned.inputs.tolist() == [2]
+    assert unplanned.index == f"index/unplanned-{plan.id[:8]}.parquet"
     assert [(s.bucket, s.inputs.tolist()) for s in shards] == [
-        (None, [2]),
         (Size(32, 64), [1, 3]),
         (Size(32, 64), [4]),
         (Size(64, 32), [0, 5]),
     ]
-    assert shards[2].name == f"shards/32x64/{plan.id[:8]}-000001.safetensors"
+    assert shards[1].name == f"shards/32x64/{plan.id[:8]}-000001.safetensors"
+    assert shards[1].index == f"index/32x64-{plan.id[:8]}-000001.parquet"
 
 
 @given(st.lists(st.integers(-1, 3), max_size=60), st.integers(1, 9), st.integers(1, 9))
 def test_shards_and_batches_partition_the_inputs(bucket_of, shard_rows, batch):
     plan = plan_of(shard_rows, [[32, 32 * n] for n in range(1, 5)])
-    shards = list(plan.shards(np.array(bucket_of, dtype=np.int32)))
-    assert sorted(i for s in shards for i in s.inputs) == list(range(len(bucket_of)))
-    assert len({s.index for s in shards}) == len(shards)
-    planned = [s for s in shards if s.bucket is not None]
-    for shard in planned:
+    written = list(plan.parts(np.array(bucket_of, dtype=np.int32)))
+    assert sorted(i for part in written for i in part.inputs) == list(range(len(bucket_of)))
+    assert len({part.index for part in written}) == len(written)
+    shards = [part for part in written if isinstance(part, Shard)]
+    assert len({shard.name for shard in shards}) == len(shards)
+    for shard in shards:
         assert 0 < len(shard.inputs) <= shard_rows
         assert all(plan.buckets[bucket_of[i]] == shard.bucket for i in shard.inputs)
         assert shard.inputs.tolist() == sorted(shard.inputs.tolist())
-    parts = list(batches(planned, batch))
-    for shard in planned:
-        own = [p for p in parts if p.shard is shard]
-        assert [i for p in own for i in p.inputs] == shard.inputs.tolist()
-        assert all(len(p.inputs) == batch for p in own[:-1])
-        assert [p.last for p in own] == [False] * (len(own) - 1) + [True]
+    calls = list(batches(shards, batch))
+    for shard in shards:
+        own = [call for call in calls if call.shard is shard]
+        assert [i for call in own for i in call.inputs] == shard.inputs.tolist()
+        assert all(len(call.inputs) == batch for call in own[:-1])
+        assert [call.last for call in own] == [False] * (len(own) - 1) + [True]
 
 
 def test_the_busiest_stage_limits():
@@ -100,13 +107,11 @@ def test_the_busiest_stage_limits():
 def test_a_second_run_writes_nothing_and_does_not_load_the_model(cached, monkeypatch):
     src, out, model = cached
     before = stamps(out)
-    for name in ("probe", "decode_image", "read_bytes"):
-        for module in ("inputs", "pipeline", "run"):
-            monkeypatch.delattr(f"capacitor_rt.cache.{module}.{name}", raising=False)
+    for name in ("inputs.probe", "inputs.read_bytes", "pipeline.read_bytes", "pipeline.decode_image"):
+        monkeypatch.delattr(f"capacitor_rt.cache.{name}")
     report = run(src, out, Forbidden(model))
     assert (report.inputs, report.cached, report.new_images, report.exit_code) == (8, 8, 0, 0)
-    after = stamps(out)
-    assert after == before
+    assert stamps(out) == before
 
 
 def test_the_same_images_elsewhere_give_the_same_files(cached, tmp_path):
@@ -282,20 +287,21 @@ def test_too_little_space_is_said_beforehand(tmp_path, monkeypatch):
     lines: list[str] = []
     assert run(tmp_path / "src", tmp_path / "out", small_model(), note=lines.append).cached == 3
     assert "are to be written and" in lines[0] and "0.00 GB free" in lines[0]
-    assert forecast(tmp_path / "src", tmp_path / "new" / "out", small_model(), REQUEST, progress=False).notes
+    foreseen = dry_run(tmp_path / "src", tmp_path / "new" / "out", small_model(), REQUEST, progress=False)
+    assert "are to be written and" in foreseen.notes[0]
 
 
-def test_forecast_counts_and_writes_nothing(cached, tmp_path):
+def test_a_dry_run_counts_and_writes_nothing(cached, tmp_path):
     src, out, model = cached
     (src / "broken.png").write_text("no image")
-    new = forecast(src, tmp_path / "new", Forbidden(model), REQUEST, progress=False)
+    new = dry_run(src, tmp_path / "new", Forbidden(model), REQUEST, progress=False)
     assert sum(new.buckets.values()) == 8
     assert new.quarantined == {"not_an_image": 1}
     # 8 channels of 2 bytes on a grid of 1/16: 8 rows of 64^2 pixels
     assert new.nbytes == new.todo_nbytes == 8 * 8 * 16 * 2
     assert not (tmp_path / "new").exists()
     (src / "broken.png").unlink()
-    old = forecast(src, out, Forbidden(model), REQUEST, progress=False)
+    old = dry_run(src, out, Forbidden(model), REQUEST, progress=False)
     assert (old.shards, old.todo, old.todo_nbytes) == (new.shards, 0, 0)
 
 
@@ -306,3 +312,23 @@ def test_the_cache_may_lie_among_its_inputs(tmp_path):
     before = stamps(tmp_path)
     assert run(tmp_path, tmp_path / "cache", Forbidden(model)).cached == 3
     assert stamps(tmp_path).keys() == before.keys()
+
+
+def test_the_names_of_version_0_1_resolve():
+    from capacitor_rt.cache import Request, forecast
+
+    assert Request is CacheRequest and forecast is dry_run
+    assert not {"Request", "forecast"} & set(capacitor_rt.cache.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'Forecast'"):
+        capacitor_rt.cache.Forecast  # noqa: B018
+
+
+def test_pyarrow_is_loaded_when_a_cache_is_opened_and_not_before():
+    code = """
+        import sys, capacitor_rt.cache as cache
+        for name in cache.__all__:
+            getattr(cache, name)
+        import capacitor_rt.cache.verify
+        sys.exit(any(m.split(".")[0] in ("pyarrow", "xxhash") for m in sys.modules))
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=60)

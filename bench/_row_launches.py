@@ -1,0 +1,135 @@
+"""The launches that the runtime queues with a row of kernels/configs, on tensors of the meta device."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ._compile import signature
+
+if TYPE_CHECKING:
+    from capacitor_kernels.launch import Launch
+    from capacitor_kernels.tuning import ConfigRow
+    from capacitor_rt import ModelConfig
+
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "uint8": "uint8"}
+THROUGHPUT_BATCH = 32
+
+
+class Call(NamedTuple):
+    """What the runtime makes a plan for: direction, and dtype (None: the row's) and layout of the input."""
+
+    direction: str
+    dtype: str | None
+    layout: str = "nchw"
+
+    def __str__(self) -> str:
+        what = "latents" if self.direction == "decode" else self.layout
+        return f"{self.direction} {self.dtype} {what}"
+
+
+CALLS = (
+    Call("encode", "uint8", "nhwc"),
+    Call("encode", "uint8"),
+    Call("encode", None),
+    Call("posterior", "uint8"),
+    Call("decode", None),
+    Call("decode", "fp32"),
+)
+
+
+def launches_of(row: ConfigRow) -> list[tuple[Launch, str]]:
+    """Every different launch that the runtime queues with a row, and which plans queue it.
+
+    Raises:
+        ValueError: no plan of a known model looks up the row's shape.
+    """
+    found: dict[Any, tuple[Launch, list[Call]]] = {}
+    users: list[Call] = []
+    for call, launches in _by_hand(row) if row.family == "whiten" else _by_plans(row):
+        users.append(call)
+        for launch in launches:
+            _, queued_by = found.setdefault(_identity(launch), (launch, []))
+            queued_by.append(call)
+    if not found:
+        raise ValueError(
+            f"no plan of a known model looks up {row.family} at {dict(row.shape)}, {row.dtype}, {row.use}: remove this "
+            f"row of configs/sm_{row.cc}.json, or add the model to capacitor_rt.config.KNOWN_MODELS"
+        )
+    return [(launch, _names(queued_by, users)) for launch, queued_by in found.values()]
+
+
+def _by_plans(row: ConfigRow) -> Iterator[tuple[Call, list[Launch]]]:
+    """What the steps of a row's op queue, for every call in whose plan the row is looked up."""
+    import torch
+
+    from capacitor_kernels import tuning
+    from capacitor_rt.config import KNOWN_MODELS
+    from capacitor_rt.runtime.executor import trace
+    from capacitor_rt.runtime.plan import PlanKey, make_plan
+
+    dtype = getattr(torch, _DTYPES[row.dtype])
+    batch = 1 if row.use == "latency" else THROUGHPUT_BATCH
+    for model in dict.fromkeys(_shallow(config) for config in KNOWN_MODELS.values()):
+        if row.shape.get("dim", model.model_dim) != model.model_dim:
+            continue
+        for call in (call._replace(dtype=call.dtype or row.dtype) for call in CALLS):
+            image_dtype = getattr(torch, _DTYPES[call.dtype])
+            for height, width in _grids(row):
+                size = batch, height * model.patch_size, width * model.patch_size
+                key = PlanKey(call.direction, *size, dtype, image_dtype, call.layout, row.cc, row.use)
+                with tuning.using(row.family, row.config) as seen:
+                    plan = make_plan(model, key)
+                if dict(row.shape) in seen:
+                    for step, launches in trace(plan):
+                        if step.op == row.family:
+                            yield call, launches
+
+
+def _shallow(config: ModelConfig) -> ModelConfig:
+    """One block of each kind: more of them queue the same launches again."""
+    depths = {"encoder_depth": 1, "decoder_depth": 3, "decoder_start_blocks": 1, "decoder_end_blocks": 1}
+    return dataclasses.replace(config, **depths)
+
+
+def _grids(row: ConfigRow) -> list[tuple[int, int]]:
+    """Tokens of an image in each direction, for which a row may be looked up."""
+    if "height" in row.shape:
+        return [(row.shape["height"], row.shape["width"])]
+    if "tokens_per_image" in row.shape:
+        tokens = row.shape["tokens_per_image"]
+        height = next(n for n in range(math.isqrt(tokens), 0, -1) if tokens % n == 0)
+        return [(height, tokens // height)]
+    # GRN's tiles follow from what expand makes of an image
+    return [(8, 8), (16, 16), (32, 32), (64, 64)]
+
+
+def _by_hand(row: ConfigRow) -> Iterator[tuple[Call, list[Launch]]]:
+    """Whitening of latents in the row's dtype."""
+    import torch
+
+    from capacitor_rt import ModelConfig
+
+    from ._cases import Images, make_case
+
+    side = 16 * math.isqrt(row.shape["pixels"])
+    images, dtype = Images(THROUGHPUT_BATCH, side, side), getattr(torch, _DTYPES[row.dtype])
+    case = make_case("whiten", images, ModelConfig(), dtype, row.cc)
+    yield Call("by hand", row.dtype), case.with_config(row.config).launches()
+
+
+def _identity(launch: Launch) -> Any:
+    """What two launches of the same machine code share."""
+    types, constants, hints = signature(launch)
+    return launch.kernel, *(tuple(sorted(map(repr, d.items()))) for d in (types, constants, hints, launch.options))
+
+
+def _names(queued_by: Sequence[Call], users: Sequence[Call]) -> str:
+    """Calls in words; those of a direction only where another of its calls queues something else."""
+    names = []
+    for call in queued_by:
+        whole = {c for c in users if c.direction == call.direction} <= set(queued_by)
+        names.append(call.direction if whole else str(call))
+    return ", ".join(dict.fromkeys(names))
