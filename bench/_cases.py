@@ -20,7 +20,7 @@ from capacitor_kernels.launch import Launch, recording
 from capacitor_kernels.ops.whiten import work as whiten_work
 from capacitor_rt import ModelConfig
 from capacitor_rt.runtime.arena import TensorSpec
-from capacitor_rt.runtime.executor import host_function
+from capacitor_rt.runtime.host_ops import host_function
 from capacitor_rt.runtime.plan import PlanKey, Step, make_plan
 
 

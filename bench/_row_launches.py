@@ -19,10 +19,10 @@ THROUGHPUT_BATCH = 32
 
 
 class Call(NamedTuple):
-    """What the runtime makes a plan for: direction, and dtype (None: the row's) and layout of the input."""
+    """What the runtime makes a plan for: direction, and dtype and layout of the input."""
 
     direction: str
-    dtype: str | None
+    dtype: str
     layout: str = "nchw"
 
     def __str__(self) -> str:
@@ -30,14 +30,16 @@ class Call(NamedTuple):
         return f"{self.direction} {self.dtype} {what}"
 
 
-CALLS = (
-    Call("encode", "uint8", "nhwc"),
-    Call("encode", "uint8"),
-    Call("encode", None),
-    Call("posterior", "uint8"),
-    Call("decode", None),
-    Call("decode", "fp32"),
-)
+def calls(dtype: str) -> tuple[Call, ...]:
+    """Every call of a model whose weights are in `dtype`."""
+    return (
+        Call("encode", "uint8", "nhwc"),
+        Call("encode", "uint8"),
+        Call("encode", dtype),
+        Call("posterior", "uint8"),
+        Call("decode", dtype),
+        Call("decode", "fp32"),
+    )
 
 
 def launches_of(row: ConfigRow) -> list[tuple[Launch, str]]:
@@ -75,7 +77,7 @@ def _by_plans(row: ConfigRow) -> Iterator[tuple[Call, list[Launch]]]:
     for model in dict.fromkeys(_shallow(config) for config in KNOWN_MODELS.values()):
         if row.shape.get("dim", model.model_dim) != model.model_dim:
             continue
-        for call in (call._replace(dtype=call.dtype or row.dtype) for call in CALLS):
+        for call in calls(row.dtype):
             image_dtype = getattr(torch, _DTYPES[call.dtype])
             for height, width in _grids(row):
                 size = batch, height * model.patch_size, width * model.patch_size
@@ -90,8 +92,7 @@ def _by_plans(row: ConfigRow) -> Iterator[tuple[Call, list[Launch]]]:
 
 def _shallow(config: ModelConfig) -> ModelConfig:
     """One block of each kind: more of them queue the same launches again."""
-    depths = {"encoder_depth": 1, "decoder_depth": 3, "decoder_start_blocks": 1, "decoder_end_blocks": 1}
-    return dataclasses.replace(config, **depths)
+    return dataclasses.replace(config, encoder_depth=1, decoder_depth=3, decoder_start_blocks=1, decoder_end_blocks=1)
 
 
 def _grids(row: ConfigRow) -> list[tuple[int, int]]:

@@ -125,8 +125,8 @@ def run(args: argparse.Namespace) -> int:
 
     device = torch.device(args.device)
     on_gpu = device.type == "cuda"
-    ops, images = parse_ops(args.op), GPU_IMAGES if on_gpu and not args.tiny else TINY_IMAGES
-    images = [parse_images(text, args.use) for text in args.size] or images
+    usual = GPU_IMAGES if on_gpu and not args.tiny else TINY_IMAGES
+    ops, images = parse_ops(args.op), [parse_images(text, args.use) for text in args.size] or usual
     dtype = getattr(torch, args.dtype or ("bfloat16" if on_gpu else "float32"))
     model = ModelConfig() if on_gpu and not args.tiny else TINY
     wanted = list(make_cases(ops, images, model, dtype, compute_capability(device)))

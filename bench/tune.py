@@ -137,8 +137,8 @@ def run(args: argparse.Namespace) -> int:
 
     device = torch.device(args.device)
     on_gpu = device.type == "cuda"
-    images = [parse_images(text, args.use) for text in args.size]
-    images = images or (GPU_IMAGES[:2] if on_gpu else TINY_IMAGES[:1])
+    usual = GPU_IMAGES[:2] if on_gpu else TINY_IMAGES[:1]
+    images = [parse_images(text, args.use) for text in args.size] or usual
     model = ModelConfig() if on_gpu else TINY
     dtype = torch.bfloat16 if on_gpu else torch.float32
     facts = environment(device)

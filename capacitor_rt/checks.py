@@ -24,7 +24,7 @@ def check_input(
     device: torch.device,
     shape: tuple[int, ...] | None = None,
 ) -> None:
-    """Refuse what is no tensor of rank 4 (or of `shape`) and one of `dtypes` on `device`, or requires grad.
+    """Refuse what is no tensor of rank 4 (or of `shape`) and one of `dtypes` on `device`.
 
     Raises:
         InputError: names the tensor, what it is, and what would do.
@@ -37,8 +37,6 @@ def check_input(
     check_dtype(name, t.dtype, dtypes)
     if t.device != device:
         raise InputError(f"{name} is on {t.device} and the model on {device}: move one of them with .to()")
-    if t.requires_grad and torch.is_grad_enabled():
-        raise InputError(f"{name} requires grad, and there is no backward pass yet: pass {name}.detach()")
     if shape is not None and tuple(t.shape) != shape:
         raise InputError(f"{name} has shape {list(t.shape)}: expected {list(shape)}")
 
@@ -55,6 +53,8 @@ def check_out(out: Tensor | None, shape: tuple[int, ...], device: torch.device) 
     if out is None:
         return
     check_input("out", out, LATENT_DTYPES, device)
+    if out.requires_grad and torch.is_grad_enabled():
+        raise InputError("out requires grad, and a result written to it has no history: leave out away, or detach it")
     if tuple(out.shape) != shape:
         raise InputError(f"out has shape {list(out.shape)}: the result is {list(shape)}")
 
@@ -106,3 +106,16 @@ def check_device(device: torch.device | str | None) -> torch.device:
     if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
         raise InputError(f"device {device!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
     return target
+
+
+def odd_range(image: Tensor) -> str | None:
+    """What is odd about the values of a float image that should lie in [-1,1], None for nothing. Waits for a GPU."""
+    low, high = (x.item() for x in image.detach().float().aminmax())
+    if low != low or high != high:
+        return "holds NaN"
+    if low < -1.01 or high > 1.01:
+        scale = "divide bytes by 127.5 and subtract 1" if low >= 0 and high > 2 else "scale it to that first"
+        return f"has values from {low:.4g} to {high:.4g}, and [-1, 1] is expected: {scale}"
+    if low >= 0:
+        return f"has values from {low:.4g} to {high:.4g}, and [-1, 1] is expected: multiply [0, 1] by 2 and subtract 1"
+    return None

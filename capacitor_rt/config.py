@@ -15,6 +15,7 @@ POSTERIOR_KINDS = ("diagonal_gaussian", "deterministic")
 NORM_MODES = ("disabled", "channel_wise")
 SAMPLERS = ("ddim", "dpmpp_2m")
 SCHEDULES = ("linear", "cosine")
+NOISE_SOURCES = ("cpu", "device")
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -161,7 +162,9 @@ class FullCapacitorInferenceConfig:
         schedule: time grid, "linear" or "cosine".
         pdg: path-drop guidance: a second pass a step, without the middle blocks.
         pdg_strength: `x0 = x0_uncond + strength * (x0_cond - x0_uncond)`.
-        seed: the start noise; the same on every device. None draws on the latents' device.
+        seed: of the start noise. None draws on the latents' device.
+        noise: where the noise of a seed is drawn: "cpu", with the same values on every device, or "device", which is
+            faster for large images and gives values of that kind of device's own.
     """
 
     num_steps: int = 1
@@ -170,12 +173,14 @@ class FullCapacitorInferenceConfig:
     pdg: bool = False
     pdg_strength: float = 2.0
     seed: int | None = None
+    noise: str = "cpu"
 
     def __post_init__(self) -> None:
         if not isinstance(self.num_steps, int) or self.num_steps < 1:
             raise ConfigError(f"num_steps {self.num_steps!r} is not a whole number of at least 1")
         _check_choice("sampler", self.sampler, SAMPLERS)
         _check_choice("schedule", self.schedule, SCHEDULES)
+        _check_choice("noise", self.noise, NOISE_SOURCES)
 
 
 KNOWN_MODELS: dict[str, ModelConfig] = {

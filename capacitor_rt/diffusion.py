@@ -54,12 +54,22 @@ def noise_levels(model: ModelConfig, inference: FullCapacitorInferenceConfig) ->
     return [noise_level(t, model.logsnr_min, model.logsnr_max) for t in times]
 
 
-def unit_noise(shape: tuple[int, ...], seed: int | None, device: torch.device) -> Tensor:
-    """Unit normal float32 noise of `shape` on `device`; with a seed, the same values on every device."""
+def unit_noise(shape: tuple[int, ...], seed: int | None, device: torch.device, source: str = "cpu") -> Tensor:
+    """Unit normal float32 noise of `shape` on `device`.
+
+    With a seed and `source` "cpu" it has the same values on every device; "device" draws them there, which is faster
+    and gives values of that kind of device's own. Nothing waits for the device.
+    """
     if seed is None:
         return torch.randn(shape, device=device, dtype=torch.float32)
-    generator = torch.Generator("cpu").manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(device)
+    place = device.type if source == "device" else "cpu"
+    if place != "cpu":
+        generator = torch.Generator(device).manual_seed(seed)
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device=device)
+    # from page-locked memory the copy goes on while the host does
+    noise = torch.empty(shape, dtype=torch.float32, device="cpu", pin_memory=device.type == "cuda")
+    noise.normal_(generator=torch.Generator("cpu").manual_seed(seed))
+    return noise.to(device, non_blocking=True)
 
 
 def ddim(predict_x0: PredictX0, x: Tensor, levels: list[NoiseLevel]) -> Tensor:

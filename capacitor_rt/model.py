@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from os import PathLike
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from . import checkpoint
-from .checks import IMAGE_DTYPES, LATENT_DTYPES, check_device, check_input, check_latents, check_multiple, check_out
-from .config import FullCapacitorInferenceConfig, ModelConfig
-from .diffusion import unit_noise
+from .checks import IMAGE_DTYPES, LATENT_DTYPES, check_input, check_latents, check_out
+from .config import FullCapacitorInferenceConfig
 from .errors import InputError
-from .reference import Posterior
-from .runtime.backend import ServedAutoencoder
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
-SIZE_MULTIPLE = 32
+from .pretrained import PretrainedAutoencoder
+from .reference import Autoencoder, Posterior
+from .runtime.memory import copy_into
 
 
-class FullCapacitor(ServedAutoencoder):
+class FullCapacitor(PretrainedAutoencoder):
     """FCDM image autoencoder with the interface of the published model.
 
     Parameters and buffers carry the names of the checkpoint's tensors. `latent_channels` is C, `latent_stride` is s:
@@ -31,93 +21,24 @@ class FullCapacitor(ServedAutoencoder):
 
     The Triton backend folds and packs the weights for its GPU, once, when first called; the packed copies lie beside
     the parameters. Changes of parameters in place are noticed at the next call, except those made through `.data` or
-    under `torch.inference_mode`. `.to("cpu")` frees graphs, arenas and packed weights. To train, use backend="torch".
+    under `torch.inference_mode`. `.to("cpu")` and `release()` free graphs, arenas and packed weights.
+
+    The torch backend is differentiable, and "auto" takes it where an input or a parameter requires grad.
 
     Calls from several threads take turns; any current stream will do, and nothing waits for the device.
 
     Args:
         config: architecture.
         backend: "torch"; "triton" (a GPU of compute capability 8.0 or later, or Triton's interpreter); "auto", which is
-            "triton" on such a GPU in bfloat16 or float16 and "torch" elsewhere.
+            "triton" on such a GPU in bfloat16 or float16 and "torch" elsewhere, and for whatever needs gradients.
         strict_size: require H and W to be multiples of 32, as the published model does; False admits every
             multiple of the latent stride.
         low_latency: let the Triton backend run a single image by launches shaped for it. A row's bits then depend on
             whether it came alone; otherwise they depend neither on the batch nor on the place in it.
+        cuda_graphs: capture a CUDA graph for each shape and replay it; else launches are queued one by one.
+        memory_budget: bytes that the Triton backend may keep in arenas beside the packed weights; by default at most
+            2 GiB and an eighth of the device's memory. `release()` frees them.
     """
-
-    def __init__(
-        self, config: ModelConfig, *, backend: str = "auto", strict_size: bool = True, low_latency: bool = False
-    ):
-        super().__init__(config, backend=backend, low_latency=low_latency)
-        self.strict_size = strict_size
-        self.source: checkpoint.CheckpointSource | None = None
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        id_or_path: str | PathLike[str],
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        torch_dtype: torch.dtype | None = None,
-        revision: str | None = None,
-        cache_dir: str | PathLike[str] | None = None,
-        token: str | bool | None = None,
-        local_files_only: bool = False,
-        force_download: bool = False,
-        subfolder: str | None = None,
-        strict: bool = True,
-        backend: str = "auto",
-        strict_size: bool = True,
-        low_latency: bool = False,
-    ) -> Self:
-        """Load a model, frozen and in eval mode.
-
-        Args:
-            id_or_path: hub id, folder, `.safetensors` file, or "sample" for the bundled one.
-            device: default CPU.
-            dtype, torch_dtype: of the convolutions' weights, default float32 whatever the file holds. Statistics, time
-                embedding and AdaLN stay in float32.
-            revision, cache_dir, token, local_files_only, force_download, subfolder: as in `huggingface_hub`;
-                HF_HUB_OFFLINE is honoured.
-            strict: False only warns of tensors that belong to no part of the model. Missing tensors are always an
-                error.
-            backend, strict_size, low_latency: see the class.
-
-        Raises:
-            CheckpointError: not found, not readable, or its tensors do not fit; all of them are listed.
-            InputError: `device` is not there.
-        """
-        if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
-            raise InputError(f"dtype {dtype} and torch_dtype {torch_dtype} differ: pass one of them")
-        target = check_device(device)
-        source = checkpoint.resolve(
-            id_or_path,
-            revision=revision,
-            cache_dir=cache_dir,
-            token=token,
-            local_files_only=local_files_only,
-            force_download=force_download,
-            subfolder=subfolder,
-        )
-        read = checkpoint.read(source, strict=strict)
-        with torch.device("meta"):
-            model = cls(read.config, backend=backend, strict_size=strict_size, low_latency=low_latency)
-        model.load_checkpoint(read.tensors)
-        model.source = source
-        return model.to(device=target, dtype=dtype or torch_dtype or torch.float32)
-
-    def save_pretrained(self, folder: str | PathLike[str]) -> None:
-        """Write `config.json` and `model.safetensors` into `folder`, each whole or not at all.
-
-        Tensors keep their dtype; `from_pretrained(folder)` gives the same model back.
-        """
-        checkpoint.save(folder, self.config, self.state_dict())
-
-    @property
-    def size_multiple(self) -> int:
-        """H and W of an image must be multiples of this."""
-        return math.lcm(SIZE_MULTIPLE, self.latent_stride) if self.strict_size else self.latent_stride
 
     def forward(self, image: Tensor) -> Tensor:
         """`encode`."""
@@ -135,7 +56,8 @@ class FullCapacitor(ServedAutoencoder):
             float32 `[B,C,H/s,W/s]`, or `out`.
 
         Raises:
-            InputError: wrong rank, channels, dtype, device or size; a decoder-only model; an input that requires grad.
+            InputError: wrong rank, channels, dtype, device or size; a decoder-only model; a gradient is asked for of
+                backend="triton".
         """
         self._offload_hook()
         batch, height, width = self._check_image(image)
@@ -143,12 +65,13 @@ class FullCapacitor(ServedAutoencoder):
         check_out(out, shape, image.device)
         if batch == 0:
             return _write(torch.empty(shape, device=image.device), out)
-        if not self._fast or self.config.latent_patch != 1:
-            return _write(self.latents_of(self.encode_posterior(image)), out)
-        with torch.no_grad():
-            if torch.compiler.is_compiling():
+        if self.config.latent_patch == 1:
+            if self._traced(image):
                 return _write(torch.ops.capacitor_rt.encode(image, self._number), out)
-            return self.triton.encode(image, out)
+            latents = self._by_triton("encoder", image, lambda runtime: runtime.encode(image, out))
+            if latents is not None:
+                return latents
+        return _write(self.latents_of(self.encode_posterior(image)), out)
 
     def encode_posterior(self, image: Tensor) -> Posterior:
         """Image to the raw posterior, before the mode is taken and whitened. Arguments and errors as in `encode`.
@@ -163,15 +86,15 @@ class FullCapacitor(ServedAutoencoder):
             shape = (0, self.config.bottleneck_dim, height // p, width // p)
             mean, logsnr = (torch.empty(shape, device=image.device) for _ in range(2))
             return Posterior(mean, logsnr if self.config.bottleneck_posterior_kind == "diagonal_gaussian" else None)
-        with torch.no_grad():
-            if not self._fast:
-                # an enclosing autocast would override the dtypes chosen here
-                with torch.autocast(image.device.type, enabled=False):
-                    return super().encode_posterior(image)
-            if torch.compiler.is_compiling():
-                out = torch.ops.capacitor_rt.posterior(image, self._number)
-                return Posterior(out[0], out[1] if len(out) > 1 else None)
-            return self.triton.posterior(image)
+        if self._traced(image):
+            out = torch.ops.capacitor_rt.posterior(image, self._number)
+            return Posterior(out[0], out[1] if len(out) > 1 else None)
+        posterior = self._by_triton("encoder", image, lambda runtime: runtime.posterior(image))
+        if posterior is not None:
+            return posterior
+        # an enclosing autocast would override the dtypes chosen here
+        with torch.autocast(image.device.type, enabled=False):
+            return Autoencoder.encode_posterior(self, image)
 
     def decode(
         self,
@@ -204,25 +127,25 @@ class FullCapacitor(ServedAutoencoder):
         batch, *size = check_latents(latents, self.latent_channels, self.latent_stride, height, width)
         shape = (batch, self.config.in_channels, *size)
         check_out(out, shape, latents.device)
-        if noise is None:
-            # for the whole batch, however it is split: a seed gives the same image
-            noise = _noise(shape, inference.seed, latents)
-        else:
+        if noise is not None:
             check_input("noise", noise, (torch.float32,), latents.device, shape)
         if batch == 0:
             return _write(torch.empty(shape, device=latents.device), out)
-        with torch.no_grad():
-            if not self._fast:
-                with torch.autocast(latents.device.type, enabled=False):
-                    return _write(super().decode(latents, inference_config=inference, noise=noise), out)
-            if self.config.latent_patch != 1:
-                # these models whiten by a step of its own
-                latents = self.unfold_latent_patches(self.dewhiten(latents))
-            if torch.compiler.is_compiling():
-                settings = (inference.num_steps, inference.sampler, inference.schedule)
-                guidance = (inference.pdg, float(inference.pdg_strength))
-                return _write(torch.ops.capacitor_rt.decode(latents, noise, self._number, *settings, *guidance), out)
-            return self.triton.decode(latents, noise, inference, out)
+        if noise is None:
+            # for the whole batch, however it is split: a seed gives the same image
+            noise = self._noise(shape, inference, latents)
+        if self._traced(latents):
+            settings = (inference.num_steps, inference.sampler, inference.schedule)
+            guidance = (inference.pdg, float(inference.pdg_strength))
+            z = self._bottleneck(latents)
+            return _write(torch.ops.capacitor_rt.decode(z, noise, self._number, *settings, *guidance), out)
+        image = self._by_triton(
+            "decoder", latents, lambda runtime: runtime.decode(self._bottleneck(latents), noise, inference, out)
+        )
+        if image is not None:
+            return image
+        with torch.autocast(latents.device.type, enabled=False):
+            return _write(Autoencoder.decode(self, latents, inference_config=inference, noise=noise), out)
 
     def reconstruct(self, image: Tensor, inference_config: FullCapacitorInferenceConfig | None = None) -> Tensor:
         """`decode(encode(image))`: float32 `[B,3,H,W]` (NCHW also for an NHWC image)."""
@@ -231,10 +154,6 @@ class FullCapacitor(ServedAutoencoder):
     def extra_repr(self) -> str:
         latents = f"{self.latent_channels}x1/{self.latent_stride}"
         return f"backend={self.backend!r}, strict_size={self.strict_size}, {latents}"
-
-    def check_size(self, height: int, width: int) -> None:
-        """Raise InputError, naming the nearest legal sizes, unless `height` x `width` pixels can be encoded."""
-        check_multiple(height, width, self.size_multiple, self.latent_stride)
 
     def _check_image(self, image: Tensor) -> tuple[int, int, int]:
         """(B, H, W) of an image that the encoder takes."""
@@ -246,18 +165,15 @@ class FullCapacitor(ServedAutoencoder):
             raise InputError(f"image has shape {list(image.shape)}: expected [B,{channels},H,W] or [B,H,W,{channels}]")
         height, width = image.shape[2:] if image.shape[1] == channels else image.shape[1:3]
         self.check_size(height, width)
+        if image.is_floating_point():
+            self._look_once(image)
         return image.shape[0], height, width
 
-
-def _noise(shape: tuple[int, ...], seed: int | None, like: Tensor) -> Tensor:
-    if seed is not None and torch.compiler.is_compiling():
-        return torch.ops.capacitor_rt.seeded_noise(like, list(shape), seed)
-    return unit_noise(shape, seed, like.device)
+    def _bottleneck(self, latents: Tensor) -> Tensor:
+        """What the runtime decodes: whitened latents, raw where whitening 2x2 patches is a step of its own."""
+        return latents if self.config.latent_patch == 1 else self.unfold_latent_patches(self.dewhiten(latents))
 
 
 def _write(result: Tensor, out: Tensor | None) -> Tensor:
     """The result, in `out` where one is given."""
-    if out is None:
-        return result
-    with torch.no_grad():
-        return out.copy_(result)
+    return result if out is None else copy_into(out, result)

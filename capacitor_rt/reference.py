@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .config import FullCapacitorInferenceConfig, ModelConfig
 from .diffusion import PredictX0, sample, unit_noise
@@ -132,7 +133,8 @@ class Autoencoder(nn.Module):
         z = self.unfold_latent_patches(self.dewhiten(latents))
         if noise is None:
             p, channels = self.config.patch_size, self.config.in_channels
-            noise = unit_noise((z.shape[0], channels, p * z.shape[2], p * z.shape[3]), inference.seed, z.device)
+            shape = (z.shape[0], channels, p * z.shape[2], p * z.shape[3])
+            noise = unit_noise(shape, inference.seed, z.device, inference.noise)
         return sample(self.predictor(z, inference), noise, self.config, inference)
 
     def normalise(self, image: Tensor) -> Tensor:
@@ -146,6 +148,16 @@ class Autoencoder(nn.Module):
     def latents_of(self, posterior: Posterior) -> Tensor:
         """Whitened mode, float32 `[B,C,H/s,W/s]`, of what `encode_posterior` returned."""
         return self.whiten(self.fold_latent_patches(posterior_mode(*posterior)))
+
+    def sample_latents(self, posterior: Posterior, generator: torch.Generator | None = None) -> Tensor:
+        """A whitened sample, float32 `[B,C,H/s,W/s]`, of what `encode_posterior` returned.
+
+        Args:
+            generator: of torch's, on the posterior's device; the global one when None.
+        """
+        mean, logsnr = posterior
+        noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+        return self.whiten(self.fold_latent_patches(posterior_sample(mean, logsnr, noise)))
 
     def fold_latent_patches(self, z: Tensor) -> Tensor:
         """`[B,Z,h,w]` to `[B,C,H/s,W/s]`: the family's 2x2 latent patches, order `c*4 + i*2 + j`, where it has them."""
@@ -253,6 +265,12 @@ class Block(nn.Module):
         return x + gate * y
 
 
+def _run(block: nn.Module, checkpointing: bool, *args: Tensor) -> Tensor:
+    if checkpointing and torch.is_grad_enabled():
+        return checkpoint(block, *args, use_reentrant=False)
+    return block(*args)
+
+
 class Patchify(nn.Module):
     """Non-overlapping `p x p` patches to tokens: `[B,3,H,W] -> [B,D,H/p,W/p]`."""
 
@@ -266,7 +284,12 @@ class Patchify(nn.Module):
 
 
 class Encoder(nn.Module):
-    """`[B,3,H,W]` -> raw posterior `(mean, logsnr)`, each `[B,Z,h,w]`; logsnr None if deterministic."""
+    """`[B,3,H,W]` -> raw posterior `(mean, logsnr)`, each `[B,Z,h,w]`; logsnr None if deterministic.
+
+    With `checkpointing` blocks are computed again in the backward pass instead of keeping what is inside of them.
+    """
+
+    checkpointing = False
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -281,7 +304,7 @@ class Encoder(nn.Module):
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
         x = self.patchify(image)
         for block in self.blocks:
-            x = block(x)
+            x = _run(block, self.checkpointing, x)
         x = self.to_bottleneck(x)
         mean, logsnr = x.chunk(2, 1) if self.config.bottleneck_posterior_kind == "diagonal_gaussian" else (x, None)
         if self.config.bottleneck_norm_mode == "channel_wise":
@@ -347,7 +370,9 @@ class AdaLNDelta(Float32Module):
 
 
 class Decoder(nn.Module):
-    """x0-prediction of the diffusion decoder."""
+    """x0-prediction of the diffusion decoder; `checkpointing` as of the encoder."""
+
+    checkpointing = False
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -397,16 +422,16 @@ class Decoder(nn.Module):
         s = self.fuse_in(s)
         first, last = len(self.start_blocks), len(mods) - len(self.end_blocks)
         for block, mod in zip(self.start_blocks, mods[:first], strict=True):
-            s = block(s, mod)
+            s = _run(block, self.checkpointing, s, mod)
         if drop_path:
             m = self.path_drop_mask_feature.expand_as(s)
         else:
             m = s
             for block, mod in zip(self.middle_blocks, mods[first:last], strict=True):
-                m = block(m, mod)
+                m = _run(block, self.checkpointing, m, mod)
         x = self.fuse_skip(torch.cat([s, m], 1))
         for block, mod in zip(self.end_blocks, mods[last:], strict=True):
-            x = block(x, mod)
+            x = _run(block, self.checkpointing, x, mod)
         return F.pixel_shuffle(self.out_proj(x), self.config.patch_size)
 
 

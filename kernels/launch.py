@@ -1,4 +1,4 @@
-"""What every op does before and at a launch: checks of its arguments, compiler options, queueing.
+"""What every op does before and at a launch: checks of its arguments, compiler options, queueing or recording, work.
 
 Every check raises before any work starts, and says which argument is wrong, what it is, and what would do.
 """

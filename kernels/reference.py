@@ -1,8 +1,7 @@
-"""Each launch in plain torch: the truth in float64, the eager yardstick in the working dtype.
+"""Each op in plain torch: the truth in float64, the eager yardstick in the working dtype.
 
-One function a launch, same arguments in the same layout, results returned instead of written. Statistics are taken in
-float32 or better, as in the model; everything else happens in the dtype of the activations, as eager
-torch would.
+One function per op, same arguments in the same layout, results returned instead of written. Statistics are taken in
+float32 or better, as in the model; everything else happens in the dtype of the activations, as eager torch would.
 """
 
 from __future__ import annotations

@@ -218,16 +218,18 @@ def using(family: str, config: Any) -> Iterator[list[dict[str, int]]]:
 
     For measuring candidates and for tests; it holds for all threads of the process.
     """
-    name, seen = get_family(family).name, list[dict[str, int]]()
-    before = _forced.get(name)
-    _forced[name] = (config, seen)
+    # a misspelt name would force nothing
+    get_family(family)
+    seen: list[dict[str, int]] = []
+    before = _forced.get(family)
+    _forced[family] = (config, seen)
     try:
         yield seen
     finally:
         if before is None:
-            del _forced[name]
+            del _forced[family]
         else:
-            _forced[name] = before
+            _forced[family] = before
 
 
 def _distance(family: Family, row: ConfigRow, shape: Shape) -> float:

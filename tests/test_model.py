@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import warnings
 
 import pytest
 import torch
 from golden_cases import relative_error
 
-from capacitor_rt import FullCapacitor, FullCapacitorInferenceConfig, InputError, ModelConfig
+from capacitor_rt import ConfigError, FullCapacitor, FullCapacitorInferenceConfig, InputError, ModelConfig
 
 SMALL = ModelConfig(
     model_dim=32,
@@ -102,7 +103,6 @@ def test_latents_are_the_whitened_mode_of_the_posterior(model, image):
         (torch.zeros(1, 4, 64, 64), r"shape \[1, 4, 64, 64\]: expected \[B,3,H,W\] or \[B,H,W,3\]"),
         (torch.zeros(1, 3, 64, 64, dtype=torch.int64), "dtype torch.int64: convert it to one of float32"),
         (torch.zeros(1, 3, 64, 64, dtype=torch.float64), "dtype torch.float64"),
-        (torch.zeros(1, 3, 64, 64, requires_grad=True), r"requires grad.*detach"),
         (torch.zeros(1, 3, 64, 64, device="meta"), "image is on meta and the model on cpu"),
         ([[1.0]], "image is a list"),
     ],
@@ -202,3 +202,43 @@ def test_multi_step_decode_is_deterministic_by_seed(model, image):
     assert torch.equal(
         model.decode(latents, inference_config=inference), model.decode(latents, inference_config=inference)
     )
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (torch.full((1, 3, 32, 32), 0.5), r"values from 0.5 to 0.5, .*multiply \[0, 1\] by 2 and subtract 1"),
+        (torch.full((1, 3, 32, 32), 200.0), "values from 200 to 200, .*divide bytes by 127.5"),
+        (torch.linspace(-2, 2, 3 * 32 * 32).view(1, 3, 32, 32).bfloat16(), "values from -2 to 2, .*scale it"),
+        (torch.full((1, 3, 32, 32), torch.nan), "image holds NaN"),
+    ],
+)
+def test_images_of_another_range_are_told_once(model, image, message):
+    with pytest.warns(UserWarning, match=message):
+        model.encode(image)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.encode(image)
+
+
+def test_images_as_they_should_be_are_no_matter(model, image):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.encode(image)
+        model.encode(image.float() / 127.5 - 1)
+        model.encode(torch.full((1, 3, 32, 32), 0.5))
+
+
+def test_explicit_noise_is_that_of_its_seed(model):
+    from capacitor_rt.diffusion import unit_noise
+
+    latents = torch.randn(2, 8, 4, 6)
+    noise = unit_noise((2, 3, 64, 96), 0, torch.device("cpu"))
+    assert torch.equal(model.decode(latents, noise=noise), model.decode(latents, inference_config=SEEDED))
+    device = FullCapacitorInferenceConfig(seed=0, noise="device")
+    # on the CPU both sources are one
+    assert torch.equal(model.decode(latents, inference_config=device), model.decode(latents, noise=noise))
+    with pytest.raises(InputError, match=r"noise has shape \[2, 3, 64, 64\]: expected \[2, 3, 64, 96\]"):
+        model.decode(latents, noise=noise[..., :64])
+    with pytest.raises(ConfigError, match="noise 'gpu' is unknown: use one of 'cpu', 'device'"):
+        FullCapacitorInferenceConfig(noise="gpu")

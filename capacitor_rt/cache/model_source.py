@@ -13,7 +13,8 @@ import torch
 from ..checkpoint import CheckpointSource, read_header, resolve
 from ..config import ModelConfig
 from ..errors import CacheError
-from ..model import SIZE_MULTIPLE, FullCapacitor
+from ..model import FullCapacitor
+from ..pretrained import SIZE_MULTIPLE
 from ..reference import Autoencoder
 from .durable import byte_view
 

@@ -5,19 +5,24 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import operator
 import threading
+import warnings
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from math import prod
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..checks import IMAGE_DTYPES, LATENT_DTYPES, check_choice, check_dtype
+from ..checks import IMAGE_DTYPES, LATENT_DTYPES, check_choice, check_dtype, odd_range
 from ..config import FullCapacitorInferenceConfig, ModelConfig
+from ..diffusion import unit_noise
 from ..errors import InputError
 from ..reference import Autoencoder
-from . import ops
+from . import ops, weights
 from .as_loaded import AsLoaded
+from .options import ServingOptions
 from .stats import Stats
 
 if TYPE_CHECKING:
@@ -28,7 +33,11 @@ if TYPE_CHECKING:
 BACKENDS = ("auto", "torch", "triton")
 DIRECTIONS = ("encode", "posterior", "decode")
 HALF_DTYPES = (torch.bfloat16, torch.float16)
+NOISE_BYTES = 256 << 20
+"""Of start noise kept for seeds that come again."""
 _making_runtime = threading.Lock()
+_requires_grad = operator.attrgetter("requires_grad")
+Result = TypeVar("Result")
 
 
 class ServedAutoencoder(Autoencoder):
@@ -40,15 +49,28 @@ class ServedAutoencoder(Autoencoder):
     Args:
         config: architecture.
         backend: "auto", "torch" or "triton".
-        low_latency: run a single image by launches shaped for it.
+        low_latency, cuda_graphs, memory_budget: see `options.ServingOptions`.
 
     Raises:
-        InputError: an unknown backend.
+        InputError: an unknown backend, or a bad budget.
     """
 
-    def __init__(self, config: ModelConfig, *, backend: str = "auto", low_latency: bool = False):
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        backend: str = "auto",
+        low_latency: bool = False,
+        cuda_graphs: bool = True,
+        memory_budget: int | None = None,
+    ):
         super().__init__(config)
-        self._low_latency = low_latency
+        self._options = ServingOptions(low_latency, cuda_graphs, memory_budget)
+        # weights that graphs of callers read: they stay as long as the model
+        self._lent: list[Any] = []
+        self._said: set[str] = set()
+        self._looked = False
+        self._drawn: dict[Any, Tensor] = {}
         self._as_loaded: AsLoaded | None = None
         self._runtime: Runtime | None = None
         self._number = ops.register(self)
@@ -78,20 +100,36 @@ class ServedAutoencoder(Autoencoder):
 
             with _making_runtime:
                 if self._runtime is None:
-                    self._runtime = Runtime(self, self.device, self.dtype, ServedAutoencoder.to_fold)
-                    self._runtime.low_latency = self._low_latency
+                    place = (self.device, self.dtype)
+                    self._runtime = Runtime(self, *place, self._options, ServedAutoencoder.to_fold, self._lent)
         return self._runtime
+
+    @property
+    def cuda_graphs(self) -> bool:
+        """Whether CUDA graphs are captured and replayed."""
+        return self._options.cuda_graphs
+
+    @cuda_graphs.setter
+    def cuda_graphs(self, value: bool) -> None:
+        self._options.cuda_graphs = value
+        self._drop_runtime()
 
     @property
     def low_latency(self) -> bool:
         """Whether a single image is run by launches shaped for it."""
-        return self._low_latency
+        return self._options.low_latency
 
     @low_latency.setter
     def low_latency(self, value: bool) -> None:
-        self._low_latency = value
-        if self._runtime is not None:
-            self._runtime.low_latency = value
+        self._options.low_latency = value
+
+    def release(self) -> None:
+        """Free CUDA graphs, arenas and packed weights, which lie outside of a trainer's sight; a call makes them anew.
+
+        The memory goes back to torch's allocator. Weights that a graph of the caller's reads stay with the model.
+        """
+        self._drop_runtime()
+        self._drawn.clear()
 
     @property
     def triton(self) -> Runtime:
@@ -169,6 +207,76 @@ class ServedAutoencoder(Autoencoder):
         for height, width, batch in shapes:
             runtime.warmup(direction, batch, height, width, image_dtype, layout, inference_config)
 
+    def _by_triton(self, part: str, given: Tensor, call: Callable[[Runtime], Result]) -> Result | None:
+        """What the Triton backend makes of a call to "encoder" or "decoder"; None where torch is to serve it.
+
+        Raises:
+            InputError: backend="triton" was asked for, and cannot do this.
+        """
+        if not self._fast:
+            return None
+        runtime, reason = self.triton, self._why_differentiable(part, given)
+        if reason is None:
+            try:
+                with torch.no_grad():
+                    return call(runtime)
+            except weights.NotFoldable as error:
+                if self.backend == "triton":
+                    raise
+                reason = str(error)
+        elif self.backend == "triton":
+            raise InputError(f"{reason}, and the Triton backend has no backward pass")
+        if reason not in self._said:
+            self._said.add(reason)
+            warnings.warn(f"torch serves this call: {reason}", stacklevel=3)
+        return None
+
+    def _traced(self, given: Tensor) -> bool:
+        """Whether torch.compile or torch.export is to see one of our operators in place of a call."""
+        return self._fast and torch.compiler.is_compiling() and self._why_differentiable("", given) is None
+
+    def _noise(self, shape: tuple[int, ...], inference: FullCapacitorInferenceConfig, like: Tensor) -> Tensor:
+        """Start noise; that of a seed and shape is kept, since drawing it costs more than a decode."""
+        seed, source = inference.seed, inference.noise
+        if seed is None:
+            return unit_noise(shape, None, like.device)
+        if torch.compiler.is_compiling():
+            return torch.ops.capacitor_rt.seeded_noise(like, list(shape), seed, source)
+        if like.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+            return unit_noise(shape, seed, like.device, source)
+        # by stream: another one would have to wait for the copy
+        key = (shape, seed, source, torch.cuda.current_stream(like.device))
+        if key not in self._drawn:
+            while self._drawn and 4 * prod(shape) + sum(t.nbytes for t in self._drawn.values()) > NOISE_BYTES:
+                self._drawn.pop(next(iter(self._drawn)))
+            self._drawn[key] = unit_noise(shape, seed, like.device, source)
+        return self._drawn[key]
+
+    def _look_once(self, image: Tensor) -> None:
+        """Warn of float images in another range than [-1,1], by the first one; so a GPU is waited for once."""
+        if self._looked or torch.compiler.is_compiling() or image.is_meta or not image.numel():
+            return
+        if image.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        self._looked = True
+        odd = odd_range(image)
+        if odd is not None:
+            warnings.warn(f"image {odd} (said once per model)", stacklevel=4)
+
+    def _why_differentiable(self, part: str, given: Tensor) -> str | None:
+        """Why a call has to be differentiable, with the way out; None where nobody asks for gradients."""
+        if not torch.is_grad_enabled():
+            return None
+        if given.requires_grad:
+            return "an input requires grad: pass it through .detach() if it need not"
+        if torch.compiler.is_compiling():
+            return None
+        if part not in self._parameters_of:
+            self._parameters_of[part] = tuple(getattr(self, part).parameters())
+        if any(map(_requires_grad, self._parameters_of[part])):
+            return f"parameters of the {part} require grad: freeze them by requires_grad_(False), or use no_grad()"
+        return None
+
     def check_size(self, height: int, width: int) -> None:
         """Raise InputError unless `height` x `width` pixels can be encoded."""
         raise NotImplementedError
@@ -187,6 +295,7 @@ class ServedAutoencoder(Autoencoder):
 
     def _settle(self) -> None:
         """Decide who serves; kept as a plain attribute, which torch.compile sees through."""
+        self._parameters_of: dict[str, tuple[torch.nn.Parameter, ...]] = {}
         self._fast: bool = self._serving(self.device, self.dtype) == "triton"
         if not self._fast:
             self._drop_runtime()
@@ -212,7 +321,7 @@ class ServedAutoencoder(Autoencoder):
 
     def __getstate__(self) -> dict[str, Any]:
         # graphs and packed weights are made anew where the copy runs
-        return self.__dict__ | {"_runtime": None, "_as_loaded": self._intact()}
+        return self.__dict__ | {"_runtime": None, "_lent": [], "_drawn": {}, "_as_loaded": self._intact()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -1,8 +1,8 @@
-"""How a batch is split: replays of one micro-batch, and a tail. Pure."""
+"""How a batch is split: replays of one micro-batch, and a tail; how that size follows the memory there is. Pure."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from ..config import ModelConfig
@@ -32,3 +32,33 @@ def micro_batch(config: ModelConfig, key: PlanKey, budget: int) -> int:
 def parts(batch: int, size: int) -> list[int]:
     """Sizes of the runs of a batch: micro-batches of `size`, then what is left."""
     return [size] * (batch // size) + ([batch % size] if batch % size else [])
+
+
+@dataclass
+class Limit:
+    """Images of one shape that run together: `most`, less where memory ran out, and again more after a while.
+
+    Attributes:
+        images: the limit now.
+        patience: micro-batches of the limit's size to be served before the double of it is tried; grows with each
+            failure, so that a device that stays full is not asked again and again.
+    """
+
+    most: int
+    images: int = 0
+    patience: int = 16
+    _served: int = 0
+
+    def __post_init__(self) -> None:
+        self.images = self.images or self.most
+
+    def served(self, batch: int) -> None:
+        """Count a micro-batch of so many images."""
+        if self.images < self.most and batch == self.images:
+            self._served += 1
+            if self._served >= self.patience:
+                self.images, self._served = min(2 * self.images, self.most), 0
+
+    def halve(self, batch: int) -> None:
+        """Memory ran out with so many images."""
+        self.images, self._served, self.patience = batch // 2, 0, 2 * self.patience

@@ -1,17 +1,20 @@
-"""Plans bound to arenas, captured as CUDA graphs, kept by key in a cache with a byte budget."""
+"""Plans bound to arenas, captured as CUDA graphs, kept by their keys in a cache with a byte budget."""
 
 from __future__ import annotations
 
+import gc
 import threading
+import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .executor import Executor
-from .memory import new_arena, retire
+from .memory import is_out_of_memory, new_arena, retire
 from .plan import LaunchPlan, PlanKey
 from .stats import Stats
 
@@ -19,6 +22,8 @@ MAX_BOUND = 256
 """Plans kept; the driver holds some memory of its own for each captured graph."""
 # torch allows one capture at a time in a process
 _capturing = threading.Lock()
+# one per device: torch hands out 32 streams in turn, and would come round to those of its users
+_capture_streams: dict[torch.device, torch.cuda.Stream] = {}
 
 
 class Bound:
@@ -36,19 +41,27 @@ class Bound:
         `torch.cuda.graph` would wait for the device and empty the allocator's cache first; the launches allocate
         nothing, so neither is needed.
         """
-        caller = torch.cuda.current_stream(self.arena.device)
-        side = torch.cuda.Stream(self.arena.device)
+        device = self.arena.device
+        caller = torch.cuda.current_stream(device)
         graph = torch.cuda.CUDAGraph()
-        side.wait_stream(caller)
-        with _capturing, torch.cuda.stream(side):
-            self.executor.run()
-            # other threads may go on allocating meanwhile
-            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        with _capturing:
+            if device not in _capture_streams:
+                _capture_streams[device] = torch.cuda.Stream(device)
+            side = _capture_streams[device]
+            side.wait_stream(caller)
             try:
-                self.executor.run()
+                with torch.cuda.stream(side):
+                    self.executor.run()
+                    with _no_collection():
+                        # other threads may go on allocating meanwhile
+                        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                        try:
+                            self.executor.run()
+                        finally:
+                            graph.capture_end()
             finally:
-                graph.capture_end()
-        caller.wait_stream(side)
+                # also after a failure: what was queued still uses the arena and the weights
+                caller.wait_stream(side)
         self.graph = graph
 
     def run(self) -> None:
@@ -66,6 +79,18 @@ class Bound:
             raise RuntimeError(f"replay of {self.plan.key} failed: {error}") from error
 
 
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """No garbage collection: what it frees may call the driver, which ends a capture."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 class BoundCache:
     """Least recently used cache of bound plans. Arenas are shared: a smaller plan runs in the arena of a larger one.
 
@@ -75,13 +100,15 @@ class BoundCache:
         budget: bytes of arenas. The plan about to run is kept whatever its size.
         arena_step: a new arena is at least twice as large as the largest so far, up to this many bytes, so that ever
             larger shapes need few of them.
+        graphs: capture what is added.
     """
 
-    def __init__(self, device: torch.device, budget: int, arena_step: int, stats: Stats):
+    def __init__(self, device: torch.device, budget: int, arena_step: int, stats: Stats, graphs: bool = True):
         self.device, self.budget, self.arena_step, self.stats = device, budget, arena_step, stats
+        self.graphs = graphs and device.type == "cuda"
         self._bound: OrderedDict[PlanKey, Bound] = OrderedDict()
-        # None where nothing is to be captured
-        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self._pool: Any = None
+        self._warned = False
 
     def find(self, key: PlanKey) -> Bound | None:
         """The bound plan of `key`, now the most recently used one."""
@@ -92,27 +119,50 @@ class BoundCache:
         return bound
 
     def add(self, bound: Bound) -> None:
-        """Capture a plan and keep it; the least recently used ones go until the rest is within the budget."""
-        if self._pool is not None:
-            bound.capture(self._pool)
-            self.stats.captures += 1
+        """Capture a plan and keep it; the least recently used ones go until the rest is within the budget.
+
+        A plan that cannot be captured is kept all the same, and launched without a graph.
+
+        Raises:
+            RuntimeError: memory ran out.
+        """
+        if self.graphs:
+            self._capture(bound)
         self._bound[bound.plan.key] = bound
         while (self._nbytes() > self.budget or len(self._bound) > MAX_BOUND) and len(self._bound) > 1:
-            self._retire(self._bound.popitem(last=False)[1])
+            retire([self._bound.popitem(last=False)[1].arena])
             self.stats.evictions += 1
         self.stats.nbytes = self._nbytes()
 
+    def _capture(self, bound: Bound) -> None:
+        if all(b.graph is None for b in self._bound.values()):
+            # a pool ends with its last graph, and cannot be captured into again
+            self._pool = torch.cuda.graph_pool_handle()
+        try:
+            bound.capture(self._pool)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            if not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"a CUDA graph of {bound.plan.key.direction} could not be captured, so its launches are queued one "
+                    f"by one: {error}; cuda_graphs=False does so from the start",
+                    stacklevel=2,
+                )
+            return
+        self.stats.captures += 1
+
     def drop(self, unwanted: Callable[[LaunchPlan], bool]) -> None:
         """Free the bound plans that are unwanted."""
-        for key in [r for r, bound in self._bound.items() if unwanted(bound.plan)]:
-            self._retire(self._bound.pop(key))
+        for key in [k for k, bound in self._bound.items() if unwanted(bound.plan)]:
+            retire([self._bound.pop(key).arena])
             self.stats.evictions += 1
         self.stats.nbytes = self._nbytes()
 
     def clear(self) -> None:
         """Free every graph and arena."""
-        for bound in self._bound.values():
-            self._retire(bound)
+        retire(self.arenas())
         self._bound.clear()
         self.stats.nbytes = 0
 
@@ -122,10 +172,17 @@ class BoundCache:
         fitting = [size for size in sizes if size >= nbytes]
         if fitting:
             return sizes[min(fitting)]
-        return new_arena(max(nbytes, min(2 * max(sizes, default=0), self.arena_step)), self.device)
+        roomy = max(nbytes, min(2 * max(sizes, default=0), self.arena_step))
+        try:
+            return new_arena(roomy, self.device)
+        except torch.OutOfMemoryError:
+            if roomy == nbytes:
+                raise
+        return new_arena(nbytes, self.device)
 
-    def _retire(self, bound: Bound) -> None:
-        retire([bound.arena])
+    def arenas(self) -> list[Tensor]:
+        """Every arena, once per plan that is bound to it."""
+        return [bound.arena for bound in self._bound.values()]
 
     def _nbytes(self) -> int:
-        return sum({b.arena.data_ptr(): b.arena.nbytes for b in self._bound.values()}.values())
+        return sum({a.data_ptr(): a.nbytes for a in self.arenas()}.values())

@@ -24,14 +24,20 @@ def new_arena(nbytes: int, device: torch.device) -> Tensor:
     return block[start : start + nbytes]
 
 
-def retire(tensors: Iterable[Tensor]) -> None:
-    """Before the last reference goes: what the current stream has queued may still use these tensors.
+def copy_into(out: Tensor, value: Tensor) -> Tensor:
+    """Write `value` to `out`, which a caller may have made under `torch.inference_mode`; returns `out`."""
+    with torch.no_grad(), torch.inference_mode(out.is_inference()):
+        return out.copy_(value)
+
+
+def retire(tensors: Iterable[Tensor], stream: torch.cuda.Stream | None = None) -> None:
+    """Before the last reference goes: what a stream (the current one) has queued may still use these tensors.
 
     The allocator otherwise gives their memory to the stream that allocated them, at once.
     """
     for t in tensors:
         if t.is_cuda:
-            t.record_stream(torch.cuda.current_stream(t.device))
+            t.record_stream(stream or torch.cuda.current_stream(t.device))
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -40,6 +46,13 @@ def free_bytes(device: torch.device) -> int | None:
         return None
     torch.cuda.empty_cache()
     return torch.cuda.mem_get_info(device)[0]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: in torch's allocator, or in the driver, which loads modules and instantiates graphs."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "out of memory" in str(error).lower()
 
 
 def amount(nbytes: int | None) -> str:

@@ -128,11 +128,11 @@ def _(
 
 
 @torch.library.custom_op("capacitor_rt::seeded_noise", mutates_args=(), tags=_TAGS)
-def seeded_noise(like: Tensor, shape: list[int], seed: int) -> Tensor:
+def seeded_noise(like: Tensor, shape: list[int], seed: int, source: str) -> Tensor:
     """`unit_noise` of a seed on the device of `like`: a generator of one's own cannot be traced."""
-    return unit_noise(tuple(shape), seed, like.device)
+    return unit_noise(tuple(shape), seed, like.device, source)
 
 
 @seeded_noise.register_fake
-def _(like: Tensor, shape: list[int], seed: int) -> Tensor:
+def _(like: Tensor, shape: list[int], seed: int, source: str) -> Tensor:
     return like.new_empty(shape, dtype=torch.float32)

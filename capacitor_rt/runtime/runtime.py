@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -20,9 +21,10 @@ from ..diffusion import sample
 from ..errors import InputError
 from ..reference import Autoencoder, Posterior
 from . import weights
-from .batching import ARENA_BUDGET, cached_plan, micro_batch
+from .batching import ARENA_BUDGET, Limit, cached_plan, micro_batch
 from .graphs import Bound, BoundCache
-from .memory import MIB, DeviceMemoryError, amount, free_bytes, new_arena
+from .memory import MIB, DeviceMemoryError, amount, copy_into, free_bytes, is_out_of_memory, new_arena, retire
+from .options import ServingOptions
 from .plan import LaunchPlan, PlanKey
 from .stats import Stats
 
@@ -40,10 +42,11 @@ class Runtime:
         model: whose tensors are folded when first needed; they are only read, and held weakly.
         device: a CUDA device, or the CPU under Triton's interpreter.
         dtype: of packed weights and activations.
+        options: looked at when the runtime is made, and for `low_latency` at every call.
         to_fold: from `model` to the one whose tensors are folded, where that is another.
+        lent: where packed weights are kept that a caller's graph reads.
 
     Attributes:
-        low_latency: run a single image by launches shaped for it.
         stats: counters.
 
     Raises:
@@ -55,22 +58,31 @@ class Runtime:
         model: Autoencoder,
         device: torch.device,
         dtype: torch.dtype,
+        options: ServingOptions | None = None,
         to_fold: Callable[[Any], Autoencoder] = lambda model: model,
+        lent: list[Any] | None = None,
     ):
         self.cc = _check(model, device, dtype)
-        self.low_latency = False
         self.config, self.device, self.dtype = model.config, device, dtype
+        self.options = options or ServingOptions()
         self.stats = Stats()
         self._cuda = device.type == "cuda"
-        budget = CACHE_BUDGET
-        if self._cuda:
+        budget = self.options.memory_budget or CACHE_BUDGET
+        if self._cuda and self.options.memory_budget is None:
             budget = min(budget, torch.cuda.get_device_properties(device).total_memory // 8)
-        self._cache = BoundCache(device, budget, ARENA_BUDGET, self.stats)
+        self._arena_budget = min(ARENA_BUDGET, budget)
+        self._cache = BoundCache(device, budget, self._arena_budget, self.stats, self.options.cuda_graphs)
         # bound to the cache, not to this object: a cycle would keep GPU memory until the next collection
-        self._weights = weights.PackedWeights(model, device, dtype, self.stats, to_fold, partial(_forget, self._cache))
-        self._limits: dict[PlanKey, int] = {}
+        forget = partial(_forget, self._cache)
+        lent = [] if lent is None else lent
+        self._weights = weights.PackedWeights(model, device, dtype, self.stats, to_fold, forget, lent)
+        self._limits: dict[PlanKey, Limit] = {}
+        # keys of plans that ran: their kernels are compiled and loaded
+        self._ran: set[PlanKey] = set()
         self._lock = threading.RLock() if self._cuda else _interpreter
         self._done = torch.cuda.Event() if self._cuda else None
+        self._last = _LastStream()
+        weakref.finalize(self, _end, self._cache, self._weights, self._last).atexit = False
 
     def encode(self, image: Tensor, out: Tensor | None = None) -> Tensor:
         """Whitened latents of a checked image, float32 `[B,Z,h,w]` of the bottleneck's shape, or `out`."""
@@ -85,7 +97,7 @@ class Runtime:
         self, latents: Tensor, noise: Tensor, inference: FullCapacitorInferenceConfig, out: Tensor | None = None
     ) -> Tensor:
         """Image of checked latents `[B,Z,h,w]` (whitened, or raw where whitening is not folded) and unit noise."""
-        settings = replace(inference, seed=None)
+        settings = replace(inference, seed=None, noise="cpu")
         if inference.num_steps <= weights.MAX_TIMES:
             return self._latents("decode", latents, noise, settings, None, out)
 
@@ -94,7 +106,7 @@ class Runtime:
             return self._latents("predict", latents, x, settings, t, None)
 
         image = sample(predict, noise, self.config, inference)
-        return image if out is None else out.copy_(image)
+        return image if out is None else copy_into(out, image)
 
     def warmup(
         self,
@@ -109,7 +121,7 @@ class Runtime:
         """Bind and capture what a call of this shape will use: its micro-batch and its tail."""
         at = None
         if direction == "decode":
-            inference = replace(inference or FullCapacitorInferenceConfig(), seed=None)
+            inference = replace(inference or FullCapacitorInferenceConfig(), seed=None, noise="cpu")
             layout = "nchw"
             if inference.num_steps > weights.MAX_TIMES:
                 direction, at = "predict", 1.0
@@ -117,12 +129,8 @@ class Runtime:
             inference = None
         key = self._key(direction, batch, height, width, image_dtype, layout, inference, at)
         with self._turn():
-            seen = set()
-            for bound in self._split(key):
-                # what is not captured compiles when it is launched
-                if bound.graph is None and self._cuda and bound.plan.key not in seen:
-                    bound.executor.run()
-                seen.add(bound.plan.key)
+            for _ in self._split(key):
+                pass
 
     def clear(self) -> None:
         """Free graphs, arenas and packed weights; limits learnt from running out of memory are forgotten."""
@@ -143,7 +151,7 @@ class Runtime:
         inference: FullCapacitorInferenceConfig | None = None,
         at: float | None = None,
     ) -> PlanKey:
-        use = "latency" if batch == 1 and self.low_latency else "throughput"
+        use = "latency" if batch == 1 and self.options.low_latency else "throughput"
         return PlanKey(direction, batch, height, width, self.dtype, image_dtype, layout, self.cc, use, inference, at)
 
     def _image(self, direction: str, image: Tensor, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -179,7 +187,7 @@ class Runtime:
                 for name, static in bound.outputs.items():
                     if name not in outputs:
                         outputs[name] = self._output(key, bound.plan, name)
-                    outputs[name][start:stop].copy_(static)
+                    copy_into(outputs[name][start:stop], static)
                 start = stop
         return outputs
 
@@ -197,6 +205,7 @@ class Runtime:
             finally:
                 if done is not None:
                     done.record()
+                    self._last.stream = torch.cuda.current_stream()
 
     def _foreign_capture(self) -> bool:
         """Whether the caller is capturing a graph of its own on the current stream."""
@@ -205,15 +214,22 @@ class Runtime:
     def _split(self, key: PlanKey) -> Iterator[Bound]:
         """Bound plans for the parts of a batch, one after another; smaller ones when memory runs out."""
         self._refresh("encoder" if key.direction in ("encode", "posterior") else "decoder")
-        left = key.batch
+        left, freed = key.batch, False
         while left:
             batch = min(self._micro_batch(key), left)
             part = key if batch == key.batch else replace(key, batch=batch)
             bound = self._bound(part)
             if bound is None:
-                self._halve(part)
+                # the same once more without what is bound; then half of it
+                self._cache.clear()
+                free_bytes(self.device)
+                if freed:
+                    self._halve(part)
+                freed = not freed
                 continue
+            freed = False
             yield bound
+            self._served(part)
             left -= batch
 
     def _bound(self, key: PlanKey) -> Bound | None:
@@ -233,19 +249,26 @@ class Runtime:
             # weights of single steps come and go, so no graph may keep their addresses
             if key.direction != "predict":
                 self._cache.add(bound)
-        except torch.OutOfMemoryError:
+            if self._cuda and bound.graph is None and key not in self._ran:
+                # compiles and loads kernels here, where memory that runs out can be mended
+                bound.executor.run()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             return None
+        self._ran.add(key)
         self.stats.capture_seconds += time.perf_counter() - started
         return bound
 
     def _bound_for_caller(self, plan: LaunchPlan) -> Bound:
         """Inside a caller's capture: plain launches, in memory that the caller's graph owns."""
-        if not self._weights.ready_for(plan):
+        if plan.key not in self._ran or not self._weights.ready_for(plan):
             raise InputError(
-                f"this model has not run {plan.key.direction} yet, and weights cannot be folded while a CUDA graph "
-                "is being captured: call it once with the same shape, or warmup(), before the capture"
+                f"this model has not run {plan.key.direction} of {plan.key.batch} images of {plan.key.height}x"
+                f"{plan.key.width} in this form yet, and weights cannot be folded, nor kernels compiled, while a CUDA "
+                "graph is being captured: call it once with the same shape, or warmup(), before the capture"
             )
-        return Bound(plan, self._weights.of(plan), new_arena(plan.arena_bytes, self.device))
+        return Bound(plan, self._weights.lend(plan), new_arena(plan.arena_bytes, self.device))
 
     def _count(self, bound: Bound) -> None:
         if bound.graph is None:
@@ -258,14 +281,20 @@ class Runtime:
     def _micro_batch(self, key: PlanKey) -> int:
         if key.batch == 1:
             return 1
+        return self._limit(key).images
+
+    def _limit(self, key: PlanKey) -> Limit:
         one = replace(key, batch=1)
         if one not in self._limits:
-            self._limits[one] = micro_batch(self.config, one, ARENA_BUDGET)
+            self._limits[one] = Limit(micro_batch(self.config, one, self._arena_budget))
         return self._limits[one]
 
+    def _served(self, part: PlanKey) -> None:
+        if part.batch > 1:
+            self._limit(part).served(part.batch)
+
     def _halve(self, part: PlanKey) -> None:
-        """Run half as many images of this shape together from now on; everything bound is freed first."""
-        self._cache.clear()
+        """Run half as many images of this shape together from now on, until there is room again."""
         if part.batch == 1:
             plan = cached_plan(self.config, part)
             raise DeviceMemoryError(
@@ -273,8 +302,7 @@ class Runtime:
                 f"beside the weights, and {amount(free_bytes(self.device))} are free on {self.device}, so that not "
                 "even a micro-batch of 1 fits: free memory or use smaller images"
             )
-        free_bytes(self.device)
-        self._limits[replace(part, batch=1)] = part.batch // 2
+        self._limit(part).halve(part.batch)
 
     def _output(self, key: PlanKey, plan: LaunchPlan, name: str) -> Tensor:
         """A fresh output for the whole batch."""
@@ -306,6 +334,18 @@ class Runtime:
     def _drop_all(self) -> None:
         self._cache.clear()
         self._weights.clear()
+
+
+class _LastStream:
+    """The stream of the last call; each call waits for the one before, so it is behind all of them."""
+
+    stream: torch.cuda.Stream | None = None
+
+
+def _end(cache: BoundCache, packed: weights.PackedWeights, last: _LastStream) -> None:
+    """When a runtime goes, possibly on another stream than its last call's: that one may still be at work."""
+    if last.stream is not None:
+        retire([*cache.arenas(), *packed.tensors()], last.stream)
 
 
 def _forget(cache: BoundCache, time: weights.Time) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .. import reference
 from ..errors import InputError
 from ..reference import Autoencoder
 from . import fold
@@ -19,6 +21,20 @@ from .stats import Stats
 
 MAX_TIMES = 8
 """Folded decoders kept, one per time (full_capacitor in bfloat16: 111 MB each, computed)."""
+FOLDED = (
+    nn.Conv2d,
+    nn.Linear,
+    nn.ModuleList,
+    reference.AdaLNBase,
+    reference.AdaLNDelta,
+    reference.Block,
+    reference.Decoder,
+    reference.Encoder,
+    reference.GRN,
+    reference.Patchify,
+    reference.RMSNorm,
+    reference.TimeEmbed,
+)
 Time = tuple[float, float]
 
 
@@ -29,6 +45,7 @@ class PackedWeights:
         model: whose parameters are watched, held weakly.
         to_fold: from `model` to the one whose tensors are folded.
         evicted: called with the `(t, image_scale)` of a decoder that went, whose plans are to go too.
+        lent: where weights are kept that a caller's graph reads.
     """
 
     def __init__(
@@ -37,13 +54,15 @@ class PackedWeights:
         device: torch.device,
         dtype: torch.dtype,
         stats: Stats,
-        to_fold: Callable[[Autoencoder], Autoencoder],
+        to_fold: Callable[[Any], Autoencoder],
         evicted: Callable[[Time], None],
+        lent: list[Any],
     ):
         # a reference cycle would keep GPU memory until the next collection
         self._ref = weakref.ref(model)
         self._to_fold = to_fold
         self._device, self._dtype, self._stats, self._evicted = device, dtype, stats, evicted
+        self._lent = lent
         self._encoder: dict[str, Tensor] = {}
         self._decoders: OrderedDict[Time, dict[str, Tensor]] = OrderedDict()
         self._watches: dict[str, tuple[Watch, list[int]]] = {}
@@ -57,6 +76,16 @@ class PackedWeights:
     def ready_for(self, plan: LaunchPlan) -> bool:
         """Whether `of` would only look up."""
         return all(time in self._decoders for time in plan.times) if plan.times else bool(self._encoder)
+
+    def lend(self, plan: LaunchPlan) -> Mapping[str, Tensor]:
+        """As `of`, to a graph of the caller's: kept while the model lives, whatever becomes of these weights."""
+        packed = self.of(plan)
+        self._lent.append(packed)
+        return packed
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that is packed now."""
+        return [t for packed in (self._encoder, *self._decoders.values()) for t in packed.values()]
 
     def touch(self, plan: LaunchPlan) -> None:
         """Count a plan's decoders as just used."""
@@ -73,8 +102,7 @@ class PackedWeights:
 
     def clear(self) -> None:
         """Free everything. Work that the current stream has queued may still use it."""
-        for packed in (self._encoder, *self._decoders.values()):
-            retire(packed.values())
+        retire(self.tensors())
         self._encoder = {}
         self._decoders.clear()
         self._watches.clear()
@@ -102,7 +130,7 @@ class PackedWeights:
         self, part: str, folded: Callable[[Autoencoder], fold.PackedEncoder | fold.PackedDecoder]
     ) -> dict[str, Tensor]:
         model = self._model
-        _refuse_sharded(part, getattr(model, part))
+        _refuse(part, getattr(model, part))
         if part not in self._watches:
             self._watches[part] = (Watch(getattr(model, part)), _statistics(model))
         self._stats.folds += 1
@@ -126,8 +154,7 @@ class PackedWeights:
         return model
 
     def _weigh(self) -> None:
-        sets = (self._encoder, *self._decoders.values())
-        self._stats.weight_nbytes = sum(t.nbytes for s in sets for t in s.values())
+        self._stats.weight_nbytes = sum(t.nbytes for t in self.tensors())
 
 
 def _statistics(model: Autoencoder) -> list[int]:
@@ -135,10 +162,31 @@ def _statistics(model: Autoencoder) -> list[int]:
     return [n for t in stats if t is not None for n in (id(t), t.data_ptr(), 0 if t.is_inference() else t._version)]
 
 
-def _refuse_sharded(part: str, module: nn.Module) -> None:
+class NotFoldable(InputError):
+    """A part of a model that does more than its tensors say, so that weights folded from them would be another's."""
+
+
+def _refuse(part: str, module: nn.Module) -> None:
+    """Refuse what cannot be folded: sharded tensors, forward hooks, and layers that wrap or replace the model's own.
+
+    Raises:
+        NotFoldable: names the module, and what to do.
+    """
     for name, p in module.named_parameters():
         if hasattr(p, "full_tensor"):
-            raise InputError(
+            raise NotFoldable(
                 f"{part}.{name} is sharded over processes: leave this model out of FSDP, e.g. "
                 "fully_shard(parent, ignored_params=set(model.parameters()))"
+            )
+    for name, child in module.named_modules():
+        where = f"{part}.{name}" if name else part
+        if type(child) not in FOLDED:
+            raise NotFoldable(
+                f"{where} is a {type(child).__name__}, which the Triton backend cannot fold: merge it into a plain "
+                "layer (for LoRA: merge_and_unload), or use backend='torch'"
+            )
+        if child._forward_hooks or child._forward_pre_hooks or "forward" in child.__dict__:
+            raise NotFoldable(
+                f"{where} has a forward hook, which the Triton backend would not call: remove it, or use "
+                "backend='torch'"
             )

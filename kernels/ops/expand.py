@@ -77,7 +77,6 @@ def expand_kernel(
     rows = offs_m if EVEN_M else tl.minimum(offs_m, left - 1)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
-    in_n = offs_n < HIDDEN
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     y_ptrs = y_ptr if TMA else y_ptr + first * DIM + rows[:, None] * DIM + offs_k[None, :]
@@ -87,9 +86,8 @@ def expand_kernel(
             y = y_ptr.load([first.to(tl.int32), k])
             w = w_ptr.load([k, pid_n * BLOCK_N])
         else:
-            in_k = offs_k < DIM - k
-            y = load_tile(y_ptrs, in_k[None, :], EVEN_K)
-            w = load_tile(w_ptrs, in_k[:, None] & in_n[None, :], EVEN_K and EVEN_N)
+            y = load_tile(y_ptrs, offs_k[None, :] < DIM - k, EVEN_K)
+            w = load_tile(w_ptrs, (offs_k[:, None] < DIM - k) & (offs_n[None, :] < HIDDEN), EVEN_K and EVEN_N)
             y_ptrs += BLOCK_K
             w_ptrs += BLOCK_K * HIDDEN
         acc = tl.dot(y, w, acc, input_precision=PRECISION)
@@ -98,6 +96,7 @@ def expand_kernel(
     for tile in tl.static_range(SUMSQ_TILES):
         sumsq += tl.load(sumsq_ptr + first * SUMSQ_TILES + rows * SUMSQ_TILES + tile)
     rstd = tl.rsqrt(sumsq / DIM + eps)
+    in_n = offs_n < HIDDEN
     bias = tl.load(bias_ptr + offs_n, mask=in_n, other=0.0).to(tl.float32)
     h = gelu(acc * rstd[:, None] + bias[None, :], GELU)  # [BLOCK_M, BLOCK_N]
 

@@ -66,9 +66,8 @@ def fuse_skip_kernel(
         a_ptrs = (s_ptr if source == 0 else m_ptr) + rows
         w_ptrs = w_ptr + (source * DIM + offs_k[:, None]) * WIDTH + offs_n[None, :]
         for k in range(0, DIM, BLOCK_K):
-            in_k = offs_k < DIM - k
-            a = load_tile(a_ptrs, in_k[None, :], EVEN_K)
-            w = load_tile(w_ptrs, in_k[:, None] & in_n[None, :], EVEN_K and EVEN_N)
+            a = load_tile(a_ptrs, offs_k[None, :] < DIM - k, EVEN_K)
+            w = load_tile(w_ptrs, (offs_k[:, None] < DIM - k) & in_n[None, :], EVEN_K and EVEN_N)
             acc = tl.dot(a, w, acc, input_precision=PRECISION)
             a_ptrs += BLOCK_K
             w_ptrs += BLOCK_K * WIDTH

@@ -89,9 +89,8 @@ def head_kernel(
     mean = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     logsnr = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for k in range(0, DIM, BLOCK_K):
-        in_k = offs_k < DIM - k
-        in_w = in_k[:, None] & in_n[None, :]
-        x = load_tile(x_ptrs, in_k[None, :], EVEN_K)
+        in_w = (offs_k[:, None] < DIM - k) & in_n[None, :]
+        x = load_tile(x_ptrs, offs_k[None, :] < DIM - k, EVEN_K)
         w = load_tile(w_ptrs, in_w, EVEN_K and EVEN_N)
         mean = tl.dot(x, w, mean, input_precision=PRECISION)
         if POSTERIOR:

@@ -75,42 +75,40 @@ def project_kernel(
     EVEN_N: tl.constexpr = DIM % BLOCK_N == 0
     EVEN_K: tl.constexpr = HIDDEN % SLICE == 0
     pid_m, pid_n = grouped_tile(tl.program_id(0), tiles_m, tl.cdiv(DIM, BLOCK_N), GROUP_M)
-    pid_k = tl.program_id(1)
     image, first, left = image_tile(pid_m, tokens_per_image, tiles_per_image, BLOCK_M)
+    pid_k = tl.program_id(1)
     k_first = pid_k * SLICE
     offs_m = tl.arange(0, BLOCK_M)
     # rows past the image read its last row again: no mask in the loop, and the epilogue drops them
     rows = offs_m if EVEN_M else tl.minimum(offs_m, left - 1)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = k_first + tl.arange(0, BLOCK_K)
-    in_n = offs_n < DIM
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     h_ptrs = h_ptr if TMA else h_ptr + first * HIDDEN + rows[:, None] * HIDDEN + offs_k[None, :]
     w_ptrs = w_ptr if TMA else w_ptr + offs_k[:, None] * DIM + offs_n[None, :]
     gain_ptrs = gain_ptr + image.to(tl.int64) * HIDDEN + offs_k
     for k in range(0, SLICE, BLOCK_K):
-        in_k = offs_k < HIDDEN - k
         if TMA:
             h = h_ptr.load([first.to(tl.int32), k_first + k])
             w = w_ptr.load([k_first + k, pid_n * BLOCK_N])
         else:
-            h = load_tile(h_ptrs, in_k[None, :], EVEN_K)
-            w = load_tile(w_ptrs, in_k[:, None] & in_n[None, :], EVEN_K and EVEN_N)
+            h = load_tile(h_ptrs, offs_k[None, :] < HIDDEN - k, EVEN_K)
+            w = load_tile(w_ptrs, (offs_k[:, None] < HIDDEN - k) & (offs_n[None, :] < DIM), EVEN_K and EVEN_N)
             h_ptrs += BLOCK_K
             w_ptrs += BLOCK_K * DIM
-        gain = load_tile(gain_ptrs, in_k, EVEN_K)
+        gain = load_tile(gain_ptrs, offs_k < HIDDEN - k, EVEN_K)
         gain_ptrs += BLOCK_K
         h = add_scaled(h, gain[None, :])
         acc = tl.dot(h, w, acc, input_precision=PRECISION)
 
-    inside = (offs_m[:, None] < left) & in_n[None, :]
+    inside = (offs_m[:, None] < left) & (offs_n[None, :] < DIM)
     at = first * DIM + offs_m[:, None] * DIM + offs_n[None, :]
     if SPLIT_K > 1:
         slice_at = pid_k.to(tl.int64) * tokens * DIM
         tl.store(workspace_ptr + slice_at + at, acc, mask=inside)
     else:
-        acc += tl.load(bias_ptr + offs_n, mask=in_n, other=0.0).to(tl.float32)[None, :]
+        acc += tl.load(bias_ptr + offs_n, mask=offs_n < DIM, other=0.0).to(tl.float32)[None, :]
         acc += load_tile(residual_ptr + at, inside, EVEN_M and EVEN_N).to(tl.float32)
         if EVEN_M and EVEN_N:
             tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty))

@@ -77,9 +77,8 @@ def unpatchify_kernel(
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for k in range(0, DIM, BLOCK_K):
-        in_k = offs_k < DIM - k
-        a = load_tile(a_ptrs, in_k[None, :], EVEN_K)
-        w = load_tile(w_ptrs, in_k[:, None] & in_n[None, :], EVEN_K and EVEN_N)
+        a = load_tile(a_ptrs, offs_k[None, :] < DIM - k, EVEN_K)
+        w = load_tile(w_ptrs, (offs_k[:, None] < DIM - k) & in_n[None, :], EVEN_K and EVEN_N)
         acc = tl.dot(a, w, acc, input_precision=PRECISION)
         a_ptrs += BLOCK_K
         w_ptrs += BLOCK_K * PIXELS

@@ -47,7 +47,7 @@ def row_of(text: str, name: str) -> list[str]:
 
 
 def test_committed_tables_are_those_of_the_committed_files():
-    assert report.main(["--check"]) == 0, "run python -m bench.report"
+    assert report.main(["--check"]) == 0, "run python -m bench report"
 
 
 def test_nothing_measured_is_said_once(project):

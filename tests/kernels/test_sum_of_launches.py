@@ -1,7 +1,8 @@
 """All launches in a row equal the golden vectors: encode, the raw posterior, one block, and a one-step decode.
 
-Weights go from the checkpoint's tensors to the launches' layouts right here, with every simplification of MODEL.md that
-the kernels count on, so that this holds kernels and algebra together against numbers that this project did not compute.
+Weights go from the checkpoint's tensors to the launches' layouts right here, with every simplification of
+docs/numbers.md ("Numerics") that the kernels count on, so that this holds kernels and algebra together against numbers
+that this project did not compute.
 """
 
 from __future__ import annotations

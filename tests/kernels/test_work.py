@@ -34,10 +34,10 @@ def t(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Call:
-    """How an op is called, and what else moves beside its operands once."""
+    """How an op is called, and which of its tensors (or their descriptions) move twice."""
 
     op: str
-    tensors: dict[str, torch.Tensor]
+    tensors: dict[str, Any]
     options: dict[str, Any]
     twice: tuple[str, ...] = ()
 

@@ -1,184 +1,282 @@
+"""The machine: lanes in lockstep by basic block, barriers, registers.
+
+All threads of several CTAs are the lanes of numpy arrays. A block runs for every lane whose program counter points at
+it, lowest block first, so that diverged lanes meet again where the code does. A value that all lanes share is an array
+of length 1. Arrays are never changed in place once they are in a register.
+"""
+
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-class Machine:
-    """Runs one launch of a program."""
+from .memory import Global, MemoryFault
+from .parse import Block, Instr, Program, PtxError
+from .shared import SHARED_BASE, Shared
 
-    def __init__(self, program: Program, ops: list, shared_bytes: int, granule: int, *, max_lanes: int = 8192,
-                 racecheck_ctas: int = 1, check_global_races: bool = True, count: bool = False) -> None:
-        self.program, self.ops, self.shared_bytes, self.granule = program, ops, shared_bytes, granule
-        self.max_lanes, self.racecheck_ctas, self.check_global_races = max_lanes, racecheck_ctas, check_global_races
+if TYPE_CHECKING:
+    from .operands import Action
+    from .tensor_map import TensorMap
+
+POISON = {
+    1: np.zeros(1, bool),
+    16: np.array([0xFFAD], np.uint16),
+    32: np.array([0xFFFFDEAD], np.uint32),
+    64: np.array([0xFFFFDEADFFFFDEAD], np.uint64),
+}
+_NOBODY = np.zeros(0, np.int64)
+Lanes = np.ndarray | None
+
+
+class Machine:
+    """Runs one launch of a program.
+
+    Args:
+        actions: one list of closures per block, from `compile_program`.
+        shared_bytes: dynamic shared memory of a CTA.
+        granule: bytes of shared memory over which races are told apart.
+        max_lanes: threads that run at a time.
+        watched_ctas: CTAs of such a batch whose shared memory is checked for races.
+
+    Attributes:
+        memory: the buffers of the launch; add them before it.
+        descriptors: tensor maps by the token that stands for their address.
+        act: lanes that are active, None for all; `n` is their number.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        actions: list[list[Action]],
+        shared_bytes: int,
+        granule: int,
+        *,
+        max_lanes: int = 8192,
+        watched_ctas: int = 1,
+    ) -> None:
+        self.program, self.actions = program, actions
+        self.shared_bytes, self.granule = shared_bytes, granule
+        self.max_lanes, self.watched_ctas = max_lanes, watched_ctas
         self.memory = Global()
-        self.descriptors: dict = {}
+        self.descriptors: dict[int, TensorMap] = {}
         for block in program.blocks:
             block.spins = any(i.parts[:2] == ("mbarrier", "try_wait") for i in block.code)
-        self.executed = Counter() if count else None
-        self.line = 0
-        self.blocks_run = 0
+        self.at: Instr | None = None
+        self.act: Lanes = None
 
     def launch(self, grid: tuple[int, int, int], params: dict[str, np.ndarray], ctas: np.ndarray | None = None) -> None:
-        """Run all CTAs of the grid, or those with the given linear ids, in that order."""
-        total = grid[0] * grid[1] * grid[2]
-        ctas = np.arange(total) if ctas is None else np.asarray(ctas)
+        """Run all CTAs of the grid, or those with the given linear ids, in that order.
+
+        Raises:
+            PtxError: whatever a GPU would not do, or would do wrongly.
+        """
+        ctas = np.arange(grid[0] * grid[1] * grid[2]) if ctas is None else np.asarray(ctas)
         self.grid, self.params = grid, params
-        per = max(1, self.max_lanes // self.program.reqntid)
+        per_batch = max(1, self.max_lanes // self.program.threads)
         with np.errstate(all="ignore"):
-            for first in range(0, len(ctas), per):
-                self._run(ctas[first : first + per])
+            for first in range(0, len(ctas), per_batch):
+                self._run(ctas[first : first + per_batch])
 
     def _run(self, ctas: np.ndarray) -> None:
-        threads = self.program.reqntid
-        self.N = self.n = len(ctas) * threads
+        threads = self.program.threads
+        self.lane_count = self.n = len(ctas) * threads
         self.act = None
-        self.R = [None] * len(self.program.widths)
-        self.all_lanes = np.arange(self.N)
+        self.registers: list[np.ndarray | None] = [None] * len(self.program.widths)
+        self.all_lanes = np.arange(self.lane_count)
         self.cta_slot = np.repeat(np.arange(len(ctas)), threads)
         self.cta_id = np.repeat(ctas, threads)
-        tid = np.tile(np.arange(threads), len(ctas))
-        self.warp = (tid // 32).astype(np.int16)
-        x, y, z = self.grid[0], self.grid[1], self.grid[2]
-        one = lambda v: np.array([v], U32)  # noqa: E731
-        self.special = {
-            "%tid.x": tid.astype(U32), "%tid.y": one(0), "%tid.z": one(0),
-            "%ntid.x": one(threads), "%ntid.y": one(1), "%ntid.z": one(1),
-            "%ctaid.x": (self.cta_id % x).astype(U32), "%ctaid.y": (self.cta_id // x % y).astype(U32),
-            "%ctaid.z": (self.cta_id // (x * y)).astype(U32),
-            "%nctaid.x": one(x), "%nctaid.y": one(y), "%nctaid.z": one(z),
-            "%laneid": (tid % 32).astype(U32), "%warpid": (tid // 32).astype(U32),
-            "global_smem": one(SHARED_BASE),
-        }  # fmt: skip
-        self.special |= {name: value for name, value in self.params.items()}
-        warps = -(-threads // 32)
-        self.watched_lanes = min(self.racecheck_ctas, len(ctas)) * threads
-        self.shared = Shared(self, len(ctas), self.shared_bytes, self.granule, self.racecheck_ctas, warps)
-        self.commits = np.zeros(self.N, np.int64)  # cp.async groups committed by each lane
-        self.copies: list[list] = []
-        self.wg_commits = np.zeros(self.N, np.int64)
-        self.wg_reads: list[list] = []
-        self.fragments: dict = {}
-        self.barriers: dict = {}
+        thread = np.tile(np.arange(threads), len(ctas))
+        self.warp = (thread // 32).astype(np.int16)
+        self.symbols = self._symbols(thread)
+        self.watched_lanes = min(self.watched_ctas, len(ctas)) * threads
+        self.shared = Shared(self, len(ctas), self.shared_bytes, self.granule, self.watched_ctas, -(-threads // 32))
+        # cp.async: groups that each lane committed, copies under way
+        self.commits = np.zeros(self.lane_count, np.int64)
+        self.copies: list[list[Any]] = []
+        # wgmma: likewise, groups and reads under way
+        self.wg_commits = np.zeros(self.lane_count, np.int64)
+        self.wg_reads: list[list[Any]] = []
+        self.fragments: dict[Any, Any] = {}
+        # by (slot of the CTA, address); `events` counts what happens to them
+        self.barriers: dict[tuple[int, int], Any] = {}
         self.events = 0
-        self.tmem, self.columns, self.tc_reads, self.tc_columns = None, None, [], {}
-        self._schedule(len(ctas), threads)
+        # tensor memory [CTA, lane, column], columns given out to each CTA, reads and columns of products under way
+        self.tmem: np.ndarray | None = None
+        self.columns: np.ndarray | None = None
+        self.tc_reads: list[Any] = []
+        self.tc_columns: dict[tuple[int, int, int], Any] = {}
+        _Schedule(self, len(ctas)).run()
         if self.copies:
             raise MemoryFault(f"{self.program.name}: cp.async that nobody waited for at the end of the kernel")
         if self.columns is not None and self.columns.any():
             raise PtxError(f"{self.program.name}: tensor memory was not given back")
 
-    def _schedule(self, ctas: int, threads: int) -> None:
-        work: dict[int, np.ndarray | None] = {0: None}  # block -> lanes, None for all
-        waiting: dict[int, np.ndarray] = {}  # block after a barrier -> lanes that arrived
-        alive = np.full(ctas, threads)
-        blocks = self.program.blocks
-
-        def go(block: int, lanes) -> None:
-            if lanes is not None and len(lanes) == 0:
-                return
-            if block in work:
-                lanes = np.sort(np.concatenate([work[block], lanes]))
-            work[block] = None if lanes is None or len(lanes) == self.N else lanes
-
-        stalled: dict[int, np.ndarray] = {}  # lanes that spin on an mbarrier
-        events = -1
-        while work or stalled:
-            if stalled and (self.events != events or not work):
-                if self.events == events:
-                    raise PtxError(f"{self.where()}: deadlock: {sum(map(len, stalled.values()))} lanes wait at an mbarrier for ever")
-                for spin in list(stalled):
-                    go(spin, stalled.pop(spin))
-                events = self.events
-            at = min(work)
-            lanes = work.pop(at)
-            block = blocks[at]
-            self.set_active(lanes)
-            self.blocks_run += 1
-            for op in self.ops[at]:
-                op(self)
-            self.line = block.line or self.line
-            if block.end == "fall":
-                go(at + 1, lanes)
-            elif block.end == "bra" and block.pred is None:
-                go(block.target, lanes)
-            elif block.end in ("bra", "ret"):
-                if block.pred is None:
-                    taken, rest = self.lanes(), np.zeros(0, np.int64)
-                else:
-                    p = self.get_pred(block.pred)
-                    if p.all() or not p.any():
-                        empty = np.zeros(0, np.int64)
-                        taken, rest = (lanes, empty) if p.all() else (empty, lanes)
-                    else:
-                        p = np.broadcast_to(p, (self.n,))
-                        taken, rest = self.lanes()[p], self.lanes()[~p]
-                if block.end == "bra" and block.target == at and block.spins:
-                    if taken is None or len(taken):
-                        stalled[at] = self.lanes() if taken is None else taken
-                elif block.end == "bra":
-                    go(block.target, taken)
-                else:
-                    taken = self.lanes() if taken is None else taken
-                    np.subtract.at(alive, self.cta_slot[taken], 1)
-                go(at + 1, rest)
-            else:
-                lanes = self.lanes()
-                before = waiting.pop(at + 1, None)
-                lanes = lanes if before is None else np.sort(np.concatenate([before, lanes]))
-                arrived = np.bincount(self.cta_slot[lanes], minlength=ctas)
-                needed = alive
-                if len(block.barrier) > 1:
-                    needed = np.full(ctas, block.barrier[1].value)
-                done = arrived == needed
-                self.shared.epoch[done & (arrived > 0)] += 1
-                free = done[self.cta_slot[lanes]]
-                if free.all():
-                    go(at + 1, lanes if len(lanes) < self.N else None)
-                else:
-                    go(at + 1, lanes[free])
-                    waiting[at + 1] = lanes[~free]
-        if waiting:
-            raise PtxError(f"deadlock: {sum(map(len, waiting.values()))} lanes wait at a barrier for ever, first after block {min(waiting)}")
+    def _symbols(self, thread: np.ndarray) -> dict[str, np.ndarray]:
+        x, y, z = self.grid
+        numbers = {
+            "%tid.x": thread,
+            "%tid.y": 0,
+            "%tid.z": 0,
+            "%ntid.x": self.program.threads,
+            "%ntid.y": 1,
+            "%ntid.z": 1,
+            "%ctaid.x": self.cta_id % x,
+            "%ctaid.y": self.cta_id // x % y,
+            "%ctaid.z": self.cta_id // (x * y),
+            "%nctaid.x": x,
+            "%nctaid.y": y,
+            "%nctaid.z": z,
+            "%laneid": thread % 32,
+            "%warpid": thread // 32,
+            "global_smem": SHARED_BASE,
+        }
+        return {
+            name: np.atleast_1d(np.asarray(number)).astype(np.uint32) for name, number in numbers.items()
+        } | self.params
 
     # registers
 
-    def set_active(self, lanes: np.ndarray | None) -> None:
+    def set_active(self, lanes: Lanes) -> None:
         self.act = lanes
-        self.n = self.N if lanes is None else len(lanes)
+        self.n = self.lane_count if lanes is None else len(lanes)
 
     def lanes(self) -> np.ndarray:
+        """Indices of the active lanes."""
         return self.all_lanes if self.act is None else self.act
 
-    def get(self, i: int) -> np.ndarray:
-        x = self.R[i]
+    def get(self, index: int) -> np.ndarray:
+        """Bits of a register in the active lanes, or of length 1."""
+        x = self.registers[index]
         if x is None:
             # LLVM leaves halves of pairs undefined where they are thrown away later: NaN shows if they are not
-            if self.program.widths[i] == 1:
-                raise PtxError(f"{self.where()}: {self.program.names[i]} is read before it is written")
-            return POISON[self.program.widths[i]]
+            if self.program.widths[index] == 1:
+                raise PtxError(f"{self.where()}: {self.program.names[index]} is read before it is written")
+            return POISON[self.program.widths[index]]
         return x if self.act is None or len(x) == 1 else x[self.act]
 
-    def put(self, i: int, value: np.ndarray) -> None:
+    def put(self, index: int, bits: np.ndarray) -> None:
+        """Write a register in the active lanes."""
         if self.act is None:
-            self.R[i] = value
+            self.registers[index] = bits
             return
-        old = self.R[i]
+        old = self.registers[index]
         if old is None:
-            old = POISON.get(self.program.widths[i], np.zeros(1, bool))
-        new = np.broadcast_to(old, (self.N,)).copy()
-        new[self.act] = value
-        self.R[i] = new
+            old = POISON[self.program.widths[index]]
+        new = np.broadcast_to(old, (self.lane_count,)).copy()
+        new[self.act] = bits
+        self.registers[index] = new
 
     def get_pred(self, pred: tuple[int, bool]) -> np.ndarray:
+        """A guard: (register, negated)."""
         p = self.get(pred[0])
         return ~p if pred[1] else p
 
+    def symbol(self, name: str) -> np.ndarray:
+        """A special register, a parameter, or the address of shared memory."""
+        if name not in self.symbols:
+            raise PtxError(f"{self.where()}: {name} is not known")
+        x = self.symbols[name]
+        return x if self.act is None or len(x) == 1 else x[self.act]
+
     def full(self, x: np.ndarray) -> np.ndarray:
+        """`x` with one element per active lane."""
         return x if len(x) == self.n else np.broadcast_to(x, (self.n,))
 
     # messages
 
     def where(self) -> str:
-        return f"{self.program.name} ({self.program.target}) line {self.line}"
+        """Kernel, line and instruction."""
+        if self.at is None:
+            return f"{self.program.name} ({self.program.target})"
+        source = f", {self.at.source}" if self.at.source else ""
+        text = " ".join(self.at.text.split())
+        return f"{self.program.name} ({self.program.target}) line {self.at.line}{source}: `{text[:120]}`"
 
     def who(self, lane: int) -> str:
-        return f"CTA {int(self.cta_id[lane])} thread {int(lane) % self.program.reqntid}"
+        return f"CTA {int(self.cta_id[lane])} thread {int(lane) % self.program.threads}"
+
+
+class _Schedule:
+    """Which lanes are at which block. The lowest block with lanes runs next."""
+
+    def __init__(self, vm: Machine, ctas: int) -> None:
+        self.vm, self.ctas = vm, ctas
+        self.blocks = vm.program.blocks
+        self.ready: dict[int, Lanes] = {0: None}
+        # block after a barrier -> lanes that arrived
+        self.arrived: dict[int, np.ndarray] = {}
+        # lanes that spin on an mbarrier
+        self.spinning: dict[int, np.ndarray] = {}
+        self.alive = np.full(ctas, vm.program.threads)
+        self.events = -1
+
+    def run(self) -> None:
+        vm = self.vm
+        while self.ready or self.spinning:
+            if self.spinning and (vm.events != self.events or not self.ready):
+                self._wake()
+            at = min(self.ready)
+            lanes = self.ready.pop(at)
+            block = self.blocks[at]
+            vm.set_active(lanes)
+            for action in vm.actions[at]:
+                action(vm)
+            if block.end == "fall":
+                self._go(at + 1, lanes)
+            elif block.end == "bar":
+                self._barrier(at, block)
+            else:
+                self._branch(at, block)
+        if self.arrived:
+            count = sum(map(len, self.arrived.values()))
+            raise PtxError(f"{vm.where()}: deadlock: {count} lanes wait for ever at a barrier")
+
+    def _go(self, block: int, lanes: Lanes) -> None:
+        if lanes is not None and len(lanes) == 0:
+            return
+        if block in self.ready:
+            before = self.ready[block]
+            lanes = None if before is None or lanes is None else np.sort(np.concatenate([before, lanes]))
+        self.ready[block] = None if lanes is None or len(lanes) == self.vm.lane_count else lanes
+
+    def _wake(self) -> None:
+        """Let spinning lanes look again; nothing happened since they did means that nothing will."""
+        if self.vm.events == self.events:
+            count = sum(map(len, self.spinning.values()))
+            raise PtxError(f"{self.vm.where()}: deadlock: {count} lanes wait for ever at an mbarrier")
+        for block, lanes in self.spinning.items():
+            self._go(block, lanes)
+        self.spinning.clear()
+        self.events = self.vm.events
+
+    def _branch(self, at: int, block: Block) -> None:
+        vm = self.vm
+        lanes, taken, rest = vm.lanes(), vm.lanes(), _NOBODY
+        if block.pred is not None:
+            chosen = np.broadcast_to(vm.get_pred(block.pred), (vm.n,))
+            if not chosen.all():
+                taken, rest = lanes[chosen], lanes[~chosen]
+        if block.end == "ret":
+            np.subtract.at(self.alive, vm.cta_slot[taken], 1)
+        elif block.target == at and block.spins:
+            if len(taken):
+                self.spinning[at] = taken
+        else:
+            self._go(block.target, taken)
+        self._go(at + 1, rest)
+
+    def _barrier(self, at: int, block: Block) -> None:
+        """Lanes go on where all that are alive in their CTA have arrived."""
+        vm = self.vm
+        lanes = vm.lanes()
+        before = self.arrived.pop(at + 1, None)
+        lanes = lanes if before is None else np.sort(np.concatenate([before, lanes]))
+        arrived = np.bincount(vm.cta_slot[lanes], minlength=self.ctas)
+        needed = self.alive if len(block.barrier) < 2 else np.full(self.ctas, block.barrier[1].value)
+        done = (arrived == needed) & (arrived > 0)
+        vm.shared.epoch[done] += 1
+        free = done[vm.cta_slot[lanes]]
+        self._go(at + 1, lanes[free])
+        if not free.all():
+            self.arrived[at + 1] = lanes[~free]

@@ -124,7 +124,10 @@ def parse(text: str) -> Program:
 
 def _pieces(text: str, first: int) -> Iterator[_Piece]:
     """Labels, braces and statements of the body that starts at line `first`, up to the brace that closes it."""
-    files = {m[1]: m[2].rsplit("/", 1)[-1] for m in re.finditer(r"^\s*\.file\s+(\d+)\s+(?:\"[^\"]*\"\s+)?\"(.*?)\"", text, re.M)}
+    files = {
+        m[1]: m[2].rsplit("/", 1)[-1]
+        for m in re.finditer(r"^\s*\.file\s+(\d+)\s+(?:\"[^\"]*\"\s+)?\"(.*?)\"", text, re.M)
+    }
     lines = text.split("\n")
     buffer, started, depth, source = "", 0, 0, ""
     for number in range(first, len(lines)):

@@ -36,10 +36,19 @@ def randomise(model: FullCapacitor, seed: int = 0) -> FullCapacitor:
     return model.requires_grad_(False).eval()
 
 
-def tiny(backend: str = "triton", device: str = DEVICE, dtype: torch.dtype = torch.float32, **changes) -> FullCapacitor:
+def tiny(
+    backend: str = "triton",
+    device: str = DEVICE,
+    dtype: torch.dtype = torch.float32,
+    *,
+    cuda_graphs: bool = True,
+    memory_budget: int | None = None,
+    **changes,
+) -> FullCapacitor:
     """A model of one block each way; the same seed gives the same weights to both backends."""
-    config = dataclasses.replace(TINY, **changes)
-    return randomise(FullCapacitor(config, backend=backend, strict_size=False)).to(device, dtype)
+    options = {"backend": backend, "cuda_graphs": cuda_graphs, "memory_budget": memory_budget}
+    model = FullCapacitor(dataclasses.replace(TINY, **changes), strict_size=False, **options)
+    return randomise(model).to(device, dtype)
 
 
 def encode_in_child(model: FullCapacitor, image: torch.Tensor) -> tuple[torch.Tensor, int]:

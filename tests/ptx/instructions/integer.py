@@ -1,131 +1,173 @@
+"""Integer arithmetic and logic."""
+
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-def _trunc_div(a, b):
+from ..operands import F64, TYPES, S, U, dst, pred, src, value
+from ..parse import Instr, PtxError
+
+if TYPE_CHECKING:
+    from ..machine import Machine
+    from ..operands import Action, Reader
+
+
+def arithmetic(ins: Instr) -> Action:
+    """Everything whose type is an integer, raw bits or a predicate."""
+    name, parts, ops = ins.parts[0], ins.parts, ins.ops
+    kind, bits = TYPES[parts[-1]]
+    if kind == "p":
+        return _logic(ins)
+    if len(parts) > 2 and parts[1] not in ("lo", "hi", "wide", parts[-1]):
+        raise PtxError(f"modifier {parts[1]} of {name}")
+    if name in ("mul", "mad"):
+        return _multiply(ins)
+    out, a = dst(ops[0], bits), value(ops[1], parts[-1])
+    if name in _UNARY:
+        one = _UNARY[name]
+        return lambda vm: out(vm, one(a(vm)))
+    if name in _BINARY:
+        b, two = value(ops[2], parts[-1]), _BINARY[name]
+        return lambda vm: out(vm, two(a(vm), b(vm)))
+    if name in ("shl", "shr"):
+        amount, shift = src(ops[2], 32), _shift_left if name == "shl" else _shift_right
+        return lambda vm: out(vm, shift(a(vm), amount(vm)))
+    if name == "bfe":
+        position, length = src(ops[2], 32), src(ops[3], 32)
+        return lambda vm: out(vm, _extract(a(vm), position(vm), length(vm)))
+    raise PtxError(f"unknown opcode {name}")
+
+
+def _logic(ins: Instr) -> Action:
+    out, a = dst(ins.ops[0], 1), pred(ins.ops[1])
+    if ins.parts[0] == "not":
+        return lambda vm: out(vm, ~a(vm))
+    b, join = pred(ins.ops[2]), {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}[ins.parts[0]]
+    return lambda vm: out(vm, join(a(vm), b(vm)))
+
+
+def _multiply(ins: Instr) -> Action:
+    (name, how, type_name), ops = ins.parts, ins.ops
+    kind, bits = TYPES[type_name]
+    signed = kind == "s"
+    a, b = value(ops[1], type_name), value(ops[2], type_name)
+    out_bits = bits * 2 if how == "wide" else bits
+    out, wide = dst(ops[0], out_bits), (S if signed else U)[out_bits]
+    product: Reader
+    if how == "wide":
+
+        def product(vm: Machine) -> np.ndarray:
+            return a(vm).astype(wide) * b(vm).astype(wide)
+    elif how == "lo":
+
+        def product(vm: Machine) -> np.ndarray:
+            return a(vm) * b(vm)
+    else:
+
+        def product(vm: Machine) -> np.ndarray:
+            return _high(a(vm), b(vm), bits, signed)
+
+    if name == "mul":
+        return lambda vm: out(vm, product(vm))
+    c = value(ops[3], ("s" if signed else "u") + str(out_bits))
+    return lambda vm: out(vm, product(vm) + c(vm))
+
+
+def _divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Quotient towards zero."""
     if (b == 0).any():
         raise PtxError("integer division by zero")
     if a.dtype.kind == "u":
         return a // b
     if a.dtype == np.int32:
         return np.trunc(a.astype(F64) / b).astype(np.int64).astype(np.int32)
-    q = np.abs(a) // np.abs(b)
-    return np.where((a < 0) != (b < 0), -q, q)
+    quotient = np.abs(a) // np.abs(b)
+    return np.where((a < 0) != (b < 0), -quotient, quotient)
 
 
-def _rem(a, b):
-    return a - _trunc_div(a, b) * b
+def _remainder(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return a - _divide(a, b) * b
 
 
-def _mul_hi(a, b, bits, signed):
-    if bits == 32:
-        wide = np.int64 if signed else np.uint64
-        return ((a.astype(wide) * b.astype(wide)) >> wide(32)).astype(S[32] if signed else U[32])
-    if bits == 64 and not signed:
-        m = np.uint64(0xFFFFFFFF)
-        s = np.uint64(32)
-        al, ah, bl, bh = a & m, a >> s, b & m, b >> s
-        low = al * bl
-        mid1, mid2 = ah * bl + (low >> s), al * bh
-        mid = (mid1 & m) + mid2
-        return ah * bh + (mid1 >> s) + (mid >> s)
-    if bits == 16:
-        wide = np.int32 if signed else np.uint32
-        return ((a.astype(wide) * b.astype(wide)) >> wide(16)).astype(S[16] if signed else U[16])
-    raise PtxError(f"mul.hi of {bits} bits")
+def _high(a: np.ndarray, b: np.ndarray, bits: int, signed: bool) -> np.ndarray:
+    """Upper half of a product."""
+    kinds = S if signed else U
+    if bits < 64:
+        wide = kinds[2 * bits]
+        return ((a.astype(wide) * b.astype(wide)) >> wide(bits)).astype(kinds[bits])
+    if signed:
+        raise PtxError("mul.hi.s64")
+    half, low = np.uint64(32), np.uint64(0xFFFFFFFF)
+    a0, a1, b0, b1 = a & low, a >> half, b & low, b >> half
+    cross = a1 * b0 + (a0 * b0 >> half)
+    middle = (cross & low) + a0 * b1
+    return a1 * b1 + (cross >> half) + (middle >> half)
 
 
-def _shift(left: bool):
-    def f(a, n):
-        bits = a.dtype.itemsize * 8
-        big = n >= np.uint32(bits)
-        amount = np.where(big, np.uint32(0), n).astype(a.dtype)
-        out = np.left_shift(a, amount) if left else np.right_shift(a, amount)
-        if big.any():
-            out = np.where(big, (a >> a.dtype.type(bits - 1)) if (not left and a.dtype.kind == "i") else a.dtype.type(0), out)
-        return out
-
-    return f
-
-
-def _bfe(a, pos, length):
+def _shift_left(a: np.ndarray, amount: np.ndarray) -> np.ndarray:
     bits = a.dtype.itemsize * 8
-    wide = a.astype(np.int64 if a.dtype.kind == "i" else np.uint64)
-    pos, length = (pos & np.uint32(255)).astype(wide.dtype), (length & np.uint32(255)).astype(wide.dtype)
+    big = amount >= np.uint32(bits)
+    out = np.left_shift(a, np.where(big, np.uint32(0), amount).astype(a.dtype))
+    return np.where(big, a.dtype.type(0), out) if big.any() else out
+
+
+def _shift_right(a: np.ndarray, amount: np.ndarray) -> np.ndarray:
+    """Arithmetic for signed types."""
+    bits = a.dtype.itemsize * 8
+    big = amount >= np.uint32(bits)
+    out = np.right_shift(a, np.where(big, np.uint32(0), amount).astype(a.dtype))
+    if not big.any():
+        return out
+    return np.where(big, a >> a.dtype.type(bits - 1) if a.dtype.kind == "i" else a.dtype.type(0), out)
+
+
+def _extract(a: np.ndarray, position: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """bfe: a field of 32-bit words, sign-extended for signed types."""
+    bits = a.dtype.itemsize * 8
     if bits == 64:
         raise PtxError("bfe of 64 bits")
+    wide = a.astype(np.int64 if a.dtype.kind == "i" else np.uint64)
+    one = wide.dtype.type(1)
+    position = (position & np.uint32(255)).astype(wide.dtype)
+    length = (length & np.uint32(255)).astype(wide.dtype)
     unsigned = wide & wide.dtype.type((1 << bits) - 1)
-    field = np.where(length >= bits, unsigned >> pos, (unsigned >> pos) & ((wide.dtype.type(1) << np.minimum(length, wide.dtype.type(32))) - 1))
+    mask = (one << np.minimum(length, wide.dtype.type(32))) - one
+    field = np.where(length >= bits, unsigned >> position, (unsigned >> position) & mask)
     if a.dtype.kind == "i":
-        sign_at = np.minimum(pos + length - 1, 31)
-        sign = (unsigned >> sign_at) & 1
-        field = np.where((length > 0) & (length < 32) & (sign == 1), field | (-1 << np.minimum(length, 32)), field)
+        sign = (unsigned >> np.minimum(position + length - 1, 31)) & 1
+        extended = field | (-1 << np.minimum(length, 32))
+        field = np.where((length > 0) & (length < 32) & (sign == 1), extended, field)
     return field.astype(a.dtype)
 
 
-_BINARY = {"add": np.add, "sub": np.subtract, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and,
-           "or": np.bitwise_or, "xor": np.bitwise_xor, "div": _trunc_div, "rem": _rem}  # fmt: skip
+_UNARY: dict[str, Callable[[np.ndarray], np.ndarray]] = {"not": np.invert, "neg": np.negative, "abs": np.abs}
+_BINARY: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "add": np.add,
+    "sub": np.subtract,
+    "min": np.minimum,
+    "max": np.maximum,
+    "and": np.bitwise_and,
+    "or": np.bitwise_or,
+    "xor": np.bitwise_xor,
+    "div": _divide,
+    "rem": _remainder,
+}
 
 
-def _int_op(ins: Instr):
-    name, parts, ops, t = ins.parts[0], ins.parts, ins.ops, ins.parts[-1]
-    kind, bits = TYPES[t]
-    signed = kind == "s"
-    if kind == "p":
-        d = dst(ops[0], 1)
-        a = pred(ops[1])
-        if name == "not":
-            return lambda vm: d(vm, ~a(vm))
-        if name == "mov":
-            return lambda vm: d(vm, a(vm))
-        b, fn = pred(ops[2]), {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}[name]
-        return lambda vm: d(vm, fn(a(vm), b(vm)))
-    if len(parts) > 2 and parts[1] not in ("lo", "hi", "wide", t):
-        raise PtxError(f"modifier {parts[1]} of {name}")
-    if name in _BINARY:
-        a, b, d, fn = value(ops[1], t), value(ops[2], t), dst(ops[0], bits), _BINARY[name]
-        return lambda vm: d(vm, fn(a(vm), b(vm)))
-    if name in ("mul", "mad"):
-        how = parts[1]
-        a, b = value(ops[1], t), value(ops[2], t)
-        out = bits * 2 if how == "wide" else bits
-        d = dst(ops[0], out)
-        wide = (S if signed else U)[out]
-        if how == "wide":
-            product = lambda vm: a(vm).astype(wide) * b(vm).astype(wide)  # noqa: E731
-        elif how == "lo":
-            product = lambda vm: a(vm) * b(vm)  # noqa: E731
-        else:
-            product = lambda vm: _mul_hi(a(vm), b(vm), bits, signed)  # noqa: E731
-        if name == "mul":
-            return lambda vm: d(vm, product(vm))
-        c = value(ops[3], ("s" if signed else "u") + str(out))
-        return lambda vm: d(vm, product(vm) + c(vm))
-    if name in ("shl", "shr"):
-        a, n, d, fn = value(ops[1], t), src(ops[2], 32), dst(ops[0], bits), _shift(name == "shl")
-        return lambda vm: d(vm, fn(a(vm), n(vm)))
-    if name == "not":
-        a, d = value(ops[1], t), dst(ops[0], bits)
-        return lambda vm: d(vm, ~a(vm))
-    if name in ("neg", "abs"):
-        a, d, fn = value(ops[1], t), dst(ops[0], bits), np.negative if name == "neg" else np.abs
-        return lambda vm: d(vm, fn(a(vm)))
-    if name == "bfe":
-        a, p, n, d = value(ops[1], t), src(ops[2], 32), src(ops[3], 32), dst(ops[0], bits)
-        return lambda vm: d(vm, _bfe(a(vm), p(vm), n(vm)))
-    raise PtxError(f"{name} is not implemented")
-
-
-def _prmt(ins: Instr, program: Program):
+def prmt(ins: Instr) -> Action:
+    """Four bytes of two words, chosen by nibbles of a third."""
     if len(ins.parts) != 2:
-        raise PtxError("prmt modes")
-    out, a, b, s = dst(ins.ops[0], 32), src(ins.ops[1], 32), src(ins.ops[2], 32), src(ins.ops[3], 32)
+        raise PtxError("mode of prmt")
+    out, a, b, selector = dst(ins.ops[0], 32), src(ins.ops[1], 32), src(ins.ops[2], 32), src(ins.ops[3], 32)
 
-    def run(vm):
+    def run(vm: Machine) -> None:
         both = a(vm).astype(np.uint64) | (b(vm).astype(np.uint64) << np.uint64(32))
-        sel, total = s(vm).astype(np.uint64), np.zeros(1, np.uint64)
+        nibbles, total = selector(vm).astype(np.uint64), np.zeros(1, np.uint64)
         for i in range(4):
-            pick = (sel >> np.uint64(4 * i)) & np.uint64(15)
+            pick = (nibbles >> np.uint64(4 * i)) & np.uint64(15)
             byte = (both >> ((pick & np.uint64(7)) * np.uint64(8))) & np.uint64(255)
             sign = (byte >> np.uint64(7)) * np.uint64(255)
             total = total | (np.where(pick & np.uint64(8), sign, byte) << np.uint64(8 * i))
@@ -134,11 +176,12 @@ def _prmt(ins: Instr, program: Program):
     return run
 
 
-def _lop3(ins: Instr, program: Program):
+def lop3(ins: Instr) -> Action:
+    """Any function of three bits, by its truth table."""
     out, table = dst(ins.ops[0], 32), ins.ops[4].value
     a, b, c = (src(op, 32) for op in ins.ops[1:4])
 
-    def run(vm):
+    def run(vm: Machine) -> None:
         x, y, z = a(vm), b(vm), c(vm)
         total = np.zeros(1, np.uint32)
         for i in range(8):

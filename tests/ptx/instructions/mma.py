@@ -1,64 +1,97 @@
+"""mma.sync: products of fragments in registers, float32 accumulators."""
+
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-WIDEN = {"bf16": widen, "f16": lambda b: b.view(F16).astype(F32)}
+from ..operands import F16, F32, F64, dst, src, vector, whole_warps, widen
+from ..parse import Instr, PtxError
+
+if TYPE_CHECKING:
+    from ..machine import Machine
+    from ..operands import Action
+
+Load = Callable[[list[np.ndarray]], np.ndarray]
+# 16-bit operands of products as float32
+WIDEN: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "bf16": widen,
+    "f16": lambda bits: bits.view(F16).astype(F32),
+}
+_MOST_FRAGMENTS = 64
 
 
-def _cached(vm: Machine, key: str, arrays: list[np.ndarray], make):
-    """A fragment is used by several mma: keep its float32 form while its registers are the same arrays."""
-    if vm.act is not None:
-        return make()
-    k = (key, *map(id, arrays))
-    hit = vm.fragments.get(k)
-    if hit is None:
-        if len(vm.fragments) > 64:
-            vm.fragments.clear()
-        hit = vm.fragments[k] = (make(), arrays)
-    return hit[0]
+def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """float32 of a @ b, summed in float64: in float32 a row's bits would depend on its place, as BLAS orders sums."""
+    return np.matmul(a.astype(F64, copy=False), b.astype(F64, copy=False)).astype(F32)
 
 
-def _mma(ins: Instr, program: Program):
-    p = ins.parts
-    shape = next(x for x in p if x.startswith("m16n8"))
-    dt, at, bt, ct = p[-4:]
-    if dt != "f32" or ct != "f32" or at != bt or "row" not in p or "col" not in p:
-        raise PtxError("mma form")
-    d, a, b, c = (vector(op) for op in ins.ops)
-    outs = [dst(o, 32) for o in d]
-    if shape == "m16n8k16" and at in WIDEN:
-        conv = WIDEN[at]
+def mma(ins: Instr) -> Action:
+    """d = a @ b + c of 16x8 tiles."""
+    parts = ins.parts
+    shape = next(part for part in parts if part.startswith("m16n8"))
+    d_type, a_type, b_type, c_type = parts[-4:]
+    if d_type != "f32" or c_type != "f32" or a_type != b_type or "row" not in parts or "col" not in parts:
+        raise PtxError("form of mma")
+    load_a, load_b = _loaders(shape, a_type)
+    outs = [dst(op, 32) for op in vector(ins.ops[0])]
+    read_a, read_b, read_c = ([src(op, 32) for op in vector(ops)] for ops in ins.ops[1:4])
 
-        def load_a(x):
-            m = conv(np.stack(x).view(np.uint16)).reshape(2, 2, -1, 8, 4, 2)  # k half, m half, warp, row, t, pair
-            return np.ascontiguousarray(m.transpose(2, 1, 3, 0, 4, 5)).reshape(-1, 16, 16)
-
-        def load_b(x):
-            m = conv(np.stack(x).view(np.uint16)).reshape(2, -1, 8, 4, 2)  # k half, warp, column, t, pair
-            return np.ascontiguousarray(m.transpose(1, 0, 3, 4, 2)).reshape(-1, 16, 8)
-    elif shape in ("m16n8k8", "m16n8k4") and at == "tf32":
-        half = 2 if shape == "m16n8k8" else 1
-        cut = lambda x: (np.stack(x) & np.uint32(0xFFFFE000)).view(F32)  # noqa: E731
-
-        def load_a(x):
-            m = cut(x).reshape(half, 2, -1, 8, 4)
-            return np.ascontiguousarray(m.transpose(2, 1, 3, 0, 4)).reshape(-1, 16, 4 * half)
-
-        def load_b(x):
-            m = cut(x).reshape(half, -1, 8, 4)
-            return np.ascontiguousarray(m.transpose(1, 0, 3, 2)).reshape(-1, 4 * half, 8)
-    else:
-        raise PtxError(f"mma {shape} of {at}")
-    ra, rb, rc = ([src(o, 32) for o in v] for v in (a, b, c))
-
-    def run(vm):
-        xa, xb = [vm.full(r(vm)) for r in ra], [vm.full(r(vm)) for r in rb]
+    def run(vm: Machine) -> None:
+        xa, xb = [vm.full(read(vm)) for read in read_a], [vm.full(read(vm)) for read in read_b]
         whole_warps(vm, xa[0])
-        am = _cached(vm, "a", xa, lambda: load_a(xa))
-        bm = _cached(vm, "b", xb, lambda: load_b(xb))
-        y = np.matmul(am, bm).reshape(-1, 2, 8, 4, 2)  # warp, m half, row, t, pair
+        # warp, half of m, row, thread of the row, element of the pair
+        y = product(_kept(vm, "a", xa, load_a), _kept(vm, "b", xb, load_b)).reshape(-1, 2, 8, 4, 2)
         for i, out in enumerate(outs):
-            part = y[:, i // 2, :, :, i % 2].reshape(-1)
-            out(vm, rc[i](vm).view(F32) + part)
+            out(vm, read_c[i](vm).view(F32) + y[:, i // 2, :, :, i % 2].reshape(-1))
 
     return run
+
+
+def _loaders(shape: str, type_name: str) -> tuple[Load, Load]:
+    """Functions from registers to a `[warps, 16, k]` and b `[warps, k, 8]` as float32."""
+    if shape == "m16n8k16" and type_name in WIDEN:
+        convert = WIDEN[type_name]
+
+        def load_a(x: list[np.ndarray]) -> np.ndarray:
+            # half of k, half of m, warp, row, thread of the row, element of the pair
+            m = convert(np.stack(x).view(np.uint16)).reshape(2, 2, -1, 8, 4, 2)
+            return np.ascontiguousarray(m.transpose(2, 1, 3, 0, 4, 5)).reshape(-1, 16, 16)
+
+        def load_b(x: list[np.ndarray]) -> np.ndarray:
+            # half of k, warp, column, thread of the column, element of the pair
+            m = convert(np.stack(x).view(np.uint16)).reshape(2, -1, 8, 4, 2)
+            return np.ascontiguousarray(m.transpose(1, 0, 3, 4, 2)).reshape(-1, 16, 8)
+
+        return load_a, load_b
+    if shape in ("m16n8k8", "m16n8k4") and type_name == "tf32":
+        halves = 2 if shape == "m16n8k8" else 1
+
+        def cut(x: list[np.ndarray]) -> np.ndarray:
+            return (np.stack(x) & np.uint32(0xFFFFE000)).view(F32)
+
+        def load_a(x: list[np.ndarray]) -> np.ndarray:
+            m = cut(x).reshape(halves, 2, -1, 8, 4)
+            return np.ascontiguousarray(m.transpose(2, 1, 3, 0, 4)).reshape(-1, 16, 4 * halves)
+
+        def load_b(x: list[np.ndarray]) -> np.ndarray:
+            m = cut(x).reshape(halves, -1, 8, 4)
+            return np.ascontiguousarray(m.transpose(1, 0, 3, 2)).reshape(-1, 4 * halves, 8)
+
+        return load_a, load_b
+    raise PtxError(f"mma {shape} of {type_name}")
+
+
+def _kept(vm: Machine, key: str, registers: list[np.ndarray], load: Load) -> np.ndarray:
+    """A fragment is used by several products: keep its wide form while its registers are the same arrays."""
+    if vm.act is not None:
+        return load(registers)
+    name = (key, *map(id, registers))
+    if name not in vm.fragments:
+        if len(vm.fragments) > _MOST_FRAGMENTS:
+            vm.fragments.clear()
+        # the registers are kept, too: an id is only good while its object lives
+        vm.fragments[name] = (load(registers).astype(F64), registers)
+    return vm.fragments[name][0]

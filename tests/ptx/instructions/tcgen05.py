@@ -1,168 +1,225 @@
+"""tcgen05 (sm_100): tensor memory, and products that last until their mbarrier is waited for."""
+
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-def _tcgen05(ins: Instr, program: Program):
-    p, what = ins.parts, ins.parts[1]
+from ..memory import MemoryFault
+from ..operands import F32, address_of, dst, pred, src, vector, whole_warps
+from ..parse import Instr, PtxError
+from ..shared import PENDING
+from .mbarrier import barrier_at
+from .mma import WIDEN, product
+from .tiles import K, swizzle_width, tile
+
+if TYPE_CHECKING:
+    from ..machine import Machine
+    from ..operands import Action
+
+LANES, COLUMNS = 128, 512
+_WIDTHS = {0: 1, 2: 8, 4: 4, 6: 2}
+# what tensor memory holds before it is written: a NaN
+_UNWRITTEN = 0x7FC0DEAD
+# columns of tensor memory that an operand of 16 half-precision values takes
+_A_COLUMNS = K // 2
+
+
+def tcgen05(ins: Instr) -> Action:
+    """Tensor memory given out, read, written, multiplied; products committed to an mbarrier."""
+    what = ins.parts[1]
     if what in ("wait__ld", "wait__st", "relinquish_alloc_permit") or what.startswith("fence"):
         return lambda vm: None
-    if what == "alloc":
-        at, count = address_of(ins.ops[0], 32), ins.ops[1].value
-
-        def alloc(vm):
-            lanes = whole_warps(vm, vm.lanes())[:, 0]
-            if count & (count - 1) or not 32 <= count <= 512:
-                raise PtxError(f"tcgen05.alloc of {count} columns")
-            address = at(vm).reshape(-1, 32)[:, 0]
-            if vm.tmem is None:
-                vm.tmem = np.full((int(vm.cta_slot[-1]) + 1, 128, 512), 0x7FC0DEAD, np.uint32)
-                vm.columns = np.zeros(len(vm.tmem), np.int64)
-            start = vm.columns[vm.cta_slot[lanes]]
-            if (start + count > 512).any():
-                raise PtxError(f"{vm.where()}: tensor memory is full")
-            vm.columns[vm.cta_slot[lanes]] += count
-            vm.shared.store(address, start.astype(np.uint32), 4, lanes, "tcgen05.alloc")
-
-        return alloc
-    if what == "dealloc":
-        count = ins.ops[1].value
-
-        def dealloc(vm):
-            vm.columns[vm.cta_slot[whole_warps(vm, vm.lanes())[:, 0]]] -= count
-
-        return dealloc
-    if what == "commit":
-        at = address_of(ins.ops[0], 64)
-
-        def commit(vm):
-            for lane, a in zip(vm.lanes().tolist(), at(vm).tolist()):
-                b = barrier_at(vm, lane, a)
-                slot = int(vm.cta_slot[lane])
-                b.reads += [(g, row) for s, g, row in vm.tc_reads if s == slot]
-                vm.tc_columns = {k: b if k[0] == slot else v for k, v in vm.tc_columns.items()}
-                vm.tc_reads = [r for r in vm.tc_reads if r[0] != slot]
-                b.pending -= 1
-                b.settle()
-
-        return commit
-    if what in ("ld", "st"):
-        return _tmem_access(ins)
-    if what == "mma":
-        return _tcgen05_mma(ins)
-    raise PtxError(f"tcgen05.{what}")
+    known = {"alloc": _alloc, "dealloc": _dealloc, "commit": _commit, "ld": _access, "st": _access, "mma": _mma}
+    if what not in known:
+        raise PtxError(f"tcgen05.{what}")
+    return known[what](ins)
 
 
-def _tmem_access(ins: Instr):
-    p, store = ins.parts, ins.parts[1] == "st"
-    shape = p[4]
-    vec = vector(ins.ops[-1] if store else ins.ops[0])
-    at = address_of(ins.ops[0] if store else ins.ops[1], 32)
-    split = (ins.ops[1] if store else ins.ops[2]).value if shape == "16x32bx2" else 0
-    if shape not in ("32x32b", "16x32bx2") or p[5] != f"x{len(vec)}":
-        raise PtxError("tcgen05.ld shape")
-    regs = [src(o, 32) for o in vec] if store else [dst(o, 32) for o in vec]
+def _alloc(ins: Instr) -> Action:
+    at, count = address_of(ins.ops[0], 32), ins.ops[1].value
+    if count & (count - 1) or not 32 <= count <= COLUMNS:
+        raise PtxError(f"tcgen05.alloc of {count} columns")
 
-    def run(vm):
-        address, lanes = whole_warps(vm, at(vm)), vm.lanes()
-        if (address != address[:, :1]).any():
-            raise PtxError(f"{vm.where()}: tensor memory address differs inside a warp")
-        lane, inside = address.reshape(-1).astype(np.int64) >> 16, lanes % 32
-        column = address.reshape(-1).astype(np.int64) & 0xFFFF
-        if shape == "32x32b":
-            lane = lane + inside
-        else:
-            lane, column = lane + inside % 16, column + inside // 16 * split
-        slot = vm.cta_slot[lanes]
-        if (lane // 32 != vm.warp[lanes] % 4).any():
-            raise PtxError(f"{vm.where()}: a warp outside its quarter of tensor memory")
-        if (column + len(regs) > vm.columns[slot]).any():
-            raise PtxError(f"{vm.where()}: tensor memory that was not allocated")
-        first, last = int(column.min()), int(column.max()) + len(regs)
-        if vm.tc_columns and any(first < k[2] and k[1] < last and (slot == k[0]).any() for k in vm.tc_columns):
-            raise MemoryFault(f"{vm.where()}: tensor memory columns {first} to {last} while a product that nobody waited for uses them")
-        if store:
-            for i, r in enumerate(regs):
-                vm.tmem[slot, lane, column + i] = r(vm)
-        else:
-            block = vm.tmem[slot[:, None], lane[:, None], column[:, None] + np.arange(len(regs))]
-            for i, r in enumerate(regs):
-                r(vm, np.ascontiguousarray(block[:, i]))
+    def run(vm: Machine) -> None:
+        lanes = whole_warps(vm, vm.lanes())[:, 0]
+        address = at(vm).reshape(-1, 32)[:, 0]
+        if vm.tmem is None or vm.columns is None:
+            vm.tmem = np.full((int(vm.cta_slot[-1]) + 1, LANES, COLUMNS), _UNWRITTEN, np.uint32)
+            vm.columns = np.zeros(len(vm.tmem), np.int64)
+        start = vm.columns[vm.cta_slot[lanes]]
+        if (start + count > COLUMNS).any():
+            raise PtxError(f"{vm.where()}: tensor memory is full")
+        vm.columns[vm.cta_slot[lanes]] += count
+        vm.shared.store(address, start.astype(np.uint32), 4, lanes, "tcgen05.alloc")
 
     return run
 
 
-def _tcgen05_mma(ins: Instr):
-    if ins.parts[2:] != ("cta_group__1", "kind__f16"):
-        raise PtxError("tcgen05.mma kind")
-    d, a, b, i, keep = ins.ops
-    at, from_tmem = address_of(d, 32), a.kind == "mem"
-    ra, rb, ri, rk = address_of(a, 32) if from_tmem else src(a, 64), src(b, 64), src(i, 32), pred(keep)
-    widths = {0: 1, 2: 8, 4: 4, 6: 2}
+def _dealloc(ins: Instr) -> Action:
+    count = ins.ops[1].value
 
-    def run(vm):
+    def run(vm: Machine) -> None:
+        _, columns = _tensor_memory(vm)
+        columns[vm.cta_slot[whole_warps(vm, vm.lanes())[:, 0]]] -= count
+
+    return run
+
+
+def _commit(ins: Instr) -> Action:
+    at = address_of(ins.ops[0], 64)
+
+    def run(vm: Machine) -> None:
+        for lane, address in zip(vm.lanes().tolist(), at(vm).tolist(), strict=True):
+            barrier = barrier_at(vm, lane, address)
+            slot = int(vm.cta_slot[lane])
+            barrier.reads += [(granules, warp) for owner, granules, warp in vm.tc_reads if owner == slot]
+            vm.tc_reads = [read for read in vm.tc_reads if read[0] != slot]
+            # the later commit covers what the earlier ones do
+            vm.tc_columns = {key: barrier if key[0] == slot else owner for key, owner in vm.tc_columns.items()}
+            barrier.arrive()
+
+    return run
+
+
+def _tensor_memory(vm: Machine) -> tuple[np.ndarray, np.ndarray]:
+    if vm.tmem is None or vm.columns is None:
+        raise PtxError(f"{vm.where()}: tensor memory that was not allocated")
+    return vm.tmem, vm.columns
+
+
+def _access(ins: Instr) -> Action:
+    """tcgen05.ld and tcgen05.st: a warp and its quarter of the lanes."""
+    store, shape = ins.parts[1] == "st", ins.parts[4]
+    registers = vector(ins.ops[-1] if store else ins.ops[0])
+    at = address_of(ins.ops[0] if store else ins.ops[1], 32)
+    if shape not in ("32x32b", "16x32bx2") or ins.parts[5] != f"x{len(registers)}":
+        raise PtxError("shape of tcgen05.ld or st")
+    # columns from the first half of the warp's lanes to the second
+    apart = ins.ops[1 if store else 2].value if shape == "16x32bx2" else 0
+    reads, writes = [src(op, 32) for op in registers if store], [dst(op, 32) for op in registers if not store]
+
+    def run(vm: Machine) -> None:
+        tmem, columns = _tensor_memory(vm)
+        address, lanes = whole_warps(vm, at(vm)), vm.lanes()
+        if (address != address[:, :1]).any():
+            raise PtxError(f"{vm.where()}: tensor memory address differs inside a warp")
+        base = address.reshape(-1).astype(np.int64)
+        row, column, inside = base >> 16, base & 0xFFFF, lanes % 32
+        if shape == "32x32b":
+            row = row + inside
+        else:
+            row, column = row + inside % 16, column + inside // 16 * apart
+        slot = vm.cta_slot[lanes]
+        if (row // 32 != vm.warp[lanes] % 4).any():
+            raise PtxError(f"{vm.where()}: a warp outside its quarter of tensor memory")
+        if (column + len(registers) > columns[slot]).any():
+            raise PtxError(f"{vm.where()}: tensor memory that was not allocated")
+        first, last = int(column.min()), int(column.max()) + len(registers)
+        busy = [key for key in vm.tc_columns if first < key[2] and key[1] < last and (slot == key[0]).any()]
+        if busy:
+            raise MemoryFault(
+                f"{vm.where()}: tensor memory columns {first} to {last} of {vm.who(lanes[0])} while a product that "
+                "nobody waited for uses them"
+            )
+        for i, read in enumerate(reads):
+            tmem[slot, row, column + i] = read(vm)
+        if not store:
+            block = tmem[slot[:, None], row[:, None], column[:, None] + np.arange(len(registers))]
+            for i, write in enumerate(writes):
+                write(vm, np.ascontiguousarray(block[:, i]))
+
+    return run
+
+
+class _Shape:
+    """What an instruction descriptor says: rows, columns and types of a product with float32 accumulators."""
+
+    def __init__(self, vm: Machine, bits: np.ndarray) -> None:
+        if (bits != bits[0]).any():
+            raise PtxError(f"{vm.where()}: instruction descriptors differ")
+        b = int(bits[0])
+        accumulator, a_type, b_type = b >> 4 & 3, b >> 7 & 7, b >> 10 & 7
+        # no sparsity, no saturation, no negation
+        if accumulator != 1 or a_type != b_type or a_type > 1 or b & 15 or b >> 13 & 3:
+            raise PtxError(f"{vm.where()}: instruction descriptor {b:#x}")
+        self.convert = WIDEN["bf16" if a_type else "f16"]
+        self.n, self.m = (b >> 17 & 63) << 3, (b >> 24 & 31) << 4
+        self.a_mn_major, self.b_mn_major = bool(b >> 15 & 1), bool(b >> 16 & 1)
+        if self.m not in (64, 128) or self.n % 8:
+            raise PtxError(f"{vm.where()}: tcgen05.mma of {self.m} x {self.n}")
+
+    def place(self, vm: Machine, address: np.ndarray) -> tuple[np.ndarray, int]:
+        """(lanes of the rows, first column) of an operand in tensor memory."""
+        base, column = address.astype(np.int64) >> 16, address.astype(np.int64) & 0xFFFF
+        if (base != base[0]).any() or (column != column[0]).any():
+            raise PtxError(f"{vm.where()}: tensor memory addresses differ between CTAs")
+        if base[0] and (self.m == 128 or base[0] != 16):
+            raise PtxError(f"{vm.where()}: tensor memory lane {base[0]} for {self.m} rows")
+        rows = np.arange(self.m)
+        if self.m == 64:
+            rows = rows // 16 * 32 + rows % 16
+        return rows + int(base[0]), int(column[0])
+
+
+def _mma(ins: Instr) -> Action:
+    """d (+)= a @ b, d in tensor memory, a there or in shared memory, b in shared memory."""
+    if ins.parts[2:] != ("cta_group__1", "kind__f16"):
+        raise PtxError("kind of tcgen05.mma")
+    d, a, b, descriptor, accumulate = ins.ops
+    at, from_tmem = address_of(d, 32), a.kind == "mem"
+    read_a = address_of(a, 32) if from_tmem else src(a, 64)
+    read_b, read_shape, keep = src(b, 64), src(descriptor, 32), pred(accumulate)
+
+    def run(vm: Machine) -> None:
+        tmem, columns = _tensor_memory(vm)
         lanes = vm.lanes()
         slots = vm.cta_slot[lanes]
         if len(np.unique(slots)) != len(slots):
             raise PtxError(f"{vm.where()}: tcgen05.mma by more than one thread of a CTA")
-        bits = vm.full(ri(vm))
-        if (bits != bits[0]).any():
-            raise PtxError("instruction descriptors differ")
-        bits = int(bits[0])
-        # dtype 1: float32; operand types 0: f16, 1: bf16; no sparsity, no negation
-        dtype, ta, tb = bits >> 4 & 3, bits >> 7 & 7, bits >> 10 & 7
-        if dtype != 1 or ta != tb or ta > 1 or bits & 7 or bits >> 13 & 3:
-            raise PtxError(f"{vm.where()}: instruction descriptor {bits:#x}")
-        conv = WIDEN["bf16" if ta else "f16"]
-        n, m = (bits >> 17 & 63) << 3, (bits >> 24 & 31) << 4
-        if m not in (64, 128) or n % 8:
-            raise PtxError(f"{vm.where()}: tcgen05.mma of {m} x {n}")
-        rows = np.arange(m)
-        rows = rows if m == 128 else rows // 16 * 32 + rows % 16
-
-        def place(address):
-            base, column = address.astype(np.int64) >> 16, address.astype(np.int64) & 0xFFFF
-            if (base != base[0]).any() or (column != column[0]).any():
-                raise PtxError("tensor memory addresses differ between CTAs")
-            if base[0] and (m == 128 or base[0] != 16):
-                raise PtxError(f"{vm.where()}: tensor memory lane {base[0]} for {m} rows")
-            return rows + int(base[0]), int(column[0])
-
+        shape = _Shape(vm, vm.full(read_shape(vm)))
         if from_tmem:
-            lane, column = place(ra(vm))
-            vm.tc_columns |= {(s, column, column + 8): None for s in slots.tolist()}
-            am = conv(np.ascontiguousarray(vm.tmem[slots][:, lane, column : column + 8]).view(np.uint16))
+            rows, column = shape.place(vm, read_a(vm))
+            vm.tc_columns |= {(s, column, column + _A_COLUMNS): None for s in slots.tolist()}
+            raw = np.ascontiguousarray(tmem[slots][:, rows, column : column + _A_COLUMNS]).view(np.uint16)
         else:
-            am = conv(_blackwell_tile(vm, vm.full(ra(vm)), lanes, m, bits >> 15 & 1, "tcgen05 A", widths))
-        bm = conv(_blackwell_tile(vm, vm.full(rb(vm)), lanes, n, bits >> 16 & 1, "tcgen05 B", widths))
-        y = np.matmul(am, bm.transpose(0, 2, 1))
-        lane, column = place(at(vm))
-        if column + n > int(vm.columns[slots].min()):
+            raw = _operand(vm, vm.full(read_a(vm)), lanes, shape.m, shape.a_mn_major, "tcgen05 A")
+        x = shape.convert(raw)
+        w = shape.convert(_operand(vm, vm.full(read_b(vm)), lanes, shape.n, shape.b_mn_major, "tcgen05 B"))
+        y = product(x, w.transpose(0, 2, 1))
+        rows, column = shape.place(vm, at(vm))
+        if column + shape.n > int(columns[slots].min()):
             raise PtxError(f"{vm.where()}: tensor memory that was not allocated")
-        vm.tc_columns |= {(s, column, column + n): None for s in slots.tolist()}
-        old = vm.tmem[slots[:, None, None], lane[None, :, None], np.arange(column, column + n)].view(F32)
-        add = np.broadcast_to(rk(vm), (vm.n,))[:, None, None]
-        vm.tmem[slots[:, None, None], lane[None, :, None], np.arange(column, column + n)] = np.where(add, old + y, y).astype(F32).view(np.uint32)
+        vm.tc_columns |= {(s, column, column + shape.n): None for s in slots.tolist()}
+        where = (slots[:, None, None], rows[None, :, None], np.arange(column, column + shape.n))
+        add = np.broadcast_to(keep(vm), (vm.n,))[:, None, None]
+        tmem[where] = np.where(add, tmem[where].view(F32) + y, y).astype(F32).view(np.uint32)
 
     return run
 
 
-def _blackwell_tile(vm, v, lanes, rows, mn_major, what, widths):
-    v = v.astype(np.int64)
-    if (v >> 46 & 7 != 1).any() or (v >> 52 & 1).any():
+def _operand(
+    vm: Machine, descriptors: np.ndarray, lanes: np.ndarray, rows: int, mn_major: bool, what: str
+) -> np.ndarray:
+    bits = descriptors.astype(np.int64)
+    if (bits >> 46 & 7 != 1).any() or (bits >> 52 & 1).any():
         raise PtxError(f"{vm.where()}: {what} descriptor version")
-    return tile(vm, v, widths, v >> 61 & 7, lanes, rows, mn_major, what, _tcgen05_note)
+    width = swizzle_width(vm, bits >> 61 & 7, _WIDTHS, what)
+    return tile(vm, bits, width, lanes, rows, mn_major, what, _note)
 
 
-def _tcgen05_note(vm: Machine, flat: np.ndarray, lanes: np.ndarray, first: np.ndarray) -> None:
+def _note(vm: Machine, flat: np.ndarray, lanes: np.ndarray, askers: np.ndarray) -> None:
     """The products read until the mbarrier that they are committed to is waited for."""
     shared = vm.shared
-    found = shared.granules(flat, 16, lanes)
-    if found is None:
+    state = shared.granules(flat, 16, lanes)
+    if state is None:
         return
     # the tensor core is another reader than the thread that asks: data of other warps needs a barrier either way
     shared.note_read(flat, 16, lanes)
-    g, warp, _ = found
-    shared.read_epoch[warp[:, None], g] = PENDING
-    for slot in np.unique(vm.cta_slot[lanes[: len(g)]]).tolist():
-        mine = vm.cta_slot[lanes[: len(g)]] == slot
-        vm.tc_reads.append((slot, g[mine].reshape(-1), int(warp[mine][0])))
+    touched, warp, _ = state
+    shared.read_epoch[warp[:, None], touched] = PENDING
+    slots = vm.cta_slot[lanes[: len(touched)]]
+    for slot in np.unique(slots).tolist():
+        mine = slots == slot
+        vm.tc_reads.append((slot, touched[mine].reshape(-1), int(warp[mine][0])))

@@ -1,91 +1,106 @@
+"""Instructions of a whole warp: shuffles, elections, matrices from and to shared memory."""
+
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-def _shfl(ins: Instr, program: Program):
-    _, sync, mode, _ = ins.parts
-    d = ins.ops[0]
-    targets = d.value if d.kind == "vec" else (d, Op("sink"))
-    out, out_p = dst(targets[0], 32), dst(targets[1], 1)
-    a, b, c = src(ins.ops[1], 32), src(ins.ops[2], 32), src(ins.ops[3], 32)
-    lane = np.arange(32, dtype=np.int64)
+from ..memory import UNSIGNED
+from ..operands import Op, address_of, dst, src, vector, whole_warps
+from ..parse import Instr, PtxError
 
-    def run(vm):
-        x = whole_warps(vm, vm.full(a(vm)))
-        by, clamp = b(vm).astype(np.int64), c(vm).astype(np.int64)
-        by = by.reshape(-1, 1) if len(by) == 1 else by.reshape(-1, 32)
-        clamp = clamp.reshape(-1, 1) if len(clamp) == 1 else clamp.reshape(-1, 32)
-        bound, seg = clamp & 31, clamp >> 8 & 31
-        top = (lane & seg) | (bound & ~seg)
-        if mode == "bfly":
-            j = lane ^ (by & 31)
-            ok = j <= top
-        elif mode == "idx":
-            j = (lane & seg) | (by & 31 & ~seg)
-            ok = j <= top
-        elif mode == "up":
-            j = lane - (by & 31)
-            ok = j >= top
+if TYPE_CHECKING:
+    from ..machine import Machine
+    from ..operands import Action
+
+_LANE = np.arange(32, dtype=np.int64)
+
+
+def shfl(ins: Instr) -> Action:
+    """shfl.sync: the value of another lane of the warp."""
+    mode, to = ins.parts[2], ins.ops[0]
+    first, second = to.value if to.kind == "vec" else (to, Op("sink"))
+    out, out_ok = dst(first, 32), dst(second, 1)
+    value, by, clamp = src(ins.ops[1], 32), src(ins.ops[2], 32), src(ins.ops[3], 32)
+
+    def of_warps(x: np.ndarray) -> np.ndarray:
+        x = x.astype(np.int64)
+        return x.reshape(-1, 1) if len(x) == 1 else x.reshape(-1, 32)
+
+    def run(vm: Machine) -> None:
+        x = whole_warps(vm, vm.full(value(vm)))
+        distance, limits = of_warps(by(vm)) & 31, of_warps(clamp(vm))
+        bound, segment = limits & 31, limits >> 8 & 31
+        top = (_LANE & segment) | (bound & ~segment)
+        if mode == "up":
+            other = _LANE - distance
+            ok = other >= top
         else:
-            j = lane + (by & 31)
-            ok = j <= top
-        j = np.broadcast_to(np.where(ok, j, lane), x.shape)
-        out(vm, np.ascontiguousarray(np.take_along_axis(x, j, 1)).reshape(-1))
-        out_p(vm, np.broadcast_to(ok, x.shape).reshape(-1))
+            other = {
+                "bfly": _LANE ^ distance,
+                "idx": (_LANE & segment) | (distance & ~segment),
+                "down": _LANE + distance,
+            }[mode]
+            ok = other <= top
+        other = np.broadcast_to(np.where(ok, other, _LANE), x.shape)
+        out(vm, np.ascontiguousarray(np.take_along_axis(x, other, 1)).reshape(-1))
+        out_ok(vm, np.broadcast_to(ok, x.shape).reshape(-1))
 
     return run
 
 
-def _elect(ins: Instr, program: Program):
-    d, p = ins.ops[0].value
-    out, out_p = dst(d, 32), dst(p, 1)
+def elect(ins: Instr) -> Action:
+    """elect.sync: the first lane of each warp."""
+    lane_op, pred_op = ins.ops[0].value
+    out, out_chosen = dst(lane_op, 32), dst(pred_op, 1)
 
-    def run(vm):
+    def run(vm: Machine) -> None:
         lanes = whole_warps(vm, vm.lanes())
         out(vm, np.zeros(1, np.uint32))
-        out_p(vm, (lanes == lanes[:, :1]).reshape(-1))
+        out_chosen(vm, (lanes == lanes[:, :1]).reshape(-1))
 
     return run
 
 
-def _ldmatrix(ins: Instr, program: Program):
-    p = ins.parts
-    if "m8n8" not in p or p[-1] != "b16":
+def _rows(vm: Machine, address: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """(addresses of the rows of `count` matrices, lanes that give them): 8 lanes of each warp for a matrix."""
+    addresses, lanes = whole_warps(vm, address)[:, : 8 * count], vm.lanes().reshape(-1, 32)[:, : 8 * count]
+    return np.ascontiguousarray(addresses).reshape(-1), np.ascontiguousarray(lanes).reshape(-1)
+
+
+def ldmatrix(ins: Instr) -> Action:
+    """8x8 matrices of 16-bit elements from shared memory, rows of 16 bytes."""
+    if "m8n8" not in ins.parts or ins.parts[-1] != "b16":
         raise PtxError("ldmatrix shape")
-    outs, trans = [dst(o, 32) for o in vector(ins.ops[0])], "trans" in p
-    at, n = address_of(ins.ops[1], 32), len(vector(ins.ops[0]))
+    outs, transposed, at = [dst(op, 32) for op in vector(ins.ops[0])], "trans" in ins.parts, address_of(ins.ops[1], 32)
 
-    def run(vm):
-        address, lanes = at(vm), vm.lanes()
-        whole_warps(vm, address)
-        if n < 4:
-            address = np.ascontiguousarray(address.reshape(-1, 32)[:, : 8 * n]).reshape(-1)
-            lanes = np.ascontiguousarray(lanes.reshape(-1, 32)[:, : 8 * n]).reshape(-1)
-        rows = vm.shared.load(address, 16, lanes, "ldmatrix").view(np.uint16).reshape(-1, n, 8, 8)
+    def run(vm: Machine) -> None:
+        address, lanes = _rows(vm, at(vm), len(outs))
+        rows = vm.shared.load(address, 16, lanes, "ldmatrix").view(np.uint16).reshape(-1, len(outs), 8, 8)
         for i, out in enumerate(outs):
-            m = rows[:, i].transpose(0, 2, 1) if trans else rows[:, i]
-            out(vm, np.ascontiguousarray(m).view(np.uint32).reshape(-1))
+            matrix = rows[:, i].transpose(0, 2, 1) if transposed else rows[:, i]
+            out(vm, np.ascontiguousarray(matrix).view(np.uint32).reshape(-1))
 
     return run
 
 
-def _stmatrix(ins: Instr, program: Program):
-    p = ins.parts
-    if "m8n8" not in p or p[-1] != "b16":
+def stmatrix(ins: Instr) -> Action:
+    """8x8 matrices of 16-bit elements to shared memory, rows of 16 bytes."""
+    if "m8n8" not in ins.parts or ins.parts[-1] != "b16":
         raise PtxError("stmatrix shape")
-    values, trans = [src(o, 32) for o in vector(ins.ops[1])], "trans" in p
-    at, n = address_of(ins.ops[0], 32), len(vector(ins.ops[1]))
+    values, transposed, at = (
+        [src(op, 32) for op in vector(ins.ops[1])],
+        "trans" in ins.parts,
+        address_of(ins.ops[0], 32),
+    )
 
-    def run(vm):
-        address, lanes = at(vm), vm.lanes()
-        whole_warps(vm, address)
-        if n < 4:
-            address = np.ascontiguousarray(address.reshape(-1, 32)[:, : 8 * n]).reshape(-1)
-            lanes = np.ascontiguousarray(lanes.reshape(-1, 32)[:, : 8 * n]).reshape(-1)
-        rows = np.empty((vm.n // 32, n, 8, 8), np.uint16)
-        for i, v in enumerate(values):
-            m = np.ascontiguousarray(vm.full(v(vm))).view(np.uint16).reshape(-1, 8, 8)
-            rows[:, i] = m.transpose(0, 2, 1) if trans else m
-        vm.shared.store(address, rows.reshape(-1, 8).view(np.complex128)[:, 0], 16, lanes, "stmatrix")
+    def run(vm: Machine) -> None:
+        address, lanes = _rows(vm, at(vm), len(values))
+        rows = np.empty((vm.n // 32, len(values), 8, 8), np.uint16)
+        for i, read in enumerate(values):
+            matrix = np.ascontiguousarray(vm.full(read(vm))).view(np.uint16).reshape(-1, 8, 8)
+            rows[:, i] = matrix.transpose(0, 2, 1) if transposed else matrix
+        vm.shared.store(address, rows.reshape(-1, 8).view(UNSIGNED[16])[:, 0], 16, lanes, "stmatrix")
 
     return run

@@ -1,105 +1,137 @@
+"""wgmma (sm_90): products of a warpgroup, operands in shared memory, which are read until the group is waited for."""
+
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-def _wgmma(ins: Instr, program: Program):
-    p = ins.parts
-    if p[1] == "fence":
-        return lambda vm: None
-    if p[1] == "commit_group":
+from ..operands import F32, dst, pred, src, vector
+from ..parse import Instr, PtxError
+from ..shared import PENDING
+from .mma import WIDEN, product
+from .tiles import K, swizzle_width, tile
 
-        def commit(vm):
+if TYPE_CHECKING:
+    from ..machine import Machine
+    from ..operands import Action
+
+_WIDTHS = {0: 1, 1: 8, 2: 4, 3: 2}
+_WARPS = 4
+
+
+def wgmma(ins: Instr) -> Action:
+    """Products, groups of them, and waits."""
+    what = ins.parts[1]
+    if what == "fence":
+        return lambda vm: None
+    if what == "commit_group":
+
+        def commit(vm: Machine) -> None:
             vm.wg_commits = vm.wg_commits.copy()
             vm.wg_commits[vm.lanes()] += 1
 
         return commit
-    if p[1] == "wait_group":
-        return lambda vm: _wgmma_wait(vm, ins.ops[0].value)
-    if p[1] != "mma_async":
-        raise PtxError("wgmma form")
-    shape = next(x for x in p if x.startswith("m64n"))
-    n, k = int(shape[4 : shape.index("k")]), int(shape[shape.index("k") + 1 :])
-    at = p[-2]
-    if k != 16 or at not in WIDEN or p[-1] != at or p[-3] != "f32":
-        raise PtxError(f"wgmma {shape} {at}")
-    conv = WIDEN[at]
+    if what == "wait_group":
+        keep = ins.ops[0].value
+        return lambda vm: _wait(vm, keep)
+    if what != "mma_async":
+        raise PtxError(f"wgmma.{what}")
+    return _mma_async(ins)
+
+
+def _mma_async(ins: Instr) -> Action:
+    parts = ins.parts
+    shape = next(part for part in parts if part.startswith("m64n"))
+    n, k = map(int, shape[4:].split("k"))
+    type_name = parts[-2]
+    if k != K or type_name not in WIDEN or parts[-1] != type_name or parts[-3] != "f32":
+        raise PtxError(f"wgmma {shape} of {type_name}")
+    convert = WIDEN[type_name]
     d, a, b, scale_d = ins.ops[:4]
-    regs = vector(d)
-    if len(regs) != n // 2:
-        raise PtxError("wgmma accumulators")
-    in_registers = a.kind == "vec"
-    flags = [o.value for o in ins.ops[4:]]
+    registers, flags = vector(d), [op.value for op in ins.ops[4:]]
+    if len(registers) != n // 2:
+        raise PtxError("accumulators of wgmma")
     if flags[:2] != [1, 1]:
         raise PtxError("wgmma with negated operands")
-    trans_a, trans_b = (0, flags[2]) if in_registers else (flags[2], flags[3])
-    outs, accs = [dst(o, 32) for o in regs], [src(o, 32) for o in regs]
-    ra = [src(o, 32) for o in a.value] if in_registers else src(a, 64)
-    rb, keep = src(b, 64), pred(scale_d)
+    in_registers = a.kind == "vec"
+    transposed_a, transposed_b = (0, flags[2]) if in_registers else (flags[2], flags[3])
+    outs, accumulators = [dst(op, 32) for op in registers], [src(op, 32) for op in registers]
+    read_a = [src(op, 32) for op in a.value] if in_registers else [src(a, 64)]
+    read_b, accumulate = src(b, 64), pred(scale_d)
 
-    def run(vm):
-        lanes = vm.lanes()
-        if vm.n % 128 or (lanes.reshape(-1, 128)[:, 0] % 128).any() or (np.diff(lanes.reshape(-1, 128)) != 1).any():
-            raise PtxError(f"{vm.where()}: wgmma with part of a warpgroup")
-        first = lanes.reshape(-1, 128)[:, 0]
+    def run(vm: Machine) -> None:
+        groups = _warpgroups(vm)
         if in_registers:
-            x = np.stack([vm.full(r(vm)) for r in ra])
-            m = conv(x.view(np.uint16)).reshape(2, 2, -1, 4, 8, 4, 2)  # k half, m half, group, warp, row, t, pair
-            am = np.ascontiguousarray(m.transpose(2, 3, 1, 4, 0, 5, 6)).reshape(-1, 64, 16)
+            # half of k, half of m, group, warp, row, thread of the row, element of the pair
+            m = convert(np.stack([vm.full(read(vm)) for read in read_a]).view(np.uint16))
+            m = m.reshape(2, 2, -1, _WARPS, 8, 4, 2).transpose(2, 3, 1, 4, 0, 5, 6)
+            x = np.ascontiguousarray(m).reshape(-1, 64, K)
         else:
-            am = conv(_descriptor_tile(vm, vm.full(ra(vm)), first, 64, trans_a, "wgmma A"))
-        bm = conv(_descriptor_tile(vm, vm.full(rb(vm)), first, n, trans_b, "wgmma B"))  # [groups, n, 16]
-        y = np.matmul(am, bm.transpose(0, 2, 1)).reshape(-1, 4, 2, 8, n // 8, 4, 2)  # group, warp, m half, row, j, t, pair
-        add = keep(vm)
-        if len(set(add.tolist())) != 1:
+            x = convert(_operand(vm, vm.full(read_a[0](vm)), groups, 64, bool(transposed_a), "wgmma A"))
+        w = convert(_operand(vm, vm.full(read_b(vm)), groups, n, bool(transposed_b), "wgmma B"))
+        # group, warp, half of m, row, eighth of n, thread of the row, element of the pair
+        y = product(x, w.transpose(0, 2, 1)).reshape(-1, _WARPS, 2, 8, n // 8, 4, 2)
+        add = accumulate(vm)
+        if (add != add[0]).any():
             raise PtxError(f"{vm.where()}: scale-d differs between threads")
         for i, out in enumerate(outs):
             part = np.ascontiguousarray(y[:, :, i // 2 % 2, :, i // 4, :, i % 2]).reshape(-1)
-            out(vm, accs[i](vm).view(F32) + part if add[0] else part)
+            out(vm, accumulators[i](vm).view(F32) + part if add[0] else part)
 
     return run
 
 
-def _descriptor_tile(vm: Machine, desc: np.ndarray, first: np.ndarray, rows: int, mn_major: int, what: str) -> np.ndarray:
-    """uint16 [groups, rows, 16]: the operand behind a shared memory descriptor, K along the last axis.
+def _warpgroups(vm: Machine) -> np.ndarray:
+    """First lane of each warpgroup; every one must be whole."""
+    lanes = vm.lanes().reshape(-1, 128) if vm.n % 128 == 0 else None
+    if lanes is None or (lanes[:, 0] % 128).any() or (np.diff(lanes) != 1).any():
+        raise PtxError(f"{vm.where()}: wgmma with part of a warpgroup")
+    return lanes[:, 0]
 
-    Canonical layouts in units of 16 bytes, the swizzle applied to the address (CUTLASS mma_sm90_desc.hpp):
-    K major  ((8, m), 2) : ((w, SBO), 1), MN major ((w, m), (8, k)) : ((1, LBO), (w, SBO)), with w = 8, 4 or 2 for
-    128, 64 or 32 byte swizzles; without swizzle ((8, m), 2) : ((1, SBO), LBO) and ((1, m), (8, k)) : ((1, SBO), (1, LBO)).
-    """
-    per = desc.reshape(-1, 128)
-    if (per != per[:, :1]).any():
+
+def _operand(
+    vm: Machine, descriptors: np.ndarray, groups: np.ndarray, rows: int, mn_major: bool, what: str
+) -> np.ndarray:
+    per_group = descriptors.reshape(-1, 128)
+    if (per_group != per_group[:, :1]).any():
         raise PtxError(f"{vm.where()}: {what} descriptor differs inside a warpgroup")
-    v = per[:, 0].astype(np.int64)
-    return tile(vm, v, {0: 1, 1: 8, 2: 4, 3: 2}, v >> 62 & 3, first, rows, mn_major, what, _wgmma_note)
+    one = per_group[:, 0].astype(np.int64)
+    width = swizzle_width(vm, one >> 62 & 3, _WIDTHS, what)
+    return tile(vm, one, width, groups, rows, mn_major, what, _note)
 
 
-def _wgmma_note(vm: Machine, flat: np.ndarray, lanes: np.ndarray, first: np.ndarray) -> None:
+def _note(vm: Machine, flat: np.ndarray, lanes: np.ndarray, groups: np.ndarray) -> None:
     """The reads last until the group is waited for: a write before that is a race."""
     shared = vm.shared
-    found = shared.granules(flat, 16, lanes)
-    if found is None:
+    state = shared.granules(flat, 16, lanes)
+    if state is None:
         return
     shared.note_read(flat, 16, lanes)
-    g, warp, _ = found
-    n = len(g)
-    for w in range(4):
-        shared.read_epoch[(warp + w)[:, None], g] = PENDING
-    vm.wg_reads.append([lanes[:n], vm.wg_commits[lanes[:n]], g, warp])
+    touched, warp, _ = state
+    _mark(vm, touched, warp, PENDING)
+    mine = lanes[: len(touched)]
+    vm.wg_reads.append([mine, vm.wg_commits[mine], touched, warp])
 
 
-def _wgmma_wait(vm: Machine, keep: int) -> None:
-    left, marks = [], []
-    active = np.zeros(vm.N, bool)
+def _mark(vm: Machine, touched: np.ndarray, warp: np.ndarray, epoch: np.ndarray | np.int32) -> None:
+    for w in range(_WARPS):
+        vm.shared.read_epoch[(warp + w)[:, None], touched] = epoch
+
+
+def _wait(vm: Machine, keep: int) -> None:
+    """End the reads of all groups of the active lanes but the newest `keep`."""
+    active = np.zeros(vm.lane_count, bool)
     active[vm.lanes()] = True
-    for lanes, group, g, warp in vm.wg_reads:
+    left = []
+    for lanes, group, touched, warp in vm.wg_reads:
         done = (group < vm.wg_commits[lanes] - keep) & active[lanes]
         if done.any():
             epoch = vm.shared.epoch[vm.cta_slot[lanes[done]]]
-            for w in range(4):
-                vm.shared.read_epoch[(warp[done] + w)[:, None], g[done]] = epoch[:, None]
+            _mark(vm, touched[done], warp[done], epoch[:, None])
         if not done.all():
-            left.append([lanes[~done], group[~done], g[~done], warp[~done]])
+            left.append([lanes[~done], group[~done], touched[~done], warp[~done]])
     vm.wg_reads = left
-    for _, _, g, warp in left:
-        for w in range(4):
-            vm.shared.read_epoch[(warp + w)[:, None], g] = PENDING
+    # a granule may be read by a group that goes on as well
+    for _, _, touched, warp in left:
+        _mark(vm, touched, warp, PENDING)

@@ -1,0 +1,123 @@
+"""Models from checkpoints and back: what `FullCapacitor` is made of, and where it came from."""
+
+from __future__ import annotations
+
+import math
+from os import PathLike
+from typing import TYPE_CHECKING
+
+import torch
+
+from . import checkpoint
+from .checks import check_device, check_multiple
+from .config import ModelConfig
+from .errors import InputError
+from .runtime.backend import ServedAutoencoder
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+SIZE_MULTIPLE = 32
+
+
+class PretrainedAutoencoder(ServedAutoencoder):
+    """A served autoencoder that is loaded and saved as the hub's models are; `source` says where it came from.
+
+    Arguments: see `FullCapacitor`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        backend: str = "auto",
+        strict_size: bool = True,
+        low_latency: bool = False,
+        cuda_graphs: bool = True,
+        memory_budget: int | None = None,
+    ):
+        super().__init__(
+            config, backend=backend, low_latency=low_latency, cuda_graphs=cuda_graphs, memory_budget=memory_budget
+        )
+        self.strict_size = strict_size
+        self.source: checkpoint.CheckpointSource | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        id_or_path: str | PathLike[str],
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | None = None,
+        revision: str | None = None,
+        cache_dir: str | PathLike[str] | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        subfolder: str | None = None,
+        strict: bool = True,
+        backend: str = "auto",
+        strict_size: bool = True,
+        low_latency: bool = False,
+        cuda_graphs: bool = True,
+        memory_budget: int | None = None,
+    ) -> Self:
+        """Load a model, frozen and in eval mode.
+
+        Args:
+            id_or_path: hub id, folder, `.safetensors` file, or "sample" for the bundled one.
+            device: default CPU.
+            dtype, torch_dtype: of the convolutions' weights, default float32 whatever the file holds. Statistics, time
+                embedding and AdaLN stay in float32.
+            revision, cache_dir, token, local_files_only, force_download, subfolder: as in `huggingface_hub`;
+                HF_HUB_OFFLINE is honoured.
+            strict: False only warns of tensors that belong to no part of the model. Missing tensors are always an
+                error.
+            backend, strict_size, low_latency, cuda_graphs, memory_budget: see the class.
+
+        Raises:
+            CheckpointError: not found, not readable, or its tensors do not fit; all of them are listed.
+            InputError: `device` is not there.
+        """
+        if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
+            raise InputError(f"dtype {dtype} and torch_dtype {torch_dtype} differ: pass one of them")
+        target = check_device(device)
+        source = checkpoint.resolve(
+            id_or_path,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+            force_download=force_download,
+            subfolder=subfolder,
+        )
+        read = checkpoint.read(source, strict=strict)
+        with torch.device("meta"):
+            model = cls(
+                read.config,
+                backend=backend,
+                strict_size=strict_size,
+                low_latency=low_latency,
+                cuda_graphs=cuda_graphs,
+                memory_budget=memory_budget,
+            )
+        model.load_checkpoint(read.tensors)
+        model.source = source
+        return model.to(device=target, dtype=dtype or torch_dtype or torch.float32)
+
+    def save_pretrained(self, folder: str | PathLike[str]) -> None:
+        """Write `config.json` and `model.safetensors` into `folder`, each whole or not at all.
+
+        Tensors keep their dtype; `from_pretrained(folder)` gives the same model back.
+        """
+        checkpoint.save(folder, self.config, self.state_dict())
+
+    @property
+    def size_multiple(self) -> int:
+        """H and W of an image must be multiples of this."""
+        return math.lcm(SIZE_MULTIPLE, self.latent_stride) if self.strict_size else self.latent_stride
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raise InputError, naming the nearest legal sizes, unless `height` x `width` pixels can be encoded."""
+        check_multiple(height, width, self.size_multiple, self.latent_stride)

@@ -1,0 +1,32 @@
+"""How a model is served, as its owner asked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..errors import InputError
+
+
+@dataclass
+class ServingOptions:
+    """Settings of the Triton backend; the runtime looks at them at every call.
+
+    Attributes:
+        low_latency: run a single image by launches shaped for it.
+        cuda_graphs: capture and replay CUDA graphs; else every launch is queued by itself.
+        memory_budget: bytes of all arenas together, None for the default. What is about to run is kept all the same.
+
+    Raises:
+        InputError: a budget that is no positive number of bytes.
+    """
+
+    low_latency: bool = False
+    cuda_graphs: bool = True
+    memory_budget: int | None = None
+
+    def __post_init__(self) -> None:
+        budget = self.memory_budget
+        if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 1):
+            raise InputError(
+                f"memory_budget {budget!r} is no positive number of bytes: leave it out, or give e.g. 2**30"
+            )

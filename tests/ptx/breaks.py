@@ -1,0 +1,112 @@
+"""Real kernels broken on purpose, one place at a time: every break is to be noticed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from . import cases
+from .cases import Case, Form
+from .compare import run_case
+
+SELF_TEST_CCS = (80, 90, 100)
+_BARRIER_WAIT = r"\tmbarrier\.try_wait[^;]*;\s*@!complete bra\.uni waitLoop;"
+
+
+@dataclass(frozen=True)
+class Break:
+    """One change of a kernel's PTX."""
+
+    what: str
+    ptx: str
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Whether a break was noticed, and by what."""
+
+    cc: int
+    op: str
+    what: str
+    noticed: bool
+    text: str
+
+
+def broken_cases(cc: int) -> dict[str, Callable[[], Case]]:
+    """One case per op whose tiles are cut in every direction."""
+    form, grid = Form(cc), (7, 5)
+    return {
+        "expand": lambda: cases.expand(form, 1, 35, 200, 264),
+        "project": lambda: cases.project(form, 1, 35, 264, 200),
+        "dwconv": lambda: cases.dwconv(form, 1, *grid, 200),
+        "grn": lambda: cases.grn(form, 1, 3, 200),
+        "head": lambda: cases.head(form, 1, grid, 200, 24, norm=True),
+        "patchify": lambda: cases.patchify(form, 1, grid, 16, 200, "uint8", latents=24),
+        "unpatchify": lambda: cases.unpatchify(form, 1, grid, 16, 200, "bf16", "fp32"),
+        "whiten": lambda: cases.whiten(form, 1, grid, 24),
+    }
+
+
+def breaks(text: str) -> Iterator[Break]:
+    """PTX with one change at a time: a barrier or wait dropped, a mask, an address, an operand, a shuffle changed."""
+
+    def line(at: int) -> int:
+        return text[:at].count("\n") + 1
+
+    def cut(match: re.Match[str], new: str = "") -> str:
+        return text[: match.start()] + new + text[match.end() :]
+
+    def first(pattern: str) -> Iterator[re.Match[str]]:
+        match = re.search(pattern, text)
+        return iter([match] if match else [])
+
+    for m in re.finditer(r"\tbar\.sync \t0;", text):
+        yield Break(f"barrier at line {line(m.start())} dropped", cut(m))
+    for m in re.finditer(r"cp\.async\.wait_group \t?(\d+)", text):
+        later = int(m[1]) + 2
+        yield Break(
+            f"cp.async.wait_group {m[1]} at line {line(m.start())} for {later}", cut(m, f"cp.async.wait_group {later}")
+        )
+    if "wgmma.wait_group" in text:
+        yield Break("every wgmma wait dropped", re.sub(r"wgmma\.wait_group\.sync\.aligned \d+;", "", text))
+    for m in re.finditer(_BARRIER_WAIT, text):
+        yield Break(f"mbarrier wait at line {line(m.start())} dropped", cut(m))
+    for what in ("st", "ld"):
+        guarded = rf"\t@(%p\d+) ({what}\.global[^;]*);"
+        if re.search(guarded, text):
+            yield Break(f"masks of {what}.global dropped", re.sub(guarded, r"\t\2;", text))
+            yield Break(f"masks of {what}.global turned round", re.sub(guarded, r"\t@!\1 \2;", text))
+    for m in first(r"(tcgen05\.mma[^\[]*\[ %r\d+ \+ 0 \], \[ %r\d+ \+ )8"):
+        yield Break("tcgen05.mma takes A 8 columns on", cut(m, m[1] + "16"))
+    for m in first(r"(cp\.async\.cg\.shared\.global \[ %r\d+ \+ 0 \], \[ %rd\d+ \+ )0"):
+        yield Break("first cp.async reads 16 bytes on", cut(m, m[1] + "16"))
+    for m in first(r"(ldmatrix[^;]*\[%r\d+)(\+(\d+))?\]"):
+        yield Break("first ldmatrix reads 16 bytes on", cut(m, f"{m[1]}+{int(m[3] or 0) + 16}]"))
+    for m in first(r"(cvt\.rn\.bf16x2\.f32 \t%r\d+, )(%r\d+), (%r\d+);"):
+        yield Break("halves of a pair swapped", cut(m, f"{m[1]}{m[3]}, {m[2]};"))
+    for m in first(r"(shfl\.sync\.bfly\.b32 \t%r\d+, %r\d+, )(\d+)"):
+        yield Break("shuffle by another distance", cut(m, f"{m[1]}{int(m[2]) ^ 3}"))
+    for m in first(r"(mul\.lo\.s32 \t%r\d+, %r\d+, )(\d+);"):
+        yield Break("a stride one larger", cut(m, f"{m[1]}{int(m[2]) + 1};"))
+    for m in first(r"(fma\.rn\.f32 \t%r\d+, )(%r\d+), (%r\d+), (%r\d+);"):
+        yield Break("product and sum of an fma swapped", cut(m, f"{m[1]}{m[2]}, {m[4]}, {m[3]};"))
+    for m in first(r"(st\.global\.[\w.]+ \[ %rd\d+ \+ )0"):
+        yield Break("first store 16 bytes on", cut(m, m[1] + "16"))
+
+
+def self_test(cc: int, ops: tuple[str, ...] = (), every: int = 1, offset: int = 0) -> Iterator[Finding]:
+    """Break the kernels of some ops (all when empty); of each op's breaks take one in `every`, from `offset` on.
+
+    Raises:
+        AssertionError: a kernel that is not broken fails.
+    """
+    for op, make in broken_cases(cc).items():
+        if ops and op not in ops:
+            continue
+        texts: list[str] = []
+        whole = run_case(make(), mutate=lambda text, texts=texts: (texts.append(text), text)[1])
+        assert whole.ok, f"sm_{cc} {op}, not broken: {whole.text}"
+        for change in list(breaks(texts[0]))[offset::every]:
+            verdict = run_case(make(), mutate=lambda text, change=change: change.ptx)
+            yield Finding(cc, op, change.what, not verdict.ok, verdict.text)

@@ -1,0 +1,138 @@
+"""Which cases are run: a quick part, shapes that are no config row, every shipped row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+
+from capacitor_kernels import tuning
+from capacitor_kernels.tuning import ConfigRow, GemmConfig
+
+from . import cases
+from .cases import DTYPES, NAMES, Case, Form
+
+CCS = (80, 89, 90, 100, 120)
+Make = Callable[[], Case]
+_GRID = (7, 5)
+_ROW_GRID = (16, 16)
+_DIM, _HIDDEN, _PATCH, _CHANNELS = 896, 3584, 16, 128
+_LONG = 1024
+
+
+def tma_config(block_m: int = 64) -> GemmConfig:
+    """Operands through tensor descriptors, on every GPU that has them."""
+    return GemmConfig(block_m, 64, 64, group_m=8, num_warps=4, num_stages=3, tma=True)
+
+
+def quick(cc: int) -> Iterator[Make]:
+    """Every op on sm_90, the products elsewhere: small shapes, whole and cut tiles, pointers and descriptors."""
+    form = Form(cc)
+    yield partial(cases.expand, form, 2, 35, 104, 200)
+    yield partial(cases.expand, form, 1, 64, 128, 256)
+    yield partial(cases.project, form, 2, 35, 200, 104, in_place=True)
+    yield partial(cases.project, Form(cc, config=GemmConfig(64, 64, 64, 8, 4, 3, split_k=4)), 1, 64, 512, 128)
+    yield partial(cases.fuse_skip, form, 2, 35, 104, 104)
+    yield partial(cases.patchify, form, 2, _GRID, 8, 104, "uint8", "nhwc")
+    yield partial(cases.patchify, form, 1, _GRID, 8, 104, "bf16", latents=16, latents_dtype="bf16")
+    yield partial(cases.head, form, 2, _GRID, 104, 16)
+    yield partial(cases.unpatchify, form, 2, _GRID, 8, 104, "bf16", "fp32")
+    if cc >= 90:
+        through = Form(cc, config=tma_config(), label="descriptors")
+        yield partial(cases.expand, through, 2, 70, 136, 200)
+        yield partial(cases.project, through, 1, 70, 200, 136)
+    if cc == 90:
+        yield partial(cases.grn, form, 2, 3, 200)
+        yield partial(cases.dwconv, form, 2, *_GRID, 104)
+        yield partial(cases.dwconv, form, 1, 16, 16, 128)
+        yield partial(cases.unpatchify, form, 1, _GRID, 8, 104, "uint8")
+        yield partial(cases.whiten, form, 2, _GRID, 16)
+        yield partial(cases.whiten, form, 2, _GRID, 16, inverse=True, out="fp32")
+
+
+def odd(cc: int, dtype: torch.dtype) -> Iterator[Make]:
+    """Shapes that are no row, through `lookup`: odd grids and batches, channels that are no multiple of a tile or 8."""
+    form, name = Form(cc, dtype), NAMES[dtype]
+    for batch, height, width in ((3, 7, 5), (1, 1, 1), (3, 1, 1), (2, 2, 6), (1, 14, 14), (2, 12, 20)):
+        grid, tokens = (height, width), height * width
+        yield partial(cases.expand, form, batch, tokens, _DIM, _HIDDEN)
+        yield partial(cases.project, form, batch, tokens, _HIDDEN, _DIM, in_place=True)
+        yield partial(cases.dwconv, form, batch, height, width, _DIM)
+        yield partial(cases.patchify, form, batch, grid, _PATCH, _DIM, "uint8", "nhwc")
+        yield partial(cases.patchify, form, batch, grid, _PATCH, _DIM, name, latents=_CHANNELS, latents_dtype=name)
+        yield partial(cases.head, form, batch, grid, _DIM, _CHANNELS, norm=True, out=name)
+        yield partial(cases.fuse_skip, form, batch, tokens, _DIM, _DIM)
+        yield partial(cases.unpatchify, form, batch, grid, _PATCH, _DIM, "uint8", "fp32")
+        yield partial(cases.whiten, form, batch, grid, _CHANNELS, out="fp32")
+    for dim, hidden in ((104, 200), (90, 99), (33, 65)):
+        yield partial(cases.expand, form, 3, 35, dim, hidden, gelu="erf")
+        yield partial(cases.project, form, 3, 35, hidden, dim)
+        yield partial(cases.fuse_skip, form, 3, 35, dim, hidden)
+        yield partial(cases.dwconv, form, 2, *_GRID, dim, taps=name)
+        yield partial(cases.head, form, 3, _GRID, dim, hidden // 5, raw=True)
+        yield partial(cases.grn, form, 3, 1 + dim % 7, hidden)
+        yield partial(cases.whiten, form, 3, _GRID, dim, inverse=True)
+    # the rows of 256 tokens, descriptors included, with a last tile that is cut
+    yield partial(cases.expand, form, 2, 250, _DIM, _HIDDEN)
+    yield partial(cases.project, form, 2, 250, _HIDDEN, _DIM)
+    yield partial(cases.grn, form, 1, 1, _HIDDEN)
+    yield partial(cases.grn, form, 3, 5, _HIDDEN)
+    yield partial(cases.expand, form, 2, 72, _DIM, _HIDDEN, gelu="erf", bias=name)
+    yield partial(cases.dwconv, form, 1, 24, 40, 128)
+    yield partial(cases.dwconv, form, 2, 9, 17, 257)
+    for patch, dim in ((8, 104), (4, 90), (14, 99), (1, 64)):
+        image, layout = ("fp32", "nchw") if patch == 4 else ("uint8", "nhwc")
+        yield partial(cases.patchify, form, 3, _GRID, patch, dim, image, layout)
+        yield partial(cases.patchify, form, 3, _GRID, patch, dim, "uint8", "nchw", latents=20)
+        yield partial(cases.unpatchify, form, 3, _GRID, patch, dim, name, "bf16")
+    yield partial(cases.head, form, 2, (6, 6), _DIM, _CHANNELS, posterior=False, whiten=False)
+    yield partial(cases.head, form, 1, (4, 4), _DIM, 16, norm=True, raw=True)
+    if cc >= 90 and dtype != torch.float32:
+        yield partial(cases.expand, Form(cc, dtype, tma_config(128), "descriptors"), 2, 250, _DIM, 1024)
+        yield partial(cases.project, Form(cc, dtype, tma_config(128), "descriptors"), 2, 250, 1024, _DIM)
+
+
+def rows(cc: int, dtype: torch.dtype) -> Iterator[Make]:
+    """Every shipped config row at its own shape, in every form that the runtime queues."""
+    for family in tuning.families():
+        for index, row in enumerate(tuning.rows(cc, family.name)):
+            if DTYPES[row.dtype] == dtype:
+                latency = row.use == "latency"
+                form = Form(cc, dtype, row.config, f"row {index} {row.use}", batch_free=not latency)
+                yield from _row(form, row, 1 if latency else 2)
+
+
+def _row(form: Form, row: ConfigRow, batch: int) -> Iterator[Make]:
+    shape: Any = row.shape
+    tokens = shape.get("tokens_per_image", 0)
+    one = 1 if tokens >= _LONG else batch
+    if row.family == "expand":
+        yield partial(cases.expand, form, one, tokens, shape["dim"], shape["hidden"])
+    elif row.family == "grn":
+        yield partial(cases.grn, form, 2, shape["tiles"], shape["hidden"])
+    elif row.family == "project":
+        yield partial(cases.project, form, one, tokens, shape["hidden"], shape["dim"])
+    elif row.family == "dwconv":
+        yield partial(cases.dwconv, form, one, shape["height"], shape["width"], shape["dim"])
+    elif row.family == "patchify":
+        latents = shape["depth"] - 3 * _PATCH**2
+        images = [("fp32", "nchw"), ("bf16", "nchw")]
+        if not latents:
+            images += [("uint8", "nhwc"), ("uint8", "nchw"), ("bf16", "nhwc")]
+        for image, layout in images:
+            yield partial(cases.patchify, form, 2, _ROW_GRID, _PATCH, shape["dim"], image, layout, latents)
+    elif row.family == "head":
+        yield partial(cases.head, form, 2, _ROW_GRID, shape["dim"], shape["channels"])
+        yield partial(cases.head, form, 2, _ROW_GRID, shape["dim"], shape["channels"], raw=True, out="fp32")
+    elif row.family == "fuse_skip":
+        yield partial(cases.fuse_skip, form, 2, tokens, shape["dim"], shape["width"])
+    elif row.family == "unpatchify":
+        for image, noise in (("bf16", "fp32"), ("uint8", "bf16"), ("fp32", None)):
+            yield partial(cases.unpatchify, form, 2, _ROW_GRID, _PATCH, shape["dim"], image, noise)
+    elif row.family == "whiten":
+        for inverse in (False, True):
+            yield partial(cases.whiten, form, 2, _ROW_GRID, _CHANNELS, inverse)
+    else:
+        raise ValueError(f"no cases for the family {row.family}: add them to tests/ptx/cases.py and here")
