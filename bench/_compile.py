@@ -31,7 +31,8 @@ INSTRUCTIONS = {
 def signature(launch: Launch) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], list]]:
     """(types by name, constexpr values by position, divisibility hints by position) of a launch.
 
-    Follows what Triton's just-in-time path specialises on: pointers and integers divisible by 16, integers equal to 1.
+    Follows what Triton's just-in-time path specialises on: pointers and integers divisible by 16, integers equal to 1,
+    but for those that the kernel says vary with the batch.
     """
     import torch
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -42,7 +43,8 @@ def signature(launch: Launch) -> tuple[dict[str, str], dict[tuple[int], Any], di
     aligned = [["tt.divisibility", 16]]
     for at, parameter in enumerate(launch.kernel.params):
         name, value = parameter.name, launch.args[parameter.name]
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        special = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (special and isinstance(value, int) and value == 1):
             types[name], constants[at,] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             types[name] = _POINTERS[str(value.dtype).removeprefix("torch.")]
@@ -54,7 +56,7 @@ def signature(launch: Launch) -> tuple[dict[str, str], dict[tuple[int], Any], di
             types[name] = "fp32"
         else:
             types[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
+            if special and value % 16 == 0:
                 hints[at,] = aligned
     return types, constants, hints
 

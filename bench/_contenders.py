@@ -1,6 +1,7 @@
 """Who runs in the end-to-end benchmarks: the same model by several ways, each as its users would call it.
 
-A contender is built anew for every shape from weights kept on the CPU, so that what it holds can be weighed.
+A contender is built anew for every shape from weights kept on the CPU, so that what it holds can be weighed. It is
+picklable: it runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -116,8 +117,10 @@ class Contender:
     Attributes:
         build: `(setting, shape, example input) -> run(input)`, ready to be called, not necessarily warm. A decode draws
             its noise from torch's generator of the device, as the public method does.
+            Importable, or a partial of what is.
         compiles: "no", "default" or "autotune": whether it costs minutes of compilation per shape.
         graphs_only: differs from another contender by CUDA graphs alone, so it is left out on the CPU.
+        single: differs from another contender for single images alone, so it is left out for larger batches.
     """
 
     model: str
@@ -125,6 +128,17 @@ class Contender:
     build: Callable[[Setting, Shape, Tensor], Run]
     compiles: str = "no"
     graphs_only: bool = False
+    single: bool = False
+
+    @property
+    def key(self) -> str:
+        """Among the contenders of one shape."""
+        return f"{self.model}/{self.name}"
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is this project's runtime."""
+        return self.name.startswith("ours")
 
 
 def random_model(config: ModelConfig, seed: int = 0) -> FullCapacitor:
@@ -177,96 +191,83 @@ def _place(setting: Setting, model: str, backend: str = "torch") -> Any:
     return twin.to(setting.device, setting.dtype)
 
 
-def _eager(model: str):
-    def build(setting: Setting, shape: Shape, example: Tensor) -> Run:
-        return call_of(_place(setting, model), shape.direction)
-
-    return build
+def _eager(model: str, setting: Setting, shape: Shape, example: Tensor) -> Run:
+    return call_of(_place(setting, model), shape.direction)
 
 
-def _channels_last(model: str):
-    def build(setting: Setting, shape: Shape, example: Tensor) -> Run:
-        twin = _place(setting, model)
-        nn.Module.to(twin, memory_format=torch.channels_last)
-        call = call_of(twin, shape.direction)
-        return lambda x: call(x.contiguous(memory_format=torch.channels_last))
-
-    return build
+def _channels_last(model: str, setting: Setting, shape: Shape, example: Tensor) -> Run:
+    twin = _place(setting, model)
+    nn.Module.to(twin, memory_format=torch.channels_last)
+    call = call_of(twin, shape.direction)
+    return lambda x: call(x.contiguous(memory_format=torch.channels_last))
 
 
-def _compiled(model: str, mode: str | None):
-    def build(setting: Setting, shape: Shape, example: Tensor) -> Run:
-        from torch._inductor import config as inductor
+def _compiled(model: str, mode: str | None, setting: Setting, shape: Shape, example: Tensor) -> Run:
+    from torch._inductor import config as inductor
 
-        torch._dynamo.reset()
-        # the noise of a decode is then the one that eager torch draws, and the result can be checked
-        inductor.fallback_random = True
-        call = torch.compile(call_of(_place(setting, model), shape.direction), mode=mode, dynamic=False)
+    torch._dynamo.reset()
+    # the noise of a decode is then the one that eager torch draws, and the result can be checked
+    inductor.fallback_random = True
+    call = torch.compile(call_of(_place(setting, model), shape.direction), mode=mode, dynamic=False)
 
-        def run(x: Tensor) -> Tensor:
-            # outputs of the graphs that some modes capture are overwritten by the next call
-            torch.compiler.cudagraph_mark_step_begin()
-            return call(x)
+    def run(x: Tensor) -> Tensor:
+        # outputs of the graphs that some modes capture are overwritten by the next call
+        torch.compiler.cudagraph_mark_step_begin()
+        return call(x)
 
-        return run
-
-    return build
+    return run
 
 
-def _graphed(model: str):
-    def build(setting: Setting, shape: Shape, example: Tensor) -> Run:
-        call, static = call_of(_place(setting, model), shape.direction), example.clone()
-        stream = torch.cuda.Stream(setting.device)
-        stream.wait_stream(torch.cuda.current_stream(setting.device))
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                call(static)
-        torch.cuda.current_stream(setting.device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = call(static)
+def _graphed(model: str, setting: Setting, shape: Shape, example: Tensor) -> Run:
+    call, static = call_of(_place(setting, model), shape.direction), example.clone()
+    stream = torch.cuda.Stream(setting.device)
+    stream.wait_stream(torch.cuda.current_stream(setting.device))
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call(static)
+    torch.cuda.current_stream(setting.device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call(static)
 
-        def run(x: Tensor) -> Tensor:
-            static.copy_(x)
-            graph.replay()
-            return out.clone()
+    def run(x: Tensor) -> Tensor:
+        static.copy_(x)
+        graph.replay()
+        return out.clone()
 
-        return run
-
-    return build
+    return run
 
 
-def _ours(graphs: bool):
-    def build(setting: Setting, shape: Shape, example: Tensor) -> Run:
-        twin = _place(setting, CAPACITOR, "triton")
-        twin.low_latency = shape.batch == 1
-        if not graphs and setting.device.type == "cuda":
-            # without a pool nothing is captured, and the same launches are made one by one
-            twin.runtime._cache._pool = None
-        return call_of(twin, shape.direction)
-
-    return build
+def _ours(graphs: bool, low_latency: bool, setting: Setting, shape: Shape, example: Tensor) -> Run:
+    twin = _place(setting, CAPACITOR, "triton")
+    twin.cuda_graphs, twin.low_latency = graphs, low_latency
+    return call_of(twin, shape.direction)
 
 
-OURS = Contender(CAPACITOR, "ours", _ours(True))
-EAGER = Contender(CAPACITOR, "eager", _eager(CAPACITOR))
-FLUX2_EAGER = Contender(FLUX2, "eager", _eager(FLUX2))
+OURS = Contender(CAPACITOR, "ours", partial(_ours, True, False))
+LOW_LATENCY = Contender(CAPACITOR, "ours, low_latency", partial(_ours, True, True), single=True)
+EAGER = Contender(CAPACITOR, "eager", partial(_eager, CAPACITOR))
+FLUX2_EAGER = Contender(FLUX2, "eager", partial(_eager, FLUX2))
 CAPACITORS = (
     OURS,
     EAGER,
-    Contender(CAPACITOR, "ours, no graphs", _ours(False), graphs_only=True),
-    Contender(CAPACITOR, "eager, channels_last", _channels_last(CAPACITOR)),
-    Contender(CAPACITOR, "eager, CUDA graph", _graphed(CAPACITOR), graphs_only=True),
-    Contender(CAPACITOR, "torch.compile", _compiled(CAPACITOR, None), "default"),
-    Contender(CAPACITOR, "torch.compile max-autotune", _compiled(CAPACITOR, "max-autotune"), "autotune"),
+    LOW_LATENCY,
+    Contender(CAPACITOR, "ours, no graphs", partial(_ours, False, False), graphs_only=True),
+    Contender(CAPACITOR, "eager, channels_last", partial(_channels_last, CAPACITOR)),
+    Contender(CAPACITOR, "eager, CUDA graph", partial(_graphed, CAPACITOR), graphs_only=True),
+    Contender(CAPACITOR, "torch.compile", partial(_compiled, CAPACITOR, None), "default"),
+    Contender(CAPACITOR, "torch.compile max-autotune", partial(_compiled, CAPACITOR, "max-autotune"), "autotune"),
 )
 FLUX2S = (
     OURS,
     FLUX2_EAGER,
+    LOW_LATENCY,
     EAGER,
-    Contender(FLUX2, "eager, channels_last", _channels_last(FLUX2)),
-    Contender(FLUX2, "torch.compile", _compiled(FLUX2, None), "default"),
+    Contender(FLUX2, "eager, channels_last", partial(_channels_last, FLUX2)),
+    Contender(FLUX2, "torch.compile", partial(_compiled, FLUX2, None), "default"),
 )
+# the ways to run the FLUX.2 VAE: the fastest of them is what the speed-up is over
+FLUX2_FORMS = tuple(contender.name for contender in FLUX2S if contender.model == FLUX2)
 
 
 def _capacitor_flops(config: ModelConfig, shape: Shape) -> int:

@@ -64,13 +64,24 @@ def release(device: torch.device) -> None:
 
 def nvidia_smi(device: torch.device, *fields: str) -> dict[str, str]:
     """What the driver's tool says of a GPU, by the names of its query fields; empty where it cannot be asked."""
-    command = ["nvidia-smi", "-i", str(device.index or 0), f"--query-gpu={','.join(fields)}"]
+    try:
+        # its own numbers are those of the machine, ours those of CUDA_VISIBLE_DEVICES
+        command = ["nvidia-smi", "-i", gpu_uuid(device), f"--query-gpu={','.join(fields)}"]
+    # asked of a device that is not there, torch fails in more than one way
+    except (AssertionError, AttributeError, RuntimeError):
+        return {}
     try:
         done = subprocess.run([*command, "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return {}
     values = [value.strip() for value in done.stdout.split(",")]
     return dict(zip(fields, values, strict=True)) if len(values) == len(fields) else {}
+
+
+def gpu_uuid(device: torch.device) -> str:
+    """A GPU's name among all of the machine, as the driver's tool writes it: GPU-xxxxxxxx-xxxx-..."""
+    text = str(torch.cuda.get_device_properties(device.index or 0).uuid)
+    return text if text.startswith(("GPU-", "MIG-")) else f"GPU-{text}"
 
 
 def busy(device: torch.device) -> str | None:

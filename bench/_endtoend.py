@@ -1,72 +1,72 @@
 """How `python -m bench model` and `flux2` measure whole calls.
 
-Calls are the public ones with fresh outputs; inputs rotate over more than three L2 caches; contenders are interleaved
-and compared by medians. One whose result is not that of the float32 reference gets no time; one that does not fit or
-does not compile gets a row that says why. Memory is weighed for each alone, before the timing.
+Calls are the public ones with fresh outputs; inputs rotate over more than three L2 caches. One whose result is not that
+of the float32 reference gets no time; one that does not fit or does not compile gets a row that says why. Memory is
+weighed for each alone, before the timing.
+
+Every contender has a process of its own, and so have the references. An illegal access ends all CUDA work of the
+process that made it, and a crash the process: it costs one row, whose contender finds a new process at the next shape.
+The comparison stays honest because the processes take turns: this one, which leaves the device alone, asks one after
+another for a sample of some 20 ms, so at any time one of them works and drifting clocks meet all alike; medians are
+compared. Before it is timed a process makes one call, which pays for the change of processes, and between turns it
+gives its allocator's cache back, so that what does not fit beside the others is no more than it was in one process.
 """
 
 from __future__ import annotations
 
-import itertools
-import statistics
+import dataclasses
+import shutil
+import tempfile
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from capacitor_rt.errors import CapacitorError
-
-from ._contenders import Contender, Setting, Shape, truth_of
-from ._device import MemoryMeter, clocks, elapsed_us, exact_float32, release, why
+from ._contenders import Contender, Setting, Shape
+from ._device import clocks
 from ._records import append_line
-from ._timing import Ceilings, Timing, copies_for, floor_us, summarise
+from ._sides import References, Side
+from ._timing import Ceilings, Timing, floor_us, summarise
+from ._workers import FAULT, LOST, MEMORY, REFUSED, Failure, Worker
 
-# relative rms difference from the float32 reference beyond which no time is reported: in bfloat16 and plain torch
-# random weights give 0.8 % for full_capacitor and 3.6 % for FLUX.2, which is many more layers deep
-LIMITS = {
-    "full_capacitor": {"bfloat16": 2e-2, "float16": 3e-3, "float32": 2e-4},
-    "flux2": {"bfloat16": 1e-1, "float16": 2e-2, "float32": 2e-4},
-}
 NOISY_PERCENT = 3.0
-TRUTH_PIXELS = 4 * 512 * 512
-SEED = 0
 SLICE_US = 20e3
 WARM_SECONDS = 0.4
+# to build and check a contender, which for some means to compile; and for anything else
+PREPARE_SECONDS = {"no": 180.0, "default": 900.0, "autotune": 1800.0}
+ANSWER_SECONDS = 120.0
 Job = tuple[Shape, Sequence[Contender]]
 HEADER = f"{'':44} {'ms':>9} {'spread':>7} {'images/s':>9} {'TFLOP/s':>8} {'% floor':>8} {'peak MiB':>9} {'error':>8}"
 
 
-def time_calls(calls: dict[str, Callable[[int], Any]], device: torch.device, rounds: int) -> dict[str, Timing | str]:
-    """Time calls against each other: name -> timing, or why there is none. `call(i)` is the i-th call."""
+def take_turns(
+    sides: Mapping[str, Callable[[int], float]], rounds: int, warm_seconds: float = 0.0
+) -> dict[str, Timing | Failure]:
+    """Time sides against each other: name -> timing, or why there is none.
+
+    Args:
+        sides: `side(count)` gives the microseconds per call of so many calls, or raises `Failure`.
+        rounds: samples of each.
+        warm_seconds: of each, before the first sample that counts.
+    """
     samples: dict[str, list[float]] = {}
-    failed: dict[str, Timing | str] = {}
+    failed: dict[str, Timing | Failure] = {}
     repeats: dict[str, int] = {}
-    turns = {name: itertools.count() for name in calls}
 
     def sample(name: str, count: int) -> float | None:
-        def work() -> None:
-            for _ in range(count):
-                calls[name](next(turns[name]))
-
         try:
-            return elapsed_us(work, device) / count
-        except Exception as error:
-            failed[name] = why(error)
+            return sides[name](count)
+        except Failure as failure:
+            failed[name] = failure
             samples.pop(name, None)
-        # outside of the handler, whose traceback holds the tensors that did not fit
-        release(device)
-        return None
+            return None
 
-    for name in calls:
+    for name in sides:
         once = sample(name, 1)
         if once is not None:
             samples[name], repeats[name] = [], max(1, min(200, round(SLICE_US / once)))
     begin = time.monotonic()
-    while device.type == "cuda" and time.monotonic() - begin < WARM_SECONDS * len(calls):
+    while samples and time.monotonic() - begin < warm_seconds * len(sides):
         for name in tuple(samples):
             sample(name, repeats[name])
     for _ in range(rounds):
@@ -77,28 +77,27 @@ def time_calls(calls: dict[str, Callable[[int], Any]], device: torch.device, rou
     return {name: summarise(us) for name, us in samples.items()} | failed
 
 
-def make_inputs(setting: Setting, model: str, shape: Shape) -> list[Tensor]:
-    """Random inputs of one model, enough copies to exceed three L2 caches."""
-    if shape.direction == "encode":
-        size = (shape.batch, 3, shape.size, shape.size)
-    else:
-        size = (shape.batch, setting.channels(model), shape.size // 16, shape.size // 16)
-    on_gpu = setting.device.type == "cuda"
-    nbytes = setting.dtype.itemsize * torch.Size(size).numel()
-    l2 = max(torch.cuda.get_device_properties(setting.device).L2_cache_size, 64 << 20) if on_gpu else 0
-    draw = torch.rand if shape.direction == "encode" else torch.randn
-    count = min(copies_for(nbytes, l2), 64)
-    made = [draw(size, device=setting.device, dtype=setting.dtype) for _ in range(count)]
-    return [x.mul_(2).sub_(1) for x in made] if shape.direction == "encode" else made
-
-
 class Bench:
-    """Measures jobs one after another and appends their lines to a file."""
+    """Measures jobs one after another and appends their lines to a file. A context: its processes end with it."""
 
     def __init__(self, setting: Setting, ceilings: Ceilings, facts: dict[str, Any], out: Path, bench: str, rounds: int):
         self.setting, self.ceilings, self.facts, self.out = setting, ceilings, facts, out
         self.bench, self.rounds = bench, rounds
         self.broken = 0
+        # without the weights that it may have made here
+        self._given = dataclasses.replace(setting)
+        self._sides: dict[str, Worker] = {}
+        self._references = Worker(References, self._given)
+        self._written: dict[tuple[str, Shape], Path | Failure] = {}
+        self._folder = Path(tempfile.mkdtemp(prefix="capacitor-bench-"))
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in (*self._sides.values(), self._references):
+            worker.stop()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def run(self, jobs: Sequence[Job], deadline: float) -> None:
         """Measure every job that begins before the deadline (of `time.monotonic`); the others' rows say so."""
@@ -114,44 +113,102 @@ class Bench:
 
     def measure(self, shape: Shape, contenders: Sequence[Contender]) -> list[dict[str, Any]]:
         """The lines of one shape."""
-        lines = {f"{c.model}/{c.name}": self._base(shape, c) for c in contenders}
-        inputs: dict[str, list[Tensor]] = {}
-        truths: dict[str, Tensor] = {}
-        calls: dict[str, Callable[[int], Any]] = {}
-        for contender in contenders:
-            key = f"{contender.model}/{contender.name}"
-            problem = None
+        lines = {c.key: self._base(shape, c) for c in contenders}
+        workers = {c.key: self._worker(c) for c in contenders}
+        for worker in (self._references, *workers.values()):
+            worker.start()
+        for key, worker in tuple(workers.items()):
             try:
-                if contender.model not in truths:
-                    inputs[contender.model] = make_inputs(self.setting, contender.model, shape)
-                    truths[contender.model] = self._truth(contender.model, shape, inputs[contender.model][0])
-                call, found = self._prepare(contender, shape, inputs[contender.model], truths[contender.model])
-                lines[key] |= found
-                if call is not None:
-                    calls[key] = call
-            # whatever a compiler, a driver or diffusers raises is the reason in a row, and the run goes on
-            except Exception as error:
-                problem = error
-                lines[key]["missing"] = why(error)
-            if problem is not None:
-                self._blame(contender, problem)
-                problem = None
-                release(self.setting.device)
-        timed = time_calls(calls, self.setting.device, self.rounds)
+                worker.ask("ready")
+            except Failure as failure:
+                self._missing(lines[key], failure)
+                del workers[key]
+        running: dict[str, Worker] = {}
+        for contender in contenders:
+            if contender.key in workers:
+                worker, line = workers[contender.key], lines[contender.key]
+                if self._prepare(contender, shape, worker, line):
+                    running[contender.key] = worker
+        self._time(shape, running, lines)
+        for contender in contenders:
+            self._let_go(contender)
+        return list(lines.values())
+
+    def _prepare(self, contender: Contender, shape: Shape, worker: Worker, line: dict[str, Any]) -> bool:
+        """Whether the contender is to be timed; its line gets what was found."""
+        try:
+            reference = self._reference(contender.model, shape)
+            line |= worker.ask("prepare", shape, reference, seconds=PREPARE_SECONDS[contender.compiles])
+        except Failure as failure:
+            self._missing(line, failure)
+            self._drop(worker)
+            return False
+        if "refused" in line:
+            self.broken += contender.is_ours
+            self._drop(worker)
+            return False
+        return True
+
+    def _time(self, shape: Shape, running: dict[str, Worker], lines: dict[str, dict[str, Any]]) -> None:
+        """Add timings, and latencies of single images, to the lines."""
+
+        def side(worker: Worker) -> Callable[[int], float]:
+            return lambda count: worker.ask("sample", count, seconds=ANSWER_SECONDS)
+
+        warm = WARM_SECONDS if self.setting.device.type == "cuda" else 0.0
+        timed = take_turns({key: side(worker) for key, worker in running.items()}, self.rounds, warm)
         state = clocks(self.setting.device)
         for key, timing in timed.items():
-            if isinstance(timing, str):
-                lines[key]["missing"] = timing
-                self.broken += "/ours" in key and not timing.startswith("out of memory")
+            if isinstance(timing, Failure):
+                self._missing(lines[key], timing)
                 continue
             lines[key] |= self._figures(shape, lines[key], timing) | state
-            if shape.batch == 1:
-                lines[key]["latency_ms"] = self._latency(calls[key])
             over = {other: t.us / timing.us for other, t in timed.items() if other != key and isinstance(t, Timing)}
             lines[key]["speedup_over"] = over
-        calls.clear()
-        release(self.setting.device)
-        return list(lines.values())
+            if shape.batch == 1:
+                try:
+                    lines[key]["latency_ms"] = running[key].ask("latency", seconds=ANSWER_SECONDS)
+                except Failure as failure:
+                    # the timing stands
+                    lines[key]["latency_missing"] = failure.reason
+
+    def _reference(self, model: str, shape: Shape) -> Path:
+        """The file of one model's reference at a shape, made once."""
+        known = self._written.get((model, shape))
+        if known is None:
+            known = self._folder / f"{len(self._written)}.pt"
+            try:
+                self._references.ask("write", model, shape, known, seconds=PREPARE_SECONDS["no"])
+            except Failure as failure:
+                # a fault of the reference is none of the contender's
+                kind = MEMORY if failure.kind == MEMORY else REFUSED
+                known = Failure(f"no reference: {failure.reason}", kind)
+            self._written[model, shape] = known
+        if isinstance(known, Failure):
+            raise known
+        return known
+
+    def _worker(self, contender: Contender) -> Worker:
+        return self._sides.setdefault(contender.key, Worker(Side, self._given, contender))
+
+    def _let_go(self, contender: Contender) -> None:
+        """Free the device; what was compiled will hardly be needed for another shape."""
+        worker = self._sides[contender.key]
+        if contender.compiles != "no":
+            worker.stop()
+        self._drop(worker)
+
+    def _drop(self, worker: Worker) -> None:
+        if worker.pid is not None:
+            try:
+                worker.ask("drop")
+            except Failure:
+                worker.stop()
+
+    def _missing(self, line: dict[str, Any], failure: Failure) -> None:
+        """Say why there are no figures, and count what only a fault of this runtime explains."""
+        line["missing"] = failure.reason
+        self.broken += line["variant"].startswith("ours") and failure.kind in (FAULT, LOST)
 
     def _base(self, shape: Shape, contender: Contender) -> dict[str, Any]:
         return {
@@ -165,36 +222,6 @@ class Bench:
             "dtype": str(self.setting.dtype).removeprefix("torch."),
             "weights": "random",
         }
-
-    def _truth(self, model: str, shape: Shape, x: Tensor) -> Tensor:
-        """float32 output for the first images of an input."""
-        count = max(1, min(shape.batch, TRUTH_PIXELS // shape.size**2))
-        with exact_float32():
-            return truth_of(self.setting, model, shape, x, count, SEED)
-
-    def _prepare(
-        self, contender: Contender, shape: Shape, inputs: list[Tensor], truth: Tensor
-    ) -> tuple[Callable[[int], Any] | None, dict[str, Any]]:
-        """(call by number of input, what was found); no call for a contender with a wrong result."""
-        device = self.setting.device
-        meter, begin = MemoryMeter(device), time.perf_counter()
-        run = contender.build(self.setting, shape, inputs[0])
-        # captured graphs replay from the third call on at the latest, and replays are what is checked and weighed
-        for _ in range(3 if device.type == "cuda" else 0):
-            run(inputs[0])
-        torch.manual_seed(SEED)
-        got = run(inputs[0])[: len(truth)].float()
-        gap = ((got - truth).square().mean() / truth.square().mean()).sqrt().item()
-        del got
-        found: dict[str, Any] = {"error": gap, "build_s": round(time.perf_counter() - begin, 3)}
-        limit = LIMITS[contender.model][str(self.setting.dtype).removeprefix("torch.")]
-        if not gap <= limit:
-            self.broken += contender.name.startswith("ours")
-            return None, found | {"refused": f"differs from float32 by {gap:.2e}, more than {limit:.0e}"}
-        memory = meter.measure(partial(run, inputs[-1]))
-        if memory:
-            found |= {"peak_bytes": memory.peak_bytes, "device_bytes": memory.device_bytes}
-        return lambda i: run(inputs[i % len(inputs)]), found
 
     def _figures(self, shape: Shape, line: dict[str, Any], timing: Timing) -> dict[str, Any]:
         flops = self.setting.flops(line["model"], shape)
@@ -211,22 +238,6 @@ class Bench:
             "tflops": flops / timing.us / 1e6,
             "percent_of_floor": 100 * floor_us(self.ceilings, flops, 0) / timing.us,
         }
-
-    def _latency(self, call: Callable[[int], Any]) -> float:
-        """Median milliseconds of a call that is waited for, seen by the host."""
-        seen = []
-        for i in range(20 if self.setting.device.type == "cuda" else 1):
-            begin = time.perf_counter()
-            call(i)
-            if self.setting.device.type == "cuda":
-                torch.cuda.synchronize(self.setting.device)
-            seen.append(time.perf_counter() - begin)
-        return 1e3 * statistics.median(seen)
-
-    def _blame(self, contender: Contender, error: Exception) -> None:
-        """Count what only a fault of this runtime explains: not memory, not a machine that cannot run it."""
-        if contender.name.startswith("ours") and not isinstance(error, (torch.OutOfMemoryError, CapacitorError)):
-            self.broken += 1
 
 
 def format_line(line: dict[str, Any]) -> str:

@@ -19,11 +19,14 @@ Line = dict[str, Any]
 END_TO_END = ("bench", "gpu", "direction", "batch", "size", "model", "variant", "dtype")
 KEYS = {
     "ceilings": ("bench", "gpu"),
+    "correctness": ("bench", "gpu", "dtype", "name"),
+    "tests": ("bench", "file", "which"),
     "kernels": ("bench", "gpu", "op", "images", "use", "dtype", "dim", "hidden"),
     "model": END_TO_END,
     "flux2": END_TO_END,
     "cache": ("bench", "gpu", "size", "file_size", "backend"),
 }
+WITHOUT_FIGURES = ("ceilings", "correctness", "tests")
 
 
 class RecordError(ValueError):
@@ -31,10 +34,28 @@ class RecordError(ValueError):
 
 
 def append_line(path: Path, line: Line) -> None:
-    """Append one JSON line and flush it, so that an interrupted run keeps what it measured."""
+    """Append one JSON line at once, so that an interrupted run keeps what it measured.
+
+    A line that an ended process left half written is cut off first.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    with path.open("ab+", buffering=0) as file:
+        file.seek(0)
+        before, _, last = file.read().rpartition(b"\n")
+        text = json.dumps(line).encode() + b"\n"
+        if last and _is_json(last):
+            text = b"\n" + text
+        elif last:
+            file.truncate(len(before) + 1 if before else 0)
+        file.write(text)
+
+
+def _is_json(text: str | bytes) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
 
 
 def default_results(device: torch.device, stem: str) -> Path:
@@ -49,13 +70,14 @@ def ceilings_line(ceilings: Ceilings, facts: dict[str, Any]) -> Line:
 
 
 def read_lines(path: Path) -> list[Line]:
-    """The lines of one JSON lines file, in order.
+    """The lines of one JSON lines file, in order, without a last one that was only half written.
 
     Raises:
         RecordError: a line is not a JSON object, or of no known benchmark.
     """
     found = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    before, _, last = path.read_text(encoding="utf-8", errors="replace").rpartition("\n")
+    for number, text in enumerate([*before.splitlines(), *([last] if _is_json(last) else [])], 1):
         if not text.strip():
             continue
         try:

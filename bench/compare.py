@@ -16,7 +16,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ._records import RESULTS, Line, RecordError, figure, key_of, measured, newest, read_folder, read_lines
+from ._records import (
+    RESULTS,
+    WITHOUT_FIGURES,
+    Line,
+    RecordError,
+    figure,
+    key_of,
+    measured,
+    newest,
+    read_folder,
+    read_lines,
+)
 
 NOISE_PERCENT = 3.0
 
@@ -30,7 +41,7 @@ def side(text: str, folder: Path = RESULTS) -> dict[tuple, Line]:
         lines = [line for line in read_folder(folder) if text and str(line.get("commit", "")).startswith(text)]
         if not lines:
             raise RecordError(f"{text} is neither a file nor a commit with lines in {folder}")
-    return {key: line for key, line in newest(lines).items() if line["bench"] != "ceilings"}
+    return {key: line for key, line in newest(lines).items() if line["bench"] not in WITHOUT_FIGURES}
 
 
 def noise_percent(line: Line) -> float:

@@ -40,14 +40,19 @@ TINY_NAMED = (("encode", 2, 64, "tiny: encode 64x64, batch 2"), ("decode", 1, 32
 def plan_jobs(
     contenders: Sequence[Contender], shapes: Sequence[Shape], sweep: Sequence[Shape], how: str
 ) -> list[tuple[Shape, Sequence[Contender]]]:
-    """Named rows by all that need no compiler, then the compiled ones, then the sweep by the first two."""
+    """Named rows by all that need no compiler, then the compiled ones, then the sweep by the first two.
+
+    With these two come those that differ for single images alone.
+    """
     quick = [c for c in contenders if c.compiles == "no"]
     slow = [c for c in contenders if c.compiles != "no"]
+    first = [*quick[:2], *(c for c in quick[2:] if c.single)]
     jobs: list[tuple[Shape, Sequence[Contender]]] = [(shape, quick) for shape in shapes]
     compiled = {"none": [], "first": shapes[:1], "named": shapes, "all": [*shapes, *sweep]}[how]
     # one at a time, so that what runs out of time loses no more than one
-    jobs += [(shape, [*quick[:2], contender]) for contender in slow for shape in compiled]
-    return jobs + [(shape, quick[:2]) for shape in sweep]
+    jobs += [(shape, [*first, contender]) for contender in slow for shape in compiled]
+    jobs += [(shape, first) for shape in sweep]
+    return [(shape, [c for c in group if shape.batch == 1 or not c.single]) for shape, group in jobs]
 
 
 def parse_shape(text: str) -> Shape:
@@ -95,7 +100,7 @@ def arguments(module: str, doc: str, argv: Sequence[str] | None) -> argparse.Nam
 def run(module: str, contenders: Sequence[Contender], args: argparse.Namespace, facts: dict[str, Any]) -> int:
     """Measure what the command line asks for; 1 when this runtime was wrong or broke."""
     from ._contenders import TINY, TINY_FLUX2, Setting, Shape
-    from ._device import busy
+    from ._device import busy, release
     from ._endtoend import HEADER, Bench
     from ._records import append_line, ceilings_line, default_results
     from ._timing import environment, measure_ceilings
@@ -115,11 +120,14 @@ def run(module: str, contenders: Sequence[Contender], args: argparse.Namespace, 
     facts = environment(device) | {"busy": warning, "cudnn_benchmark": torch.backends.cudnn.benchmark} | facts
     out = args.out or default_results(device, module)
     ceilings = measure_ceilings(device)
+    # from here on the device belongs to the contenders' processes
+    release(device)
     append_line(out, ceilings_line(ceilings, facts))
     print(f"ceilings: {ceilings.tflops:.1f} TFLOP/s, {ceilings.gbps:.0f} GB/s ({ceilings.source})\n{HEADER}")
     compiled = args.compile or ("named" if on_gpu else "none")
-    bench = Bench(setting, ceilings, facts, out, module, rounds=15 if on_gpu else 1)
-    bench.run(plan_jobs(contenders, shapes, sweep, compiled), begin + 60 * args.minutes)
+    jobs = plan_jobs(contenders, shapes, sweep, compiled)
+    with Bench(setting, ceilings, facts, out, module, rounds=15 if on_gpu else 1) as bench:
+        bench.run(jobs, begin + 60 * args.minutes)
     return 1 if bench.broken else 0
 
 

@@ -85,7 +85,7 @@ def check_latents(
     if latents.shape[1] != channels:
         raise InputError(f"latents have shape {list(latents.shape)}: expected [B,{channels},h,w]")
     batch, _, h, w = latents.shape
-    if 0 in (h, w):
+    if h < 1 or w < 1:
         raise InputError(f"latents have shape {list(latents.shape)}: h and w must be at least 1")
     size = (h * stride, w * stride)
     for name, given, fits in zip(("height", "width"), (height, width), size, strict=True):

@@ -161,7 +161,8 @@ class FullCapacitor(PretrainedAutoencoder):
             raise InputError("this checkpoint has a decoder only: encode needs one with encoder.* tensors")
         check_input("image", image, IMAGE_DTYPES, self.device)
         channels = self.config.in_channels
-        if channels not in (image.shape[1], image.shape[3]):
+        # sizes may be symbols of torch.compile, which `in` cannot compare
+        if image.shape[1] != channels and image.shape[3] != channels:
             raise InputError(f"image has shape {list(image.shape)}: expected [B,{channels},H,W] or [B,H,W,{channels}]")
         height, width = image.shape[2:] if image.shape[1] == channels else image.shape[1:3]
         self.check_size(height, width)

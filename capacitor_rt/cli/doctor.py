@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -20,12 +19,21 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import AsJson
+from ..runtime.platform import (
+    INSTALL_TRITON,
+    TORCH_LEAST,
+    TRITON_WINDOW,
+    shipped_triton,
+    triton_version,
+    two,
+    version_of,
+    why_not_triton,
+)
+from .check_report import check_report
+from .options import AsJson, ComputeDtype, Device
 
 OK, MISSING, PROBLEM = "ok", "missing", "problem"
 NOT_MEASURED = "not measured yet"
-TORCH_LEAST = (2, 8)
-TRITON_WINDOW = ((3, 6), (3, 10))
 MEASURE = "python -m bench gpu --out bench/results/NAME"
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
 PROBE_BYTES = 64 << 20
@@ -77,6 +85,11 @@ def examine(folder: Path, results: Path) -> list[Finding]:
 
 
 def doctor(
+    check: Annotated[
+        bool, typer.Option("--check", help="Run every launch, and one encode and decode, against plain torch instead.")
+    ] = False,
+    device: Device = "auto",
+    compute_dtype: ComputeDtype = None,
     folder: Annotated[
         Path, typer.Option(help="Folder whose disk is measured; 64 MB are written to it and removed.")
     ] = Path(),
@@ -85,8 +98,13 @@ def doctor(
 ) -> None:
     """Say what this machine has, which configs will be used, what is missing and how fast it can be expected to be.
 
-    Ends with 1 if something is wrong; it is not wrong to have no GPU.
+    Ends with 1 if something is wrong; it is not wrong to have no GPU. With --check (which takes half a minute, most of
+    it to compile) the output is a report of every error beside its bound, fit for an issue.
     """
+    if check:
+        if not check_report(device, compute_dtype, as_json):
+            raise typer.Exit(1)
+        return
     found = examine(folder, results)
     if as_json:
         typer.echo(json.dumps([asdict(finding) for finding in found], indent=2))
@@ -115,8 +133,9 @@ def _host() -> Iterator[Finding]:
 def _torch() -> Iterator[Finding]:
     import torch
 
-    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
-    old = _two(torch.__version__) < TORCH_LEAST
+    hip = getattr(torch.version, "hip", None)
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {hip}" if hip else "no CUDA"
+    old = two(torch.__version__) < TORCH_LEAST
     hint = f"pip install 'torch>={'.'.join(map(str, TORCH_LEAST))}'" if old else ""
     yield Finding("torch", PROBLEM if old else OK, f"{torch.__version__} ({build})", hint)
     driver = _nvidia_smi("driver_version")
@@ -128,15 +147,30 @@ def _torch() -> Iterator[Finding]:
 
 
 def _triton() -> Iterator[Finding]:
-    version = _version("triton")
+    version = triton_version()
     if version is None:
-        yield Finding("triton", MISSING, "not installed, so the torch backend runs", "pip install 'triton>=3.6,<3.10'")
+        yield Finding("triton", MISSING, "not installed, so the torch backend runs", INSTALL_TRITON)
         return
     low, high = TRITON_WINDOW
-    tested = low <= _two(version) < high
+    tested = low <= two(version) < high
     window = f"the kernels are tested on {low[0]}.{low[1]} to before {high[0]}.{high[1]}"
-    hint = "" if tested else "pip install 'triton>=3.6,<3.10'"
+    hint = "" if tested else INSTALL_TRITON
     yield Finding("triton", OK if tested else PROBLEM, version if tested else f"{version}; {window}", hint)
+    yield from _pair(version)
+
+
+def _pair(triton: str) -> Iterator[Finding]:
+    """Whether the installed torch and Triton are a pair that ships together."""
+    import torch
+
+    asked = shipped_triton(torch.__version__)
+    pair = f"torch {torch.__version__} with Triton {triton}"
+    if asked is None:
+        yield Finding("pair", OK, f"{pair}: which Triton this torch ships with is not known here")
+    elif two(asked) == two(triton):
+        yield Finding("pair", OK, f"{pair}: they ship together")
+    else:
+        yield Finding("pair", OK, f"{pair}: this torch ships with {asked}", "torch.compile may need that one")
 
 
 def _gpus() -> Iterator[Finding]:
@@ -159,18 +193,17 @@ def _gpus() -> Iterator[Finding]:
             f"{properties.multi_processor_count} SMs, {properties.L2_cache_size / MIB:.0f} MiB L2, "
             f"{free / GIB:.1f} of {total / GIB:.1f} GiB free{use}",
         )
-        yield from _configs(index, cc)
+        reason = why_not_triton(torch.device("cuda", index))
+        if reason is None:
+            yield from _configs(index, cc)
+        else:
+            # where the kernels would run, something is amiss
+            status = PROBLEM if cc >= 80 else MISSING
+            yield Finding(f"kernels {index}", status, f"the torch backend runs on this GPU: {reason}")
 
 
 def _configs(index: int, cc: int) -> Iterator[Finding]:
-    """Which backend and which config file serve a GPU."""
-    topic = f"configs {index}"
-    if cc < 80:
-        hint = "kernels need 8.0 or later (A100, RTX 30 series and newer)"
-        yield Finding(topic, MISSING, "none: the torch backend runs on this GPU", hint)
-        return
-    if _version("triton") is None:
-        return
+    """Which config file serves a GPU that the kernels run on."""
     from capacitor_kernels import tuning
 
     served = tuning.base_cc(cc)
@@ -178,7 +211,7 @@ def _configs(index: int, cc: int) -> Iterator[Finding]:
     relative = "" if served == cc else f", the nearest to sm_{cc}"
     smem = tuning.limits(cc).smem_per_cta
     found = f"sm_{served}.json{relative}: rows for {', '.join(sorted(families))}; {smem / 1024:.0f} KiB per CTA"
-    yield Finding(topic, OK, f"the Triton backend runs in bfloat16 and float16 with {found}")
+    yield Finding(f"configs {index}", OK, f"the Triton backend runs in bfloat16 and float16 with {found}")
 
 
 def _nvjpeg() -> Iterator[Finding]:
@@ -192,7 +225,7 @@ def _nvjpeg() -> Iterator[Finding]:
 
 def _packages() -> Iterator[Finding]:
     for module, (purpose, extra) in OPTIONAL.items():
-        version = _version(_DISTRIBUTION.get(module, module)) if importlib.util.find_spec(module) else None
+        version = version_of(_DISTRIBUTION.get(module, module)) if importlib.util.find_spec(module) else None
         name = _DISTRIBUTION.get(module, module)
         if version:
             yield Finding(name, OK, version)
@@ -278,19 +311,6 @@ def measured_rates(results: Path, gpu: str) -> dict[str, float]:
         elif line.get("variant") == "ours" and line.get("row"):
             rates[f"{line['direction']} {line['size']}x{line['size']}, batch {line['batch']}"] = line["images_per_s"]
     return rates
-
-
-def _two(version: str) -> tuple[int, int]:
-    """The first two parts of a version."""
-    major, minor = version.split("+")[0].split(".")[:2]
-    return int(major), int(minor)
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _nvidia_smi(field: str) -> list[str]:

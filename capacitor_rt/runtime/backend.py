@@ -204,8 +204,7 @@ class ServedAutoencoder(Autoencoder):
             # these models whiten by a step of its own, in float32
             direction = "posterior" if direction == "encode" else direction
             image_dtype = torch.float32 if direction == "decode" else image_dtype
-        for height, width, batch in shapes:
-            runtime.warmup(direction, batch, height, width, image_dtype, layout, inference_config)
+        runtime.warmup(direction, shapes, image_dtype, layout, inference_config)
 
     def _by_triton(self, part: str, given: Tensor, call: Callable[[Runtime], Result]) -> Result | None:
         """What the Triton backend makes of a call to "encoder" or "decoder"; None where torch is to serve it.

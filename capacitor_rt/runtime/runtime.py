@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -21,11 +21,12 @@ from ..diffusion import sample
 from ..errors import InputError
 from ..reference import Autoencoder, Posterior
 from . import weights
-from .batching import ARENA_BUDGET, Limit, cached_plan, micro_batch
+from .batching import ARENA_BUDGET, Limit, cached_plan, micro_batch, parts
 from .graphs import Bound, BoundCache
 from .memory import MIB, DeviceMemoryError, amount, copy_into, free_bytes, is_out_of_memory, new_arena, retire
 from .options import ServingOptions
 from .plan import LaunchPlan, PlanKey
+from .precompile import precompile
 from .stats import Stats
 
 CACHE_BUDGET = 2048 * MIB
@@ -111,14 +112,12 @@ class Runtime:
     def warmup(
         self,
         direction: str,
-        batch: int,
-        height: int,
-        width: int,
+        shapes: Iterable[tuple[int, int, int]],
         image_dtype: torch.dtype,
         layout: str,
         inference: FullCapacitorInferenceConfig | None,
     ) -> None:
-        """Bind and capture what a call of this shape will use: its micro-batch and its tail."""
+        """Compile, bind and capture what calls of these `(H, W, B)` will use: their micro-batches and tails."""
         at = None
         if direction == "decode":
             inference = replace(inference or FullCapacitorInferenceConfig(), seed=None, noise="cpu")
@@ -127,10 +126,14 @@ class Runtime:
                 direction, at = "predict", 1.0
         else:
             inference = None
-        key = self._key(direction, batch, height, width, image_dtype, layout, inference, at)
+        keys = [self._key(direction, b, h, w, image_dtype, layout, inference, at) for h, w, b in shapes]
         with self._turn():
-            for _ in self._split(key):
-                pass
+            if self._cuda:
+                runs = {replace(key, batch=n): None for key in keys for n in parts(key.batch, self._micro_batch(key))}
+                precompile([cached_plan(self.config, key) for key in runs if key not in self._ran], self.stats)
+            for key in keys:
+                for _ in self._split(key):
+                    pass
 
     def clear(self) -> None:
         """Free graphs, arenas and packed weights; limits learnt from running out of memory are forgotten."""

@@ -15,6 +15,7 @@ class Stats:
         evictions: of bound plans; folds: times that weights were folded and packed.
         nbytes: of arenas now; weight_nbytes: of packed weights now.
         capture_seconds: spent in planning, binding and capturing.
+        compile_seconds: spent by `warmup` in making kernels ready.
     """
 
     hits: int = 0
@@ -26,3 +27,4 @@ class Stats:
     nbytes: int = 0
     weight_nbytes: int = 0
     capture_seconds: float = 0.0
+    compile_seconds: float = 0.0

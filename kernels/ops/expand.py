@@ -44,7 +44,7 @@ from ..tuning import Family, GemmConfig, Shape, gemm_default, lookup, register, 
 GELU_KINDS = ("fit", "erf")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles_m"])
 def expand_kernel(
     y_ptr,
     w_ptr,

@@ -34,7 +34,7 @@ from ..launch import (
 from ..tuning import Family, GemmConfig, Shape, flat_gemm_default, flat_tiles, lookup, register
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles_m"])
 def fuse_skip_kernel(
     s_ptr,
     m_ptr,

@@ -46,7 +46,7 @@ def alpha_of(logsnr):
     return tl.exp(0.5 * (tl.minimum(logsnr, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(logsnr)))))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles_m"])
 def head_kernel(
     x_ptr,
     w_ptr,

@@ -47,7 +47,7 @@ LAYOUTS = ("nchw", "nhwc")
 IMAGE_DTYPES = (torch.uint8, *FLOATS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles_m"])
 def patchify_kernel(
     image_ptr,
     latents_ptr,

@@ -46,7 +46,7 @@ from ..tuning import Family, GemmConfig, Shape, gemm_default, lookup, register, 
 REDUCE_BLOCK = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles_m"])
 def project_kernel(
     h_ptr,
     gain_ptr,

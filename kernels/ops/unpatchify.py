@@ -41,7 +41,7 @@ from ..tuning import Family, GemmConfig, Shape, flat_gemm_default, flat_tiles, l
 IMAGE_DTYPES = (torch.uint8, *FLOATS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles_m"])
 def unpatchify_kernel(
     tokens_ptr,
     w_ptr,

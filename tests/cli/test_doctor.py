@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -55,11 +56,11 @@ def test_text_has_one_line_per_finding(tmp_path):
 def test_versions_out_of_the_window_are_problems(run, monkeypatch):
     real = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "3.10.0" if name == "triton" else real(name))
-    monkeypatch.setattr(torch, "__version__", "2.7.1+cu126")
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cu128")
     code, found = run()
     assert code == 1
     assert found["triton"]["status"] == found["torch"]["status"] == "problem"
-    assert "before 3.10" in found["triton"]["found"] and found["torch"]["hint"] == "pip install 'torch>=2.8'"
+    assert "before 3.10" in found["triton"]["found"] and found["torch"]["hint"] == "pip install 'torch>=2.10'"
 
 
 def test_what_is_missing_names_the_extra(run, monkeypatch):
@@ -86,7 +87,6 @@ def test_a_probe_that_fails_does_not_end_the_examination(run, monkeypatch):
 @pytest.mark.parametrize(
     ("cc", "says"),
     [
-        (75, "the torch backend runs on this GPU"),
         (80, "sm_80.json: rows for"),
         (86, "the nearest to sm_86"),
         (90, "227 KiB per CTA"),
@@ -95,9 +95,7 @@ def test_a_probe_that_fails_does_not_end_the_examination(run, monkeypatch):
 )
 def test_configs_are_those_that_serve_the_gpu(cc, says):
     (finding,) = module._configs(0, cc)
-    assert says in finding.found
-    if cc >= 80:
-        assert "expand" in finding.found and "project" in finding.found
+    assert says in finding.found and "expand" in finding.found and "project" in finding.found
 
 
 def test_rates_are_the_newest_measured_on_this_gpu(tmp_path):
@@ -109,6 +107,78 @@ def test_rates_are_the_newest_measured_on_this_gpu(tmp_path):
     rates = module.measured_rates(tmp_path, GPU)
     assert rates == {"encode 256x256, batch 128": pytest.approx(16000), "caching JPEG files at 256x256": 5000.0}
     assert module.measured_rates(tmp_path, "unknown") == module.measured_rates(tmp_path / "absent", GPU) == {}
+
+
+@pytest.fixture
+def one_gpu(monkeypatch):
+    """A machine with one GPU of a compute capability."""
+    from capacitor_rt.runtime import platform
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (20 << 30, 24 << 30))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(platform, "interpreted", lambda: False)
+    platform.why_not_triton.cache_clear()
+
+    def gpu(name: str, major: int, minor: int) -> None:
+        found = SimpleNamespace(name=name, major=major, minor=minor, multi_processor_count=40, L2_cache_size=4 << 20)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: found)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (major, minor))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: name)
+
+    yield gpu
+    platform.why_not_triton.cache_clear()
+
+
+def test_a_gpu_without_kernels_says_why(run, one_gpu, monkeypatch, tmp_path):
+    one_gpu("Tesla T4", 7, 5)
+    code, found = run("--results", str(tmp_path))
+    assert code == 0 and found["kernels 0"]["status"] == "missing" and "configs 0" not in found
+    assert "the torch backend runs on this GPU: Tesla T4 has compute capability 7.5" in found["kernels 0"]["found"]
+
+
+def test_a_missing_compiler_is_a_problem(run, one_gpu, monkeypatch, tmp_path):
+    one_gpu("NVIDIA A10", 8, 6)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("CC", "no-such-compiler")
+    code, found = run("--results", str(tmp_path))
+    assert code == 1 and found["kernels 0"]["status"] == "problem"
+    assert "CC is 'no-such-compiler', which is no command" in found["kernels 0"]["found"]
+
+
+def test_a_gpu_with_all_it_takes_has_configs(run, one_gpu, monkeypatch, tmp_path):
+    one_gpu("NVIDIA A10", 8, 6)
+    (tmp_path / "key").mkdir()
+    (tmp_path / "key" / "cuda_utils.cpython-311-x86_64-linux-gnu.so").touch()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    code, found = run("--results", str(tmp_path))
+    assert code == 0 and "sm_89.json, the nearest to sm_86" in found["configs 0"]["found"]
+
+
+@pytest.mark.parametrize(
+    ("torch_version", "triton", "says"),
+    [
+        ("2.10.0+cu128", "3.6.0", "they ship together"),
+        ("2.12.1+cu130", "3.7.1", "they ship together"),
+        ("2.14.1+cu130", "3.8.0", "they ship together"),
+        ("2.12.1+cu130", "3.6.0", "this torch ships with 3.7"),
+        ("2.99.0", "3.6.0", "is not known here"),
+    ],
+)
+def test_pairs_of_torch_and_triton(monkeypatch, torch_version, triton, says):
+    monkeypatch.setattr(torch, "__version__", torch_version)
+    monkeypatch.setattr(importlib.metadata, "requires", lambda _: ["filelock", "sympy>=1.13"])
+    (finding,) = module._pair(triton)
+    assert says in finding.found and torch_version in finding.found and triton in finding.found
+
+
+def test_the_triton_that_torch_itself_asks_for_comes_first(monkeypatch):
+    asked = "triton==3.9.0; platform_system == 'Linux' and extra == 'x'"
+    monkeypatch.setattr(importlib.metadata, "requires", lambda _: ["filelock", asked])
+    monkeypatch.setattr(torch, "__version__", "2.12.1+cu130")
+    (finding,) = module._pair("3.7.1")
+    assert "this torch ships with 3.9.0" in finding.found
 
 
 @pytest.mark.gpu

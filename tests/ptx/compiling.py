@@ -57,8 +57,8 @@ def signature(launch: Launch) -> tuple[dict[str, str], dict[tuple[int], Any], di
     hints: dict[tuple[int], list[Any]] = {}
     for at, parameter in enumerate(launch.kernel.params):
         name, value = parameter.name, launch.args[parameter.name]
-        aligned = False
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        aligned, special = False, not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (special and isinstance(value, int) and value == 1):
             types[name], constants[at,] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             types[name] = "*" + _DTYPES[value.dtype]
@@ -69,7 +69,7 @@ def signature(launch: Launch) -> tuple[dict[str, str], dict[tuple[int], Any], di
             types[name] = "fp32"
         elif isinstance(value, int) and not isinstance(value, bool):
             types[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            aligned = value % _ALIGNMENT == 0
+            aligned = special and value % _ALIGNMENT == 0
         else:
             raise PtxError(f"{launch.kernel.__name__}: argument {name} is {value!r}")
         if aligned:

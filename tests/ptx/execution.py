@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,11 +22,19 @@ from .tensor_map import TensorMap
 if TYPE_CHECKING:
     from capacitor_kernels.launch import Launch
 
+    from .operands import Action
+
 # a token in place of the address of a tensor map
 _TOKEN = 0x7E50_0000_0000_0000
 # pointers to scratch memory that the compiler adds and these kernels must not touch
 _MOST_EXTRA_PARAMETERS = 2
 _SCALARS: dict[str, Any] = {"fp32": np.float32, "i32": np.int32, "i64": np.int64}
+
+
+@lru_cache(maxsize=64)
+def _decode(text: str) -> tuple[Program, list[list[Action]], int]:
+    program = parse(text)
+    return program, *compile_program(program)
 
 
 @dataclass(frozen=True)
@@ -58,11 +67,17 @@ class Device:
     mutate: Callable[[str], str] | None = None
     launches: list[Ran] = field(default_factory=list)
     _shadows: list[Shadow] = field(default_factory=list)
-    _programs: dict[str, tuple[Program, Any, int]] = field(default_factory=dict)
 
     def unwritten(self, *tensors: torch.Tensor | None) -> None:
         """Refuse reads of these tensors where no launch has written them."""
         self._shadows += [Shadow(t.data_ptr(), t.nbytes) for t in tensors if t is not None and t.nbytes]
+
+    def written(self, *tensors: torch.Tensor) -> None:
+        """Allow reads of these parts of tensors that are `unwritten`."""
+        for t in tensors:
+            shadow = self._shadow(t)
+            if shadow is not None:
+                shadow.fill(t.data_ptr(), t.nbytes)
 
     def run(self, launches: Iterable[Launch]) -> None:
         """Compile and execute launches in order; their tensors are on the CPU.
@@ -76,10 +91,7 @@ class Device:
     def _run(self, launch: Launch) -> None:
         compiled = compile_launch(launch, self.cc)
         text = self.mutate(compiled.ptx) if self.mutate else compiled.ptx
-        if text not in self._programs:
-            program = parse(text)
-            self._programs[text] = (program, *compile_program(program))
-        program, actions, granule = self._programs[text]
+        program, actions, granule = _decode(text)
         if program.threads != 32 * compiled.num_warps:
             raise PtxError(
                 f"{program.name}: {program.threads} threads in the PTX, {compiled.num_warps} warps asked for"
@@ -136,8 +148,10 @@ class Device:
 
     def _add(self, machine: Machine, name: str, t: torch.Tensor) -> None:
         """The tensor's own extent: slices of one buffer are buffers of their own."""
-        shadow = next((s for s in self._shadows if s.covers(t.data_ptr(), t.nbytes)), None)
-        machine.memory.add(name, t.data_ptr(), t.nbytes, t.element_size(), shadow)
+        machine.memory.add(name, t.data_ptr(), t.nbytes, t.element_size(), self._shadow(t))
+
+    def _shadow(self, t: torch.Tensor) -> Shadow | None:
+        return next((s for s in self._shadows if s.covers(t.data_ptr(), t.nbytes)), None)
 
 
 def _tensor_map(descriptor: TensorDescriptor, made: Any) -> TensorMap:

@@ -104,6 +104,8 @@ class Machine:
         # tensor memory [CTA, lane, column], columns given out to each CTA, reads and columns of products under way
         self.tmem: np.ndarray | None = None
         self.columns: np.ndarray | None = None
+        # epoch of each warp's last access to it
+        self.tmem_epoch = np.zeros((len(ctas), -(-threads // 32)), np.int32)
         self.tc_reads: list[Any] = []
         self.tc_columns: dict[tuple[int, int, int], Any] = {}
         _Schedule(self, len(ctas)).run()

@@ -33,6 +33,10 @@ class Shadow:
     def covers(self, base: int, size: int) -> bool:
         return self.base <= base and base + size <= self.base + self.size
 
+    def fill(self, base: int, size: int) -> None:
+        """Mark bytes as written."""
+        self.written[base - self.start :][:size] = 1
+
     def of(self, start: int, size: int) -> np.ndarray:
         """The marks of `size` bytes at `start`, a multiple of 16."""
         return self.written[start - self.start :][:size]

@@ -100,7 +100,7 @@ def test_edited_parameters_are_packed_as_they_are(saved):
     assert torch.equal(packed_w1(model.float()).half(), expected)
     replaced = load(saved)
     replaced.encoder.blocks[0].pwconv1.weight = nn.Parameter(
-        torch.zeros_like(replaced.encoder.blocks[0].pwconv1.weight)
+        torch.zeros_like(replaced.encoder.blocks[0].pwconv1.weight), requires_grad=False
     )
     assert not packed_w1(replaced).any()
     other = load(saved)

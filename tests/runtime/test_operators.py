@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 
 import pytest
@@ -43,6 +44,23 @@ def test_a_caller_compiles_whole(cold):
     assert torch.equal(decoded, twin.decode(truth, inference_config=ONE_STEP))
 
 
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_a_caller_compiles_with_symbolic_sizes(backend):
+    torch._dynamo.reset()
+    model, twin = tiny(backend), tiny(backend)
+
+    @torch.compile(fullgraph=True, dynamic=True, backend="eager")
+    def there_and_back(x):
+        latents = model.encode(x)
+        return latents, model.decode(latents, inference_config=ONE_STEP)
+
+    for shape in ((1, 3, 8, 8), (2, 3, 16, 8), (3, 3, 8, 24)):
+        image = torch.rand(shape, device=DEVICE) * 2 - 1
+        latents, decoded = there_and_back(image)
+        assert torch.equal(latents, twin.encode(image))
+        assert torch.equal(decoded, twin.decode(latents, inference_config=ONE_STEP))
+
+
 def test_a_compiled_caller_follows_a_cast():
     torch._dynamo.reset()
     model = tiny()
@@ -61,6 +79,9 @@ def test_an_exported_caller_runs_while_its_model_lives():
     assert torch.equal(exported.module()(image), truth)
     number = model._number
     del model, exported
+    # what torch.compile and export remember of callers, this one and those of other tests
+    torch._dynamo.reset()
+    gc.collect()
     with pytest.raises(InputError, match="is not in this process any more: compile or export again"):
         torch.ops.capacitor_rt.encode(image, number)
 

@@ -17,10 +17,10 @@ import torch
 Clock = dict[int, int]
 LEGACY = 0
 """The default stream."""
-OUT_OF_MEMORY: dict[str, Exception] = {
-    "allocate": torch.OutOfMemoryError("CUDA out of memory: as the test asked."),
-    "load": RuntimeError("Triton Error [CUDA]: out of memory"),
-    "instantiate": torch.AcceleratorError("CUDA error: out of memory"),
+OUT_OF_MEMORY: dict[str, tuple[type[Exception], str]] = {
+    "allocate": (torch.OutOfMemoryError, "CUDA out of memory: as the test asked."),
+    "load": (RuntimeError, "Triton Error [CUDA]: out of memory"),
+    "instantiate": (torch.AcceleratorError, "CUDA error: out of memory"),
 }
 
 
@@ -89,16 +89,18 @@ class Gpu:
 
     def fail(self, kind: str, after: int = 0, error: Exception | None = None) -> None:
         """Let one "allocate", "load" (of a module) or "instantiate" (of a graph) fail, after so many that succeed."""
-        self.failures[kind] = (after, error or OUT_OF_MEMORY[kind])
+        kind_of_error, message = OUT_OF_MEMORY[kind]
+        self.failures[kind] = (after, error or kind_of_error(message))
 
     def count(self, kind: str) -> None:
         """One more of a kind; raises where it is the one that is to fail."""
         self.counts[kind] += 1
-        left, error = self.failures.pop(kind, (0, None))
-        if error is not None and left == 0:
-            raise error
-        if error is not None:
-            self.failures[kind] = (left - 1, error)
+        left = self.failures[kind][0] if kind in self.failures else -1
+        if left == 0:
+            # without a name: the frame of a name and the traceback of an error hold each other
+            raise self.failures.pop(kind)[1]
+        if left > 0:
+            self.failures[kind] = (left - 1, self.failures[kind][1])
 
     def refuse(self, what: str, beside: tuple[str, ...] = ("global",)) -> None:
         """End a capture of this thread, or any in one of the modes `beside`, which forbids what is about to be done."""
@@ -160,6 +162,9 @@ class Gpu:
                 self.idle[memory.pool] += memory.nbytes
                 return
             self.allocated -= memory.nbytes
+            if memory.pool is not None:
+                # it goes back to the driver, which waits for the device
+                return
             # of recorded streams the allocator waits for all that is queued now
             waited = [self.clocks[stream] for stream in memory.recorded]
             memory.uses = {s: n for s, n in memory.uses.items() if all(c.get(s, 0) < n for c in waited)}

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..memory import UNSIGNED
+from ..memory import UNSIGNED, MemoryFault
 from ..operands import address_of, dst, src
 from ..parse import Instr, PtxError
 from ..shared import SHARED_BASE
@@ -18,19 +18,22 @@ if TYPE_CHECKING:
 
 
 class Barrier:
-    """An mbarrier of `count` arrivals a phase.
+    """An mbarrier of `count` arrivals per phase, made by a warp in an epoch of its CTA.
 
     Attributes:
         pending, nbytes: arrivals and bytes still expected in this phase.
         copies: tensor copies that land when the phase is waited for.
         reads: (granules, warp) that products read until then.
+        waits: epoch in which each warp last waited.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, warp: int, epoch: int) -> None:
+        self.warp, self.epoch = warp, epoch
         self.count = self.pending = count
         self.nbytes, self.phase = 0, 0
         self.copies: list[Any] = []
         self.reads: list[Any] = []
+        self.waits: dict[int, int] = {}
 
     def settle(self) -> None:
         """Go to the next phase where this one is complete."""
@@ -53,7 +56,17 @@ def barrier_at(vm: Machine, lane: int, address: int) -> Barrier:
         raise PtxError(f"{vm.where()}: no mbarrier at shared byte {address - SHARED_BASE} of {vm.who(lane)}")
     vm.events += 1
     barrier: Barrier = vm.barriers[key]
+    _check_made(vm, barrier, lane)
     return barrier
+
+
+def _check_made(vm: Machine, barrier: Barrier, lane: int) -> None:
+    if barrier.warp != vm.warp[lane] and barrier.epoch == _epoch(vm, lane):
+        raise MemoryFault(f"{vm.where()}: {vm.who(lane)} uses an mbarrier that another warp made (no barrier between)")
+
+
+def _epoch(vm: Machine, lane: int) -> int:
+    return int(vm.shared.epoch[vm.cta_slot[lane]])
 
 
 def mbarrier(ins: Instr) -> Action:
@@ -64,7 +77,7 @@ def mbarrier(ins: Instr) -> Action:
 
         def init(vm: Machine) -> None:
             for lane, address in zip(vm.lanes().tolist(), at(vm).tolist(), strict=True):
-                vm.barriers[(int(vm.cta_slot[lane]), address)] = Barrier(count)
+                vm.barriers[(int(vm.cta_slot[lane]), address)] = Barrier(count, int(vm.warp[lane]), _epoch(vm, lane))
 
         return init
     if what == "inval":
@@ -72,7 +85,9 @@ def mbarrier(ins: Instr) -> Action:
 
         def inval(vm: Machine) -> None:
             for lane, address in zip(vm.lanes().tolist(), at(vm).tolist(), strict=True):
-                barrier_at(vm, lane, address)
+                waits = barrier_at(vm, lane, address).waits
+                if any(warp != vm.warp[lane] and epoch == _epoch(vm, lane) for warp, epoch in waits.items()):
+                    raise MemoryFault(f"{vm.where()}: another warp may still wait for this mbarrier")
                 del vm.barriers[(int(vm.cta_slot[lane]), address)]
 
         return inval
@@ -103,6 +118,9 @@ def _wait(ins: Instr) -> Action:
             if barrier is None:
                 raise PtxError(f"{vm.where()}: wait for an mbarrier that was not made")
             done[index == i] = passed = barrier.phase != (kind & 1)
+            for lane in lanes[index == i][::32].tolist():
+                _check_made(vm, barrier, lane)
+                barrier.waits[int(vm.warp[lane])] = _epoch(vm, lane)
             if passed:
                 _land(vm, barrier)
         out(vm, done)

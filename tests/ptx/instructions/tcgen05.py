@@ -62,7 +62,12 @@ def _dealloc(ins: Instr) -> Action:
 
     def run(vm: Machine) -> None:
         _, columns = _tensor_memory(vm)
-        columns[vm.cta_slot[whole_warps(vm, vm.lanes())[:, 0]]] -= count
+        lanes = whole_warps(vm, vm.lanes())[:, 0]
+        slots = vm.cta_slot[lanes]
+        others = np.arange(vm.tmem_epoch.shape[1])[None, :] != vm.warp[lanes][:, None]
+        if (others & (vm.tmem_epoch[slots] == vm.shared.epoch[slots][:, None])).any():
+            raise MemoryFault(f"{vm.where()}: another warp may still use tensor memory (no barrier between)")
+        columns[slots] -= count
 
     return run
 
@@ -116,6 +121,7 @@ def _access(ins: Instr) -> Action:
             raise PtxError(f"{vm.where()}: a warp outside its quarter of tensor memory")
         if (column + len(registers) > columns[slot]).any():
             raise PtxError(f"{vm.where()}: tensor memory that was not allocated")
+        vm.tmem_epoch[slot, vm.warp[lanes]] = vm.shared.epoch[slot]
         first, last = int(column.min()), int(column.max()) + len(registers)
         busy = [key for key in vm.tc_columns if first < key[2] and key[1] < last and (slot == key[0]).any()]
         if busy:

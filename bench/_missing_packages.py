@@ -1,0 +1,60 @@
+"""A pytest plugin for machines that lack packages of the tests: `-p bench._missing_packages`.
+
+Where hypothesis is absent, whole files of examples that do not need it could not be imported for the few properties in
+them. This puts a module in its place with which they can, and skips the properties.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+REASON = "hypothesis is not installed: pip install 'capacitor-rt[test]'"
+
+
+class _Anything:
+    """Stands for strategies and settings: whatever is done with it gives it again."""
+
+    def __call__(self, *_: Any, **__: Any) -> _Anything:
+        return self
+
+    def __getattr__(self, name: str) -> _Anything:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+    def __or__(self, _: Any) -> _Anything:
+        return self
+
+
+class _Settings(_Anything):
+    def __call__(self, *given: Any, **_: Any) -> Any:
+        # as a decorator it leaves the test as it is
+        return given[0] if len(given) == 1 and callable(given[0]) and not isinstance(given[0], _Anything) else self
+
+
+def _given(*_: Any, **__: Any) -> Callable[[Any], Any]:
+    return pytest.mark.skip(reason=REASON)
+
+
+def _module(name: str, **attributes: Any) -> ModuleType:
+    made = ModuleType(name, __doc__)
+    made.__getattr__ = lambda attribute: getattr(_Anything(), attribute)  # type: ignore[method-assign]
+    for attribute, value in attributes.items():
+        setattr(made, attribute, value)
+    return made
+
+
+def pytest_configure() -> None:
+    """Before any test is imported."""
+    if "hypothesis" in sys.modules or importlib.util.find_spec("hypothesis") is not None:
+        return
+    strategies = _module("hypothesis.strategies")
+    decorators = {"given": _given, "example": lambda *_, **__: lambda test: test, "settings": _Settings()}
+    sys.modules["hypothesis"] = _module("hypothesis", strategies=strategies, **decorators)
+    sys.modules["hypothesis.strategies"] = strategies

@@ -1,0 +1,224 @@
+"""Every op in the forms that plans launch it in, on random values: arguments, and what plain torch makes of them.
+
+A case is a step of a plan of a small model, so its config is the one that serves such a shape.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from capacitor_kernels import dewhiten, reference, tuning, whiten
+from capacitor_kernels.launch import INTERPRETED, dtype_name
+
+from ..config import ModelConfig
+from .arena import TensorSpec
+from .host_ops import host_function
+from .plan import PlanKey, Step, make_plan
+
+Grid = tuple[int, int]
+Tensors = dict[str, Tensor]
+# op -> arguments that it writes
+OUTPUTS: dict[str, tuple[str, ...]] = {
+    "patchify": ("tokens",),
+    "dwconv": ("y", "sumsq"),
+    "expand": ("h", "partials"),
+    "grn": ("gain", "norms"),
+    "project": ("out", "workspace"),
+    "head": ("latents", "mean", "logsnr"),
+    "fuse_skip": ("out",),
+    "unpatchify": ("image",),
+    "whiten": ("out",),
+    "dewhiten": ("out",),
+}
+# an op leaves sums per tile, plain torch the sum of all
+SUMMED: dict[str, Callable[[Tensor], Tensor]] = {
+    "sumsq": partial(torch.sum, dim=1, keepdim=True),
+    "partials": partial(torch.sum, dim=1),
+}
+
+
+class Sizes(NamedTuple):
+    """A model of one block each way, and grids of tokens: whole tiles, the last one masked, several to an image."""
+
+    config: ModelConfig
+    even: Grid
+    masked: Grid
+    many: Grid
+
+
+_ONE_BLOCK = ModelConfig(encoder_depth=1, decoder_depth=1, decoder_start_blocks=1, decoder_end_blocks=0)
+# a hidden layer wide enough to be split
+_TINY = replace(_ONE_BLOCK, patch_size=8, model_dim=24, mlp_ratio=24, bottleneck_dim=4, adaln_low_rank_rank=2)
+FULL = Sizes(_ONE_BLOCK, (16, 16), (15, 17), (32, 32))
+TINY = Sizes(_TINY, (4, 4), (3, 5), (24, 24))
+
+
+def sizes() -> Sizes:
+    """Those of full_capacitor's width, whose config rows are checked; tiny ones under Triton's interpreter."""
+    return TINY if INTERPRETED else FULL
+
+
+@dataclass(frozen=True)
+class LaunchCase:
+    """One op at one shape.
+
+    Attributes:
+        name: the op, the sizes in images and tokens, and in what it differs from the op's other cases.
+        step: as a plan has it; `specs` are its tensors by argument.
+    """
+
+    name: str
+    step: Step
+    specs: Mapping[str, TensorSpec]
+
+    def run(self, device: torch.device, draw: torch.Generator) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Call the op once on fresh values; `(result, truth in float64, eager torch's)` of every output."""
+        written = [argument for argument in OUTPUTS[self.step.op] if argument in self.specs]
+        given = {a: _values(self.step, a, s, draw).to(device) for a, s in self.specs.items() if a not in written}
+        if self.step.op == "expand":
+            given["sumsq"] = _squares(given["y"], self.specs["sumsq"].shape[1])
+        # what a launch leaves out shows
+        out = {a: torch.full(self.specs[a].shape, math.nan, dtype=self.specs[a].dtype, device=device) for a in written}
+        op = {"whiten": whiten, "dewhiten": dewhiten}.get(self.step.op) or host_function(self.step.op)
+        op(**given, **out, **self.step.options)
+        truth = self.plain({a: t.double() if t.is_floating_point() else t for a, t in given.items()})
+        eager = self.plain(given)
+        results = []
+        for argument, expected in truth.items():
+            got = SUMMED[argument](out[argument]) if argument in SUMMED else out[argument]
+            results.append((got, expected, eager[argument].to(got.dtype)))
+        return results
+
+    def plain(self, t: Mapping[str, Tensor]) -> Tensors:
+        """What an op writes, by argument, in plain torch; partial sums are summed."""
+        o, specs = self.step.options, self.specs
+        match self.step.op:
+            case "patchify":
+                return {"tokens": reference.patchify(**t, patch=o["patch"], layout=o["layout"])}
+            case "dwconv":
+                y, sumsq = reference.dwconv(**t, batch=o["batch"], height=o["height"], width=o["width"])
+                return {"y": y, "sumsq": sumsq}
+            case "expand":
+                h, partials = reference.expand(**t, tokens_per_image=o["tokens_per_image"])
+                return {"h": h, "partials": partials}
+            case "grn":
+                sums = t["partials"].sum(1)
+                return {"gain": reference.grn(sums, t["gamma"]), "norms": sums.sqrt()}
+            case "project":
+                return {"out": reference.project(**t, tokens_per_image=o["tokens_per_image"])}
+            case "head":
+                _, channels, *grid = next(specs[name] for name in ("latents", "mean") if name in specs).shape
+                found = reference.head(**t, grid=(grid[0], grid[1]), channels=channels, norm=o["norm"])
+                named = zip(OUTPUTS["head"], found, strict=True)
+                return {name: value for name, value in named if value is not None and name in specs}
+            case "fuse_skip":
+                return {"out": reference.fuse_skip(**t)}
+            case "unpatchify":
+                rows, columns = (n // o["patch"] for n in specs["image"].shape[2:])
+                scales = {name: o[name] for name in ("scale_x0", "scale_noise") if name in o}
+                return {"image": reference.unpatchify(**t, patch=o["patch"], grid=(rows, columns), **scales)}
+            case "whiten":
+                return {"out": reference.whiten(**t)}
+            case _:
+                return {"out": reference.dewhiten(**t)}
+
+
+def cases(at: Sizes, dtype: torch.dtype, cc: int) -> Iterator[LaunchCase]:
+    """Between them every kernel in every form that plans have."""
+    blocks, ends = ("dwconv", "expand", "grn", "project"), ("patchify", "fuse_skip", "unpatchify")
+    encoder = ("patchify", *blocks, "head")
+    asked = (
+        (_key("encode", 2, at.config, at.even, dtype, torch.uint8, "nchw", cc), encoder),
+        (_key("posterior", 2, at.config, at.masked, dtype, dtype, "nhwc", cc), encoder),
+        (_key("decode", 2, at.config, at.even, dtype, torch.float32, "nchw", cc), ends),
+        (_key("decode", 2, at.config, at.masked, dtype, dtype, "nchw", cc), ends),
+        (_key("encode", 1, at.config, at.even, dtype, torch.uint8, "nchw", cc, "latency"), blocks),
+        # sums of many tiles take two launches
+        (_key("encode", 1, at.config, at.many, dtype, torch.uint8, "nchw", cc), ("grn",)),
+    )
+    seen = set()
+    for key, ops in asked:
+        for op in ops:
+            case = _case(at.config, key, op)
+            if case.name not in seen:
+                seen.add(case.name)
+                yield case
+    yield from _whitening(at, dtype, cc)
+
+
+def _key(
+    direction: str,
+    batch: int,
+    config: ModelConfig,
+    grid: Grid,
+    dtype: torch.dtype,
+    image_dtype: torch.dtype,
+    layout: str,
+    cc: int,
+    use: str = "throughput",
+) -> PlanKey:
+    height, width = (n * config.patch_size for n in grid)
+    return PlanKey(direction, batch, height, width, dtype, image_dtype, layout, cc, use)
+
+
+def _case(model: ModelConfig, key: PlanKey, op: str) -> LaunchCase:
+    """The first step of an op in the plan of a key."""
+    plan = make_plan(model, key)
+    step = next(step for step in plan.steps if step.op == op)
+    specs = {argument: plan.spec(ref) for argument, ref in step.args.items()}
+    config: Any = step.options.get("config")
+    form = [op, f"{key.batch}x{key.height // model.patch_size}x{key.width // model.patch_size}"]
+    if op == "patchify":
+        form += [key.layout, dtype_name(specs["image"].dtype)]
+        form += ["latents", dtype_name(specs["latents"].dtype)] if "latents" in specs else []
+    if op == "head":
+        form.append("latents" if "latents" in specs else "posterior")
+    if op == "grn":
+        form.append("split" if config.split else "fused")
+    if getattr(config, "split_k", 1) > 1:
+        form.append(f"split_k {config.split_k}")
+    if getattr(config, "tma", False):
+        form.append("tma")
+    return LaunchCase(" ".join(form), step, specs)
+
+
+def _whitening(at: Sizes, dtype: torch.dtype, cc: int) -> Iterator[LaunchCase]:
+    """By hand: plans fold whitening into the ops around it."""
+    h, w = at.even
+    latents = TensorSpec((2, at.config.bottleneck_dim, h, w), dtype)
+    statistics = TensorSpec((at.config.bottleneck_dim,), torch.float32)
+    options = {"config": tuning.lookup("whiten", cc, {"pixels": h * w}, dtype)}
+    for op, deviation in (("whiten", "rstd"), ("dewhiten", "std")):
+        args = {"z": "input:z", "mean": "weight:mean", deviation: f"weight:{deviation}", "out": "output:out"}
+        specs = {"z": latents, "mean": statistics, deviation: statistics, "out": latents}
+        yield LaunchCase(f"{op} 2x{h}x{w}", Step(op, args, options), specs)
+
+
+def _values(step: Step, name: str, spec: TensorSpec, draw: torch.Generator) -> Tensor:
+    """Random values at the scale that the model has them."""
+    if spec.dtype == torch.uint8:
+        return torch.randint(0, 256, spec.shape, generator=draw, dtype=torch.uint8, device="cpu")
+    x = torch.randn(spec.shape, generator=draw, dtype=torch.float32, device="cpu")
+    if name in ("rstd", "std", "whiten_rstd"):
+        x = x.exp()
+    elif name in ("gamma", "gain"):
+        x *= 0.3
+    elif name == "h":
+        x = torch.nn.functional.gelu(x)
+    elif name == "partials":
+        x = x.square()
+    elif step.args[name].startswith("weight:") and x.dim() == 2:
+        x *= x.shape[0] ** -0.5
+    return x.to(spec.dtype)
+
+
+def _squares(y: Tensor, tiles: int) -> Tensor:
+    """Sums of squares of each row of y, as if in equal parts of so many tiles."""
+    return y.float().square().sum(1, keepdim=True).div(tiles).expand(-1, tiles).contiguous()

@@ -1,0 +1,200 @@
+"""Every launch, and a small model's encode and decode, on the device at hand against plain torch.
+
+Bounds are those of the tests: in rms, twice the error that eager torch makes in the same dtype plus a floor, and four
+times its largest error. The truth is torch in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from capacitor_kernels.launch import compute_capability
+
+from ..config import FullCapacitorInferenceConfig, ModelConfig
+from ..reference import Autoencoder, default_freqs
+from .launch_cases import Tensors, cases, sizes
+from .platform import one_line
+from .runtime import Runtime
+
+RATIO, LARGEST_RATIO = 2.0, 4.0
+# below these, relative to the rms of the truth, an error is roundings of the dtype and their order
+FLOORS = {torch.float32: 1e-6, torch.float16: 2e-5, torch.bfloat16: 2e-5}
+LARGEST_FLOORS = {torch.float32: 3e-5, torch.float16: 1.6e-2, torch.bfloat16: 0.125}
+LOST = "not run: after the error above this process can use the device no more"
+
+
+@dataclass(frozen=True)
+class CheckRow:
+    """One launch of an op, or one call of a model.
+
+    Attributes:
+        name: the op with its sizes in images and tokens and its form, or the call with its sizes in pixels.
+        error, bound: rms over the rms of the truth, of the output that comes nearest to its bound; the
+            error is None where it is not finite, both are where an exception came first.
+        problem: what is wrong, in one line; empty if nothing is.
+        raised: the exception, if one came.
+    """
+
+    name: str
+    error: float | None
+    bound: float | None
+    problem: str = ""
+    raised: Exception | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def ok(self) -> bool:
+        return not self.problem
+
+
+def check_launches(device: torch.device, dtype: torch.dtype, seed: int = 0) -> list[CheckRow]:
+    """All of `checks`."""
+    return list(checks(device, dtype, seed))
+
+
+def checks(device: torch.device, dtype: torch.dtype, seed: int = 0) -> Iterator[CheckRow]:
+    """Check every op in the forms that plans launch it in, then encode and decode. No failure is raised.
+
+    Args:
+        device: a CUDA device, or the CPU under Triton's interpreter.
+        dtype: of weights and activations.
+        seed: of the random weights and inputs, which are drawn on the CPU.
+    """
+    for case in cases(sizes(), dtype, compute_capability(device)):
+        with _undisturbed(device):
+            try:
+                row = compare(case.name, case.run(device, torch.Generator("cpu").manual_seed(seed)), dtype)
+            except Exception as error:
+                row = _failed(case.name, error)
+        yield row
+        if not (row.ok or _alive(device)):
+            yield CheckRow("all that follows", None, None, LOST)
+            return
+    yield from check_model(device, dtype, seed)
+
+
+def check_model(device: torch.device, dtype: torch.dtype, seed: int = 0) -> list[CheckRow]:
+    """One encode and one decode of a small random model by the Triton backend, graphs included, against torch."""
+    rows: list[CheckRow] = []
+    with _undisturbed(device):
+        try:
+            rows += _model_rows(device, dtype, torch.Generator("cpu").manual_seed(seed))
+        except Exception as error:
+            rows.append(_failed("a small model", error))
+    return rows
+
+
+def compare(name: str, results: Sequence[tuple[Tensor, Tensor, Tensor]], dtype: torch.dtype) -> CheckRow:
+    """The row of a check's outputs, each `(result, truth, eager torch's)`, where eager's errors set the bounds."""
+    worst, problems = (0.0, FLOORS[dtype]), []
+    for got, truth, eager in results:
+        truth = truth.double()
+        scale = max(_rms(truth), 1e-30)
+        error, base = got.double() - truth, eager.double() - truth
+        found, bound = _rms(error) / scale, RATIO * _rms(base) / scale + FLOORS[dtype]
+        if not math.isfinite(found):
+            wrong = int((~got.isfinite()).sum())
+            return CheckRow(name, None, bound, f"{wrong} of {got.numel()} values are not finite")
+        largest, base_largest = (e.abs().max().item() / scale for e in (error, base))
+        limit = max(LARGEST_FLOORS[dtype], LARGEST_RATIO * base_largest)
+        if found > bound:
+            problems.append(f"the error is {found / bound:.3g} times its bound")
+        elif largest > limit:
+            at = [int(i) for i in torch.unravel_index(error.abs().argmax(), error.shape)]
+            problems.append(f"the largest error, at {at}, is {largest:.2g} of the rms, and {limit:.2g} the limit")
+        if found * worst[1] >= worst[0] * bound:
+            worst = found, bound
+    return CheckRow(name, *worst, "; ".join(problems))
+
+
+def _rms(t: Tensor) -> float:
+    return t.square().mean().sqrt().item()
+
+
+def _failed(name: str, error: Exception) -> CheckRow:
+    return CheckRow(name, None, None, one_line(error), error)
+
+
+@contextmanager
+def _undisturbed(device: torch.device) -> Iterator[None]:
+    """Neither gradients nor the caller's autocast or inference mode; `device` is the current one."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        if device.type == "cuda":
+            stack.enter_context(torch.cuda.device(device))
+        yield
+
+
+def _alive(device: torch.device) -> bool:
+    """Whether the device still does work for this process."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except RuntimeError:
+        return False
+    return True
+
+
+# a model
+
+
+def _model_rows(device: torch.device, dtype: torch.dtype, draw: torch.Generator) -> Iterator[CheckRow]:
+    config, (h, w), _, _ = sizes()
+    height, width = h * config.patch_size, w * config.patch_size
+    tensors = random_tensors(config, draw)
+    pixels = torch.randint(0, 256, (2, 3, height, width), generator=draw, dtype=torch.uint8, device="cpu").to(device)
+    latents, noise = (
+        torch.randn(shape, generator=draw, dtype=torch.float32, device="cpu").to(device)
+        for shape in ((2, config.bottleneck_dim, h, w), (2, 3, height, width))
+    )
+    one_step = FullCapacitorInferenceConfig()
+    # packed weights are rounded once, from the tensors as a checkpoint has them
+    loaded = _model(config, tensors, torch.device("cpu"), torch.float32)
+    plain = [_model(config, tensors, device, kind) for kind in (torch.float64, dtype)]
+    runtime = Runtime(loaded, device, dtype)
+    by_torch = partial(Autoencoder.decode, latents=latents, inference_config=one_step, noise=noise)
+    calls = {
+        "encode": (partial(runtime.encode, pixels), [partial(model.encode, pixels) for model in plain]),
+        "decode": (partial(runtime.decode, latents, noise, one_step), [partial(by_torch, model) for model in plain]),
+    }
+    for name, (ours, (truth, eager)) in calls.items():
+        name = f"{name} 2x{height}x{width}"
+        try:
+            yield compare(name, [(ours(), truth(), eager())], dtype)
+        except Exception as error:
+            yield _failed(name, error)
+            if not _alive(device):
+                return
+    runtime.clear()
+
+
+def random_tensors(config: ModelConfig, draw: torch.Generator) -> Tensors:
+    """Tensors of a checkpoint in float32 on the CPU, such that every one matters to the output."""
+    with torch.device("meta"):
+        shapes = {name: t.shape for name, t in Autoencoder(config).state_dict().items()}
+    tensors = {}
+    for name, shape in shapes.items():
+        t = torch.randn(shape, generator=draw, dtype=torch.float32, device="cpu")
+        if name.endswith("freqs"):
+            t = default_freqs().to("cpu")
+        elif name.endswith("running_var"):
+            t = t.abs() + 0.5
+        elif not name.endswith("running_mean"):
+            t *= shape[1:].numel() ** -0.5 if len(shape) > 1 and shape[0] > 1 else 0.2
+        tensors[name] = t
+    return tensors
+
+
+def _model(config: ModelConfig, tensors: Tensors, device: torch.device, dtype: torch.dtype) -> Autoencoder:
+    with torch.device("meta"):
+        model = Autoencoder(config)
+    model.hold(tensors)
+    return model.to(device, dtype)

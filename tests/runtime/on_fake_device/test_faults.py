@@ -1,0 +1,298 @@
+"""What went wrong on a GPU and passed every test on a CPU: graphs, their pools, memory, streams."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import warnings
+
+import pytest
+import torch
+from runtime_cases import ONE_STEP, tiny
+
+from capacitor_rt import FullCapacitorInferenceConfig
+from capacitor_rt.errors import InputError
+from capacitor_rt.runtime.memory import DeviceMemoryError
+
+ARCHITECTURES = (80, 89, 90, 100, 120)
+OTHER_ERROR = "CUDA error: the operation is not supported"
+
+
+def model_on_gpu(**options):
+    return tiny(device="cuda", dtype=torch.bfloat16, **options)
+
+
+def images(batch: int = 2, height: int = 16, width: int = 8) -> torch.Tensor:
+    return torch.rand(batch, 3, height, width).to("cuda") * 2 - 1
+
+
+def steps(n: int) -> FullCapacitorInferenceConfig:
+    return FullCapacitorInferenceConfig(num_steps=n, seed=0)
+
+
+def captured(call):
+    """A caller's graph of a call, and what the call returned."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+    return graph, result
+
+
+@pytest.mark.parametrize("gpu", ARCHITECTURES, indirect=True)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_every_call_runs_on_every_architecture(gpu, dtype):
+    model = tiny(device="cuda", dtype=dtype)
+    for _ in range(2):
+        latents = model.encode(images())
+        assert latents.is_cuda and latents.shape == (2, 4, 2, 1)
+        assert model.decode(latents, inference_config=ONE_STEP).shape == (2, 3, 16, 8)
+        assert model.encode_posterior(images()).mean.shape == (2, 4, 2, 1)
+    assert (model.stats().captures, model.stats().replays) == (3, 6)
+    assert gpu.counts["compile"] == gpu.counts["load"] > 0
+
+
+# the pool of the graphs
+
+
+def test_graphs_are_captured_again_after_an_edit():
+    model = model_on_gpu()
+    for _ in range(3):
+        model.encode(images())
+        with torch.no_grad():
+            model.encoder.to_bottleneck.weight.mul_(1.5)
+    assert model.stats().captures == 3
+
+
+def test_graphs_are_captured_again_after_their_decoders_went():
+    model = model_on_gpu()
+    latents = model.encode(images())
+    model.release() if hasattr(model, "release") else model.runtime.clear()
+    for n in (8, 7, 6):
+        model.decode(latents, inference_config=steps(n))
+
+
+def test_graphs_are_captured_again_after_memory_ran_out(gpu):
+    model = model_on_gpu()
+    model.encode(images(2))
+    x = images(8)
+    gpu.fail("allocate")
+    assert model.encode(x).shape[0] == 8
+
+
+# captures of a caller
+
+
+def test_a_callers_capture_of_a_shape_that_has_not_run_is_refused(gpu):
+    model = model_on_gpu()
+    model.encode(images(2))
+    static = images(1, 32, 16)
+    with pytest.raises(InputError, match="has not run"):
+        captured(lambda: model.encode(static))
+    model.encode(static)
+    graph, _ = captured(lambda: model.encode(static))
+    graph.replay()
+
+
+@pytest.mark.parametrize("change", ["edit", "move", "cast", "clear"])
+def test_a_callers_graph_outlives_a_change_of_the_model(change):
+    model, static = model_on_gpu(), images()
+    model.encode(static)
+    graph, _ = captured(lambda: model.encode(static))
+    if change == "edit":
+        with torch.no_grad():
+            model.encoder.to_bottleneck.weight.mul_(1.5)
+    elif change == "move":
+        model.cpu().cuda()
+    elif change == "cast":
+        model.to(torch.float16)
+    else:
+        model.runtime.clear()
+    model.encode(static)
+    graph.replay()
+
+
+def test_a_callers_graph_outlives_the_eviction_of_its_decoder():
+    model = model_on_gpu()
+    latents, noise = model.encode(images()), torch.zeros(2, 3, 16, 8).to("cuda")
+    model.decode(latents, inference_config=steps(2), noise=noise)
+    graph, _ = captured(lambda: model.decode(latents, inference_config=steps(2), noise=noise))
+    for n in (8, 7, 6):
+        model.decode(latents, inference_config=steps(n), noise=noise)
+    graph.replay()
+
+
+# memory that runs out
+
+
+@pytest.mark.parametrize("kind", ["load", "instantiate"])
+@pytest.mark.parametrize("after", [0, 1])
+def test_memory_that_the_driver_lacks_is_freed_for_it(gpu, kind, after):
+    model = model_on_gpu()
+    if after:
+        model.decode(torch.zeros(2, 4, 2, 1).to("cuda"), inference_config=ONE_STEP)
+    gpu.fail(kind, after)
+    x = images(8)
+    # arena and weights are given out again at once
+    assert model.encode(x).shape[0] == model.encode(x).shape[0] == 8
+
+
+@pytest.mark.parametrize("kind", ["load", "instantiate", "allocate"])
+def test_memory_that_stays_short_is_told(gpu, kind, monkeypatch):
+    model, x = model_on_gpu(), images(4)
+    model.decode(torch.zeros(2, 4, 2, 1).to("cuda"), inference_config=ONE_STEP)
+    count = gpu.count
+
+    def short(what: str) -> None:
+        if what == kind:
+            gpu.fail(kind)
+        count(what)
+
+    monkeypatch.setattr(gpu, "count", short)
+    with pytest.raises(DeviceMemoryError):
+        model.encode(x)
+    monkeypatch.undo()
+    assert model.encode(x).shape[0] == 4
+
+
+def test_a_capture_that_fails_otherwise_is_told_once_and_served_without(gpu):
+    model = model_on_gpu()
+    gpu.fail("instantiate", error=torch.AcceleratorError(OTHER_ERROR))
+    with pytest.warns(UserWarning, match="could not be captured"):
+        model.encode(images(2))
+    gpu.fail("instantiate", error=torch.AcceleratorError(OTHER_ERROR))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for batch in (3, 2, 3):
+            model.encode(images(batch))
+    assert model.stats().eager == 4 and model.stats().replays == 0
+    model.encode(images(1))
+    assert model.stats().replays == 1
+
+
+def test_a_failed_capture_leaves_no_work_behind(gpu):
+    model, x = model_on_gpu(), images(8)
+    gpu.fail("instantiate")
+    try:
+        model.encode(x)
+    except RuntimeError:
+        pass
+    del model
+    torch.empty(1 << 20, device="cuda")
+
+
+def test_an_arena_of_the_exact_size_is_tried_before_the_batch_is_split(gpu):
+    model = model_on_gpu()
+    model.encode(images(16))
+    small = model.stats().nbytes
+    x = images(20)
+    before = model.stats()
+    # room for the larger arena, not for one twice as large as the first
+    gpu.limit = gpu.allocated + small + small // 2
+    assert model.encode(x).shape[0] == 20
+    after = model.stats()
+    assert after.replays - before.replays == 1 and after.evictions == before.evictions
+
+
+def test_the_limit_of_a_batch_grows_back_when_there_is_memory(gpu):
+    model, x = model_on_gpu(), images(16)
+    model.encode(x)
+    arena = model.stats().nbytes
+    model.runtime.clear()
+    model.encode(images(1))
+    gpu.limit = gpu.allocated + arena // 2
+
+    def parts() -> int:
+        before = model.stats().replays
+        model.encode(x)
+        return model.stats().replays - before
+
+    assert parts() > 1
+    gpu.limit = 80 << 30
+    assert any(parts() == 1 for _ in range(100))
+
+
+# streams
+
+
+def test_captures_stay_off_the_streams_of_others():
+    mine = torch.cuda.Stream()
+    model = model_on_gpu()
+    for i in range(40):
+        model.encode(images(1, 8 + 8 * (i % 8), 8 + 8 * (i // 8)))
+    assert model.stats().captures == 40
+    mine.synchronize()
+
+
+def test_nothing_is_collected_inside_a_capture(monkeypatch):
+    begin = torch.cuda.CUDAGraph.capture_begin
+
+    def begin_beside_garbage(self, *args, **kwargs):
+        begin(self, *args, **kwargs)
+        # somebody's graph, held by a circle that is not needed any more
+        circle = [unneeded.pop()]
+        circle.append(circle)
+
+    x, model = images(), model_on_gpu()
+    unneeded = [captured(lambda: x.add(1))[0]]
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_begin", begin_beside_garbage)
+    threshold = gc.get_threshold()
+    gc.set_threshold(1, 1, 1)
+    try:
+        model.encode(x)
+    finally:
+        gc.set_threshold(*threshold)
+    assert not unneeded and model.stats().captures == 1
+
+
+@pytest.mark.parametrize("where", ["here", "in a thread"])
+def test_a_model_is_deleted_while_another_stream_runs_it(where):
+    models, x, side = [model_on_gpu()], images(), torch.cuda.Stream()
+    models[0].encode(x)
+    with torch.cuda.stream(side):
+        static = images()
+        models[0].encode(static)
+    if where == "here":
+        models.clear()
+    else:
+        thread = threading.Thread(target=models.clear)
+        thread.start()
+        thread.join()
+    torch.empty(1 << 20, device="cuda")
+
+
+# what a trainer sees
+
+
+def test_release_gives_everything_back(gpu):
+    model = model_on_gpu()
+    x = images()
+    held = torch.cuda.memory_allocated()
+    model.decode(model.encode(x), inference_config=ONE_STEP)
+    assert torch.cuda.memory_allocated() > held
+    model.release()
+    assert torch.cuda.memory_allocated() == held
+    assert model.encode(x).shape == (2, 4, 2, 1)
+
+
+def test_cuda_graphs_can_be_left_out(gpu):
+    model = model_on_gpu(cuda_graphs=False)
+    for _ in range(2):
+        model.encode(images())
+    assert gpu.counts["instantiate"] == 0 and model.stats().eager == 2
+
+
+def test_arenas_stay_within_the_budget():
+    budget = 40_000
+    model = model_on_gpu(memory_budget=budget)
+    for batch in (1, 2, 3, 4, 8, 16):
+        assert model.encode(images(batch)).shape[0] == batch
+        assert model.stats().nbytes <= budget
+
+
+@pytest.mark.parametrize("num_steps", [1, 10])
+def test_out_may_be_made_under_inference_mode(num_steps):
+    model, x = model_on_gpu(), images()
+    with torch.inference_mode():
+        latents, image = torch.empty(2, 4, 2, 1, device="cuda"), torch.empty(2, 3, 16, 8, device="cuda")
+    assert model.encode(x, out=latents) is latents
+    assert model.decode(latents, inference_config=steps(num_steps), out=image) is image
