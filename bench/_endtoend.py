@@ -86,7 +86,7 @@ class Bench:
         self.broken = 0
         # without the weights that it may have made here
         self._given = dataclasses.replace(setting)
-        self._sides: dict[str, Worker] = {}
+        self._sides: dict[Contender, Worker] = {}
         self._references = Worker(References, self._given)
         self._written: dict[tuple[str, Shape], Path | Failure] = {}
         self._folder = Path(tempfile.mkdtemp(prefix="capacitor-bench-"))
@@ -189,11 +189,11 @@ class Bench:
         return known
 
     def _worker(self, contender: Contender) -> Worker:
-        return self._sides.setdefault(contender.key, Worker(Side, self._given, contender))
+        return self._sides.setdefault(contender, Worker(Side, self._given, contender))
 
     def _let_go(self, contender: Contender) -> None:
         """Free the device; what was compiled will hardly be needed for another shape."""
-        worker = self._sides[contender.key]
+        worker = self._sides[contender]
         if contender.compiles != "no":
             worker.stop()
         self._drop(worker)

@@ -19,15 +19,17 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ._processes import ROOT, Command, end_on_sigterm, missing_package, tail
+from ._processes import ROOT, Command, ending_on_sigterm, missing_package, tail
 from ._records import append_line
 
 TESTS = ROOT / "tests"
 FIRST = TESTS / "runtime" / "test_runtime_gpu.py"
 CHOICE = {"gpu": "gpu", "either": "not gpu and not slow and not aot"}
 _GPU = re.compile(r"\bmark\.gpu\b|@needs_gpu\b")
-# these helpers put models and tensors on the GPU where there is one
+_WHOLLY_GPU = re.compile(r"^pytestmark = pytest\.mark\.gpu$", re.M)
+# these helpers put models and tensors on the GPU where there is one; others pretend that there is one
 _EITHER = re.compile(r"^(?:from|import) (?:runtime_cases|kernel_cases)\b", re.M)
+_FAKE = re.compile(r"\bfake_(?:cuda|gpu)\b")
 FILE_SECONDS = 150.0
 BEGIN_UNTIL = 0.75
 # pytest: all passed, none was chosen
@@ -45,11 +47,11 @@ class TestFile:
 
     @property
     def name(self) -> str:
-        return str(self.path.relative_to(ROOT))
+        return os.path.relpath(self.path, ROOT)
 
     @property
     def log(self) -> str:
-        return f"{'-'.join(self.path.relative_to(TESTS).with_suffix('').parts)}.{self.which}.log"
+        return f"{'-'.join(Path(self.name).with_suffix('').parts[1:])}.{self.which}.log"
 
     def command(self) -> list[str]:
         """Verbose, so that the log of a hang ends with the test that hung; with no plugin that is not asked for."""
@@ -73,11 +75,18 @@ class FileResult:
 
 def test_files() -> list[TestFile]:
     """In the order in which they run."""
-    paths = [path for path in TESTS.rglob("test_*.py") if not any("fake" in part for part in path.parts)]
+    paths = [path for path in TESTS.rglob("test_*.py") if "on_fake_device" not in path.parts]
     paths.sort(key=lambda path: (path != FIRST, path.parent.name != "kernels", path))
     texts = {path: path.read_text(encoding="utf-8") for path in paths}
-    need = [TestFile(path, "gpu") for path, text in texts.items() if _GPU.search(text)]
-    return need + [TestFile(path, "either") for path, text in texts.items() if _EITHER.search(text)]
+    need = [path for path, text in texts.items() if _GPU.search(text)]
+    either = [
+        path
+        for path, text in texts.items()
+        if _EITHER.search(text) and not _FAKE.search(text) and not _WHOLLY_GPU.search(text)
+    ]
+    # the runtime's before the kernels', which are many
+    either.sort(key=lambda path: path.parent.name != "runtime")
+    return [TestFile(path, "gpu") for path in need] + [TestFile(path, "either") for path in either]
 
 
 test_files.__test__ = False
@@ -94,7 +103,10 @@ def result_of(file: TestFile, code: int | None, log: Path, seconds: float) -> Fi
     elif code == NONE_CHOSEN:
         status, detail = "skipped", "no such tests in it"
     elif code == PASSED:
-        status = "ok"
+        status = "ok" if re.search(r"\b\d+ x?passed\b", detail) else "skipped"
+        reasons = re.findall(r"^SKIPPED \[\d+\] [^:]+:(?:\d+:)? (.*)$", output, re.M)
+        if status == "skipped" and reasons:
+            detail = f"{detail}: {reasons[-1]}"
     elif re.search(r"^ERROR collecting|^_+ ERROR collecting", output, re.M) and (package := missing_package(output)):
         return FileResult(file.name, file.which, "skipped", seconds, f"{package} is not installed")
     else:
@@ -155,17 +167,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--file", type=Path, action="append", default=[], help="Run the tests of this file only.")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="Let tests see no GPU with cpu.")
     args = parser.parse_args(argv)
-    end_on_sigterm()
     only = {path.resolve() for path in args.file}
     files = [f for f in test_files() if args.which in (None, f.which) and (not only or f.path in only)]
     jobs = max(1, min(4, (os.cpu_count() or 1) // 4))
     environment = {"CUDA_VISIBLE_DEVICES": ""} if args.device == "cpu" else {}
-    results = run_files(files, args.out.resolve(), 60 * args.minutes, jobs, environment)
+    with ending_on_sigterm():
+        results = run_files(files, args.out.resolve(), 60 * args.minutes, jobs, environment)
     bad = [result for result in results if result.status in ("failed", "timeout")]
     left = [result for result in results if result.status == "skipped"]
-    counts = f"{len(results) - len(bad) - len(left)} of {len(results)} test files passed"
-    if left:
-        counts += f", {len(left)} skipped"
+    counts = f"{len(results) - len(bad) - len(left)} of {len(results)} test files passed, {len(left)} skipped"
     print("; ".join([counts, *(f"{result.status}: {result.file}" for result in bad)]))
     return 1 if bad else 0
 

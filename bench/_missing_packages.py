@@ -6,7 +6,6 @@ them. This puts a module in its place with which they can, and skips the propert
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -52,8 +51,12 @@ def _module(name: str, **attributes: Any) -> ModuleType:
 
 def pytest_configure() -> None:
     """Before any test is imported."""
-    if "hypothesis" in sys.modules or importlib.util.find_spec("hypothesis") is not None:
+    try:
+        import hypothesis  # noqa: F401
+
         return
+    except ModuleNotFoundError:
+        pass
     strategies = _module("hypothesis.strategies")
     decorators = {"given": _given, "example": lambda *_, **__: lambda test: test, "settings": _Settings()}
     sys.modules["hypothesis"] = _module("hypothesis", strategies=strategies, **decorators)

@@ -78,13 +78,18 @@ def running(*command: str, log: Path, environment: dict[str, str] | None = None)
         started.end()
 
 
-def end_on_sigterm() -> None:
-    """Leave by SystemExit when asked to end, so that what this process started is ended too."""
+@contextmanager
+def ending_on_sigterm() -> Iterator[None]:
+    """Within it, being asked to end raises SystemExit, so that what this process started is ended too."""
 
     def leave(*_: Any) -> None:
         sys.exit(128 + signal.SIGTERM)
 
-    signal.signal(signal.SIGTERM, leave)
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def missing_package(output: str) -> str | None:

@@ -4,10 +4,13 @@
     python -m bench gpu --out DIR --minutes 60          the same with every size, batch and compiled variant
     python -m bench gpu --out DIR --only tests,kernels  some of them
 
-Stages run as processes of their own, in order of their value, and leave their files in DIR as they go: a log of each,
-`ceilings.jsonl`, `kernels.jsonl`, `model.jsonl`, `flux2.jsonl`, `cache.jsonl`, and `summary.json`, which is rewritten
-after each stage. A stage gets its share of the minutes that are left; what it measured until then counts. Exit code 1
-when a GPU test, a result's check or a stage failed, 2 without a GPU.
+Needs what the runtime needs, and pytest; what needs more than is installed is skipped by name. Stages run as processes
+of their own, in order of their value, and leave their files in DIR as they go: a log of each, `correctness.jsonl`,
+`tests.jsonl` and the tests' logs in `tests`, `ceilings.jsonl`, `kernels.jsonl`, `model.jsonl`, `flux2.jsonl`,
+`cache.jsonl`, and `summary.json`, which is rewritten after each stage. First comes the runtime's self-check: where it
+disagrees with plain torch, the summary begins with that, and the measurements go on. A stage gets its share of the
+minutes that are left; one that is ended leaves what it measured. Exit code 1 when a check, a GPU test or a stage
+failed, 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -17,18 +20,17 @@ import json
 import math
 import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-# below it, only what needs no compiler of its own is measured, but for one row
+from ._processes import ending_on_sigterm, missing_package, running, tail
+
+# below it, no launch is compiled by torch.compile, and of our model only one row is
 LONG_MINUTES = 20.0
 LEAST_SECONDS = 0.5
-PACE = 0.75
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class Stage:
     Attributes:
         before: command that it runs under.
         share: of the time that is left, in proportion to the stages after it.
-        paced: takes `--minutes` and ends by itself.
+        pace: of its limit, it is told to spend this part by `--minutes`, and ends by itself; None for a stage that
+            takes no such option.
     """
 
     name: str
@@ -47,7 +50,7 @@ class Stage:
     limit: int
     before: tuple[str, ...] = ()
     share: float = 1.0
-    paced: bool = False
+    pace: float | None = None
 
 
 @dataclass(frozen=True)
@@ -62,25 +65,28 @@ class Outcome:
 
 def stages(out: Path, device: str, minutes: float = 60.0) -> tuple[Stage, ...]:
     """Every stage, in the order in which a short lease should spend its time."""
-    on = ("--device", device)
+    on, into = ("--device", device), ("--out", str(out))
+    short, cpu = minutes < LONG_MINUTES, device == "cpu"
     kernels = ("-m", "bench", "kernels", *on)
-    tiny = (*kernels, "--tiny", "--check-only")
-    # compilers take minutes, which a short lease has not
-    compiled = ("--compile", "none" if device == "cpu" else "first" if minutes < LONG_MINUTES else "named")
-    rows = (*on, *compiled, *(("--shape", "encode:1x32") if device == "cpu" else ()))
     launches = (*kernels, "--out", str(out / "kernels.jsonl"))
-    if minutes < LONG_MINUTES:
-        launches += ("--compile", "none")
-    if device == "cpu":
-        launches += ("--op", "grn")
-    tests = ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests")
+    # compilers take minutes, which a short lease has not, but for the best form of the baseline
+    launches += ("--compile", "none") if short else ()
+    ours = ("--compile", "none" if cpu else "first" if short else "named")
+    theirs = ("--compile", "none" if cpu else "named")
+    rows = (*on, *(("--shape", "encode:1x32") if cpu else ()))
+    launches += ("--op", "grn") if cpu else ()
+    correctness, tests = (("-m", f"bench.{name}", *into, *on) for name in ("_correctness", "_gpu_tests"))
+    peaks = ("-m", "bench", "gpu", "--measure-ceilings", device, *into)
     caching = ("-m", "bench", "cache", *on, "--out", str(out / "cache.jsonl"))
+    tiny = (*kernels, "--tiny", "--check-only")
     return (
-        Stage("tests", tests, "tests.log", 600, share=6),
-        Stage("ceilings", ("-m", "bench", "gpu", "--measure-ceilings", device, "--out", str(out)), "ceilings.log", 60),
+        Stage("correctness", correctness, "correctness.log", 60, share=2, pace=0.9),
+        Stage("tests", tests, "tests.log", 900, share=6, pace=0.95),
+        Stage("ceilings", peaks, "ceilings.log", 60),
         Stage("kernels", launches, "kernels.log", 900, share=4),
-        Stage("model", _timed("model", out, rows), "model.log", 1800, share=5, paced=True),
-        Stage("flux2", _timed("flux2", out, rows), "flux2.log", 1800, share=2, paced=True),
+        # what begins before then ends before the limit
+        Stage("model", _timed("model", out, (*rows, *ours)), "model.log", 1800, share=5, pace=0.75),
+        Stage("flux2", _timed("flux2", out, (*rows, *theirs)), "flux2.log", 1800, share=4, pace=0.75),
         Stage("cache", caching, "cache.log", 600),
         Stage("sanitizer", tiny, "sanitizer.log", 180, ("compute-sanitizer", "--error-exitcode", "9")),
     )
@@ -98,31 +104,19 @@ def run_stage(stage: Stage, out: Path, seconds: float = math.inf) -> Outcome:
     if limit < LEAST_SECONDS:
         return Outcome(stage.name, "skipped", 0.0, "no time left: give more --minutes")
     command = [*stage.before, sys.executable, *stage.arguments]
-    if stage.paced:
-        # what begins before then ends before the limit
-        command += ["--minutes", f"{PACE * limit / 60:.2f}"]
-    start = time.monotonic()
-    with (out / stage.log).open("w") as log:
-        try:
-            code = subprocess.run(
-                command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, timeout=limit, env=_environment()
-            ).returncode
-        except subprocess.TimeoutExpired:
-            return Outcome(
-                stage.name,
-                "timeout",
-                time.monotonic() - start,
-                f"over {limit:.0f} s, what it measured is kept",
-            )
-    lines = (out / stage.log).read_text().strip().splitlines()
-    last = lines[-1] if lines else ""
-    # pytest says 5 when it collected nothing to run
-    status = "ok" if code == 0 or (stage.name == "tests" and code == 5) else "failed"
-    return Outcome(stage.name, status, time.monotonic() - start, last[-200:])
-
-
-def _environment() -> dict[str, str]:
-    return {"PYTHONUNBUFFERED": "1", **os.environ}
+    if stage.pace is not None:
+        command += ["--minutes", f"{stage.pace * limit / 60:.2f}"]
+    with running(*command, log=out / stage.log) as process:
+        code, took = process.wait(limit), process.seconds
+    if code is None:
+        return Outcome(stage.name, "timeout", took, f"over {limit:.0f} s, what it measured is kept")
+    package = missing_package((out / stage.log).read_text(errors="replace")) if code else None
+    if package:
+        return Outcome(stage.name, "skipped", took, f"{package} is not installed")
+    detail = tail(out / stage.log)[-400:]
+    if code < 0:
+        detail = f"ended by signal {-code}, what it measured is kept: {detail}"
+    return Outcome(stage.name, "failed" if code else "ok", took, detail)
 
 
 def write_ceilings(out: Path, device: str) -> None:
@@ -167,34 +161,55 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.device == "cuda" and not _has_gpu():
         print("no CUDA GPU here; --device cpu tries the command itself out", file=sys.stderr)
         return 2
-    outcomes = run_stages([s for s in stages(args.out, args.device, args.minutes) if s.name in only], args)
-    print(summary_table(args.out))
-    late = any(o.stage == "tests" and o.status == "timeout" for o in outcomes)
+    chosen = [s for s in stages(args.out, args.device, args.minutes) if s.name in only]
+    with ending_on_sigterm():
+        outcomes = run_stages(chosen, args.out, args.minutes)
+    print(summary_text(args.out))
+    late = any(o.stage in ("correctness", "tests") and o.status == "timeout" for o in outcomes)
     return 1 if late or any(o.status == "failed" for o in outcomes) else 0
 
 
-def run_stages(chosen: Sequence[Stage], args: argparse.Namespace) -> list[Outcome]:
-    """Run stages in order, each with its share of the time that is left."""
+def run_stages(chosen: Sequence[Stage], out: Path, minutes: float) -> list[Outcome]:
+    """Run stages in order, each with its share of the time that is left, and keep `summary.json` up to date."""
     begin, outcomes = time.monotonic(), []
     for number, stage in enumerate(chosen):
-        left = 60 * args.minutes - (time.monotonic() - begin)
+        left = 60 * minutes - (time.monotonic() - begin)
         seconds = left * stage.share / sum(s.share for s in chosen[number:])
-        outcomes.append(run_stage(stage, args.out, seconds))
-        (args.out / "summary.json").write_text(json.dumps([asdict(o) for o in outcomes], indent=1) + "\n")
+        outcomes.append(run_stage(stage, out, seconds))
+        unfinished = out / "summary.json.tmp"
+        unfinished.write_text(json.dumps(summary(outcomes, out), indent=1) + "\n")
+        os.replace(unfinished, out / "summary.json")
         done = outcomes[-1]
-        print(f"{done.stage:10} {done.status:8} {done.seconds:6.1f} s  {done.detail}", flush=True)
+        print(f"{done.stage:11} {done.status:8} {done.seconds:6.1f} s  {done.detail}", flush=True)
     return outcomes
 
 
-def summary_table(out: Path) -> str:
-    """The published rows as measured so far, for the terminal."""
+def summary(outcomes: Sequence[Outcome], out: Path) -> list[dict]:
+    """One entry per stage; the self-check and the tests also give their rows, by name."""
+    from ._records import read_lines
+
+    entries = []
+    for outcome in outcomes:
+        entry, path = asdict(outcome), out / f"{outcome.stage}.jsonl"
+        if outcome.stage in ("correctness", "tests") and path.is_file():
+            kept = ("name", "dtype", "error", "bound", "ok", "problem", "file", "which", "status", "detail", "failed")
+            entry["rows"] = [{k: line[k] for k in kept if k in line} for line in read_lines(path)]
+        entries.append(entry)
+    return entries
+
+
+def summary_text(out: Path) -> str:
+    """What the self-check found, and the published rows as measured so far, for the terminal."""
     from ._records import read_folder
-    from .report import Results, published_rows, source
+    from .report import Results, published_rows, source, verdict
 
     results = Results(read_folder(out))
     if not results.gpus:
         return "nothing was measured on a GPU"
-    return "\n\n".join("\n".join([gpu, *published_rows(results, gpu), source(results, gpu)]) for gpu in results.gpus)
+    parts = []
+    for gpu in results.gpus:
+        parts.append("\n".join([gpu, verdict(results, gpu), *published_rows(results, gpu), source(results, gpu)]))
+    return "\n\n".join(parts)
 
 
 def _has_gpu() -> bool:

@@ -6,7 +6,8 @@
 
 Prints a line for each op and appends it as JSON to bench/results/kernels-<gpu>.jsonl. An op is called as the runtime's
 plan does; one whose result does not agree with plain torch gets no time. The ceilings are measured in the same run.
-torch.compile takes its time too, so only the first size is compiled unless `--compile all`.
+Ops run in a process of their own, which is replaced where one breaks it: that op has a row that says so. torch.compile
+takes its time too, so only the first size is compiled unless `--compile all`.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 # relative rms difference from eager torch beyond which no time is taken: a few roundings, far below a wrong kernel
 AGREEMENT = {"bfloat16": 2e-2, "float16": 3e-3, "float32": 2e-4}
+MEASURE_SECONDS, COMPILE_SECONDS = 180.0, 900.0
 COLUMNS = (
     f"{'op':12} {'images':>14} {'dtype':>8} {'us':>10} {'TFLOP/s':>8} {'GB/s':>8} {'% floor':>8} {'x eager':>8} "
     f"{'x compile':>9}"
@@ -64,6 +66,12 @@ def difference(case: Any, device: Any) -> float:
     return worst
 
 
+def _identity(op: str, images: Any, model: Any, dtype: Any) -> dict[str, Any]:
+    """What a line is a measurement of."""
+    line = {"bench": "kernels", "op": op, "images": str(images), "use": images.use}
+    return line | {"dtype": str(dtype).removeprefix("torch."), "dim": model.model_dim, "hidden": model.hidden_dim}
+
+
 def measure(case: Any, device: Any, ceilings: Any, *, compiled: bool, replays: int) -> dict[str, Any]:
     """The figures of one op at one size, as a dict ready for JSON."""
     import torch
@@ -71,9 +79,8 @@ def measure(case: Any, device: Any, ceilings: Any, *, compiled: bool, replays: i
     from ._timing import Variant, floor_us, time_variants
 
     gap = difference(case, device)
-    dtype = str(case.dtype).removeprefix("torch.")
-    line = {"bench": "kernels", "op": case.op, "images": str(case.images), "use": case.images.use, "dtype": dtype}
-    line |= {"dim": case.model.model_dim, "hidden": case.model.hidden_dim, "difference": gap}
+    line = _identity(case.op, case.images, case.model, case.dtype) | {"difference": gap}
+    dtype = line["dtype"]
     if not gap <= AGREEMENT[dtype]:
         return line | {"refused": f"differs from eager torch by {gap:.2e}, more than {AGREEMENT[dtype]:.0e}"}
 
@@ -99,11 +106,26 @@ def measure(case: Any, device: Any, ceilings: Any, *, compiled: bool, replays: i
     return line
 
 
+class OpBench:
+    """Measures one op after another in the process that it is made in."""
+
+    def __init__(self, device: Any, dtype: Any, model: Any, cc: int, ceilings: Any):
+        self._device, self._dtype, self._model, self._cc, self._ceilings = device, dtype, model, cc, ceilings
+
+    def measure(self, op: str, images: Any, compiled: bool, replays: int) -> dict[str, Any]:
+        """See `measure`."""
+        from ._cases import make_case
+
+        case = make_case(op, images, self._model, self._dtype, self._cc)
+        return measure(case, self._device, self._ceilings, compiled=compiled, replays=replays)
+
+
 def format_line(line: dict[str, Any]) -> str:
     """A line of the printed table."""
     head = f"{line['op']:12} {line['images']:>14} {line['dtype']:>8}"
-    if "refused" in line:
-        return f"{head} refused: {line['refused']}"
+    for reason in ("refused", "missing"):
+        if reason in line:
+            return f"{head} {reason}: {line[reason]}"
     compiled = f"{line['x_compile']:9.2f}" if "x_compile" in line else f"{'-':>9}"
     return (
         f"{head} {line['us']:10.1f} {line['tflops']:8.1f} {line['gbps']:8.0f} {line['percent_of_floor']:8.1f} "
@@ -112,7 +134,7 @@ def format_line(line: dict[str, Any]) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure what the command line asks for; 1 when an op was refused."""
+    """Measure what the command line asks for; 1 when an op was refused or broke."""
     import torch
 
     from capacitor_kernels import compute_capability
@@ -120,8 +142,10 @@ def run(args: argparse.Namespace) -> int:
 
     from ._cases import GPU_IMAGES, TINY_IMAGES, make_cases
     from ._contenders import TINY
+    from ._device import release
     from ._records import append_line, ceilings_line, default_results
     from ._timing import environment, measure_ceilings
+    from ._workers import MEMORY, Failure, Worker
 
     device = torch.device(args.device)
     on_gpu = device.type == "cuda"
@@ -129,28 +153,38 @@ def run(args: argparse.Namespace) -> int:
     ops, images = parse_ops(args.op), [parse_images(text, args.use) for text in args.size] or usual
     dtype = getattr(torch, args.dtype or ("bfloat16" if on_gpu else "float32"))
     model = ModelConfig() if on_gpu and not args.tiny else TINY
-    wanted = list(make_cases(ops, images, model, dtype, compute_capability(device)))
+    cc = compute_capability(device)
     if args.check_only:
-        return _check_only(wanted, device)
+        return _check_only(make_cases(ops, images, model, dtype, cc), device)
     facts = environment(device)
     out = Path(args.out) if args.out else default_results(device, "kernels")
     ceilings = measure_ceilings(device)
+    # from here on the device belongs to the process of the ops
+    release(device)
     append_line(out, ceilings_line(ceilings, facts))
     print(f"ceilings: {ceilings.tflops:.1f} TFLOP/s, {ceilings.gbps:.0f} GB/s ({ceilings.source})")
     if not on_gpu:
         print("on the CPU the kernels are interpreted: these times say nothing about them")
     print(COLUMNS, flush=True)
-    refused = 0
-    for case in wanted:
-        compiled = on_gpu and (args.compile == "all" or (args.compile == "first" and case.images == images[0]))
-        line = measure(case, device, ceilings, compiled=compiled, replays=21 if on_gpu else 3)
-        append_line(out, line | {"ceilings": [ceilings.tflops, ceilings.gbps]} | facts)
-        print(format_line(line), flush=True)
-        refused += "refused" in line
-    return 1 if refused else 0
+    broken = 0
+    worker = Worker(OpBench, device, dtype, model, cc, ceilings)
+    for op in ops:
+        for size in images:
+            compiled = on_gpu and (args.compile == "all" or (args.compile == "first" and size == images[0]))
+            seconds = COMPILE_SECONDS if compiled else MEASURE_SECONDS
+            try:
+                line = worker.ask("measure", op, size, compiled, 21 if on_gpu else 3, seconds=seconds)
+                broken += "refused" in line
+            except Failure as failure:
+                line = _identity(op, size, model, dtype) | {"missing": failure.reason}
+                broken += failure.kind != MEMORY
+            append_line(out, line | {"ceilings": [ceilings.tflops, ceilings.gbps]} | facts)
+            print(format_line(line), flush=True)
+    worker.stop()
+    return 1 if broken else 0
 
 
-def _check_only(wanted: Sequence[Any], device: Any) -> int:
+def _check_only(wanted: Iterable[Any], device: Any) -> int:
     wrong = 0
     for case in wanted:
         gap = difference(case, device)

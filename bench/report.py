@@ -17,35 +17,34 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ._contenders import FLUX2_FORMS
+from ._published import PUBLISHED, PUBLISHED_PSNR, PUBLISHED_SOURCE
 from ._records import RESULTS, Line, RecordError, key_of, measured, newest, on_gpu, read_folder
 from .model import BATCHES, NAMED, SIZES
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 NOTHING = "not measured yet"
-# RTX 5090, bf16: milliseconds of this model and of the FLUX.2 VAE, peak memory in percent of the latter's; encode from
-# the card of full_capacitor, decode from capacitor_decoder's
-PUBLISHED: dict[str, tuple[float, float | None, float | None]] = {
-    "card: encode 256x256, batch 128": (42.56, 383.41, 8.1),
-    "card: encode 512x512, batch 32": (44.97, 353.58, 8.0),
-    "capacitor_decoder: decode 512x512, batch 1": (7.34, None, None),
-    "capacitor_decoder: decode 1024x1024, batch 1": (11.60, None, None),
-    "capacitor_decoder: decode 2048x2048, batch 1": (55.81, None, None),
-}
-# dB over 2000 images: mean, std, median, P5, P95
-PUBLISHED_PSNR = {
-    "full_capacitor (card)": (36.62, 4.63, 36.55, 29.14, 44.05),
-    "FLUX.2 VAE (card)": (36.28, 4.53, 36.07, 28.90, 43.63),
-    "difference (card)": (0.34, 0.68, 0.41, -0.85, 1.31),
-}
 COMMAND = "python -m bench gpu --out bench/results/NAME"
 PSNR_COMMAND = (
     "capacitor-rt psnr IMAGES -m data-archetype/full_capacitor --against flux2 --json bench/results/psnr-NAME.json"
 )
 NOTHING_ON_A_GPU = f"Nothing has been measured on a GPU yet: `{COMMAND}` measures everything, in eight minutes."
-PUBLISHED_SOURCE = "RTX 5090, bfloat16, eager, from the model cards of full_capacitor and capacitor_decoder"
 # columns that README.md leaves to the page of all results
-LONG = ("eager, ms", "compiled, ms", "FLUX.2, ms", "peak MiB", "published memory, % of FLUX.2's")
+LONG = (
+    "eager, ms",
+    "compiled, ms",
+    "FLUX.2, ms",
+    "FLUX.2 as",
+    "FLUX.2 eager, ms",
+    "peak MiB",
+    "published memory, % of FLUX.2's",
+)
+LOW_LATENCY = "ours, low_latency"
+FORMS = (
+    f"FLUX.2 is the fastest of its forms ({', '.join(FLUX2_FORMS)}) that were measured, named in the column "
+    "`FLUX.2 as`; memory and the published figures are those of its eager form."
+)
 FACTS = {
     "torch": "torch",
     "triton": "Triton",
@@ -120,36 +119,69 @@ def published_alone() -> list[str]:
 
 
 def published_rows(results: Results, gpu: str, brief: bool = False) -> list[str]:
-    """The rows of the published tables, on one GPU; `brief` for README.md."""
+    """The rows of the published tables, on one GPU; `brief` for README.md. Single images also with low_latency."""
     rows = []
     for direction, batch, size, name in NAMED:
         where = (direction, batch, size)
-        ours, eager, *compiled = (
-            results.find(gpu, where, "model", "full_capacitor", variant)
-            for variant in ("ours", "eager", "torch.compile", "torch.compile max-autotune")
-        )
-        beside = results.find(gpu, where, "flux2", "full_capacitor", "ours")
-        flux2 = results.find(gpu, where, "flux2", "flux2", "eager")
-        fastest = _faster(*compiled)
-        mine, theirs, share = PUBLISHED[name]
-        cells = {
-            "": name,
-            "ours, ms": cell(ours),
-            "eager, ms": cell(eager),
-            "compiled, ms": cell(fastest),
-            "FLUX.2, ms": cell(flux2),
-            "images/s": cell(ours, "images_per_s"),
-            "x eager": results.speedup(ours, "full_capacitor/eager"),
-            "x compiled": results.speedup(ours, f"full_capacitor/{fastest['variant']}" if fastest else ""),
-            "x FLUX.2": results.speedup(beside, "flux2/eager"),
-            "peak MiB": _mebibytes(ours),
-            "memory, % of FLUX.2's": _share(beside, flux2),
-            "published, ms": f"{mine:.2f}",
-            "published FLUX.2, ms": f"{theirs:.2f}" if theirs else "-",
-            "published memory, % of FLUX.2's": f"{share:.1f}" if share else "-",
-        }
-        rows.append({k: v for k, v in cells.items() if k not in LONG} if brief else cells)
+        for variant in ("ours", LOW_LATENCY) if batch == 1 else ("ours",):
+            what = f"{name}, low_latency" if variant == LOW_LATENCY else name
+            cells = {"": what} | _cells(results, gpu, where, variant) | _published_cells(name)
+            rows.append({k: v for k, v in cells.items() if k not in LONG} if brief else cells)
     return table(list(rows[0]), [list(row.values()) for row in rows])
+
+
+def _cells(results: Results, gpu: str, where: tuple[str, int, int], variant: str) -> dict[str, str]:
+    """What was measured at a row of the published tables."""
+    ours, eager, *compiled = (
+        results.find(gpu, where, "model", "full_capacitor", name)
+        for name in (variant, "eager", "torch.compile", "torch.compile max-autotune")
+    )
+    beside = results.find(gpu, where, "flux2", "full_capacitor", variant)
+    forms = {name: results.find(gpu, where, "flux2", "flux2", name) for name in FLUX2_FORMS}
+    fastest, best = _faster(*compiled), _faster(*forms.values())
+    return {
+        "ours, ms": cell(ours),
+        "eager, ms": cell(eager),
+        "compiled, ms": cell(fastest),
+        "FLUX.2, ms": cell(best),
+        "FLUX.2 as": _form(forms, best),
+        "FLUX.2 eager, ms": cell(forms["eager"]),
+        "images/s": cell(ours, "images_per_s"),
+        "x eager": results.speedup(ours, "full_capacitor/eager"),
+        "x compiled": results.speedup(ours, f"full_capacitor/{fastest['variant']}" if fastest else ""),
+        "x FLUX.2": results.speedup(beside, f"flux2/{best['variant']}" if best else ""),
+        "x FLUX.2 eager": results.speedup(beside, "flux2/eager"),
+        "peak MiB": _mebibytes(ours),
+        "memory, % of FLUX.2's": _share(beside, forms["eager"]),
+    }
+
+
+def _published_cells(name: str) -> dict[str, str]:
+    mine, theirs, share = PUBLISHED[name]
+    return {
+        "published, ms": f"{mine:.2f}",
+        "published FLUX.2, ms": f"{theirs:.2f}" if theirs else "-",
+        "published memory, % of FLUX.2's": f"{share:.1f}" if share else "-",
+    }
+
+
+def _form(forms: dict[str, Line | None], best: Line | None) -> str:
+    """The fastest way to run FLUX.2, and the ways that it was not compared with."""
+    if best is None or not measured(best):
+        return NOTHING
+    others = ", ".join(name for name, line in forms.items() if line is None or not measured(line))
+    return f"{best['variant']} (without figures: {others})" if others else str(best["variant"])
+
+
+def verdict(results: Results, gpu: str) -> str:
+    """Whether the runtime's self-check, which a run begins with, agreed with plain torch on a GPU."""
+    lines = results.of("correctness", gpu)
+    if not lines:
+        return f"Self-check: {NOTHING}."
+    wrong = [f"{line['name']} in {line['dtype']} ({line['problem']})" for line in lines if not line["ok"]]
+    if wrong:
+        return f"**Wrong: {len(wrong)} of {len(lines)} checks disagree with plain torch: {'; '.join(wrong)}.**"
+    return f"Self-check: all {len(lines)} launches and calls agree with plain torch."
 
 
 def psnr_rows(folder: Path) -> list[str]:
@@ -202,19 +234,21 @@ def source(results: Results, gpu: str) -> str:
 
 def sweep_rows(results: Results, gpu: str) -> list[str]:
     """Every size and batch of both directions."""
-    header = ["", "ours ms", "eager ms", "FLUX.2 ms", "images/s", "% of floor", "peak MiB", "error", "eager's error"]
+    header = ["", "ours ms", "eager ms", "FLUX.2 eager ms", "images/s", "% of floor", "peak MiB"]
+    header += ["error", "eager's error"]
     rows = []
     for direction in ("encode", "decode"):
         for size in SIZES:
             for batch in BATCHES:
                 where = (direction, batch, size)
-                ours = results.find(gpu, where, "model", "full_capacitor", "ours")
                 eager = results.find(gpu, where, "model", "full_capacitor", "eager")
                 flux2 = results.find(gpu, where, "flux2", "flux2", "eager")
-                errors = (f"{x['error']:.1e}" if x and "error" in x else NOTHING for x in (ours, eager))
-                rates = (cell(ours, "images_per_s"), cell(ours, "percent_of_floor"), _mebibytes(ours))
-                name = f"{direction} {batch}x{size}x{size}"
-                rows.append([name, cell(ours), cell(eager), cell(flux2), *rates, *errors])
+                for variant in ("ours", LOW_LATENCY) if batch == 1 else ("ours",):
+                    ours = results.find(gpu, where, "model", "full_capacitor", variant)
+                    errors = (f"{x['error']:.1e}" if x and "error" in x else NOTHING for x in (ours, eager))
+                    rates = (cell(ours, "images_per_s"), cell(ours, "percent_of_floor"), _mebibytes(ours))
+                    name = f"{direction} {batch}x{size}x{size}{', low_latency' if variant == LOW_LATENCY else ''}"
+                    rows.append([name, cell(ours), cell(eager), cell(flux2), *rates, *errors])
     return table(header, rows)
 
 
@@ -282,9 +316,12 @@ def summary(results: Results) -> str:
     for gpu in results.gpus:
         parts += [f"**{gpu}** (bfloat16; x is speed-up)", "", *published_rows(results, gpu, brief=True), ""]
         parts += [source(results, gpu), ""]
+        if any(not line["ok"] for line in results.of("correctness", gpu)):
+            parts += [verdict(results, gpu), ""]
     parts.append(
         f"Published: {PUBLISHED_SOURCE}. "
-        f"Measured with `{COMMAND}`; compiled is the faster of `torch.compile` and its max-autotune mode. "
+        f"Measured with `{COMMAND}`; compiled is the faster of `torch.compile` and its max-autotune mode; x FLUX.2 is "
+        f"over the fastest of its forms ({', '.join(FLUX2_FORMS)}), x FLUX.2 eager over what the card measured. "
         "Memory, PSNR, every size, batch and launch: [bench/results](bench/results/README.md)."
     )
     return "\n".join(parts)
@@ -294,7 +331,8 @@ def page(results: Results, folder: Path, figures: Sequence[str]) -> str:
     """bench/results/README.md."""
     parts = ["# Results", "", f"Written by `python -m bench report` from the files that `{COMMAND}` leaves here.", ""]
     for gpu in results.gpus:
-        parts += [f"## {gpu}", "", source(results, gpu), "", "### Published rows", "", *published_rows(results, gpu)]
+        parts += [f"## {gpu}", "", source(results, gpu), "", verdict(results, gpu), "", "### Published rows", ""]
+        parts += [*published_rows(results, gpu), "", FORMS]
         for title, rows in (
             ("All ways to run them", variant_rows),
             ("Sizes and batches", sweep_rows),

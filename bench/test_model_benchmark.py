@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench._contenders import EAGER, OURS, TINY, TINY_FLUX2, Setting, Shape
-from bench._endtoend import make_inputs
+from bench._sides import make_inputs
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")

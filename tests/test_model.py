@@ -10,34 +10,16 @@ import warnings
 import pytest
 import torch
 from golden_cases import relative_error
+from models import SMALL, random_model
 
-from capacitor_rt import ConfigError, FullCapacitor, FullCapacitorInferenceConfig, InputError, ModelConfig
+from capacitor_rt import ConfigError, FullCapacitor, FullCapacitorInferenceConfig, InputError
 
-SMALL = ModelConfig(
-    model_dim=32,
-    encoder_depth=1,
-    decoder_depth=3,
-    decoder_start_blocks=1,
-    decoder_end_blocks=1,
-    bottleneck_dim=8,
-    adaln_low_rank_rank=4,
-)
 SEEDED = FullCapacitorInferenceConfig(seed=0)
-
-
-def randomise(model: FullCapacitor) -> FullCapacitor:
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn_like(p) * (0.5 / max(1, p[0].numel()) ** 0.5))
-        if model.latent_norm_running_mean is not None:
-            model.latent_norm_running_mean.normal_()
-            model.latent_norm_running_var.uniform_(0.5, 2.0)
-    return model.requires_grad_(False).eval()
 
 
 @pytest.fixture
 def model() -> FullCapacitor:
-    return randomise(FullCapacitor(SMALL))
+    return random_model()
 
 
 @pytest.fixture
@@ -133,7 +115,7 @@ def test_bad_latents_are_named(model, latents, size, message):
 
 
 def test_strict_size_off_admits_multiples_of_the_stride():
-    model = randomise(FullCapacitor(SMALL, strict_size=False))
+    model = random_model(options={"strict_size": False})
     assert model.encode(torch.zeros(1, 3, 48, 16)).shape == (1, 8, 3, 1)
     with pytest.raises(InputError, match=r"height 40 is not a multiple of 16: use 32 or 48$"):
         model.encode(torch.zeros(1, 3, 40, 32))
@@ -182,9 +164,8 @@ def test_module_life(model, image):
 
 def test_latent_patch_gives_stride_32():
     """Running statistics of 4Z channels: the mode is 2x2-patchified (order c*4 + i*2 + j) before whitening."""
-    import dataclasses
 
-    model = randomise(FullCapacitor(dataclasses.replace(SMALL, latent_patch=2)))
+    model = random_model(latent_patch=2)
     image = torch.randn(1, 3, 64, 96)
     latents = model.encode(image)
     assert latents.shape == (1, 32, 2, 3) and model.latent_stride == 32

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..reference import Autoencoder
+from ..runtime.backend import ServedAutoencoder
 
 
 @dataclass
@@ -58,6 +60,14 @@ class BatchEncoder:
     def buffer(self, rows: int, height: int, width: int) -> Tensor:
         """uint8 `[rows,height,width,3]` to be filled with pixels, page-locked for a GPU."""
         return torch.empty(rows, height, width, 3, dtype=torch.uint8, pin_memory=self.on_gpu)
+
+    def warmup(self, shapes: Iterable[tuple[int, int, int]]) -> float:
+        """Make batches of `(height, width, rows)` ready; seconds that compiling kernels took."""
+        if not isinstance(self.model, ServedAutoencoder):
+            return 0.0
+        direction = "posterior" if "logsnr" in self.names else "encode"
+        self.model.warmup(shapes, direction=direction, image_dtype=torch.uint8, layout="nhwc")
+        return self.model.stats().compile_seconds
 
     @torch.no_grad()
     def submit(self, pixels: Tensor) -> Encoded:

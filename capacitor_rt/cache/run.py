@@ -169,7 +169,7 @@ def cache_images(
             for line in prepared.notes + _outlook(prepared, parts, todo):
                 note(line)
             try:
-                meters = _write_parts(prepared, store, todo, source, workers, progress)
+                meters = _write_parts(prepared, store, todo, source, workers, progress, note)
             except BaseException:
                 # what is done so far; the reason why the run ends matters more than this file
                 with suppress(CacheError, OSError):
@@ -310,6 +310,7 @@ def _write_parts(
     source: ModelSource,
     workers: int | None,
     progress: bool,
+    note: Callable[[str], None],
 ) -> Meters | None:
     """Write the parts `todo`. None if there was nothing to encode."""
     plan, inputs = prepared.plan, prepared.inputs
@@ -322,6 +323,10 @@ def _write_parts(
         return None
     model = prepared.model or source.load(source.identity(plan.fields["model"]["compute_dtype"]))
     encoder = BatchEncoder(model, plan.tensors, plan.dtype)
+    sizes = {(shard.bucket.height, shard.bucket.width, min(plan.batch, len(shard.inputs))) for shard in shards}
+    seconds = encoder.warmup(sorted(sizes))
+    if seconds > 1:
+        note(f"kernels for {len(sizes)} sizes of batches were made ready in {seconds:.1f} s")
     threads = workers or device_threads(str(model.device))
     total = int((inputs.bucket >= 0).sum())
     left = sum(len(shard.inputs) for shard in shards)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from cache_cases import pixels, small_model, snapshot, write_images
+from cache_cases import pixels, snapshot, write_images
+from models import random_model
 from PIL import Image
 
 from capacitor_rt.cache import CacheRequest, LatentDataset, cache_images
@@ -15,7 +16,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_rows_are_those_of_the_model_on_the_gpu(tmp_path, flip):
-    model = small_model().to("cuda", torch.bfloat16)
+    model = random_model().to("cuda", torch.bfloat16)
     paths = write_images(tmp_path / "src", 37, sizes=((64, 64), (32, 128)))
     (tmp_path / "src" / "bad.png").write_text("no image")
     request = CacheRequest(64, area=True, dtype="fp32", posterior=True, flip=flip, batch=4, shard_rows=10)
@@ -33,7 +34,7 @@ def test_rows_are_those_of_the_model_on_the_gpu(tmp_path, flip):
 
 
 def test_an_overflowing_row_is_found_on_the_gpu(tmp_path):
-    model = small_model().to("cuda")
+    model = random_model().to("cuda")
     model.encoder.to_bottleneck.weight.mul_(1e9)
     (tmp_path / "src").mkdir()
     Image.fromarray(pixels(32, 32)).save(tmp_path / "src" / "a.png")

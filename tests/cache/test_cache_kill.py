@@ -16,8 +16,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from cache_cases import small_model, snapshot, write_images
+from cache_cases import snapshot, write_images
 from kill_driver import REQUEST
+from models import random_model
 
 from capacitor_rt.cache import CacheRequest, cache_images, durable
 from capacitor_rt.cache import pipeline as pipeline_module
@@ -52,7 +53,7 @@ def src(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(src):
     """A cache of `src` that nothing has disturbed."""
-    run(src, src.parent / "whole", small_model())
+    run(src, src.parent / "whole", random_model())
     return src.parent / "whole"
 
 
@@ -90,7 +91,7 @@ def test_what_is_done_is_not_decoded_again(src, out, whole, monkeypatch):
     monkeypatch.setattr(
         pipeline_module.Loader, "__call__", lambda self, i, b: decoded.append(i) or original(self, i, b)
     )
-    run(src, out, small_model())
+    run(src, out, random_model())
     assert len(decoded) == sum(record["inputs"] for record in lost)
     assert snapshot(out) == snapshot(whole)
 
@@ -98,7 +99,7 @@ def test_what_is_done_is_not_decoded_again(src, out, whole, monkeypatch):
 def test_a_lost_commit_log_is_written_anew_from_the_shards(src, out, whole, monkeypatch):
     (out / "commits.jsonl").unlink()
     monkeypatch.delattr(pipeline_module, "decode_image")
-    run(src, out, small_model())
+    run(src, out, random_model())
     assert snapshot(out) == snapshot(whole)
 
 
@@ -108,10 +109,10 @@ def test_an_uncommitted_shard_that_does_not_fit_its_index_is_refused(src, out, w
     shard = out / commit["shard"]
     shard.write_bytes(shard.read_bytes()[:-1] + b"?")
     with pytest.raises(CacheError, match=r"does not match its index .*delete both"):
-        run(src, out, small_model())
+        run(src, out, random_model())
     shard.unlink()
     (out / commit["index"]).unlink()
-    run(src, out, small_model())
+    run(src, out, random_model())
     assert snapshot(out) == snapshot(whole)
 
 
@@ -119,7 +120,7 @@ def test_a_deleted_shard_is_written_again(src, out, whole):
     commit = list(read_commits(out).values())[2]
     (out / commit["shard"]).unlink()
     (out / commit["index"]).unlink()
-    run(src, out, small_model())
+    run(src, out, random_model())
     assert snapshot(out) == snapshot(whole)
 
 
@@ -128,7 +129,7 @@ def test_a_shard_cut_short_is_refused_before_work_starts(src, out, whole):
     shard = out / commit["shard"]
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(CacheError, match=rf"{shard.name} is damaged: .* bytes.*: delete {commit['shard']} and"):
-        run(src, out, small_model())
+        run(src, out, random_model())
 
 
 def test_a_file_that_differs_is_never_replaced(src, out, whole):
@@ -138,7 +139,7 @@ def test_a_file_that_differs_is_never_replaced(src, out, whole):
     (out / commit["index"]).unlink()
     (out / commit["shard"]).write_bytes(b"somebody's")
     with pytest.raises(CacheError, match="exists and differs"):
-        run(src, out, small_model())
+        run(src, out, random_model())
     assert (out / commit["shard"]).read_bytes() == b"somebody's"
 
 
@@ -147,9 +148,9 @@ def test_a_damaged_commit_line_is_named_and_can_be_dropped(src, out, whole):
     lines = log.read_bytes().splitlines(keepends=True)
     log.write_bytes(lines[0] + b"\0\0\0\n" + b"".join(lines[2:]))
     with pytest.raises(CacheError, match=r"commits\.jsonl line 2 is damaged: delete that line"):
-        run(src, out, small_model())
+        run(src, out, random_model())
     log.write_bytes(lines[0] + b"".join(lines[2:]))
-    run(src, out, small_model())
+    run(src, out, random_model())
     assert sorted(log.read_bytes().splitlines(keepends=True)) == sorted(lines)
     assert verify(out).problems == []
 
@@ -163,12 +164,12 @@ def test_two_processes_cannot_write_one_cache(src, out, whole):
     try:
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(CacheError, match=f"is being written by process {holder.pid} on .*: wait for it to end"):
-            run(src, out, small_model())
+            run(src, out, random_model())
     finally:
         holder.kill()
         holder.wait()
     # the kernel has dropped the lock of the dead holder
-    run(src, out, small_model())
+    run(src, out, random_model())
     assert snapshot(out) == snapshot(whole)
 
 
@@ -198,7 +199,7 @@ def test_a_file_that_outgrows_the_disk_leaves_nothing(tmp_path, src):
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
     try:
         with pytest.raises(DiskFull, match=r"no space left for .*safetensors.*finished shards are safe"):
-            run(src, out, small_model(), CacheRequest(64, dtype="fp32", posterior=True, shard_rows=30))
+            run(src, out, random_model(), CacheRequest(64, dtype="fp32", posterior=True, shard_rows=30))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert not list(out.rglob("*.tmp-*")) and not list(out.rglob("*.safetensors"))
@@ -220,7 +221,7 @@ def test_after_a_full_disk_the_same_command_goes_on(tmp_path, src, whole, monkey
     done: list[int] = []
     while True:
         try:
-            run(src, out, small_model())
+            run(src, out, random_model())
             break
         except DiskFull:
             left[0] = 60 << 10
@@ -233,7 +234,7 @@ def test_after_a_full_disk_the_same_command_goes_on(tmp_path, src, whole, monkey
 
 
 def test_an_interrupted_command_says_so_and_goes_on(tmp_path):
-    src, model = tmp_path / "src", small_model()
+    src, model = tmp_path / "src", random_model()
     write_images(src, 120, sizes=((40, 40),))
     model.save_pretrained(tmp_path / "model")
     outs = [tmp_path / "interrupted", tmp_path / "terminated"]

@@ -12,9 +12,10 @@ import textwrap
 import numpy as np
 import pytest
 import torch
-from cache_cases import Forbidden, flip_byte, small_model, snapshot, stamps, write_images
+from cache_cases import Forbidden, flip_byte, snapshot, stamps, write_images
 from hypothesis import given
 from hypothesis import strategies as st
+from models import random_model
 from PIL import Image
 
 import capacitor_rt.cache
@@ -33,7 +34,7 @@ def run(src, out, model, request=REQUEST, **options):
 
 @pytest.fixture
 def cached(tmp_path):
-    model = small_model()
+    model = random_model()
     src, out = tmp_path / "src", tmp_path / "out"
     write_images(src, 8)
     run(src, out, model)
@@ -155,15 +156,15 @@ def test_other_settings_are_refused_by_field(cached, change, message):
 def test_another_model_is_refused_and_the_same_under_another_name_is_not(cached, tmp_path):
     src, out, _model = cached
     with pytest.raises(CacheError, match=r"model\.sha256 [0-9a-f]{64} -> [0-9a-f]{64}"):
-        run(src, out, small_model(seed=1))
+        run(src, out, random_model(seed=1))
     with pytest.raises(CacheError, match=r"model\.config\.latent_running_stats_eps 0\.0001 -> 0\.001"):
-        run(src, out, small_model(latent_running_stats_eps=1e-3))
+        run(src, out, random_model(latent_running_stats_eps=1e-3))
     with pytest.raises(CacheError, match=r"model\.compute_dtype float32 -> bfloat16"):
-        run(src, out, small_model().to(dtype=torch.bfloat16))
+        run(src, out, random_model().to(dtype=torch.bfloat16))
 
 
 def test_checkpoints_are_identified_by_content_not_by_name(tmp_path):
-    model = small_model()
+    model = random_model()
     write_images(tmp_path / "src", 3)
     for name in ("one", "two"):
         model.save_pretrained(tmp_path / name)
@@ -240,33 +241,33 @@ def test_folders_that_are_no_cache_are_refused_and_left_alone(tmp_path):
     out.mkdir()
     (out / "thesis.tex").write_text("x")
     with pytest.raises(CacheError, match=r"no latent cache: it holds 'thesis\.tex'"):
-        run(src, out, small_model())
+        run(src, out, random_model())
     assert snapshot(out) == {"thesis.tex": b"x"}
     with pytest.raises(CacheError, match=r"cannot use .*Not a directory"):
-        run(src, out / "thesis.tex", small_model())
+        run(src, out / "thesis.tex", random_model())
     with pytest.raises(CacheError, match=r"is not empty and no latent cache"):
-        run(src, src, small_model())
+        run(src, src, random_model())
 
 
 def test_what_is_refused_leaves_no_folder_behind(tmp_path):
-    model = small_model()
+    model = random_model()
     with pytest.raises(CacheError, match="No such file"):
         run(tmp_path / "nowhere", tmp_path / "out", model)
     write_images(tmp_path / "src", 1)
     with pytest.raises(InputError, match="100 is not a multiple of 32: use 96 or 128"):
         run(tmp_path / "src", tmp_path / "out", model, CacheRequest(100))
     with pytest.raises(CacheError, match="deterministic"):
-        deterministic = small_model(bottleneck_posterior_kind="deterministic")
+        deterministic = random_model(bottleneck_posterior_kind="deterministic")
         run(tmp_path / "src", tmp_path / "out", deterministic, CacheRequest(64, posterior=True))
     with pytest.raises(CacheError, match="decoder only"):
-        run(tmp_path / "src", tmp_path / "out", small_model(encoder_depth=0))
+        run(tmp_path / "src", tmp_path / "out", random_model(encoder_depth=0))
     assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_without_write_permission_is_refused(tmp_path, as_nobody):
     write_images(tmp_path / "src", 1)
     (tmp_path / "locked").mkdir(mode=0o555)
-    model = small_model()
+    model = random_model()
     with as_nobody(tmp_path):
         for out in (tmp_path / "locked", tmp_path / "locked" / "out"):
             with pytest.raises(CacheError, match=r"cannot (write to|create) .*Permission denied: give an OUT"):
@@ -285,9 +286,9 @@ def test_too_little_space_is_said_beforehand(tmp_path, monkeypatch):
     usage = type(shutil.disk_usage(tmp_path))
     monkeypatch.setattr("capacitor_rt.cache.run.shutil.disk_usage", lambda path: usage(1000, 990, 10))
     lines: list[str] = []
-    assert run(tmp_path / "src", tmp_path / "out", small_model(), note=lines.append).cached == 3
+    assert run(tmp_path / "src", tmp_path / "out", random_model(), note=lines.append).cached == 3
     assert "are to be written and" in lines[0] and "0.00 GB free" in lines[0]
-    foreseen = dry_run(tmp_path / "src", tmp_path / "new" / "out", small_model(), REQUEST, progress=False)
+    foreseen = dry_run(tmp_path / "src", tmp_path / "new" / "out", random_model(), REQUEST, progress=False)
     assert "are to be written and" in foreseen.notes[0]
 
 
@@ -306,7 +307,7 @@ def test_a_dry_run_counts_and_writes_nothing(cached, tmp_path):
 
 
 def test_the_cache_may_lie_among_its_inputs(tmp_path):
-    model = small_model()
+    model = random_model()
     write_images(tmp_path, 3)
     run(tmp_path, tmp_path / "cache", model)
     before = stamps(tmp_path)

@@ -11,7 +11,8 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from cache_cases import pixels, small_model, snapshot, stamps, write_images
+from cache_cases import pixels, snapshot, stamps, write_images
+from models import random_model
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -41,7 +42,7 @@ def index(out):
 
 @pytest.mark.parametrize(("dtype", "torch_dtype"), [("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", "float32")])
 def test_rows_are_the_models_latents_of_the_resized_pixels(tmp_path, dtype, torch_dtype):
-    model = small_model()
+    model = random_model()
     paths = write_images(tmp_path / "src", 7)
     run(tmp_path / "src", tmp_path / "out", model, CacheRequest(64, area=True, dtype=dtype, shard_rows=3, batch=1))
     rows = LatentDataset(tmp_path / "out", verify=True)
@@ -56,7 +57,7 @@ def test_rows_are_the_models_latents_of_the_resized_pixels(tmp_path, dtype, torc
 
 
 def test_posterior_and_mirror_images(tmp_path):
-    model = small_model()
+    model = random_model()
     paths = write_images(tmp_path / "src", 3, sizes=((64, 64),))
     request = CacheRequest(64, dtype="fp32", posterior=True, flip=True, batch=3)
     run(tmp_path / "src", tmp_path / "out", model, request)
@@ -71,7 +72,7 @@ def test_posterior_and_mirror_images(tmp_path):
 
 @pytest.mark.parametrize("latent_patch", [1, 2])
 def test_draws_have_the_posteriors_mean_and_spread(tmp_path, latent_patch):
-    model = small_model(latent_patch=latent_patch)
+    model = random_model(latent_patch=latent_patch)
     path = write_images(tmp_path / "src", 1, sizes=((64, 64),))[0]
     run(tmp_path / "src", tmp_path / "out", model, CacheRequest(64, dtype="fp32", posterior=True))
     rows = LatentDataset(tmp_path / "out")
@@ -93,7 +94,7 @@ def test_draws_have_the_posteriors_mean_and_spread(tmp_path, latent_patch):
 def test_shards_are_plain_safetensors_with_aligned_data(tmp_path):
     write_images(tmp_path / "src", 5, sizes=((64, 64),))
     request = CacheRequest(64, posterior=True, flip=True, shard_rows=3)
-    run(tmp_path / "src", tmp_path / "out", small_model(), request)
+    run(tmp_path / "src", tmp_path / "out", random_model(), request)
     for path in (tmp_path / "out" / "shards" / "64x64").iterdir():
         tensors = load_file(path)
         assert set(tensors) == {"latents", "logsnr", "latents_flip", "logsnr_flip"}
@@ -110,7 +111,7 @@ def test_index_says_what_became_of_each_input(tmp_path):
     exif[0x0112] = 6
     # stored lying, shown upright: 40 wide, 100 high
     Image.fromarray(pixels(40, 100)).save(src / "turned.png", exif=exif)
-    run(src, out, small_model(), CacheRequest(64, dtype="fp32"))
+    run(src, out, random_model(), CacheRequest(64, dtype="fp32"))
     row = index(out)["turned.png"]
     placement = place(Size(100, 40), Size(64, 64))
     assert (row["width"], row["height"], row["orientation"]) == (40, 100, 6)
@@ -188,7 +189,7 @@ def bad_folder(src) -> dict[str, str | None]:
 def test_difficult_files_are_cached_right_or_quarantined_with_a_reason(tmp_path, as_nobody):
     src = tmp_path / "src"
     expected = bad_folder(src)
-    model = small_model()
+    model = random_model()
     work = tmp_path / "work"
     work.mkdir(mode=0o777)
     work.chmod(0o777)
@@ -220,7 +221,7 @@ def test_messages_do_not_depend_on_the_place(tmp_path, as_nobody):
     for name in ("pipe.png", "huge.tif"):
         (tmp_path / "one" / name).unlink()
     for name in ("one", "two"):
-        run(tmp_path / name, tmp_path / f"{name}-out", small_model(), CacheRequest(64))
+        run(tmp_path / name, tmp_path / f"{name}-out", random_model(), CacheRequest(64))
     one, two = snapshot(tmp_path / "one-out"), snapshot(tmp_path / "two-out")
     assert one["quarantine.jsonl"] == two["quarantine.jsonl"]
     assert len(one["quarantine.jsonl"].splitlines()) >= sum(r is not None for r in expected.values()) - 3
@@ -232,7 +233,7 @@ def test_two_files_of_one_stem_are_two_rows(tmp_path):
     src = tmp_path / "src"
     write_images(src, 1)
     Image.fromarray(pixels(40, 40, seed=5)).save(src / "000.jpg")
-    run(src, tmp_path / "out", small_model(), CacheRequest(32))
+    run(src, tmp_path / "out", random_model(), CacheRequest(32))
     rows = LatentDataset(tmp_path / "out")
     assert [rows[i]["id"] for i in range(2)] == ["000.jpg", "000.png"]
     assert not torch.equal(rows[0]["latents"], rows[1]["latents"])
@@ -240,7 +241,7 @@ def test_two_files_of_one_stem_are_two_rows(tmp_path):
 
 def test_only_the_image_whose_latent_overflows_is_quarantined(tmp_path):
     # a grey image lies at the mean of this model's statistics, and whitening magnifies what does not beyond float16
-    model = small_model(latent_running_stats_eps=1e-16)
+    model = random_model(latent_running_stats_eps=1e-16)
     model.encoder.blocks[0].layer_scale.zero_()
     src = tmp_path / "src"
     src.mkdir()
@@ -259,7 +260,7 @@ def test_only_the_image_whose_latent_overflows_is_quarantined(tmp_path):
 
 
 def test_a_model_of_nans_writes_no_shard(tmp_path):
-    model = small_model()
+    model = random_model()
     model.encoder.to_bottleneck.bias.fill_(float("nan"))
     write_images(tmp_path / "src", 3)
     report = run(tmp_path / "src", tmp_path / "out", model, CacheRequest(32))
@@ -294,13 +295,13 @@ def test_files_that_change_after_planning_are_quarantined(tmp_path, monkeypatch)
         paths[1].write_bytes(paths[1].read_bytes().ljust(size, b"\0"))
         paths[2].unlink()
 
-    report = run_with_change(monkeypatch, change, src, tmp_path / "out", small_model(), CacheRequest(32))
+    report = run_with_change(monkeypatch, change, src, tmp_path / "out", random_model(), CacheRequest(32))
     assert report.cached == 1
     assert quarantine(tmp_path / "out") == {"000.bmp": "changed", "001.bmp": "changed", "002.bmp": "unreadable"}
 
 
 def test_a_source_that_goes_away_stops_the_run_and_quarantines_nothing(tmp_path, monkeypatch):
-    src, out, model = tmp_path / "src", tmp_path / "out", small_model()
+    src, out, model = tmp_path / "src", tmp_path / "out", random_model()
     write_images(src, 4)
     with pytest.raises(CacheError, match="went away during the run"):
         run_with_change(monkeypatch, lambda: src.rename(tmp_path / "unmounted"), src, out, model, CacheRequest(32))

@@ -13,7 +13,8 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from cache_cases import flip_byte, small_model, write_images
+from cache_cases import flip_byte, write_images
+from models import random_model
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
@@ -30,7 +31,7 @@ def cache(tmp_path_factory):
     write_images(folder / "src", 23, sizes=sizes)
     (folder / "src" / "005b.png").write_text("no image")
     request = CacheRequest(64, area=True, shard_rows=4, posterior=True)
-    cache_images(folder / "src", folder / "out", small_model(), request, workers=2, progress=False)
+    cache_images(folder / "src", folder / "out", random_model(), request, workers=2, progress=False)
     return folder / "out"
 
 

@@ -6,7 +6,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from cache_cases import flip_byte, small_model, snapshot, write_images
+from cache_cases import flip_byte, snapshot, write_images
+from models import random_model
 
 from capacitor_rt.cache import CacheRequest, cache_images
 from capacitor_rt.cache.shards import read_index, read_shard_header
@@ -21,7 +22,7 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("verify")
     write_images(folder / "src", 10)
     (folder / "src" / "bad.png").write_text("no image")
-    cache_images(folder / "src", folder / "out", small_model(), REQUEST, workers=1, progress=False)
+    cache_images(folder / "src", folder / "out", random_model(), REQUEST, workers=1, progress=False)
     return folder
 
 
@@ -73,7 +74,7 @@ def test_damaged_rows_are_named_with_the_way_out(cache, made):
     )
     path.unlink()
     (cache / "index" / f"32x32-{stem}.parquet").unlink()
-    cache_images(made / "src", cache, small_model(), REQUEST, progress=False)
+    cache_images(made / "src", cache, random_model(), REQUEST, progress=False)
     assert snapshot(cache) == snapshot(made / "out")
 
 

@@ -8,7 +8,8 @@ import os
 import pytest
 import torch
 import typer
-from cache_cases import flip_byte, pixels, small_model, snapshot, write_images
+from cache_cases import flip_byte, pixels, snapshot, write_images
+from models import random_model
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -24,7 +25,7 @@ def cli(tmp_path):
     app.command()(cache)
     app.command()(verify)
     write_images(tmp_path / "src", 6, sizes=((64, 64), (32, 128)))
-    small_model().save_pretrained(tmp_path / "model")
+    random_model().save_pretrained(tmp_path / "model")
 
     def invoke(*args):
         return CliRunner().invoke(app, [str(a) for a in args])
@@ -87,7 +88,7 @@ def test_background_is_that_of_the_option(cli, tmp_path):
     rows = LatentDataset(tmp_path / "out")
     row = next(r for r in (rows[i] for i in range(len(rows))) if r["id"] == "clear.png")
     flat = torch.tensor([16, 32, 48], dtype=torch.uint8).expand(1, 64, 64, 3)
-    torch.testing.assert_close(row["latents"], small_model().encode(flat)[0])
+    torch.testing.assert_close(row["latents"], random_model().encode(flat)[0])
 
 
 def test_names_that_are_not_utf8_can_be_told(cli, tmp_path):

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from models import random_model
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -42,8 +43,7 @@ CONFIG = ModelConfig(
 
 @pytest.fixture(scope="module")
 def model() -> FullCapacitor:
-    torch.manual_seed(1)
-    return FullCapacitor(CONFIG).eval()
+    return random_model(CONFIG, seed=1)
 
 
 @pytest.fixture(scope="module")

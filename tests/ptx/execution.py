@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
     from .operands import Action
 
-# a token in place of the address of a tensor map
-_TOKEN = 0x7E50_0000_0000_0000
+# a token in place of the address of a tensor map; compilers take it as 32 bits of parameter space
+_TOKEN = 0x7E50_0000
 # pointers to scratch memory that the compiler adds and these kernels must not touch
 _MOST_EXTRA_PARAMETERS = 2
 _SCALARS: dict[str, Any] = {"fp32": np.float32, "i32": np.int32, "i64": np.int64}

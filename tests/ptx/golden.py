@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -90,7 +89,7 @@ class ExecutedModel:
             if launches:
                 device.run(launches)
             else:
-                device.written(*(t for t in _arguments(call) if isinstance(t, Tensor)))
+                device.written(*(t for t in call.keywords.values() if isinstance(t, Tensor)))
         self.launches += device.launches
         return {name: value.clone() for name, value in executor.outputs.items()}
 
@@ -105,11 +104,6 @@ class ExecutedModel:
             folded = fold.fold_encoder(self._model) if at is None else fold.fold_decoder(self._model, *at)
             self._weights[at] = fold.named_tensors(fold.pack(folded, self.dtype, torch.device("cpu")))
         return self._weights[at]
-
-
-def _arguments(call: Any) -> Iterable[Any]:
-    """Keyword arguments of a bound step."""
-    return call.keywords.values()
 
 
 def check_folder(folder: Path, cc: int, dtype: str = "bf16", every: bool = False) -> Iterator[Line]:

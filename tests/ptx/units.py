@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from typing import Any
@@ -36,8 +37,8 @@ def units() -> Iterator[Unit]:
     yield from _shuffles(rng)
     yield "mma.m16n8k16.bf16", _mma(rng)
     yield "ldmatrix.trans", _ldmatrix(rng)
-    for what, body in _REFUSED.items():
-        yield f"refused: {what}", _refused(body)
+    for what, (body, message) in _REFUSED.items():
+        yield f"refused: {what}", _refused(body, message)
 
 
 def execute(body: str, data: np.ndarray, out_bytes: int, threads: int = 32, shared: int = 0) -> np.ndarray:
@@ -214,26 +215,47 @@ def _ldmatrix(rng: np.random.Generator) -> bool:
 
 
 _STORE_OWN = "mov.b32 %r2, global_smem; shl.b32 %r3, %r1, 2; add.s32 %r4, %r2, %r3; st.shared.b32 [%r4], %r1;"
+# what is refused -> (program, what the message says of it)
 _REFUSED = {
-    "an opcode that is not known": "popc.b32 %r2, %r1;",
-    "a form that is not known": "add.rz.f32 %r2, %r1, %r1;",
-    "load out of bounds": "ld.global.b32 %r2, [%rd1+512];",
-    "misaligned load": "ld.global.v2.b32 {%r2, %r3}, [%rd1+4];",
-    "store of different values to one address": "st.global.b32 [%rd2], %r1;",
-    "shared memory never written": "mov.b32 %r2, global_smem; ld.shared.b32 %r3, [%r2];",
-    "shared memory out of bounds": "mov.b32 %r2, global_smem; st.shared.b32 [%r2+512], %r1;",
-    "shared memory of another warp without a barrier": _STORE_OWN + "xor.b32 %r5, %r3, 128; add.s32 %r5, %r5, %r2; "
-    "ld.shared.b32 %r6, [%r5];",
-    "predicate never written": "@%p5 add.s32 %r5, %r1, 1;",
-    "address never written": "ld.global.b32 %r2, [%rd9];",
-    "a barrier that one warp never reaches": "setp.lt.u32 %p1, %r1, 32; @%p1 bra $L_a; bar.sync 0, 64;\n"
-    "$L_a: mov.b32 %r2, 0;",
+    "an opcode that is not known": ("popc.b32 %r2, %r1;", r"popc\.b32.* not implemented"),
+    "a form that is not known": ("add.rz.f32 %r2, %r1, %r1;", r"add\.rz\.f32.* not implemented"),
+    "load out of bounds": (
+        "ld.global.b32 %r2, [%rd1+512];",
+        r"^t \(sm_90a\) line \d+: `ld\.global.*`: out-of-bounds .* of 4 bytes by CTA 0 thread 0 at 0x\w+.*in\+512 of 512",
+    ),
+    "misaligned load": ("ld.global.v2.b32 {%r2, %r3}, [%rd1+4];", r"misaligned ld\.global of 8 bytes .*in\+4 of 512"),
+    "store of different values to one address": (
+        "st.global.b32 [%rd2], %r1;",
+        "two threads write different values at once: 4 bytes .*out\\+0",
+    ),
+    "shared memory never written": (
+        "mov.b32 %r2, global_smem; ld.shared.b32 %r3, [%r2+8];",
+        "never written at shared byte 8 by CTA 0 thread 0",
+    ),
+    "shared memory out of bounds": (
+        "mov.b32 %r2, global_smem; st.shared.b32 [%r2+512], %r1;",
+        "st.shared of 4 bytes by CTA 0 thread 0 at shared byte 512 of 512",
+    ),
+    "shared memory of another warp without a barrier": (
+        _STORE_OWN + "xor.b32 %r5, %r3, 128; add.s32 %r5, %r5, %r2; ld.shared.b32 %r6, [%r5];",
+        "read races with a write .* at shared byte 128 by CTA 0 thread 0; last write by warp 1",
+    ),
+    "predicate never written": ("@%p5 add.s32 %r5, %r1, 1;", "%p5 is read before it is written"),
+    "address never written": ("ld.global.b32 %r2, [%rd9];", "misaligned ld.global"),
+    "a barrier that one warp never reaches": (
+        "setp.lt.u32 %p1, %r1, 32; @%p1 bra $L_a; bar.sync 0, 64;\n$L_a: mov.b32 %r2, 0;",
+        "deadlock: 32 lanes wait for ever at a barrier",
+    ),
+    "part of a warp that shuffles": (
+        "setp.lt.u32 %p1, %r1, 16; @%p1 shfl.sync.bfly.b32 %r5, %r1, 1, 31, -1;",
+        "part of a warp",
+    ),
 }
 
 
-def _refused(body: str) -> bool:
+def _refused(body: str, message: str) -> bool:
     try:
         execute(body, np.zeros(128, np.uint32), 512, threads=64, shared=512)
-    except PtxError:
-        return True
+    except PtxError as error:
+        return re.search(message, str(error)) is not None
     return False

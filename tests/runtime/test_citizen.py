@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from golden_cases import relative_error
-from runtime_cases import DEVICE, ONE_STEP, TOLERANCE, encode_in_child, randomise, tiny
+from models import randomise
+from runtime_cases import DEVICE, ONE_STEP, TOLERANCE, encode_in_child, tiny
 
 
 def test_threads_take_turns_on_one_model_and_on_two():

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from runtime_cases import DEVICE, ONE_STEP, TINY, randomise, tiny
+from models import TINY, randomise
+from runtime_cases import DEVICE, ONE_STEP, tiny
 from torch import nn
 
 from capacitor_rt import FullCapacitor, InputError

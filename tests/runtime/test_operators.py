@@ -108,4 +108,6 @@ def test_operators_are_what_they_say():
     noise = unit_noise((1, 3, 8, 8), 0, torch.device(DEVICE))
     args = (latents, noise, model._number, 1, "ddim", "linear", False, 2.0)
     torch.library.opcheck(torch.ops.capacitor_rt.decode.default, args, test_utils=tests)
-    torch.library.opcheck(torch.ops.capacitor_rt.seeded_noise.default, (latents, [1, 3, 8, 8], 3, "cpu"), test_utils=tests)
+    torch.library.opcheck(
+        torch.ops.capacitor_rt.seeded_noise.default, (latents, [1, 3, 8, 8], 3, "cpu"), test_utils=tests
+    )

@@ -39,7 +39,7 @@ def machine(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(commands))
     for name in ("CC", "CPATH", "C_INCLUDE_PATH"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(sysconfig, "get_paths", lambda **_: {"include": str(headers)})
+    monkeypatch.setattr(sysconfig, "get_paths", lambda *_, **__: {"include": str(headers)})
     why_not_triton.cache_clear()
     yield tmp_path
     why_not_triton.cache_clear()

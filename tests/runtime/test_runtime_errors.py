@@ -180,7 +180,9 @@ def test_old_gpus_are_named_and_left_to_torch(monkeypatch):
 def test_a_callers_capture_needs_a_model_that_has_run(monkeypatch):
     model, image = tiny(), ROWS.to(DEVICE)
     monkeypatch.setattr(runtime.Runtime, "_foreign_capture", lambda _: True)
-    with pytest.raises(InputError, match=r"has not run encode of 3 images of 8x8 in this form yet.*warmup\(\), before the capture"):
+    with pytest.raises(
+        InputError, match=r"has not run encode of 3 images of 8x8 in this form yet.*warmup\(\), before the capture"
+    ):
         model.encode(image)
     monkeypatch.undo()
     truth = model.encode(image)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from golden_cases import relative_error
-from runtime_cases import randomise
+from models import randomise
 
 from capacitor_rt import FullCapacitor, FullCapacitorInferenceConfig, InputError, ModelConfig
 from capacitor_rt.runtime import graphs, runtime

@@ -1,4 +1,4 @@
-"""A small model, images and whole-folder snapshots for the tests of the cache."""
+"""Images and whole-folder snapshots for the tests of the cache."""
 
 from __future__ import annotations
 
@@ -6,30 +6,9 @@ import os
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
-from capacitor_rt import FullCapacitor, ModelConfig
-
-SMALL = {
-    "model_dim": 32,
-    "encoder_depth": 1,
-    "decoder_depth": 3,
-    "decoder_start_blocks": 1,
-    "decoder_end_blocks": 1,
-    "bottleneck_dim": 8,
-    "adaln_low_rank_rank": 4,
-}
-
-
-def small_model(seed: int = 0, **changes) -> FullCapacitor:
-    """Random weights, statistics unlike the identity."""
-    torch.manual_seed(seed)
-    model = FullCapacitor(ModelConfig(**{**SMALL, **changes})).eval().requires_grad_(False)
-    if model.latent_norm_running_mean is not None:
-        model.latent_norm_running_mean.normal_(0, 0.1)
-        model.latent_norm_running_var.uniform_(0.5, 2)
-    return model
+from capacitor_rt import FullCapacitor
 
 
 class Forbidden:

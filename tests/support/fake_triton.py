@@ -105,7 +105,11 @@ class Utils:
         return number, number, 32, 0, 1024
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": 232448 if gpu.cc in (90, 100) else 101376, "multiprocessor_count": 132, "warpSize": 32}
+        return {
+            "max_shared_mem": 232448 if gpu.cc in (90, 100) else 101376,
+            "multiprocessor_count": 132,
+            "warpSize": 32,
+        }
 
 
 class Driver:

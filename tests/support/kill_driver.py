@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import typer
-from cache_cases import small_model
+from models import random_model
 
 from capacitor_rt.cache import CacheRequest, cache_images
 from capacitor_rt.cache.durable import require_extra
@@ -52,7 +52,7 @@ def in_child(function) -> int:
 
 
 def kill_until_done(src: Path, out: Path, kills: int, seed: int) -> list[int]:
-    model = small_model()
+    model = random_model()
     rng = random.Random(seed)
     died: list[int] = []
     while True:

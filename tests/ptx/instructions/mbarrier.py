@@ -141,7 +141,8 @@ def _land(vm: Machine, barrier: Barrier) -> None:
 
 def tensor_copy(ins: Instr) -> Action:
     """cp.async.bulk.tensor.2d from global memory; the box lands when its mbarrier is waited for."""
-    if ins.parts[2:8] != ("bulk", "tensor", "2d", "shared__cluster", "global", "mbarrier__complete_tx__bytes"):
+    form = [part for part in ins.parts[2:] if part not in ("shared__cta", "shared__cluster")]
+    if form != ["bulk", "tensor", "2d", "global", "mbarrier__complete_tx__bytes"]:
         raise PtxError("form of the tensor copy")
     to, bar = address_of(ins.ops[0], 32), address_of(ins.ops[2], 32)
     descriptor_op, coordinates = ins.ops[1].value

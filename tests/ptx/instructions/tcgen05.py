@@ -73,7 +73,10 @@ def _dealloc(ins: Instr) -> Action:
 
 
 def _commit(ins: Instr) -> Action:
-    at = address_of(ins.ops[0], 64)
+    forms = [("b64",), ("shared__cluster", "b64")]
+    if ins.parts[2:4] != ("cta_group__1", "mbarrier__arrive__one") or ins.parts[4:] not in forms:
+        raise PtxError("form of tcgen05.commit")
+    at = address_of(ins.ops[0], 64 if ins.parts[4] == "b64" else 32)
 
     def run(vm: Machine) -> None:
         for lane, address in zip(vm.lanes().tolist(), at(vm).tolist(), strict=True):
