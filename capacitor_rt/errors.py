@@ -15,6 +15,10 @@ class InputError(CapacitorError, ValueError):
     """A tensor, size or argument that does not fit the model."""
 
 
+class NotFoldableError(InputError):
+    """A part of a model that does more than its tensors say, so that weights folded from them would be another's."""
+
+
 class CheckpointError(CapacitorError):
     """A checkpoint that cannot be found or read, or whose tensors do not fit together. `problems` lists every one."""
 

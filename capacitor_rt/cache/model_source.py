@@ -95,7 +95,9 @@ class Loaded:
     model: FullCapacitor
 
     def identity(self, compute_dtype: str | None = None) -> ModelIdentity:
-        source = self.model.source or _in_memory(self.model)
+        # parameters that were edited are no checkpoint's, and are what is computed with
+        kept = self.model.source if self.model.is_as_loaded else None
+        source = kept or _in_memory(self.model)
         dtype = str(self.model.dtype).removeprefix("torch.")
         identity = _identity(source, self.model.config, dtype, self.model.device.type)
         return dataclasses.replace(identity, multiple=self.model.size_multiple)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import importlib.util
 import operator
 import threading
 import warnings
@@ -18,11 +16,12 @@ from torch import Tensor
 from ..checks import IMAGE_DTYPES, LATENT_DTYPES, check_choice, check_dtype, odd_range
 from ..config import FullCapacitorInferenceConfig, ModelConfig
 from ..diffusion import unit_noise
-from ..errors import InputError
+from ..errors import InputError, NotFoldableError
 from ..reference import Autoencoder
-from . import ops, weights
+from . import ops
 from .as_loaded import AsLoaded
 from .options import ServingOptions
+from .platform import build_failure, why_not_triton
 from .stats import Stats
 
 if TYPE_CHECKING:
@@ -54,6 +53,8 @@ class ServedAutoencoder(Autoencoder):
     Raises:
         InputError: an unknown backend, or a bad budget.
     """
+
+    _fast: bool
 
     def __init__(
         self,
@@ -96,8 +97,16 @@ class ServedAutoencoder(Autoencoder):
             InputError: the Triton backend was asked for where it cannot run.
         """
         if self._runtime is None and self._fast:
+            why = why_not_triton(self.device)
+            if why is not None:
+                raise InputError(f"{why}, or use backend='torch'")
+            from .first_contact import first_contact
             from .runtime import Runtime
 
+            why = first_contact(self.device, self.dtype) if self._backend == "auto" else None
+            if why is not None:
+                self._leave_to_torch(why)
+                return None
             with _making_runtime:
                 if self._runtime is None:
                     place = (self.device, self.dtype)
@@ -152,6 +161,11 @@ class ServedAutoencoder(Autoencoder):
         """What packed weights are folded from: the tensors as loaded, or this model once they are not its values."""
         loaded = self._intact()
         return self if loaded is None else loaded.model(self.config)
+
+    @property
+    def is_as_loaded(self) -> bool:
+        """Whether the parameters are those of the checkpoint, moved or cast at most; those are then what is folded."""
+        return self._intact() is not None
 
     def _intact(self) -> AsLoaded | None:
         """The tensors as loaded, while they are the parameters' values."""
@@ -214,21 +228,32 @@ class ServedAutoencoder(Autoencoder):
         """
         if not self._fast:
             return None
-        runtime, reason = self.triton, self._why_differentiable(part, given)
+        runtime, reason = self.runtime, self._why_differentiable(part, given)
+        if runtime is None:
+            return None
         if reason is None:
             try:
                 with torch.no_grad():
                     return call(runtime)
-            except weights.NotFoldable as error:
-                if self.backend == "triton":
+            except Exception as error:
+                reason = str(error) if isinstance(error, NotFoldableError) else build_failure(error)
+                if self.backend == "triton" or reason is None:
                     raise
-                reason = str(error)
+                if not isinstance(error, NotFoldableError):
+                    self._leave_to_torch(reason)
+                    return None
         elif self.backend == "triton":
             raise InputError(f"{reason}, and the Triton backend has no backward pass")
         if reason not in self._said:
             self._said.add(reason)
             warnings.warn(f"torch serves this call: {reason}", stacklevel=3)
         return None
+
+    def _leave_to_torch(self, reason: str) -> None:
+        """Serve by torch until the model is moved, cast or loaded, and say why."""
+        self._fast = False
+        self._drop_runtime()
+        warnings.warn(f"torch serves this model: {reason}", stacklevel=4)
 
     def _traced(self, given: Tensor) -> bool:
         """Whether torch.compile or torch.export is to see one of our operators in place of a call."""
@@ -295,7 +320,7 @@ class ServedAutoencoder(Autoencoder):
     def _settle(self) -> None:
         """Decide who serves; kept as a plain attribute, which torch.compile sees through."""
         self._parameters_of: dict[str, tuple[torch.nn.Parameter, ...]] = {}
-        self._fast: bool = self._serving(self.device, self.dtype) == "triton"
+        self._fast = self._serving(self.device, self.dtype) == "triton"
         if not self._fast:
             self._drop_runtime()
 
@@ -305,7 +330,7 @@ class ServedAutoencoder(Autoencoder):
             return self._backend
         config = self.config
         fits = config.in_channels == 3 and config.depthwise_kernel_size == 7 and dtype in HALF_DTYPES
-        return "triton" if fits and device.type == "cuda" and _launches_run_on(device) else "torch"
+        return "triton" if fits and device.type == "cuda" and why_not_triton(device) is None else "torch"
 
     def _drop_runtime(self) -> None:
         runtime, self._runtime = self._runtime, None
@@ -334,11 +359,3 @@ def _loaded(model: ServedAutoencoder, _keys: object) -> None:
     model._as_loaded = None
     model._drop_runtime()
     model._settle()
-
-
-@functools.cache
-def _launches_run_on(device: torch.device) -> bool:
-    """Whether Triton is here and `device` an NVIDIA GPU that the launches support."""
-    if torch.version.cuda is None or importlib.util.find_spec("triton") is None:
-        return False
-    return torch.cuda.get_device_capability(device)[0] >= 8

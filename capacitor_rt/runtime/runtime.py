@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from capacitor_kernels.launch import INTERPRETED, compute_capability
+from capacitor_kernels.launch import compute_capability
 
 from ..config import FullCapacitorInferenceConfig
 from ..diffusion import sample
@@ -374,11 +374,6 @@ def _check(model: Autoencoder, device: torch.device, dtype: torch.dtype) -> int:
         )
     if dtype not in DTYPES:
         raise InputError(f"the Triton backend has no launches for {dtype}: use .to(torch.float32), or backend='torch'")
-    if device.type != "cuda" and not (device.type == "cpu" and INTERPRETED):
-        raise InputError(
-            f"backend='triton' needs an NVIDIA GPU and the model is on {device}: move it with .to('cuda'), or use "
-            "backend='torch' (TRITON_INTERPRET=1 runs the launches on the CPU, for tests)"
-        )
     try:
         return compute_capability(device)
     except ValueError as error:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import reference
-from ..errors import InputError
+from ..errors import NotFoldableError
 from ..reference import Autoencoder
 from . import fold
 from .as_loaded import Watch
@@ -162,31 +162,27 @@ def _statistics(model: Autoencoder) -> list[int]:
     return [n for t in stats if t is not None for n in (id(t), t.data_ptr(), 0 if t.is_inference() else t._version)]
 
 
-class NotFoldable(InputError):
-    """A part of a model that does more than its tensors say, so that weights folded from them would be another's."""
-
-
 def _refuse(part: str, module: nn.Module) -> None:
     """Refuse what cannot be folded: sharded tensors, forward hooks, and layers that wrap or replace the model's own.
 
     Raises:
-        NotFoldable: names the module, and what to do.
+        NotFoldableError: names the module, and what to do.
     """
     for name, p in module.named_parameters():
         if hasattr(p, "full_tensor"):
-            raise NotFoldable(
+            raise NotFoldableError(
                 f"{part}.{name} is sharded over processes: leave this model out of FSDP, e.g. "
                 "fully_shard(parent, ignored_params=set(model.parameters()))"
             )
     for name, child in module.named_modules():
         where = f"{part}.{name}" if name else part
         if type(child) not in FOLDED:
-            raise NotFoldable(
+            raise NotFoldableError(
                 f"{where} is a {type(child).__name__}, which the Triton backend cannot fold: merge it into a plain "
                 "layer (for LoRA: merge_and_unload), or use backend='torch'"
             )
         if child._forward_hooks or child._forward_pre_hooks or "forward" in child.__dict__:
-            raise NotFoldable(
+            raise NotFoldableError(
                 f"{where} has a forward hook, which the Triton backend would not call: remove it, or use "
                 "backend='torch'"
             )

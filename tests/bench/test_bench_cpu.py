@@ -11,12 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from bench_contenders import DyingOpBench
 
 from bench import _cases as cases
+from bench import _correctness, gpu, kernels
+from bench import _records as records
 from bench import _timing as timing
-from bench import gpu, kernels
 from bench._contenders import TINY
 from capacitor_kernels import OPS
+from capacitor_kernels import reference as kernel_reference
 from capacitor_rt.runtime.forecast import Ceilings
 from capacitor_rt.runtime.plan import PlanKey, make_plan
 
@@ -117,6 +120,43 @@ def test_a_right_launch_gets_every_figure():
     )
 
 
+def test_an_op_that_kills_its_process_loses_one_row(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(kernels, "OpBench", DyingOpBench)
+    out = tmp_path / "kernels.jsonl"
+    assert kernels.main(["--device", "cpu", "--op", "grn", "--op", "whiten", "--out", str(out)]) == 1
+    _, *lines = map(json.loads, out.read_text().splitlines())
+    lost, *rest = lines
+    assert (lost["op"], lost["missing"]) == ("grn", "its process was ended by SIGABRT") and len(rest) == 3
+    assert all(line["us"] > 0 for line in rest)
+    # a row without figures is a row of the same key
+    assert records.key_of(lost) == records.key_of(lost | {"us": 1.0}) and None not in records.key_of(lost)[2:]
+    assert "missing: its process" in capsys.readouterr().out
+
+
+def test_the_self_check_writes_its_rows(tmp_path):
+    done = run("gpu", "--out", str(tmp_path), "--device", "cpu", "--only", "correctness")
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = records.read_lines(tmp_path / "correctness.jsonl")
+    names = [line["name"] for line in lines]
+    assert {name.split()[0] for name in names} >= {*OPS, "encode", "decode"} and len(set(names)) == len(names)
+    assert all(line["ok"] and line["error"] <= line["bound"] and line["date"] for line in lines)
+    (summary,) = json.loads((tmp_path / "summary.json").read_text())
+    assert [row["name"] for row in summary["rows"]] == names and "agree with plain torch" in summary["detail"]
+
+
+def test_a_wrong_launch_fails_the_self_check(tmp_path, monkeypatch, capsys):
+    def off(**tensors):
+        return tuple(1.01 * t for t in expand(**tensors))
+
+    expand = kernel_reference.expand
+    monkeypatch.setattr(kernel_reference, "expand", off)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert _correctness.main(["--device", "cpu", "--out", str(tmp_path)]) == 1
+    wrong = [line for line in records.read_lines(tmp_path / "correctness.jsonl") if not line["ok"]]
+    assert wrong and {line["name"].split()[0] for line in wrong} == {"expand"} and all(w["problem"] for w in wrong)
+    assert f"{len(wrong)} of " in capsys.readouterr().out.splitlines()[-1]
+
+
 def test_kernels_command_writes_one_line_per_figure(tmp_path):
     out = tmp_path / "kernels.jsonl"
     done = run("kernels", "--device", "cpu", "--op", "grn", "--out", str(out))
@@ -153,7 +193,10 @@ def test_gpu_command_saves_as_it_goes(tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(("--only", "tests,naps"), "--only naps unknown: choose from tests,ceilings"), ((), "no CUDA GPU here")],
+    [
+        (("--only", "tests,naps"), "--only naps unknown: choose from correctness,tests,ceilings"),
+        ((), "no CUDA GPU here"),
+    ],
 )
 def test_gpu_command_refuses(tmp_path, arguments, message):
     done = run("gpu", "--out", str(tmp_path), *arguments)

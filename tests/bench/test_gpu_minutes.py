@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
-from bench_lines import GPU, call, ceilings, write
+from bench_lines import GPU, call, ceilings, check, write
 
 from bench import gpu
+from bench._records import append_line, read_lines
 
 OK = ("-c", "import sys; print(*sys.argv[1:])")
 SLOW = ("-c", "import time; time.sleep(60)")
@@ -26,15 +33,15 @@ def run(tmp_path, monkeypatch):
 
 
 def test_a_paced_stage_is_told_its_minutes(run):
-    code, found = run(gpu.Stage("model", OK, "m.log", 600, share=3, paced=True), gpu.Stage("cache", OK, "c.log", 600))
+    code, found = run(gpu.Stage("model", OK, "m.log", 600, share=3, pace=0.75), gpu.Stage("cache", OK, "c.log", 600))
     flag, minutes = found["model"]["detail"].split()
     # three quarters of eight minutes, and of these what the stage may begin in
-    assert code == 0 and flag == "--minutes" and float(minutes) == pytest.approx(gpu.PACE * 6, rel=0.01)
+    assert code == 0 and flag == "--minutes" and float(minutes) == pytest.approx(0.75 * 6, rel=0.01)
     assert found["cache"]["detail"] == ""
 
 
 def test_unused_time_goes_to_later_stages(run):
-    stages = [gpu.Stage(name, OK, f"{name}.log", 600, paced=True) for name in ("model", "flux2")]
+    stages = [gpu.Stage(name, OK, f"{name}.log", 600, pace=0.75) for name in ("model", "flux2")]
     _, found = run(*stages)
     first, second = (float(found[name]["detail"].split()[1]) for name in ("model", "flux2"))
     assert second == pytest.approx(2 * first, rel=0.05)
@@ -63,11 +70,109 @@ def test_the_summary_has_the_published_rows(run, tmp_path, capsys):
     assert GPU in out and f"| {row} | 7.25 |" in out and "1.90x" in out and "SM clock 1755 to 1755 MHz" in out
 
 
+def test_a_disagreement_is_told_first_and_stops_nothing(run, tmp_path, capsys):
+    rows = [check("expand 2x16x16"), check("grn 2x16x16", ok=False, problem="the error is 31 times its bound")]
+    write(tmp_path / "correctness.jsonl", *rows)
+    failing = gpu.Stage("correctness", ("-c", "print('1 of 2 checks disagree'); raise SystemExit(1)"), "c.log", 60)
+    code, found = run(failing, gpu.Stage("model", OK, "m.log", 600))
+    assert code == 1 and found["correctness"]["status"] == "failed" and found["model"]["status"] == "ok"
+    assert found["correctness"]["rows"][1] == {
+        "name": "grn 2x16x16",
+        "dtype": "bfloat16",
+        "error": 0.3,
+        "bound": 0.01,
+        "ok": False,
+        "problem": "the error is 31 times its bound",
+    }
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert first.startswith("correctness failed") and first.endswith("1 of 2 checks disagree")
+    gpu_name, verdict, *_ = rest[rest.index(GPU) :]
+    assert verdict == (
+        "**Wrong: 1 of 2 checks disagree with plain torch: grn 2x16x16 in bfloat16 (the error is 31 times its bound).**"
+    )
+
+
+WRITES = """
+import subprocess, sys, time
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from bench._records import append_line
+append_line(Path({out!r}), {line!r})
+with open({out!r}, "a") as file:
+    file.write('{{"bench": "mod')
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+Path({pid!r}).write_text(str(child.pid))
+time.sleep(600)
+"""
+
+
+def gone(pid: int) -> bool:
+    """Within a moment."""
+    for _ in range(100):
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_a_stage_that_is_ended_leaves_readable_files_and_no_processes(run, tmp_path):
+    out, pid = tmp_path / "model.jsonl", tmp_path / "pid"
+    line = call("model", "ours", 7.25)
+    program = WRITES.format(root=str(gpu.Path(gpu.__file__).parents[1]), out=str(out), line=line, pid=str(pid))
+    code, found = run(gpu.Stage("model", ("-c", program), "m.log", 6))
+    assert (code, found["model"]["status"]) == (0, "timeout")
+    # the half line is no line, and the next one does not stick to it
+    assert out.read_text().endswith('{"bench": "mod') and read_lines(out) == [line]
+    append_line(out, line | {"ms": 8.0})
+    assert [x["ms"] for x in read_lines(out)] == [7.25, 8.0]
+    assert gone(int(pid.read_text()))
+
+
+@pytest.mark.parametrize("how", ["os.abort()", "os.kill(os.getpid(), 9)"])
+def test_a_stage_that_crashes_loses_no_other(run, how):
+    crash = gpu.Stage("kernels", ("-c", f"import os; print('row'); {how}"), "k.log", 60)
+    code, found = run(crash, gpu.Stage("model", OK, "m.log", 600))
+    assert code == 1 and found["model"]["status"] == "ok"
+    assert found["kernels"]["status"] == "failed" and "ended by signal" in found["kernels"]["detail"]
+
+
+def test_a_stage_without_its_package_is_skipped(run):
+    code, found = run(gpu.Stage("cache", ("-c", "import no_such_package.part"), "c.log", 60))
+    assert (code, found["cache"]["status"]) == (0, "skipped")
+    assert found["cache"]["detail"] == "no_such_package is not installed"
+    # what this project misses of itself is a failure
+    assert run(gpu.Stage("cache", ("-c", "import bench.no_such_part"), "c.log", 60))[0] == 1
+
+
+def test_the_command_ends_what_it_started_when_it_is_asked_to_end(tmp_path):
+    program = (
+        "import sys\n"
+        "from bench import gpu\n"
+        f"slow = ('-c', 'import os, time; open({str(tmp_path / 'pid')!r}, \"w\").write(str(os.getpid())); time.sleep(600)')\n"
+        "gpu.stages = lambda *_: (gpu.Stage('model', slow, 'm.log', 600),)\n"
+        f"sys.exit(gpu.main(['--out', {str(tmp_path)!r}, '--device', 'cpu']))"
+    )
+    command = subprocess.Popen([sys.executable, "-c", program], cwd=Path(gpu.__file__).parents[1])
+    pid = tmp_path / "pid"
+    for _ in range(400):
+        if pid.is_file() and pid.read_text():
+            break
+        time.sleep(0.05)
+    os.kill(command.pid, signal.SIGTERM)
+    assert command.wait(20) == 128 + signal.SIGTERM and gone(int(pid.read_text()))
+
+
 def test_stages_are_in_order_of_value(tmp_path):
     short, long = (gpu.stages(tmp_path, "cuda", minutes) for minutes in (8, 60))
-    assert [s.name for s in short] == ["tests", "ceilings", "kernels", "model", "flux2", "cache", "sanitizer"]
+    names = ["correctness", "tests", "ceilings", "kernels", "model", "flux2", "cache", "sanitizer"]
+    assert [s.name for s in short] == names
     compiled = [dict(zip(s.arguments, s.arguments[1:], strict=False)).get("--compile") for s in short]
-    assert compiled == [None, None, "none", "first", "first", None, None]
-    assert dict(zip(long[3].arguments, long[3].arguments[1:], strict=False))["--compile"] == "named"
-    for stage in short[2:6]:
+    # the best form of the baseline is what the speed-up is over, so it is compiled in a short run too
+    assert compiled == [None, None, None, "none", "first", "named", None, None]
+    assert dict(zip(long[4].arguments, long[4].arguments[1:], strict=False))["--compile"] == "named"
+    for stage in short[3:7]:
         assert stage.arguments[stage.arguments.index("--out") + 1] == str(tmp_path / f"{stage.name}.jsonl")

@@ -19,7 +19,9 @@ from models import random_model
 from PIL import Image
 
 import capacitor_rt.cache
+from capacitor_rt import FullCapacitor
 from capacitor_rt.cache import CacheRequest, cache_images, dry_run
+from capacitor_rt.cache.model_source import Loaded
 from capacitor_rt.cache.pipeline import Meters, batches
 from capacitor_rt.cache.plan import CachePlan, Shard, UnplannedInputs, load_plan
 from capacitor_rt.errors import CacheError, InputError
@@ -333,3 +335,18 @@ def test_pyarrow_is_loaded_when_a_cache_is_opened_and_not_before():
         sys.exit(any(m.split(".")[0] in ("pyarrow", "xxhash") for m in sys.modules))
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=60)
+
+
+def test_an_edited_model_is_another_one():
+    """What is folded and computed with is what the plan names: the checkpoint, or the parameters as they are."""
+    model = FullCapacitor.from_pretrained("sample")
+    loaded = Loaded(model).identity()
+    assert (loaded.id, loaded.sha256) == ("sample", model.source.sha256)
+    # a cast is the same checkpoint in another compute dtype, whichever way it came about
+    cast = Loaded(FullCapacitor.from_pretrained("sample").bfloat16()).identity()
+    assert cast.sha256 == loaded.sha256 and cast.compute_dtype == "bfloat16"
+    with torch.no_grad():
+        model.encoder.to_bottleneck.bias.add_(1e-3)
+    edited = Loaded(model).identity()
+    assert edited.id == "memory" and edited.sha256 != loaded.sha256
+    assert edited.latent_space != loaded.latent_space

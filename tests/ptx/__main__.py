@@ -165,7 +165,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             worst = max(worst, result.ratio if result.ratio == result.ratio else 0.0)
             print(f"{'PASS' if result.ok else 'FAIL'} {result.text}", flush=True)
     seconds = time.perf_counter() - start
-    print(f"{count} checks, {failed} failed, errors at most {worst:.2f} of eager's, {seconds:.0f} s")
+    errors = f"errors at most {worst:.2f} of eager's, " if worst else ""
+    print(f"{count} checks, {failed} failed, {errors}{seconds:.0f} s")
     return 1 if failed or not count else 0
 
 

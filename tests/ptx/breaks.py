@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+
+from capacitor_kernels.tuning import GemmConfig
 
 from . import cases
 from .cases import Case, Form
@@ -34,9 +37,11 @@ class Finding:
 
 
 def broken_cases(cc: int) -> dict[str, Callable[[], Case]]:
-    """One case per op whose tiles are cut in every direction."""
+    """One case per op whose tiles are cut in every direction, and one through tensor descriptors."""
     form, grid = Form(cc), (7, 5)
-    return {
+    through = Form(cc, config=GemmConfig(64, 64, 64, 8, 4, 3, tma=True))
+    by_descriptors = {"expand by descriptors": lambda: cases.expand(through, 1, 35, 200, 264)} if cc >= 90 else {}
+    return by_descriptors | {
         "expand": lambda: cases.expand(form, 1, 35, 200, 264),
         "project": lambda: cases.project(form, 1, 35, 264, 200),
         "dwconv": lambda: cases.dwconv(form, 1, *grid, 200),
@@ -105,9 +110,18 @@ def self_test(cc: int, ops: tuple[str, ...] = (), every: int = 1) -> Iterator[Fi
     for op, make in broken_cases(cc).items():
         if ops and op not in ops:
             continue
-        texts: list[str] = []
-        whole = run_case(make(), mutate=lambda text, texts=texts: (texts.append(text), text)[1])
+        seen: list[str] = []
+        whole = run_case(make(), mutate=partial(_keep, seen))
         assert whole.ok, f"sm_{cc} {op}, not broken: {whole.text}"
-        for change in list(breaks(texts[0]))[every // 2 :: every]:
-            verdict = run_case(make(), mutate=lambda text, change=change: change.ptx)
+        for change in list(breaks(seen[0]))[every // 2 :: every]:
+            verdict = run_case(make(), mutate=partial(_replace, change))
             yield Finding(cc, op, change.what, not verdict.ok, verdict.text)
+
+
+def _keep(seen: list[str], text: str) -> str:
+    seen.append(text)
+    return text
+
+
+def _replace(change: Break, text: str) -> str:
+    return change.ptx

@@ -149,8 +149,8 @@ def _outputs(
         return {f"posterior_{name}": got[name] for name in got}, {f"posterior_{name}": base[name] for name in got}
     inference = inference_of(key)
     noise = unit_noise(tuple(io[key].shape), inference.seed, torch.device("cpu"))
-    base = eager.decode(io["latents"], inference_config=inference, noise=noise)
-    return {key: model.decode(io["latents"], noise, inference)}, {key: base}
+    image = eager.decode(io["latents"], inference_config=inference, noise=noise)
+    return {key: model.decode(io["latents"], noise, inference)}, {key: image}
 
 
 def _judge(name: str, got: Tensor, base: Tensor, io: dict[str, Tensor], dtype: str) -> Line:

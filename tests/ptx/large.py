@@ -81,9 +81,9 @@ def run_large(large: Large) -> tuple[bool, str]:
             continue
         have = last[name].double()
         written = have.isfinite()
-        error = rms((have - want)[written]) / rms(want) if written.any() else float("nan")
-        ok &= error < _MOST_ERROR
-        texts.append(f"{name} {error:.2e} of {int(written.sum())} values")
+        off = rms((have - want)[written]) / rms(want) if written.any() else float("nan")
+        ok &= off < _MOST_ERROR
+        texts.append(f"{name} {off:.2e} of {int(written.sum())} values")
     ran = sum(launch.ctas for launch in device.launches)
     return ok, f"{'; '.join(texts)} | {biggest / _LIMIT:.2f} x 2^31 elements, {ran} CTAs"
 

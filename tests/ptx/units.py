@@ -221,7 +221,7 @@ _REFUSED = {
     "a form that is not known": ("add.rz.f32 %r2, %r1, %r1;", r"add\.rz\.f32.* not implemented"),
     "load out of bounds": (
         "ld.global.b32 %r2, [%rd1+512];",
-        r"^t \(sm_90a\) line \d+: `ld\.global.*`: out-of-bounds .* of 4 bytes by CTA 0 thread 0 at 0x\w+.*in\+512 of 512",
+        r"^t \(sm_90a\) line \d+: `ld\.global.*`: out-of-bounds .* of 4 bytes by CTA 0 thread 0 at 0x\w+.*in\+512",
     ),
     "misaligned load": ("ld.global.v2.b32 {%r2, %r3}, [%rd1+4];", r"misaligned ld\.global of 8 bytes .*in\+4 of 512"),
     "store of different values to one address": (

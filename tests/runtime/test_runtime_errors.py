@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
 from runtime_cases import DEVICE, ONE_STEP, tiny
 
+from capacitor_kernels import launch
 from capacitor_rt import FullCapacitor, InputError
-from capacitor_rt.runtime import fold, graphs, memory, runtime, weights
+from capacitor_rt.runtime import backend, first_contact, fold, graphs, memory, platform, runtime, weights
+from capacitor_rt.runtime.backend import ServedAutoencoder
 from capacitor_rt.runtime.memory import DeviceMemoryError
 
 MIB = 1 << 20
@@ -144,37 +149,99 @@ def test_arenas_are_shared_and_grow_in_steps():
     assert cache._nbytes() == 3000
 
 
-def test_devices_and_types_that_cannot_serve(monkeypatch):
+@pytest.fixture
+def machine(monkeypatch):
+    """What is asked once per process is asked anew, before and after."""
+    platform.why_not_triton.cache_clear()
+    yield monkeypatch
+    monkeypatch.undo()
+    platform.why_not_triton.cache_clear()
+
+
+def test_devices_and_types_that_cannot_serve(machine):
     model = tiny(device="cpu")
-    monkeypatch.setattr(runtime, "INTERPRETED", False)
-    with pytest.raises(InputError, match=r"needs an NVIDIA GPU and the model is on cpu: move it with .to\('cuda'\)"):
+    if DEVICE == "cpu":
+        with pytest.raises(InputError, match=r"has no launches for torch.float64"):
+            tiny(device="cpu").double().encode(ROWS)
+    machine.setattr(platform, "interpreted", lambda: False)
+    platform.why_not_triton.cache_clear()
+    message = r"need an NVIDIA GPU, and this is cpu: move the model with .to\('cuda'\) .*, or use backend='torch'"
+    with pytest.raises(InputError, match=message):
         model.encode(ROWS)
-    with pytest.raises(InputError, match="has no launches for"):
-        model.double().encode(ROWS)
 
 
-def test_old_gpus_are_named_and_left_to_torch(monkeypatch):
-    import capacitor_rt.runtime.backend as module
-    from capacitor_kernels import launch
-
-    model = tiny(device="cpu")
-    monkeypatch.setattr(launch, "INTERPRETED", False)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
-    with pytest.raises(InputError, match=r"Tesla T4 has compute capability 7.5; .*backend='torch'"):
-        runtime.Runtime(model, torch.device("cuda", 0), torch.float16)
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
+def test_old_gpus_are_named_and_left_to_torch(machine):
+    model, gpu = tiny(device="cpu"), torch.device("cuda", 0)
+    machine.setattr(platform, "interpreted", lambda: False)
+    machine.setattr(platform, "_why_no_launcher", lambda: None)
+    machine.setattr(torch.version, "cuda", "13.0")
+    machine.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
     auto = tiny("auto", "cpu")
-    for capability, backend in (((7, 5), "torch"), ((8, 0), "triton"), ((12, 0), "triton")):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
-        module._launches_run_on.cache_clear()
-        assert auto._serving(torch.device("cuda", 0), torch.bfloat16) == backend
-        assert auto._serving(torch.device("cuda", 0), torch.float32) == "torch"
+    for capability, expected in (((7, 5), "torch"), ((8, 0), "triton"), ((12, 0), "triton")):
+        machine.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+        platform.why_not_triton.cache_clear()
+        assert auto._serving(gpu, torch.bfloat16) == expected
+        assert auto._serving(gpu, torch.float32) == "torch"
+    machine.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    machine.setattr(launch, "INTERPRETED", False)
+    with pytest.raises(InputError, match=r"Tesla T4 has compute capability 7.5; .*backend='torch'"):
+        runtime.Runtime(model, gpu, torch.float16)
     # an AMD GPU calls itself cuda
-    monkeypatch.setattr(torch.version, "cuda", None)
-    module._launches_run_on.cache_clear()
-    assert auto._serving(torch.device("cuda", 0), torch.bfloat16) == "torch"
-    module._launches_run_on.cache_clear()
+    for name, value in (("cuda", None), ("hip", "6.4")):
+        machine.setattr(torch.version, name, value, raising=False)
+        platform.why_not_triton.cache_clear()
+        assert auto._serving(gpu, torch.bfloat16) == "torch"
+
+
+def test_auto_leaves_to_torch_what_failed_its_check_or_does_not_build(machine):
+    """On the CPU the interpreter plays the GPU; what is wrong is told once, with what to report."""
+    machine.setattr(ServedAutoencoder, "_serving", lambda self, *_: "torch" if self.backend == "torch" else "triton")
+    truth, image = tiny("torch"), ROWS.to(DEVICE)
+    with torch.no_grad():
+        expected = truth.encode(image)
+    machine.setattr(first_contact, "first_contact", lambda *_: "the launch of expand disagrees: run doctor --check")
+    model = tiny("auto")
+    with pytest.warns(UserWarning, match="torch serves this model: the launch of expand disagrees"):
+        assert torch.equal(model.encode(image), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(model.encode(image), expected)
+    assert model.runtime is None and model.stats().folds == 0
+    machine.setattr(first_contact, "first_contact", lambda *_: None)
+    model = tiny("auto")
+
+    def broken(*_: object) -> None:
+        raise subprocess.CalledProcessError(1, ["gcc", "main.c"])
+
+    machine.setattr(runtime.Runtime, "_image", broken)
+    machine.setattr(backend, "build_failure", lambda error: "no C compiler: apt-get install gcc")
+    with pytest.warns(UserWarning, match="torch serves this model: no C compiler: apt-get install gcc"):
+        assert torch.equal(model.encode(image), expected)
+    explicit = tiny("triton")
+    with pytest.raises(subprocess.CalledProcessError):
+        explicit.encode(image)
+
+
+def test_without_triton_the_torch_backend_serves():
+    program = """
+import sys
+sys.modules["triton"] = None
+import importlib.util
+real = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "triton" else real(name, *rest)
+import torch
+from capacitor_rt import FullCapacitor, InputError
+image = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+print(tuple(FullCapacitor.from_pretrained("sample").encode(image).shape))
+try:
+    FullCapacitor.from_pretrained("sample", backend="triton").encode(image)
+except InputError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    shape, message = done.stdout.splitlines()
+    assert shape == "(1, 128, 2, 2)" and "Triton is not installed" in message and "backend='torch'" in message
 
 
 def test_a_callers_capture_needs_a_model_that_has_run(monkeypatch):

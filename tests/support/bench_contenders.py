@@ -9,7 +9,9 @@ from functools import partial
 
 import torch
 
+from bench._cases import TINY_IMAGES
 from bench._contenders import CAPACITOR, EAGER, Contender
+from bench.kernels import OpBench
 from capacitor_rt.errors import InputError
 
 ERRORS = {
@@ -63,3 +65,12 @@ def wrong(name: str) -> Contender:
 def dying(name: str, calls: int, what=os.abort) -> Contender:
     """Takes its process with it, or does something else, after so many calls; the first one is the check."""
     return Contender(CAPACITOR, name, partial(_after_calls, calls, what))
+
+
+class DyingOpBench(OpBench):
+    """Aborts at the first size of one op."""
+
+    def measure(self, op, images, compiled, replays):
+        if op == "grn" and images == TINY_IMAGES[0]:
+            os.abort()
+        return super().measure(op, images, compiled, replays)

@@ -109,6 +109,12 @@ def ceilings(**facts: Any) -> dict[str, Any]:
     return {"bench": "ceilings", "tflops": 800.0, "gbps": 4000.0, **FACTS, **facts}
 
 
+def check(name: str, *, ok: bool = True, problem: str = "", **facts: Any) -> dict[str, Any]:
+    """A line of the self-check."""
+    found = {"bench": "correctness", "name": name, "dtype": "bfloat16", "error": 0.004 if ok else 0.3, "bound": 0.01}
+    return {**found, "ok": ok, "problem": problem, **FACTS, **facts}
+
+
 def write(path: Path, *lines: dict[str, Any]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
