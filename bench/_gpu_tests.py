@@ -98,7 +98,7 @@ def result_of(file: TestFile, code: int | None, log: Path, seconds: float) -> Fi
     failed = tuple(re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.M))
     detail = tail(log).strip("= ")[:200]
     if code is None:
-        status, at = "timeout", re.findall(r"^(\S+::.*?) *(?:PASSED|SKIPPED|FAILED|$)", output, re.M)
+        status, at = "timeout", re.findall(r"^(\S+::.*?) *(?:PASSED|SKIPPED|FAILED|ERROR|Timeout|$)", output, re.M)
         detail = f"ended after {seconds:.0f} s, in or after {at[-1]}" if at else f"ended after {seconds:.0f} s"
     elif code == NONE_CHOSEN:
         status, detail = "skipped", "no such tests in it"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
@@ -43,6 +44,8 @@ def _given(*_: Any, **__: Any) -> Callable[[Any], Any]:
 
 def _module(name: str, **attributes: Any) -> ModuleType:
     made = ModuleType(name, __doc__)
+    # torch looks at it for every module that it knows
+    made.__spec__ = ModuleSpec(name, None)
     made.__getattr__ = lambda attribute: getattr(_Anything(), attribute)  # type: ignore[method-assign]
     for attribute, value in attributes.items():
         setattr(made, attribute, value)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .version import __version__
+
 if TYPE_CHECKING:
     from .cache.dataset import BucketBatchSampler, LatentDataset
     from .config import FullCapacitorInferenceConfig, ModelConfig
     from .errors import CacheError, CapacitorError, CheckpointError, ConfigError, ImageError, InputError
     from .model import FullCapacitor
-
-__version__ = "0.2.0"
 
 # imported on first use: `import capacitor_rt` loads neither triton nor pyarrow
 _EXPORTS = {

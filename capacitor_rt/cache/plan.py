@@ -19,10 +19,10 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from .. import __version__
 from ..errors import CacheError, InputError
 from ..images.decode import decoder_versions
 from ..images.geometry import Size, bucket_table, square_bucket
+from ..version import __version__
 from .durable import PendingFile, canonical_json, read_commits
 from .inputs import Inputs
 from .model_source import ModelIdentity

@@ -133,7 +133,7 @@ def version_of(distribution: str) -> str | None:
 
 
 def triton_version() -> str | None:
-    """The installed version of Triton, whose nightly builds have a name of their own; None where it is not installed."""
+    """The installed version of Triton, whose nightly builds have another name; None where there is none."""
     return version_of("triton") or version_of("pytorch-triton")
 
 

@@ -93,10 +93,11 @@ def check_model(device: torch.device, dtype: torch.dtype, seed: int = 0) -> list
 def compare(name: str, results: Sequence[tuple[Tensor, Tensor, Tensor]], dtype: torch.dtype) -> CheckRow:
     """The row of a check's outputs, each `(result, truth, eager torch's)`, where eager's errors set the bounds."""
     worst, elsewhere = (0.0, FLOORS[dtype]), ""
-    for got, truth, eager in results:
-        truth = truth.double()
+    for outputs in results:
+        # on the CPU: whoever is in question does not judge
+        got, truth, eager = (t.cpu().double() for t in outputs)
         scale = max(_rms(truth), 1e-30)
-        error, base = got.double() - truth, eager.double() - truth
+        error, base = got - truth, eager - truth
         found, bound = _rms(error) / scale, RATIO * _rms(base) / scale + FLOORS[dtype]
         if not math.isfinite(found):
             wrong = int((~got.isfinite()).sum())

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import pytest
-from bench_lines import caching, call, ceilings, launch, write
+from bench_lines import caching, call, ceilings, check, launch, write
 
 from bench import compare
 
 
 @pytest.fixture
 def sides(tmp_path):
-    before = [ceilings(), call("model", "ours", 10.0), launch("expand", 100.0), launch("grn", 5.0), caching(1000.0)]
+    before = [
+        ceilings(),
+        check("expand"),
+        call("model", "ours", 10.0),
+        launch("expand", 100.0),
+        launch("grn", 5.0),
+        caching(1000.0),
+    ]
     after = [
         ceilings(tflops=1.0),
         call("model", "ours", 11.0, commit="b" * 12),
@@ -29,7 +36,7 @@ def test_a_regression_shows_first(sides, capsys):
     assert "cache" in rows[2] and "50.0 % faster" in rows[2]
     assert "not measured after" in "".join(r for r in rows if "grn" in r)
     assert "not measured before" in "".join(r for r in rows if "project" in r)
-    # ceilings are no figures of ours
+    # ceilings and checks are no figures of ours
     assert len(rows) == 5
     assert mean == f"geometric mean of 3 ratios: {(1.1 * 1.01 * 0.5) ** (1 / 3):.3f}"
 

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from bench_lines import GPU, caching, call, ceilings, launch, write
+from bench_lines import GPU, caching, call, ceilings, check, launch, write
 
 import bench
 from bench import _figures as figures
@@ -35,8 +35,9 @@ def lines():
         call("model", "ours", 7.25, row=ROW, over=over),
         call("model", "eager", 13.8, row=ROW),
         call("model", "torch.compile max-autotune", 10.5, row=ROW),
-        call("flux2", "ours", 7.3, row=ROW, over={"flux2/eager": 19.4}),
+        call("flux2", "ours", 7.3, row=ROW, over={"flux2/eager": 19.4, "flux2/eager, channels_last": 15.2}),
         call("flux2", "eager", 141.6, model="flux2", row=ROW, peak_bytes=2000 << 20),
+        call("flux2", "eager, channels_last", 111.0, model="flux2", row=ROW, peak_bytes=2500 << 20),
         launch("expand", 400.0),
         caching(5000.0),
     )
@@ -71,13 +72,60 @@ def test_numbers_are_those_of_the_files(project):
     text = (folder / "README.md").read_text()
     assert GPU in text and "torch 2.11.0" in text and "ceilings 800 TFLOP/s and 4000 GB/s" in text
     row = row_of(text, ROW)
-    assert row[1:7] == ["7.25", "17655", "1.90x", "1.45x", "19.40x", "5.0"]
+    # over the fastest form of FLUX.2, beside it over eager, whose memory is compared
+    assert row[1:8] == ["7.25", "17655", "1.90x", "1.45x", "15.20x", "19.40x", "5.0"]
     # a row without a line is absent, not guessed
-    assert set(row_of(text, "card: encode 512x512, batch 32")[1:7]) == {report.NOTHING}
+    assert set(row_of(text, "card: encode 512x512, batch 32")[1:8]) == {report.NOTHING}
     page = (folder / "results" / "README.md").read_text()
     assert row_of(page, "expand")[3:6] == ["400", "500", "750"]
     assert "JPEG 512x512 to 256x256, 4096 files | 5000 |" in page
     assert report.main([*options, "--check"]) == 0
+
+
+def test_the_page_names_the_form_of_flux2(project):
+    folder, options = project
+    compiled = call("flux2", "torch.compile", 90.0, model="flux2", row=ROW)
+    beside = call("flux2", "ours", 7.3, row=ROW, over={"flux2/eager": 19.4, "flux2/torch.compile": 12.3})
+    no_memory = {k: v for k, v in compiled.items() if k != "ms"} | {"missing": "out of memory: 3 GiB"}
+    for more, ms, form, ratio in (
+        ((), "111", "eager, channels_last (without figures: torch.compile)", "15.20x"),
+        ((no_memory,), "111", "eager, channels_last (without figures: torch.compile)", "15.20x"),
+        ((compiled, beside | {"date": "2026-02-01T00:00:00Z"}), "90.0", "torch.compile", "12.30x"),
+    ):
+        write(folder / "results" / "model.jsonl", *lines(), *more)
+        report.main(options)
+        page = (folder / "results" / "README.md").read_text()
+        head, row = row_of(page, ""), row_of(page, ROW)
+        found = dict(zip(head, row, strict=True))
+        assert (found["FLUX.2, ms"], found["FLUX.2 as"], found["x FLUX.2"]) == (ms, form, ratio)
+        assert (found["FLUX.2 eager, ms"], found["x FLUX.2 eager"]) == ("142", "19.40x")
+
+
+def test_single_images_are_reported_with_and_without_low_latency(project):
+    folder, options = project
+    where = {"shape": ("decode", 1, 512), "row": "capacitor_decoder: decode 512x512, batch 1"}
+    found = [call("model", "ours", 0.9, **where), call("model", "ours, low_latency", 0.6, **where)]
+    write(folder / "results" / "model.jsonl", *found)
+    report.main(options)
+    for text in ((folder / "README.md").read_text(), (folder / "results" / "README.md").read_text()):
+        assert row_of(text, where["row"])[1] == "0.900"
+        assert row_of(text, f"{where['row']}, low_latency")[1] == "0.600"
+        assert f"{ROW}, low_latency" not in text
+    page = (folder / "results" / "README.md").read_text()
+    assert row_of(page, "decode 1x512x512, low_latency")[1] == "0.600"
+
+
+def test_the_self_check_is_reported_and_a_disagreement_reaches_the_readme(project):
+    folder, options = project
+    for rows, says, in_readme in (
+        ((), "Self-check: not measured yet.", False),
+        ((check("grn"), check("expand")), "Self-check: all 2 launches and calls agree with plain torch.", False),
+        ((check("grn"), check("expand", ok=False, problem="too far")), "**Wrong: 1 of 2 checks", True),
+    ):
+        write(folder / "results" / "model.jsonl", *lines(), *rows)
+        report.main(options)
+        assert says in (folder / "results" / "README.md").read_text()
+        assert (says in (folder / "README.md").read_text()) == in_readme
 
 
 def test_text_around_the_markers_stays(project):

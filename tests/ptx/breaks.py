@@ -14,6 +14,8 @@ from .cases import Case, Form
 from .compare import run_case
 
 SELF_TEST_CCS = (80, 90, 100)
+# of shared or tensor memory by all threads, and branches; copies and mbarriers are one thread's
+_ACCESS = r"\b(?:ld|st)\.shared|matrix\.|wgmma\.(?:mma|wait)|tcgen05\.(?:ld|st|alloc)|cp\.async\.c[ag]|try_wait|\bbra\b|\n\$L__BB"
 _BARRIER_WAIT = r"\tmbarrier\.try_wait[^;]*;\s*@!complete bra\.uni waitLoop;"
 
 
@@ -66,8 +68,15 @@ def breaks(text: str) -> Iterator[Break]:
         match = re.search(pattern, text)
         return iter([match] if match else [])
 
-    for m in re.finditer(r"\tbar\.sync \t0;", text):
-        yield Break(f"barrier at line {line(m.start())} dropped", cut(m))
+    for group in _barriers(text):
+        lines = ", ".join(str(line(m.start())) for m in group)
+        kept = [
+            text[before:after]
+            for before, after in zip(
+                [0, *(m.end() for m in group)], [*(m.start() for m in group), len(text)], strict=True
+            )
+        ]
+        yield Break(f"barrier at line {lines} dropped", "".join(kept))
     for m in re.finditer(r"cp\.async\.wait_group \t?(\d+)", text):
         later = int(m[1]) + 2
         yield Break(
@@ -99,6 +108,17 @@ def breaks(text: str) -> Iterator[Break]:
         yield Break("product and sum of an fma swapped", cut(m, f"{m[1]}{m[2]}, {m[4]}, {m[3]};"))
     for m in first(r"(st\.global\.[\w.]+ \[ %rd\d+ \+ )0"):
         yield Break("first store 16 bytes on", cut(m, m[1] + "16"))
+
+
+def _barriers(text: str) -> list[list[re.Match[str]]]:
+    """Barriers of the CTA in groups that do one another's work: no access of all threads lies between."""
+    groups: list[list[re.Match[str]]] = [[]]
+    for m in re.finditer(rf"(\tbar\.sync \t0;)|{_ACCESS}", text):
+        if m[1]:
+            groups[-1].append(m)
+        elif groups[-1]:
+            groups.append([])
+    return [group for group in groups if group]
 
 
 def self_test(cc: int, ops: tuple[str, ...] = (), every: int = 1) -> Iterator[Finding]:

@@ -27,8 +27,8 @@ OUT_OF_MEMORY: dict[str, tuple[type[Exception], str]] = {
 class Memory:
     """One allocation: the stream that it is of, its private pool if any, and the work that uses it."""
 
-    def __init__(self, label: str, nbytes: int, stream: int, pool: Hashable):
-        self.label, self.nbytes, self.stream, self.pool = label, nbytes, stream, pool
+    def __init__(self, label: str, nbytes: int, stream: int, pool: Hashable, life: int):
+        self.label, self.nbytes, self.stream, self.pool, self.life = label, nbytes, stream, pool, life
         self.uses: Clock = {}
         self.recorded: set[int] = set()
         self.freed = False
@@ -60,12 +60,13 @@ class Gpu:
 
     def __init__(self) -> None:
         self.lock, self.local = threading.RLock(), threading.local()
-        self.allocated = 0
+        self.allocated = self.life = 0
         self.reset()
 
     def reset(self, cc: int = 90, limit: int = 80 << 30) -> None:
         """As at the start of a process, of compute capability `cc`; memory that is still held stays."""
         self.cc, self.limit = cc, limit
+        self.life += 1
         self.faults: list[str] = []
         self.pools, self.host_pools, self.idle = Pools(), Pools(), Counter[Hashable]()
         self.clocks: defaultdict[int, Clock] = defaultdict(dict)
@@ -152,7 +153,7 @@ class Gpu:
             if self.allocated + nbytes > self.limit:
                 raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {nbytes} bytes.")
             self.allocated += nbytes
-            return Memory(label, nbytes, self.stream, capture and capture.handle)
+            return Memory(label, nbytes, self.stream, capture and capture.handle, self.life)
 
     def free(self, memory: Memory) -> None:
         """The last tensor went: the allocator gives the memory to whoever next asks on its stream."""
@@ -162,8 +163,8 @@ class Gpu:
                 self.idle[memory.pool] += memory.nbytes
                 return
             self.allocated -= memory.nbytes
-            if memory.pool is not None:
-                # it goes back to the driver, which waits for the device
+            if memory.pool is not None or memory.life != self.life:
+                # it goes back to the driver, which waits for the device; or is of a test before
                 return
             # of recorded streams the allocator waits for all that is queued now
             waited = [self.clocks[stream] for stream in memory.recorded]

@@ -52,11 +52,6 @@ class CudaTensor(torch.Tensor):
         to_host = "device" in kwargs and torch.device(kwargs["device"] or CUDA).type == "cpu"
         if "device" in kwargs:
             kwargs["device"] = CPU
-        # one of both on the host: in torch too the host then waits, unless it is told not to
-        copies = op is _COPY and not all(isinstance(t, CudaTensor) for t in args[:2])
-        at_once = kwargs.get("non_blocking") or (op is _COPY and True in args[2:])
-        if op is _ITEM or ((copies or to_host) and not at_once):
-            gpu.synchronize(gpu.stream)
         result = op(*_unwrapped(args), **_unwrapped(kwargs))
 
         def wrap(t: Any) -> Any:
@@ -68,6 +63,11 @@ class CudaTensor(torch.Tensor):
         if not op.is_view:
             used = [t for t in [*tensors, *_leaves(result)] if isinstance(t, CudaTensor)]
             gpu.work([t.block.memory for t in used])
+        # with one of both on the host: torch's then waits too, unless it is told not to
+        copies = op is _COPY and not all(isinstance(t, CudaTensor) for t in args[:2])
+        at_once = kwargs.get("non_blocking") or (op is _COPY and True in args[2:])
+        if op is _ITEM or ((copies or to_host) and not at_once):
+            gpu.synchronize(gpu.stream)
         return result
 
     def data_ptr(self) -> int:
