@@ -10,13 +10,17 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_DISABLE_TELEMETRY=1
 TORCH  := $(shell grep '^torch==' constraints.txt)
 TRITON := $(shell grep '^triton==' constraints.txt)
 
-.PHONY: demo test test-slow test-newest lint format bench clean
+.PHONY: demo test test-ptx test-slow test-newest lint format bench clean
 
 demo: $(VENV)/.demo
 	$(RUN) -m capacitor_rt.cli.demo --out demo-out
 
 test: $(VENV)/.test
 	$(TEST_ENV) $(RUN) -m pytest -n $(CORES) --dist worksteal -q -m 'not slow'
+
+# the compiled kernels executed on the CPU, every config row on every GPU: long, `make test` runs a part of it
+test-ptx: $(VENV)/.test
+	$(TEST_ENV) $(RUN) -m tests.ptx --all
 
 # real sizes under the interpreter, minutes of CPU time; `make test` leaves them out
 test-slow: $(VENV)/.test

@@ -95,7 +95,10 @@ class Bench:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for worker in (*self._sides.values(), self._references):
+        workers = (*self._sides.values(), self._references)
+        for worker in workers:
+            worker.dismiss()
+        for worker in workers:
             worker.stop()
         shutil.rmtree(self._folder, ignore_errors=True)
 

@@ -63,7 +63,7 @@ class Worker:
         try:
             self._pipe.send((method, arguments))
             if not self._pipe.poll(seconds):
-                self.stop()
+                self.stop(0.0)
                 raise Failure(f"no answer within {seconds:.0f} s", LOST)
             value, failed = self._pipe.recv()
         except (EOFError, OSError):
@@ -75,23 +75,27 @@ class Worker:
             raise Failure(reason, kind)
         return value
 
-    def stop(self) -> None:
-        """End the process; what it held on the device is free then."""
+    def dismiss(self) -> None:
+        """Let the process end when it has answered, without waiting for that."""
+        if self._pipe is not None:
+            self._pipe.close()
+
+    def stop(self, seconds: float = 3.0) -> None:
+        """End the process, by force after `seconds`; what it held on the device is free then."""
         if self._process is not None:
-            self._process.kill()
-            self._end()
+            self._end(seconds)
 
     @property
     def pid(self) -> int | None:
         """Of the process, where there is one."""
         return None if self._process is None else self._process.pid
 
-    def _end(self) -> str:
-        """Wait for the process to be gone; how it ended."""
+    def _end(self, seconds: float = 10.0) -> str:
+        """Wait for the process to be gone, and end it after `seconds`; how it ended."""
         process, self._process = self._process, None
-        if self._pipe is not None:
-            self._pipe.close()
-        process.join(10)
+        self.dismiss()
+        if seconds:
+            process.join(seconds)
         if process.exitcode is None:
             process.kill()
             process.join()

@@ -85,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
 
     from ._contenders import TINY, random_model
     from ._device import busy
+    from ._processes import ending_on_sigterm
     from ._records import append_line, default_results
     from ._timing import environment
 
@@ -98,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     model.to(device, torch.bfloat16 if on_gpu else torch.float32)
     cores = os.cpu_count() or 1
     out = args.out or default_results(device, "cache")
-    with tempfile.TemporaryDirectory(dir=args.folder, prefix="capacitor-bench-") as name:
+    with ending_on_sigterm(), tempfile.TemporaryDirectory(dir=args.folder, prefix="capacitor-bench-") as name:
         root = Path(name)
         nbytes = write_jpegs(root / "files", count, side, cores)
         write_jpegs(root / "warm", min(count, WARM_IMAGES), side, cores)

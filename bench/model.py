@@ -102,6 +102,7 @@ def run(module: str, contenders: Sequence[Contender], args: argparse.Namespace, 
     from ._contenders import TINY, TINY_FLUX2, Setting, Shape
     from ._device import busy, release
     from ._endtoend import HEADER, Bench
+    from ._processes import ending_on_sigterm
     from ._records import append_line, ceilings_line, default_results
     from ._timing import environment, measure_ceilings
 
@@ -126,7 +127,7 @@ def run(module: str, contenders: Sequence[Contender], args: argparse.Namespace, 
     print(f"ceilings: {ceilings.tflops:.1f} TFLOP/s, {ceilings.gbps:.0f} GB/s ({ceilings.source})\n{HEADER}")
     compiled = args.compile or ("named" if on_gpu else "none")
     jobs = plan_jobs(contenders, shapes, sweep, compiled)
-    with Bench(setting, ceilings, facts, out, module, rounds=15 if on_gpu else 1) as bench:
+    with ending_on_sigterm(), Bench(setting, ceilings, facts, out, module, rounds=15 if on_gpu else 1) as bench:
         bench.run(jobs, begin + 60 * args.minutes)
     return 1 if bench.broken else 0
 

@@ -110,7 +110,7 @@ def check_device(device: torch.device | str | None) -> torch.device:
 
 def odd_range(image: Tensor) -> str | None:
     """What is odd about the values of a float image that should lie in [-1,1], None for nothing. Waits for a GPU."""
-    low, high = (x.item() for x in image.detach().float().aminmax())
+    low, high = (x.item() for x in image.detach().aminmax())
     if low != low or high != high:
         return "holds NaN"
     if low < -1.01 or high > 1.01:

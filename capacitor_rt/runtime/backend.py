@@ -20,6 +20,7 @@ from ..errors import InputError, NotFoldableError
 from ..reference import Autoencoder
 from . import ops
 from .as_loaded import AsLoaded
+from .memory import DeviceMemoryError, amount, free_bytes, is_out_of_memory
 from .options import ServingOptions
 from .platform import build_failure, why_not_triton
 from .stats import Stats
@@ -100,6 +101,13 @@ class ServedAutoencoder(Autoencoder):
             why = why_not_triton(self.device)
             if why is not None:
                 raise InputError(f"{why}, or use backend='torch'")
+            if self.device.type == "cuda":
+                with torch.cuda.device(self.device):
+                    if torch.cuda.is_current_stream_capturing():
+                        raise InputError(
+                            "this model has not run yet, and weights cannot be folded, nor kernels compiled, while a "
+                            "CUDA graph is being captured: call it once with the same shape, or warmup(), before that"
+                        )
             from .first_contact import first_contact
             from .runtime import Runtime
 
@@ -236,6 +244,11 @@ class ServedAutoencoder(Autoencoder):
                 with torch.no_grad():
                     return call(runtime)
             except Exception as error:
+                if is_out_of_memory(error) and not isinstance(error, DeviceMemoryError):
+                    raise DeviceMemoryError(
+                        f"memory ran out on {self.device} in a call of {given.shape[0]} to the {part}: free some "
+                        f"there, or pass fewer at a time ({error})"
+                    ) from error
                 reason = str(error) if isinstance(error, NotFoldableError) else build_failure(error)
                 if self.backend == "triton" or reason is None:
                     raise
@@ -262,19 +275,24 @@ class ServedAutoencoder(Autoencoder):
     def _noise(self, shape: tuple[int, ...], inference: FullCapacitorInferenceConfig, like: Tensor) -> Tensor:
         """Start noise; that of a seed and shape is kept, since drawing it costs more than a decode."""
         seed, source = inference.seed, inference.noise
-        if seed is None:
-            return unit_noise(shape, None, like.device)
-        if torch.compiler.is_compiling():
+        if seed is not None and torch.compiler.is_compiling():
             return torch.ops.capacitor_rt.seeded_noise(like, list(shape), seed, source)
-        if like.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-            return unit_noise(shape, seed, like.device, source)
-        # by stream: another one would have to wait for the copy
-        key = (shape, seed, source, torch.cuda.current_stream(like.device))
-        if key not in self._drawn:
-            while self._drawn and 4 * prod(shape) + sum(t.nbytes for t in self._drawn.values()) > NOISE_BYTES:
-                self._drawn.pop(next(iter(self._drawn)))
-            self._drawn[key] = unit_noise(shape, seed, like.device, source)
-        return self._drawn[key]
+        try:
+            if seed is None or like.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+                return unit_noise(shape, seed, like.device, source)
+            # by stream: another one would have to wait for the copy
+            key = (shape, seed, source, torch.cuda.current_stream(like.device))
+            if key not in self._drawn:
+                while self._drawn and 4 * prod(shape) + sum(t.nbytes for t in self._drawn.values()) > NOISE_BYTES:
+                    self._drawn.pop(next(iter(self._drawn)))
+                self._drawn[key] = unit_noise(shape, seed, like.device, source)
+            return self._drawn[key]
+        except torch.OutOfMemoryError as error:
+            self._drawn.clear()
+            raise DeviceMemoryError(
+                f"the noise for {shape[0]} images of {shape[2]}x{shape[3]} needs {amount(4 * prod(shape))}, and "
+                f"{amount(free_bytes(like.device))} are free on {like.device}: decode fewer at a time"
+            ) from error
 
     def _look_once(self, image: Tensor) -> None:
         """Warn of float images in another range than [-1,1], by the first one; so a GPU is waited for once."""
@@ -283,7 +301,10 @@ class ServedAutoencoder(Autoencoder):
         if image.is_cuda and torch.cuda.is_current_stream_capturing():
             return
         self._looked = True
-        odd = odd_range(image)
+        try:
+            odd = odd_range(image)
+        except torch.OutOfMemoryError:
+            return
         if odd is not None:
             warnings.warn(f"image {odd} (said once per model)", stacklevel=4)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from .executor import Executor
 from .memory import is_out_of_memory, new_arena, retire
 from .plan import LaunchPlan, PlanKey
+from .platform import build_failure
 from .stats import Stats
 
 MAX_BOUND = 256
@@ -124,7 +125,7 @@ class BoundCache:
         A plan that cannot be captured is kept all the same, and launched without a graph.
 
         Raises:
-            RuntimeError: memory ran out.
+            RuntimeError: memory ran out, or a kernel could not be built.
         """
         if self.graphs:
             self._capture(bound)
@@ -141,7 +142,7 @@ class BoundCache:
         try:
             bound.capture(self._pool)
         except RuntimeError as error:
-            if is_out_of_memory(error):
+            if is_out_of_memory(error) or build_failure(error) is not None:
                 raise
             if not self._warned:
                 self._warned = True

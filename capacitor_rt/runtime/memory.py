@@ -42,7 +42,7 @@ def retire(tensors: Iterable[Tensor], stream: torch.cuda.Stream | None = None) -
 
 def free_bytes(device: torch.device) -> int | None:
     """What an allocation could get now, torch's own cached blocks included; None where nobody says."""
-    if device.type != "cuda":
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return None
     torch.cuda.empty_cache()
     return torch.cuda.mem_get_info(device)[0]

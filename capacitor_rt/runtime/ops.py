@@ -59,7 +59,7 @@ def _runtime(number: int) -> Runtime:
     if runtime is None:
         raise InputError(
             f"model {number} of this compiled or exported program is served by the torch backend now: it was moved or "
-            "cast, so move it back or compile again"
+            "cast, or failed its check on this GPU, so move it back or compile again"
         )
     return runtime
 

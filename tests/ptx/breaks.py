@@ -15,7 +15,10 @@ from .compare import run_case
 
 SELF_TEST_CCS = (80, 90, 100)
 # of shared or tensor memory by all threads, and branches; copies and mbarriers are one thread's
-_ACCESS = r"\b(?:ld|st)\.shared|matrix\.|wgmma\.(?:mma|wait)|tcgen05\.(?:ld|st|alloc)|cp\.async\.c[ag]|try_wait|\bbra\b|\n\$L__BB"
+_ACCESS = (
+    r"\b(?:ld|st)\.shared|matrix\.|wgmma\.(?:mma|wait)|tcgen05\.(?:ld|st|alloc)|cp\.async\.c[ag]"
+    r"|try_wait|\bbra\b|\n\$L__BB"
+)
 _BARRIER_WAIT = r"\tmbarrier\.try_wait[^;]*;\s*@!complete bra\.uni waitLoop;"
 
 
@@ -70,12 +73,8 @@ def breaks(text: str) -> Iterator[Break]:
 
     for group in _barriers(text):
         lines = ", ".join(str(line(m.start())) for m in group)
-        kept = [
-            text[before:after]
-            for before, after in zip(
-                [0, *(m.end() for m in group)], [*(m.start() for m in group), len(text)], strict=True
-            )
-        ]
+        ends = zip([0, *(m.end() for m in group)], [*(m.start() for m in group), len(text)], strict=True)
+        kept = [text[start:end] for start, end in ends]
         yield Break(f"barrier at line {lines} dropped", "".join(kept))
     for m in re.finditer(r"cp\.async\.wait_group \t?(\d+)", text):
         later = int(m[1]) + 2

@@ -1,169 +1,21 @@
 """`torch.cuda` of a machine with one GPU, for one without: it computes no kernel, and fails where a real one would.
 
-`install()` puts streams, events, graphs and memory of `fake_gpu.gpu` in the place of torch's, tensors on "cuda" that
+`install()` puts the streams, events, graphs and memory of the fake GPU in the place of torch's, tensors on "cuda" that
 hold their values on the CPU, and a driver for Triton that takes every launch and checks its arguments. It lasts as long
-as the process. Read from the sources of PyTorch 2.13 and Triton 3.6.
+as the process.
 """
 
 from __future__ import annotations
 
-import itertools
-import threading
-from collections.abc import Hashable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
-from weakref import WeakValueDictionary
 
 import fake_tensor
 import fake_triton
 import torch
-from fake_gpu import LEGACY, Clock, Memory, gpu
-
-POOLED = 32
-_numbers, _handles = itertools.count(), itertools.count(1)
-_held: WeakValueDictionary[int, Stream] = WeakValueDictionary()
-
-
-class Stream:
-    """One of the 32 that torch hands out in turn. `shared` tells whether somebody held it already."""
-
-    def __init__(self, device: Any = None, priority: int = 0, *, number: int | None = None):
-        self.device = torch.device("cuda:0")
-        taken = next(_numbers)
-        self.cuda_stream = taken % POOLED + 1 if number is None else number
-        self.shared = any(s.cuda_stream == self.cuda_stream for s in [*_held.values()])
-        _held[taken] = self
-
-    def wait_event(self, event: Event) -> None:
-        event.wait(self)
-
-    def wait_stream(self, stream: Stream) -> None:
-        self.wait_event(stream.record_event())
-
-    def record_event(self, event: Event | None = None) -> Event:
-        event = event or Event()
-        event.record(self)
-        return event
-
-    def synchronize(self) -> None:
-        gpu.synchronize(self.cuda_stream)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Stream) and other.cuda_stream == self.cuda_stream
-
-    def __hash__(self) -> int:
-        return self.cuda_stream
-
-
-class Event:
-    """A place in a stream's work, or in a graph under capture."""
-
-    def __init__(self, *_: Any, **__: Any):
-        self.clock: Clock = {}
-        self.capture: CUDAGraph | None = None
-
-    def record(self, stream: Stream | None = None) -> None:
-        number = (stream or current_stream()).cuda_stream
-        with gpu.lock:
-            self.capture, self.clock = gpu.captures.get(number), dict(gpu.clocks[number])
-
-    def wait(self, stream: Stream | None = None) -> None:
-        number = (stream or current_stream()).cuda_stream
-        with gpu.lock:
-            here = gpu.captures.get(number)
-            if self.capture is not None and self.capture in gpu.captures.values():
-                gpu.captures[number] = self.capture
-            elif self.capture is not None or (here is not None and self.clock):
-                # cudaErrorCapturedEvent, cudaErrorStreamCaptureIsolation
-                gpu.fault("an event inside a capture is waited for outside, or the other way round")
-                raise torch.AcceleratorError("CUDA error: dependency created on uncaptured work in another stream")
-            gpu.wait(self.clock, number)
-
-    def synchronize(self) -> None:
-        gpu.refuse("a synchronization")
-        gpu.wait(self.clock)
-
-    def query(self) -> bool:
-        return all(gpu.host.get(stream, 0) >= n for stream, n in self.clock.items())
-
-
-class CUDAGraph:
-    """What was queued between the begin and the end of a capture: the memory that a replay uses."""
-
-    def __init__(self, keep_graph: bool = False):
-        self.memory: set[Memory] = set()
-        self.handle: Hashable = None
-        self.ended = self.ready = self.invalid = False
-
-    def capture_begin(self, pool: Hashable = None, capture_error_mode: str = "global", **_: Any) -> None:
-        stream = current_stream()
-        if stream.cuda_stream == LEGACY:
-            raise RuntimeError("CUDA graphs must be captured on a non-default stream.")
-        with gpu.lock:
-            if stream.shared or stream.cuda_stream in gpu.captures:
-                gpu.fault(f"a capture on stream {stream.cuda_stream}, which somebody else was handed before")
-            self.handle, self.mode = pool or (next(_handles), 0), capture_error_mode
-            self.thread, self.origin = threading.get_ident(), stream.cuda_stream
-            gpu.pools.begin(self.handle)
-            gpu.host_pools.begin(self.handle)
-            gpu.captures[self.origin] = self
-
-    def capture_end(self) -> None:
-        with gpu.lock:
-            for number in [n for n, graph in gpu.captures.items() if graph is self]:
-                del gpu.captures[number]
-            if self.invalid:
-                # torch raises before its allocators stop recording, so the pool is lost
-                raise torch.AcceleratorError("CUDA error: operation failed due to a previous error during capture")
-            for pools in (gpu.pools, gpu.host_pools):
-                pools.recording.discard(self.handle)
-            self.ended = True
-            gpu.count("instantiate")
-            self.ready = True
-
-    def replay(self) -> None:
-        if not self.ready:
-            raise RuntimeError("Called CUDAGraph::replay without a preceding successful capture.")
-        for memory in self.memory:
-            if memory.freed and memory.pool != self.handle:
-                gpu.fault(f"a graph is replayed that uses {memory.label}, which was freed")
-        gpu.count("replay")
-        gpu.work(self.memory)
-
-    def pool(self) -> Hashable:
-        return self.handle
-
-    def reset(self) -> None:
-        with gpu.lock:
-            if self.ended:
-                gpu.release(self.handle)
-                for capture in {c for c in gpu.captures.values() if c.thread == threading.get_ident()}:
-                    capture.invalid = True
-                    gpu.fault("a graph is destroyed inside a capture")
-            self.ended = self.ready = False
-            self.memory = set()
-
-    __del__ = reset
-
-
-def current_stream(device: Any = None) -> Stream:
-    return getattr(gpu.local, "current", _LEGACY)
-
-
-@contextmanager
-def use_stream(stream: Stream | None) -> Iterator[None]:
-    """`torch.cuda.stream`."""
-    before = current_stream()
-    set_stream(stream or before)
-    try:
-        yield
-    finally:
-        set_stream(before)
-
-
-def set_stream(stream: Stream) -> None:
-    gpu.local.current, gpu.local.stream = stream, stream.cuda_stream
+from fake_gpu import gpu
+from fake_streams import DEFAULT, CUDAGraph, Event, Stream, current_stream, handles, set_stream, use_stream
 
 
 def empty_cache() -> None:
@@ -199,12 +51,12 @@ def install(cc: int = 90) -> None:
         "set_device": lambda device: None,
         "device": nullcontext,
         "current_stream": current_stream,
-        "default_stream": lambda device=None: _LEGACY,
+        "default_stream": lambda device=None: DEFAULT,
         "set_stream": set_stream,
         "stream": use_stream,
         "synchronize": lambda device=None: gpu.synchronize(),
         "is_current_stream_capturing": lambda: gpu.stream in gpu.captures,
-        "graph_pool_handle": lambda: (0, next(_handles)),
+        "graph_pool_handle": lambda: (0, next(handles)),
         "get_device_properties": get_device_properties,
         "get_device_capability": lambda device=None: divmod(gpu.cc, 10),
         "get_device_name": lambda device=None: get_device_properties().name,
@@ -219,6 +71,3 @@ def install(cc: int = 90) -> None:
     torch.version.cuda = "13.0"
     fake_tensor.install()
     fake_triton.install()
-
-
-_LEGACY = Stream(number=LEGACY)

@@ -30,6 +30,8 @@ class Memory:
     def __init__(self, label: str, nbytes: int, stream: int, pool: Hashable, life: int):
         self.label, self.nbytes, self.stream, self.pool, self.life = label, nbytes, stream, pool, life
         self.uses: Clock = {}
+        self.written: tuple[int, int] | None = None
+        self.promised = False
         self.recorded: set[int] = set()
         self.freed = False
 
@@ -113,18 +115,31 @@ class Gpu:
 
     # work
 
-    def work(self, used: Iterable[Memory], stream: int | None = None) -> None:
-        """Queue work that uses memory, or record it where the stream is being captured."""
+    def is_behind(self, stream: int, other: int, n: int) -> bool:
+        """Whether what a stream does now comes after the first `n` works of another."""
+        return other == stream or max(self.clocks[stream].get(other, 0), self.host.get(other, 0)) >= n
+
+    def work(self, used: Iterable[Memory], stream: int | None = None, written: Iterable[Memory] = ()) -> None:
+        """Queue work that uses memory and writes to some of it, or record it where the stream is being captured."""
         with self.lock:
             stream = self.stream if stream is None else stream
             if stream in self.captures:
-                self.captures[stream].memory.update(used)
+                graph = self.captures[stream]
+                graph.memory.update(used)
+                for memory in written:
+                    memory.promised = memory.pool == graph.handle
                 return
             if stream == LEGACY:
                 self.refuse("work on the legacy stream", beside=())
             n = self.clocks[stream][stream] = self.clocks[stream].get(stream, 0) + 1
             for memory in used:
                 memory.uses[stream] = n
+                if memory.promised:
+                    self.fault(f"{memory.label} is used before the graph that writes it was replayed")
+                if memory.written is not None and not self.is_behind(stream, *memory.written):
+                    self.fault(f"stream {stream} uses {memory.label} while stream {memory.written[0]} writes it")
+            for memory in written:
+                memory.written = (stream, n)
 
     def wait(self, clock: Clock, stream: int | None = None) -> None:
         """A stream, or else the host, waits for what a clock has seen."""
@@ -175,7 +190,7 @@ class Gpu:
         """What was freed on a stream may be given out: work that uses it is to be done, or the stream behind it."""
         for memory in self.freed.pop(stream, []):
             for other, n in memory.uses.items():
-                if other != stream and max(self.clocks[stream].get(other, 0), self.host.get(other, 0)) < n:
+                if not self.is_behind(stream, other, n):
                     self.fault(f"{memory.label} was freed while stream {other} still uses it")
 
     def release(self, handle: Hashable) -> None:

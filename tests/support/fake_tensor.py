@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from fake_gpu import gpu
+from fake_gpu import Memory, gpu
 from torch import nn
 from torch.utils._device import _device_constructors
 
@@ -46,23 +46,21 @@ class CudaTensor(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        tensors = [t for t in _leaves((args, [*kwargs.values()])) if isinstance(t, torch.Tensor)]
-        known = {id(t.values) if isinstance(t, CudaTensor) else id(t): t for t in tensors}
-        blocks = {t.values.untyped_storage()._cdata: t.block for t in tensors if isinstance(t, CudaTensor)}
+        if op.is_view:
+            views = op(args[0].values, *args[1:], **kwargs)
+            block = args[0].block
+            return [cls(t, block) for t in views] if isinstance(views, (list, tuple)) else cls(views, block)
         to_host = "device" in kwargs and torch.device(kwargs["device"] or CUDA).type == "cpu"
         if "device" in kwargs:
             kwargs["device"] = CPU
-        result = op(*_unwrapped(args), **_unwrapped(kwargs))
-
-        def wrap(t: Any) -> Any:
-            if not isinstance(t, torch.Tensor) or to_host:
-                return t
-            return known[id(t)] if id(t) in known else CudaTensor(t, blocks.get(t.untyped_storage()._cdata))
-
-        result = [wrap(t) for t in result] if isinstance(result, (list, tuple)) else wrap(result)
-        if not op.is_view:
-            used = [t for t in [*tensors, *_leaves(result)] if isinstance(t, CudaTensor)]
-            gpu.work([t.block.memory for t in used])
+        result = op(*_values(args), **dict(zip(kwargs, _values([*kwargs.values()]), strict=True)))
+        used = [t for t in _flat([*args, *kwargs.values()]) if isinstance(t, torch.Tensor)]
+        written: list[Any] = []
+        if not to_host:
+            known = {id(t.values) if isinstance(t, CudaTensor) else id(t): t for t in used}
+            written = [_wrapped(t, known) for t in _flat([result])]
+            result = written if isinstance(result, (list, tuple)) else written[0]
+        gpu.work(_memory([*used, *written]), written=_memory(written))
         # with one of both on the host: torch's then waits too, unless it is told not to
         copies = op is _COPY and not all(isinstance(t, CudaTensor) for t in args[:2])
         at_once = kwargs.get("non_blocking") or (op is _COPY and True in args[2:])
@@ -116,20 +114,32 @@ class CudaTensor(torch.Tensor):
 _COPY, _ITEM = torch.ops.aten.copy_.default, torch.ops.aten._local_scalar_dense.default
 
 
-def _leaves(tree: Any) -> Iterator[Any]:
-    if isinstance(tree, (list, tuple)):
-        for item in tree:
-            yield from _leaves(item)
-    else:
-        yield tree
+def _flat(items: Sequence[Any]) -> list[Any]:
+    """The items, and those of lists among them."""
+    return [t for item in items for t in (item if isinstance(item, (list, tuple)) else (item,))]
 
 
-def _unwrapped(tree: Any) -> Any:
-    if isinstance(tree, CudaTensor):
-        return tree.values
-    if isinstance(tree, dict):
-        return {key: _unwrapped(value) for key, value in tree.items()}
-    return type(tree)(map(_unwrapped, tree)) if isinstance(tree, (list, tuple)) else tree
+def _values(items: Sequence[Any]) -> list[Any]:
+    """What an operation on the CPU takes for what one on the GPU was given."""
+    return [
+        item.values if isinstance(item, CudaTensor) else _values(item) if isinstance(item, (list, tuple)) else item
+        for item in items
+    ]
+
+
+def _memory(items: Sequence[Any]) -> list[Memory]:
+    return [t.block.memory for t in items if isinstance(t, CudaTensor)]
+
+
+def _wrapped(result: Any, known: dict[int, torch.Tensor]) -> Any:
+    """A result on the GPU: an argument that was written to, or a tensor of its own memory or an argument's."""
+    if not isinstance(result, torch.Tensor):
+        return result
+    if id(result) in known:
+        return known[id(result)]
+    storage = result.untyped_storage()._cdata
+    shares = [t for t in known.values() if isinstance(t, CudaTensor) and t.values.untyped_storage()._cdata == storage]
+    return CudaTensor(result, shares[0].block if shares else None)
 
 
 def _moved(t: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

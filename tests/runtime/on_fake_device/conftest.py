@@ -15,6 +15,8 @@ if STARTED:
     import fake_cuda
 
     fake_cuda.install()
+    # what is imported stays: collections are then quick
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

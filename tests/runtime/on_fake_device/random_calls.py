@@ -44,6 +44,7 @@ BATCHES = (1, 2, 3, 5)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 IMAGE_DTYPES = (torch.float32, torch.bfloat16, torch.uint8)
 ARCHITECTURES = (80, 89, 90, 100, 120)
+STREAMS = (torch.cuda.default_stream(), torch.cuda.Stream(), torch.cuda.Stream())
 # few, so that decoders are evicted, and steps folded one by one, at a cost that allows thousands of sequences
 weights.MAX_TIMES = 3
 
@@ -59,7 +60,6 @@ class Sequence:
         forget_kernels()
         gpu.reset(self.random.choice(ARCHITECTURES), limit=gpu.allocated + (1 << 30))
         torch.cuda.set_stream(torch.cuda.default_stream())
-        self.streams = [torch.cuda.default_stream(), torch.cuda.Stream(), torch.cuda.Stream()]
         self.model = self.new_model()
 
     def run(self, length: int) -> None:
@@ -103,8 +103,8 @@ class Sequence:
         self.log.append(f"model {dtype} cuda_graphs={graphs} memory_budget={budget}")
         return tiny(device="cuda", dtype=dtype, cuda_graphs=graphs, memory_budget=budget)
 
-    def new_call(self) -> Callable[[], Any]:
-        """A random call of the model, with inputs of the current stream."""
+    def new_call(self, drawing: bool = True) -> Callable[[], Any]:
+        """A random call of the model, with inputs of the current stream; `drawing` noise of a seed, or given all."""
         pick = self.random.choice
         batch, (height, width) = pick(BATCHES), pick(SIZES)
         what, out = pick(("encode", "posterior", "decode", "decode")), self.random.random() < 0.3
@@ -119,11 +119,13 @@ class Sequence:
             target = torch.empty(batch, 4, height // 8, width // 8, device="cuda") if out else None
             return lambda: model.encode(image, out=target)
         steps, sampler = pick((1, 1, 2, 3, 4)), pick(("ddim", "dpmpp_2m"))
-        inference = FullCapacitorInferenceConfig(num_steps=steps, sampler=sampler, pdg=pick((False, True)))
+        drawn = pick((None, 0, 1)) if drawing else None
+        inference = FullCapacitorInferenceConfig(steps, sampler, pdg=pick((False, True)), seed=drawn)
         latents = torch.zeros(batch, 4, height // 8, width // 8, device="cuda")
-        noise = torch.zeros(batch, 3, height, width, device="cuda")
-        target = torch.empty_like(noise) if out else None
-        self.log.append(f"decode {[*noise.shape]} {inference} out={out}")
+        shape = (batch, 3, height, width)
+        noise = torch.zeros(shape, device="cuda") if drawn is None else None
+        target = torch.empty(shape, device="cuda") if out else None
+        self.log.append(f"decode {shape} {inference} out={out}")
         return lambda: model.decode(latents, inference_config=inference, noise=noise, out=target)
 
     def attempt(self, call: Callable[[], Any]) -> bool:
@@ -139,11 +141,11 @@ class Sequence:
     def own_parameters(self) -> None:
         """What torch asks of everybody who frees tensors that other streams read."""
         for t in self.model.state_dict().values():
-            for stream in self.streams if t.is_cuda else ():
+            for stream in STREAMS if t.is_cuda else ():
                 t.record_stream(stream)
 
     def elsewhere(self) -> torch.cuda.Stream:
-        return self.random.choice(self.streams)
+        return self.random.choice(STREAMS)
 
     # actions
 
@@ -181,7 +183,7 @@ class Sequence:
     def capture(self) -> None:
         """By the caller: of what has run, or for all that he knows."""
         with torch.cuda.stream(self.elsewhere()):
-            call = self.new_call()
+            call = self.new_call(drawing=self.random.random() < 0.2)
             torch.cuda.synchronize()
             if self.random.random() < 0.7:
                 assert self.attempt(call), f"a plain call failed after {self.log}"
@@ -194,12 +196,15 @@ class Sequence:
             gpu.failures.clear()
             if captured:
                 self.graphs.append((graph, (call, result)))
+            # what it made is not there before a replay, and none of this call's
+            self.attempt(call)
 
     def replay(self) -> None:
         if self.graphs:
+            torch.cuda.synchronize()
             with torch.cuda.stream(self.elsewhere()):
                 self.random.choice(self.graphs)[0].replay()
-                torch.cuda.synchronize()
+            torch.cuda.synchronize()
 
     def starve(self) -> None:
         """Memory runs out once, somewhere in a call."""
@@ -246,7 +251,7 @@ class Sequence:
 
         torch.cuda.synchronize()
         workers = []
-        for stream in self.streams[1:]:
+        for stream in STREAMS[1:]:
             with torch.cuda.stream(stream):
                 calls = [self.new_call() for _ in range(3)]
             workers.append(threading.Thread(target=work, args=(calls, stream)))

@@ -1,4 +1,4 @@
-"""Backend "auto" on its first GPU. The fake one computes no kernel: there every launch is wrong, and auto must notice."""
+"""Backend "auto" on its first GPU. The fake one computes no kernel: every launch is wrong, which auto must notice."""
 
 from __future__ import annotations
 

@@ -205,6 +205,18 @@ def test_memory_is_not_freed_under_the_work_of_another_stream(care, faults):
     assert bool(faults) == (care == "none")
 
 
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_stream_waits_for_what_another_writes(waits, faults):
+    side = torch.cuda.Stream()
+    x = on_cuda()
+    if waits:
+        side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        x.clone().record_stream(torch.cuda.default_stream())
+    side.synchronize()
+    assert bool(faults) == (not waits)
+
+
 def test_a_graph_wants_its_memory_alive(faults):
     x, graph = on_cuda(), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -214,6 +226,17 @@ def test_a_graph_wants_its_memory_alive(faults):
     del x
     graph.replay()
     assert "replayed" in faults[0]
+
+
+def test_what_a_graph_makes_is_there_when_it_was_replayed(faults):
+    x, graph = on_cuda(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = x + 1
+    y.clone()
+    assert "before the graph" in faults.pop()
+    graph.replay()
+    y.clone()
+    assert not faults
 
 
 def test_graphs_are_not_destroyed_inside_a_capture(faults):

@@ -1,0 +1,15 @@
+"""Random sequences of calls, edits, moves, captures and failures, on every architecture."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import random_calls
+
+SEQUENCES = int(os.environ.get("CAPACITOR_RANDOM_SEQUENCES", "200"))
+
+
+@pytest.mark.filterwarnings("ignore:image has values")
+def test_random_sequences_succeed_or_raise_our_errors():
+    assert random_calls.run(SEQUENCES, seed=0)
