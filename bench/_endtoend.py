@@ -96,11 +96,13 @@ class Bench:
 
     def __exit__(self, *_: object) -> None:
         workers = (*self._sides.values(), self._references)
-        for worker in workers:
-            worker.dismiss()
-        for worker in workers:
-            worker.stop()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        try:
+            for worker in workers:
+                worker.dismiss()
+            for worker in workers:
+                worker.stop()
+        finally:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def run(self, jobs: Sequence[Job], deadline: float) -> None:
         """Measure every job that begins before the deadline (of `time.monotonic`); the others' rows say so."""

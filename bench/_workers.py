@@ -47,10 +47,11 @@ class Worker:
         if self._process is None:
             # forked processes cannot use CUDA
             context = multiprocessing.get_context("spawn")
-            self._pipe, theirs = context.Pipe()
-            self._process = context.Process(target=_serve, args=(theirs, *self._made_of), daemon=True)
-            self._process.start()
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, *self._made_of), daemon=True)
+            process.start()
             theirs.close()
+            self._process, self._pipe = process, ours
 
     def ask(self, method: str, *arguments: Any, seconds: float = START_SECONDS) -> Any:
         """What the object's method returns.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -47,9 +48,10 @@ class CudaTensor(torch.Tensor):
     def __torch_dispatch__(cls, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if op.is_view:
-            views = op(args[0].values, *args[1:], **kwargs)
-            block = args[0].block
-            return [cls(t, block) for t in views] if isinstance(views, (list, tuple)) else cls(views, block)
+            views, block = op(args[0].values, *args[1:], **kwargs), args[0].block
+            # a view of an inference tensor is one too
+            with torch.inference_mode() if args[0].is_inference() else nullcontext():
+                return [cls(t, block) for t in views] if isinstance(views, (list, tuple)) else cls(views, block)
         to_host = "device" in kwargs and torch.device(kwargs["device"] or CUDA).type == "cpu"
         if "device" in kwargs:
             kwargs["device"] = CPU

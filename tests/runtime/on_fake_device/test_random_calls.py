@@ -7,7 +7,7 @@ import os
 import pytest
 import random_calls
 
-SEQUENCES = int(os.environ.get("CAPACITOR_RANDOM_SEQUENCES", "200"))
+SEQUENCES = int(os.environ.get("CAPACITOR_RANDOM_SEQUENCES", "60"))
 
 
 @pytest.mark.filterwarnings("ignore:image has values")
