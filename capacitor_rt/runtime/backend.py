@@ -36,6 +36,7 @@ HALF_DTYPES = (torch.bfloat16, torch.float16)
 NOISE_BYTES = 256 << 20
 """Of start noise kept for seeds that come again."""
 _making_runtime = threading.Lock()
+_drawing = threading.RLock()
 _requires_grad = operator.attrgetter("requires_grad")
 Result = TypeVar("Result")
 
@@ -146,7 +147,8 @@ class ServedAutoencoder(Autoencoder):
         The memory goes back to torch's allocator. Weights that a graph of the caller's reads stay with the model.
         """
         self._drop_runtime()
-        self._drawn.clear()
+        with _drawing:
+            self._drawn.clear()
 
     @property
     def triton(self) -> Runtime:
@@ -278,21 +280,34 @@ class ServedAutoencoder(Autoencoder):
         if seed is not None and torch.compiler.is_compiling():
             return torch.ops.capacitor_rt.seeded_noise(like, list(shape), seed, source)
         try:
-            if seed is None or like.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+            if seed is None or like.device.type != "cuda":
                 return unit_noise(shape, seed, like.device, source)
-            # by stream: another one would have to wait for the copy
-            key = (shape, seed, source, torch.cuda.current_stream(like.device))
-            if key not in self._drawn:
-                while self._drawn and 4 * prod(shape) + sum(t.nbytes for t in self._drawn.values()) > NOISE_BYTES:
-                    self._drawn.pop(next(iter(self._drawn)))
-                self._drawn[key] = unit_noise(shape, seed, like.device, source)
-            return self._drawn[key]
+            return self._noise_of_a_seed((shape, seed, source), like.device)
         except torch.OutOfMemoryError as error:
-            self._drawn.clear()
+            with _drawing:
+                self._drawn.clear()
             raise DeviceMemoryError(
                 f"the noise for {shape[0]} images of {shape[2]}x{shape[3]} needs {amount(4 * prod(shape))}, and "
                 f"{amount(free_bytes(like.device))} are free on {like.device}: decode fewer at a time"
             ) from error
+
+    def _noise_of_a_seed(self, what: tuple[tuple[int, ...], int, str], device: torch.device) -> Tensor:
+        """Noise of a (shape, seed, source) on a GPU, kept by stream: another one would have to wait for the copy."""
+        with _drawing:
+            if torch.cuda.is_current_stream_capturing():
+                # a copy that is captured reads its source at every replay: better what is there already
+                kept = next((noise for (known, _), noise in self._drawn.items() if known == what), None)
+                if kept is not None:
+                    self._lent.append(kept)
+                    return kept
+                return unit_noise(*what[:2], device, what[2])
+            key = (what, torch.cuda.current_stream(device))
+            if key not in self._drawn:
+                nbytes = 4 * prod(what[0])
+                while self._drawn and nbytes + sum(t.nbytes for t in self._drawn.values()) > NOISE_BYTES:
+                    self._drawn.pop(next(iter(self._drawn)))
+                self._drawn[key] = unit_noise(*what[:2], device, what[2])
+            return self._drawn[key]
 
     def _look_once(self, image: Tensor) -> None:
         """Warn of float images in another range than [-1,1], by the first one; so a GPU is waited for once."""

@@ -12,7 +12,7 @@ ARENA_BUDGET = 384 << 20
 """Bytes that one micro-batch takes: 128 images of 256x256 in bfloat16, or 32 of 512x512, to encode."""
 
 
-@lru_cache(maxsize=128)
+@lru_cache(maxsize=512)
 def cached_plan(config: ModelConfig, key: PlanKey) -> LaunchPlan:
     """`make_plan`, remembered: planning costs milliseconds of Python."""
     return make_plan(config, key)
@@ -20,11 +20,15 @@ def cached_plan(config: ModelConfig, key: PlanKey) -> LaunchPlan:
 
 def micro_batch(config: ModelConfig, key: PlanKey, budget: int) -> int:
     """Images of this key's shape that run together: a power of two whose arena is within `budget`, at least 1."""
-    one, two = (make_plan(config, replace(key, batch=n)).arena_bytes for n in (1, 2))
+
+    def arena(images: int) -> int:
+        return cached_plan(config, replace(key, batch=images)).arena_bytes
+
+    one, two = arena(1), arena(2)
     most = max(1, (budget - one) // max(1, two - one) + 1)
     size = 1 << (most.bit_length() - 1)
     # an arena does not grow quite evenly: alignment, and sums per tile
-    while size > 1 and make_plan(config, replace(key, batch=size)).arena_bytes > budget:
+    while size > 1 and arena(size) > budget:
         size //= 2
     return size
 

@@ -136,12 +136,14 @@ class BoundCache:
         self.stats.nbytes = self._nbytes()
 
     def _capture(self, bound: Bound) -> None:
-        if all(b.graph is None for b in self._bound.values()):
+        if self._pool is None or all(b.graph is None for b in self._bound.values()):
             # a pool ends with its last graph, and cannot be captured into again
             self._pool = torch.cuda.graph_pool_handle()
         try:
             bound.capture(self._pool)
         except RuntimeError as error:
+            # nor into one that an interrupted capture has left half open
+            self._pool = None
             if is_out_of_memory(error) or build_failure(error) is not None:
                 raise
             if not self._warned:

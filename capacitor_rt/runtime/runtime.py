@@ -6,7 +6,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -246,7 +246,13 @@ class Runtime:
         plan = cached_plan(self.config, key)
         if capturing:
             return self._bound_for_caller(plan)
-        packed = self._weights.of(plan)
+        try:
+            packed = self._weights.of(plan)
+        except DeviceMemoryError:
+            # once more without what is bound
+            self._cache.clear()
+            free_bytes(self.device)
+            packed = self._weights.of(plan)
         try:
             bound = Bound(plan, packed, self._cache.arena(plan.arena_bytes))
             # weights of single steps come and go, so no graph may keep their addresses
@@ -310,8 +316,15 @@ class Runtime:
     def _output(self, key: PlanKey, plan: LaunchPlan, name: str) -> Tensor:
         """A fresh output for the whole batch."""
         spec = plan.outputs[name]
+        shape = (key.batch, *spec.shape[1:])
+        with suppress(torch.OutOfMemoryError):
+            return torch.empty(shape, dtype=spec.dtype, device=self.device)
+        if not self._foreign_capture():
+            # once more without what is bound, but for the plan that is running
+            self._cache.clear()
+            free_bytes(self.device)
         try:
-            return torch.empty((key.batch, *spec.shape[1:]), dtype=spec.dtype, device=self.device)
+            return torch.empty(shape, dtype=spec.dtype, device=self.device)
         except torch.OutOfMemoryError as error:
             row = spec.nbytes // spec.shape[0]
             free = free_bytes(self.device)

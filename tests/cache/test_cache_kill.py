@@ -71,12 +71,18 @@ def drive(*args: object) -> subprocess.CompletedProcess:
 
 
 def test_killed_at_random_points_the_cache_ends_up_the_same_byte_for_byte(tmp_path, src, whole):
-    seed = random.randrange(1 << 30)
-    died = [int(n) for n in drive("kill", src, tmp_path / "out", 9, seed).stdout.split()]
-    # no shard is lost, and the run was not over before it was disturbed
-    assert died == sorted(died)
-    assert len(died) >= 6
-    assert snapshot(tmp_path / "out") == snapshot(whole), f"seed {seed}"
+    kills = 0
+    # on a busy machine a run may be over before it was disturbed often enough
+    for attempt in range(6):
+        seed, out = random.randrange(1 << 30), tmp_path / f"out-{attempt}"
+        died = [int(n) for n in drive("kill", src, out, 9, seed).stdout.split()]
+        # no shard is lost
+        assert died == sorted(died)
+        assert snapshot(out) == snapshot(whole), f"seed {seed}"
+        kills += len(died)
+        if kills >= 6:
+            return
+    raise AssertionError(f"only {kills} of 54 kills struck a run")
 
 
 def test_what_is_done_is_not_decoded_again(src, out, whole, monkeypatch):

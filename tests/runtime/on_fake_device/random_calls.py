@@ -297,7 +297,11 @@ def run(sequences: int, seed: int, length: int = 10) -> Counter[str]:
         before = gpu.allocated
         sequence = Sequence(number)
         try:
-            sequence.run(length)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "image has values")
+                # only `fail_otherwise` makes captures fail
+                warnings.filterwarnings("error", ".*could not be captured")
+                sequence.run(length)
         except Exception as error:
             error.add_note(f"sequence {number}: {sequence.log}")
             raise

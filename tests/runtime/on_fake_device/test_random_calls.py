@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 
-import pytest
 import random_calls
 
 SEQUENCES = int(os.environ.get("CAPACITOR_RANDOM_SEQUENCES", "60"))
 
 
-@pytest.mark.filterwarnings("ignore:image has values")
 def test_random_sequences_succeed_or_raise_our_errors():
     assert random_calls.run(SEQUENCES, seed=0)
