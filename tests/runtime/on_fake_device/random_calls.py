@@ -303,8 +303,7 @@ def run(sequences: int, seed: int, length: int = 10) -> Counter[str]:
                 warnings.filterwarnings("error", ".*could not be captured")
                 sequence.run(length)
         except Exception as error:
-            error.add_note(f"sequence {number}: {sequence.log}")
-            raise
+            raise AssertionError(f"sequence {number}: {sequence.log}") from error
         errors += sequence.errors
         log = sequence.log
         del sequence
