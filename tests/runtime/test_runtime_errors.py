@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -138,17 +137,24 @@ def test_old_arenas_and_plans_go_when_the_cache_is_full(monkeypatch):
 
 
 def test_arenas_are_shared_and_grow_in_steps():
-    cache = graphs.BoundCache(torch.device("cpu"), 1 << 40, 4096, runtime.Stats())
-    first = cache.arena(1000)
-    assert first.nbytes == 1000 and first.data_ptr() % 256 == 0
-    cache._bound["a"] = SimpleNamespace(arena=first)
-    assert cache.arena(900) is first
-    second = cache.arena(1001)
-    assert second.nbytes == 2000
-    cache._bound["b"] = SimpleNamespace(arena=second)
-    assert cache.arena(1000) is first and cache.arena(1500) is second
-    assert cache.arena(2500).nbytes == 4000 and cache.arena(9000).nbytes == 9000
-    assert cache._nbytes() == 3000
+    model = tiny()
+    one, two, three = (arena_of(model, n) for n in (1, 2, 3))
+    held = []
+    for n in (1, 2, 1, 3, 2, 3):
+        model.encode(ROWS[:n].to(DEVICE))
+        held.append(model.stats().nbytes)
+    # the second is at least twice the first, so that it serves what comes after, or takes what it needs
+    second = max(two, 2 * one)
+    third = 0 if three <= second else max(three, 2 * second)
+    assert held == [one, one + second, one + second, *[one + second + third] * 3]
+    # up to the budget of a micro-batch, beyond which nothing grows in advance
+    small = tiny(memory_budget=one + 1)
+    small.encode(ROWS[:1].to(DEVICE))
+    small.encode(torch.zeros(1, 3, 16, 16, device=DEVICE))
+    larger = runtime.cached_plan(
+        small.config, small.runtime._key("encode", 1, 16, 16, torch.float32, "nchw")
+    ).arena_bytes
+    assert small.stats().nbytes == larger > one
 
 
 @pytest.fixture
