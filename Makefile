@@ -10,7 +10,7 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_DISABLE_TELEMETRY=1
 TORCH  := $(shell grep '^torch==' constraints.txt)
 TRITON := $(shell grep '^triton==' constraints.txt)
 
-.PHONY: demo test test-ptx test-slow test-newest lint format bench clean
+.PHONY: demo test test-ptx test-slow test-newest test-pairs test-pair lint format bench clean
 
 demo: $(VENV)/.demo
 	$(RUN) -m capacitor_rt.cli.demo --out demo-out
@@ -33,6 +33,17 @@ test-newest: $(VENV)/.test
 	$(VENV)-newest/bin/python -m pip install -q --no-deps 'triton>=3.6,<3.10' --upgrade
 	$(TEST_ENV) $(VENV)-newest/bin/python -m pytest -n $(CORES) --dist worksteal -q -m 'not slow' tests/kernels
 
+# the suites that lean on torch and Triton, on every pair TORCH/TRITON: gigabytes each, so that `make test` leaves them out
+PAIRS      ?= 2.10.0/3.6.0 2.12.1/3.7.1 2.13.0/3.9.0 2.14.1/3.8.0
+PAIR_TESTS := tests/kernels tests/ptx tests/runtime tests/test_gradients.py tests/test_model.py tests/test_reference.py
+
+test-pairs:
+	set -e; for pair in $(PAIRS); do torch=$${pair%/*} triton=$${pair#*/}; \
+	  $(MAKE) test-pair VENV=$(VENV)-$$torch-$$triton TORCH=torch==$$torch TRITON=triton==$$triton; done
+
+test-pair: $(VENV)/.test
+	$(TEST_ENV) $(RUN) -m pytest -n $(CORES) --dist worksteal -q -m 'not slow' $(PAIR_TESTS)
+
 # the tests' environment too: types are checked against the packages that are used
 lint: $(VENV)/.test $(VENV)/.lint
 	$(RUN) -m ruff check .
@@ -47,7 +58,7 @@ bench: $(VENV)/.bench
 	$(RUN) -m pytest bench --benchmark-only -q
 
 clean:
-	rm -rf $(VENV) $(VENV)-newest demo-out .pytest_cache .ruff_cache .hypothesis .benchmarks .triton_cache
+	rm -rf $(VENV) $(VENV)-* demo-out .pytest_cache .ruff_cache .hypothesis .benchmarks .triton_cache
 
 # torch first, so that nothing else chooses another build of it; then our Triton over the one that torch asks for,
 # because the compiled facts in the tests are those of one version
@@ -58,7 +69,7 @@ $(VENV)/.torch: constraints.txt
 	touch $@
 
 define install
-	grep -v '^triton==' constraints.txt > $(VENV)/constraints.txt
+	{ grep -v '^torch==\|^triton==' constraints.txt; echo '$(TORCH)'; } > $(VENV)/constraints.txt
 	$(PIP) install -q -c $(VENV)/constraints.txt $(1)
 	$(PIP) install -q --no-deps '$(TRITON)'
 	touch $@

@@ -21,7 +21,7 @@ def draw_all(lines: Sequence[Line], folder: Path) -> list[str]:
     try:
         import matplotlib
     except ImportError:
-        print("no figures: matplotlib is not installed: pip install 'capacitor-rt[bench]'", file=sys.stderr)
+        print("no figures: matplotlib is not installed: pip install '.[bench]'", file=sys.stderr)
         return []
     matplotlib.use("svg")
     matplotlib.rcParams.update({"svg.hashsalt": "capacitor-rt", "svg.fonttype": "none", "font.size": 9})

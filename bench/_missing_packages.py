@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-REASON = "hypothesis is not installed: pip install 'capacitor-rt[test]'"
+REASON = "hypothesis is not installed: pip install '.[test]'"
 
 
 class _Anything:

@@ -1,4 +1,4 @@
-"""The launches that the runtime queues with a row of kernels/configs, on tensors of the meta device."""
+"""The launches that the runtime queues with a config row or at an image size, on tensors of the meta device."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "uint8": "uint8"}
 THROUGHPUT_BATCH = 32
+# where an image's tokens are no multiple of 16, those of an odd batch are none either: another specialisation
+ODD_BATCH = 3
 
 
 class Call(NamedTuple):
@@ -53,7 +55,7 @@ def launches_of(row: ConfigRow) -> list[tuple[Launch, str]]:
     for call, launches in _by_hand(row) if row.family == "whiten" else _by_plans(row):
         users.append(call)
         for launch in launches:
-            _, queued_by = found.setdefault(_identity(launch), (launch, []))
+            _, queued_by = found.setdefault(identity(launch), (launch, []))
             queued_by.append(call)
     if not found:
         raise ValueError(
@@ -61,6 +63,44 @@ def launches_of(row: ConfigRow) -> list[tuple[Launch, str]]:
             f"row of configs/sm_{row.cc}.json, or add the model to capacitor_rt.config.KNOWN_MODELS"
         )
     return [(launch, _names(queued_by, users)) for launch, queued_by in found.values()]
+
+
+def launches_at(
+    cc: int, dtype: str, grid: tuple[int, int], use: str, families: Sequence[str] = ()
+) -> list[tuple[str, dict[str, int], Launch, str]]:
+    """Every different launch of the known models at one image size, with the configs that `lookup` returns there.
+
+    Args:
+        dtype: of the weights, "bf16" or "fp16".
+        grid: rows and columns of patches of an image.
+        use: "throughput" (a batch of 32 and an odd one) or "latency" (one image).
+        families: ops to follow; all when empty.
+
+    Returns:
+        (op, tokens and batch of the call, launch, the plans that queue it) each.
+    """
+    import torch
+
+    from capacitor_rt.config import KNOWN_MODELS
+    from capacitor_rt.runtime.executor import trace
+    from capacitor_rt.runtime.plan import PlanKey, make_plan
+
+    found: dict[Any, tuple[str, dict[str, int], Launch, list[Call]]] = {}
+    users: list[Call] = []
+    torch_dtype = getattr(torch, _DTYPES[dtype])
+    for model in dict.fromkeys(_shallow(config) for config in KNOWN_MODELS.values()):
+        for call in calls(dtype):
+            users.append(call)
+            for batch in (1,) if use == "latency" else (THROUGHPUT_BATCH, ODD_BATCH):
+                size = batch, grid[0] * model.patch_size, grid[1] * model.patch_size
+                image_dtype = getattr(torch, _DTYPES[call.dtype])
+                plan = make_plan(model, PlanKey(call.direction, *size, torch_dtype, image_dtype, call.layout, cc, use))
+                for step, launches in trace(plan):
+                    for launch in launches if not families or step.op in families else ():
+                        where = {"rows": grid[0], "columns": grid[1], "batch": batch}
+                        *_, queued_by = found.setdefault(identity(launch), (step.op, where, launch, []))
+                        queued_by.append(call)
+    return [(op, where, launch, _names(queued_by, users)) for op, where, launch, queued_by in found.values()]
 
 
 def _by_plans(row: ConfigRow) -> Iterator[tuple[Call, list[Launch]]]:
@@ -121,7 +161,7 @@ def _by_hand(row: ConfigRow) -> Iterator[tuple[Call, list[Launch]]]:
     yield Call("by hand", row.dtype), case.with_config(row.config).launches()
 
 
-def _identity(launch: Launch) -> Any:
+def identity(launch: Launch) -> Any:
     """What two launches of the same machine code share."""
     types, constants, hints = signature(launch)
     return launch.kernel, *(tuple(sorted(map(repr, d.items()))) for d in (types, constants, hints, launch.options))

@@ -1,13 +1,16 @@
 """Compile every shipped config row ahead of time, without a GPU, and tabulate what the compiler made of it.
 
-    python -m bench aot                       all rows of kernels/configs, table to bench/results/aot.md
+    python -m bench aot                       all rows of kernels/configs and the sizes that have spilled before, table
+                                              to bench/results/aot.md
+    python -m bench aot --all                 all rows, and 64 to 16,384 tokens in bf16 and fp16, table to the terminal
     python -m bench aot --cc 90 --family expand --out -        some of them, table to the terminal
     python -m bench aot --json FILE           the same facts as JSON
 
 A row is compiled for the compute capability of its file: every different launch that the runtime's plans of the known
 models queue with it goes through Triton's compiler and ptxas; registers and stack come from the cubin. Whitening, which
-plans fold into other ops, is called by hand. Compiled kernels are cached in TRITON_CACHE_DIR, which is `.triton_cache`
-in the current directory unless set. TRITON_INTERPRET must not be set.
+plans fold into other ops, is called by hand. At a size, it is what plans queue with the configs that `lookup` returns
+there, masked tiles and analytical defaults included. Compiled kernels are cached in TRITON_CACHE_DIR, which is
+`.triton_cache` in the current directory unless set. TRITON_INTERPRET must not be set.
 """
 
 from __future__ import annotations
@@ -23,12 +26,15 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from capacitor_kernels import OPS
 
 from ._compile import INSTRUCTIONS, compile_launch, ctas_per_sm
-from ._row_launches import launches_of
+from ._row_launches import identity, launches_at, launches_of
+
+if TYPE_CHECKING:
+    from capacitor_kernels.launch import Launch
 
 DEFAULT_TABLE = Path(__file__).parent / "results" / "aot.md"
 COLUMNS = (
@@ -47,11 +53,39 @@ COLUMNS = (
 )
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What one launch of one row compiled to.
+class Size(NamedTuple):
+    """One image size at which the launches of some ops are compiled.
 
     Attributes:
+        grid: rows and columns of patches of an image.
+        families: ops to compile; all when empty.
+    """
+
+    cc: int
+    dtype: str
+    grid: tuple[int, int]
+    use: str
+    families: tuple[str, ...] = ()
+
+
+# 14 x 14 tokens are no multiple of 16: masked tiles, and stores that are not vectorised. At 128 x 128 no row is near.
+SPILLED_BEFORE = (
+    *(Size(cc, "bf16", (14, 14), "throughput", ("head", "project")) for cc in (80, 89, 90, 100, 120)),
+    Size(90, "bf16", (14, 14), "throughput", ("patchify",)),
+    Size(90, "fp16", (14, 14), "throughput", ("patchify", "project")),
+    Size(90, "bf16", (128, 128), "throughput", ("expand", "project")),
+)
+GRIDS = ((8, 8), (14, 14), (15, 17), (16, 16), (32, 32), (64, 64), (128, 128))
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What one launch compiled to.
+
+    Attributes:
+        source: "row" of a config file, or "size" of an image.
+        shape: the row's shape; or the rows, columns and images of the first call that queues the launch.
+        config: the row's config; or the tile and compiler options of the launch.
         queued_by: the plans that queue it.
         registers: per thread.
         stack: bytes of local memory per thread; anything above zero is spilled registers.
@@ -61,6 +95,7 @@ class Facts:
         instructions: counts in the PTX of matrix and copy instructions.
     """
 
+    source: str
     family: str
     kernel: str
     cc: int
@@ -82,45 +117,88 @@ def compile_row(cc: int, family: str, index: int) -> list[Facts]:
     from capacitor_kernels import tuning
 
     row = tuning.rows(cc, family)[index]
-    facts = []
-    for launch, queued_by in launches_of(row):
-        try:
-            kernel, registers, stack = compile_launch(launch, cc)
-        except Exception as error:
-            raise RuntimeError(f"{launch.kernel.__name__} for sm_{cc}, {row.config}: {error}") from error
-        counts = {name: len(re.findall(regex, kernel.asm["ptx"])) for name, regex in INSTRUCTIONS.items()}
-        smem, warps = kernel.metadata.shared, launch.options["num_warps"]
-        facts.append(
-            Facts(
-                family=family,
-                kernel=launch.kernel.__name__,
-                cc=cc,
-                dtype=row.dtype,
-                use=row.use,
-                shape=dict(row.shape),
-                config=dataclasses.asdict(row.config),
-                queued_by=queued_by,
-                registers=registers,
-                stack=stack,
-                smem=smem,
-                ctas=ctas_per_sm(cc, registers, smem, warps),
-                dot="tt.dot" in kernel.asm["ttir"],
-                instructions={name: count for name, count in counts.items() if count},
-            )
-        )
+    where: dict[str, Any] = {"family": family, "cc": cc, "dtype": row.dtype, "use": row.use, "shape": dict(row.shape)}
+    config = dataclasses.asdict(row.config)
+    return [_facts(launch, "row", config, queued_by, **where) for launch, queued_by in launches_of(row)]
+
+
+def compile_sizes(sizes: Sequence[Size]) -> list[Facts]:
+    """Facts of every different launch at some image sizes, each machine code once."""
+    facts, seen = [], set()
+    for size in sizes:
+        for family, shape, launch, queued_by in launches_at(*size):
+            if (size.cc, identity(launch)) in seen:
+                continue
+            seen.add((size.cc, identity(launch)))
+            tile = {name.lower(): value for name, value in launch.args.items() if name.startswith("BLOCK")}
+            options = {name: launch.options.get(name) for name in ("num_warps", "num_stages", "maxnreg")}
+            where: dict[str, Any] = {
+                "family": family,
+                "cc": size.cc,
+                "dtype": size.dtype,
+                "use": size.use,
+                "shape": shape,
+            }
+            facts.append(_facts(launch, "size", tile | options, queued_by, **where))
     return facts
 
 
-def compile_rows(ccs: Sequence[int], families: Sequence[str], jobs: int) -> list[Facts]:
-    """Facts of all rows of these compute capabilities and families (all families when empty), in file order."""
+def _facts(launch: Launch, source: str, config: dict[str, Any], queued_by: str, *, cc: int, **where: Any) -> Facts:
+    try:
+        kernel, registers, stack = compile_launch(launch, cc)
+    except Exception as error:
+        raise RuntimeError(f"{launch.kernel.__name__} for sm_{cc}, {where}, {config}: {error}") from error
+    counts = {name: len(re.findall(regex, kernel.asm["ptx"])) for name, regex in INSTRUCTIONS.items()}
+    smem = kernel.metadata.shared
+    return Facts(
+        source=source,
+        kernel=launch.kernel.__name__,
+        cc=cc,
+        config=config,
+        queued_by=queued_by,
+        registers=registers,
+        stack=stack,
+        smem=smem,
+        ctas=ctas_per_sm(cc, registers, smem, launch.options["num_warps"]),
+        dot="tt.dot" in kernel.asm["ttir"],
+        instructions={name: count for name, count in counts.items() if count},
+        **where,
+    )
+
+
+def compile_rows(ccs: Sequence[int], families: Sequence[str], jobs: int, every_size: bool = False) -> list[Facts]:
+    """Facts of all rows of these compute capabilities and families (all families when empty), in file order.
+
+    Those of sizes follow: `SPILLED_BEFORE`, or all of `GRIDS` in both dtypes and uses.
+    """
     from capacitor_kernels import tuning
 
-    names = families or OPS
-    work = [(cc, name, i) for name in names for cc in ccs for i in range(len(tuning.rows(cc, name)))]
+    names = tuple(families) or OPS
+    rows = [(cc, name, i) for name in names for cc in ccs for i in range(len(tuning.rows(cc, name)))]
+    sizes = SPILLED_BEFORE
+    if every_size:
+        sizes = tuple(
+            Size(cc, dtype, grid, use)
+            for cc in ccs
+            for dtype in ("bf16", "fp16")
+            for use in tuning.USES
+            for grid in GRIDS
+        )
+    wanted = [
+        size._replace(families=tuple(name for name in names if not size.families or name in size.families))
+        for size in sizes
+        if size.cc in ccs
+    ]
+    # what one launch shares between sizes is found by one process
+    groups = [[s for s in wanted if s[:2] == key and s.families] for key in dict.fromkeys(s[:2] for s in wanted)]
     if jobs == 1:
-        return [fact for item in work for fact in compile_row(*item)]
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        return [fact for facts in pool.map(compile_row, *zip(*work, strict=True)) for fact in facts]
+        by_item = [*(compile_row(*item) for item in rows), *map(compile_sizes, groups)]
+    else:
+        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+            running = [pool.submit(compile_row, *item) for item in rows]
+            running += [pool.submit(compile_sizes, group) for group in groups]
+            by_item = [future.result() for future in running]
+    return [fact for facts in by_item for fact in facts]
 
 
 def table(facts: Sequence[Facts]) -> str:
@@ -131,20 +209,22 @@ def table(facts: Sequence[Facts]) -> str:
         "# What the compiler makes of every shipped config row",
         "",
         f"Written by `python -m bench aot`, Triton {triton.__version__} and the ptxas in its wheel, no GPU needed. "
-        "Compiled are the launches that the runtime's plans queue with a row, each different one once. "
+        "Compiled are the launches that the runtime's plans queue with a row, each different one once; at the end, "
+        "those of image sizes that have spilled before, with the configs that `lookup` returns there. "
         "Stack above zero means spilled registers; CTAs per SM follow from registers, shared memory and threads.",
         "",
     ]
-    for family in sorted({fact.family for fact in facts}):
-        lines += [
-            f"## {family}",
-            "",
-            f"| {' | '.join(COLUMNS)} |",
-            "|" + len(COLUMNS) * "---|",
-        ]
-        lines += [_table_row(fact) for fact in facts if fact.family == family]
-        lines.append("")
+    for family in sorted({fact.family for fact in facts if fact.source == "row"}):
+        lines += _section(family, [fact for fact in facts if fact.source == "row" and fact.family == family])
+    sizes = [fact for fact in facts if fact.source == "size"]
+    if sizes:
+        lines += _section("Sizes of images", sorted(sizes, key=lambda fact: (fact.family, fact.cc, fact.dtype)))
     return "\n".join(lines)
+
+
+def _section(title: str, facts: Sequence[Facts]) -> list[str]:
+    head = [f"## {title}", "", f"| {' | '.join(COLUMNS)} |", "|" + len(COLUMNS) * "---|"]
+    return [*head, *map(_table_row, facts), ""]
 
 
 def _table_row(fact: Facts) -> str:
@@ -164,7 +244,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--cc", type=int, action="append", help="Compile rows for this compute capability, e.g. 90, instead of all."
     )
     parser.add_argument("--family", action="append", help="Compile rows of this family instead of all.")
-    parser.add_argument("--out", default=str(DEFAULT_TABLE), help="Write the table to this file; - prints it.")
+    parser.add_argument("--all", action="store_true", help="Compile every size of image too, which takes long.")
+    parser.add_argument("--out", help="Write the table to this file; - prints it, as --all does by default.")
     parser.add_argument("--json", help="Write the facts to this file as JSON too.")
     parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 8), help="Compile in this many processes.")
     args = parser.parse_args(argv)
@@ -174,14 +255,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRITON_CACHE_DIR", str(Path.cwd() / ".triton_cache"))
     from capacitor_kernels.tuning import COMPUTE_CAPABILITIES
 
-    facts = compile_rows(args.cc or COMPUTE_CAPABILITIES, args.family or (), args.jobs)
+    facts = compile_rows(args.cc or COMPUTE_CAPABILITIES, args.family or (), args.jobs, args.all)
+    out = args.out or ("-" if args.all else str(DEFAULT_TABLE))
     if args.json:
         Path(args.json).write_text(json.dumps([asdict(fact) for fact in facts], indent=1) + "\n")
-    if args.out == "-":
+    if out == "-":
         print(table(facts))
     else:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.out).write_text(table(facts))
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        Path(out).write_text(table(facts))
     return 0
 
 

@@ -7,7 +7,7 @@
 The files are written first, all different, with the detail of photographs. A first run over a few of them compiles the
 kernels and captures the graphs and is not counted. Prints a line for each size and appends it as JSON to
 bench/results/cache-<gpu>.jsonl: images per second by the wall clock, and the share of its time that each stage worked.
-Needs the packages of `capacitor-rt[cache]`.
+Needs the packages of the extra `cache`.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--images {args.images} is too few: give at least 1")
     missing = [name for module, name in NEEDS.items() if importlib.util.find_spec(module) is None]
     if missing:
-        print(f"caching not measured: {', '.join(missing)} not installed: pip install 'capacitor-rt[cache]'")
+        print(f"caching not measured: {', '.join(missing)} not installed: pip install '.[cache]'")
         return 0
     return run(args)
 

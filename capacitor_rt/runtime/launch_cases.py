@@ -56,8 +56,8 @@ class Sizes(NamedTuple):
 _ONE_BLOCK = ModelConfig(encoder_depth=1, decoder_depth=1, decoder_start_blocks=1, decoder_end_blocks=0)
 # a hidden layer wide enough to be split
 _TINY = replace(_ONE_BLOCK, patch_size=8, model_dim=24, mlp_ratio=24, bottleneck_dim=4, adaln_low_rank_rank=2)
-FULL = Sizes(_ONE_BLOCK, (16, 16), (15, 17), (32, 32))
-TINY = Sizes(_TINY, (4, 4), (3, 5), (24, 24))
+FULL = Sizes(_ONE_BLOCK, (16, 16), (15, 17), (64, 64))
+TINY = Sizes(_TINY, (4, 4), (3, 5), (40, 40))
 
 
 def sizes() -> Sizes:

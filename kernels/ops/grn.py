@@ -38,8 +38,9 @@ from ..launch import (
 from ..tuning import Family, Shape, lookup, next_power_of_2, register
 
 # more tiles than this keep a single program busy for longer than a second launch takes
-FUSED_TILES = 4
-LOADS_IN_FLIGHT = 4
+FUSED_TILES = 8
+# a program of the fused kernel holds all channels, and twice as many loads would spill
+FUSED_LOADS, SPLIT_LOADS = 8, 16
 
 
 @dataclass(frozen=True)
@@ -165,17 +166,19 @@ def grn(
         config = lookup("grn", compute_capability(partials), {"tiles": tiles, "hidden": hidden}, gain.dtype)
     options = compiler_options(config.num_warps, 1)
     padded = next_power_of_2(hidden)
-    sums = {"partials_ptr": partials, "norms_ptr": norms, "tiles": tiles, "HIDDEN": hidden, "UNROLL": LOADS_IN_FLIGHT}
+    sums = {"partials_ptr": partials, "norms_ptr": norms, "tiles": tiles, "HIDDEN": hidden}
     scale = {"gamma_ptr": gamma, "gain_ptr": gain, "eps": eps}
     if config.split:
         grid, block = (batch, cdiv(hidden, config.block_f)), {"BLOCK_F": config.block_f}
         second = scale | block | {"norms_ptr": norms, "HIDDEN": hidden, "PADDED": padded}
         launches = [
-            Launch(grn_norms_kernel, grid, sums | block, options),
+            Launch(grn_norms_kernel, grid, sums | block | {"UNROLL": SPLIT_LOADS}, options),
             Launch(grn_gain_kernel, grid, second, options),
         ]
     else:
-        launches = [Launch(grn_fused_kernel, (batch,), sums | scale | {"BLOCK_F": padded}, options)]
+        # loads past the last tile are masked: few tiles need no more than theirs
+        unroll = min(FUSED_LOADS, next_power_of_2(tiles))
+        launches = [Launch(grn_fused_kernel, (batch,), sums | scale | {"BLOCK_F": padded, "UNROLL": unroll}, options)]
     run_launches(launches, partials.device)
 
 
@@ -196,7 +199,7 @@ def work(
 def _default(cc: int, shape: Shape, dtype: torch.dtype, use: str) -> GrnConfig:
     if shape["tiles"] <= FUSED_TILES:
         return GrnConfig(split=False, block_f=256, num_warps=16 if shape["hidden"] > 2048 else 4)
-    return GrnConfig(split=True, block_f=min(256, next_power_of_2(shape["hidden"])), num_warps=4)
+    return GrnConfig(split=True, block_f=min(128, next_power_of_2(shape["hidden"])), num_warps=4)
 
 
 register(Family("grn", GrnConfig, ("hidden",), ("tiles",), _default))

@@ -28,6 +28,7 @@ from ..launch import (
     Launch,
     TensorLike,
     Work,
+    check_int32,
     check_tensor,
     compute_capability,
     dot_precision,
@@ -103,15 +104,19 @@ def head_kernel(
     if NORM:
         # columns past the last channel are zero: no weight, no bias
         mean *= tl.rsqrt(tl.sum(mean * mean, axis=1) / CHANNELS + EPS)[:, None]
-    at = (offs_m // tokens_per_image).to(tl.int64) * CHANNELS * tokens_per_image + offs_m % tokens_per_image
-    at = at[:, None] + offs_n.to(tl.int64)[None, :] * tokens_per_image  # [BLOCK_M, BLOCK_N]
+    # offsets from the tile's first image in 32 bits: where images are no multiples of 16 tokens, each element has an
+    # address of its own
+    first_image = pid_m * BLOCK_M // tokens_per_image
+    base = first_image.to(tl.int64) * CHANNELS * tokens_per_image
+    at = (offs_m // tokens_per_image - first_image) * (CHANNELS * tokens_per_image) + offs_m % tokens_per_image
+    at = at[:, None] + offs_n[None, :] * tokens_per_image  # [BLOCK_M, BLOCK_N]
     mask = (offs_m < tokens)[:, None] & in_n[None, :]
     if POSTERIOR:
         logsnr += tl.load(bias_ptr + CHANNELS + offs_n, mask=in_n, other=0.0).to(tl.float32)[None, :]
     if RAW:
-        tl.store(mean_ptr + at, mean.to(mean_ptr.dtype.element_ty), mask=mask)
+        tl.store(mean_ptr + base + at, mean.to(mean_ptr.dtype.element_ty), mask=mask)
         if POSTERIOR:
-            tl.store(logsnr_ptr + at, logsnr.to(logsnr_ptr.dtype.element_ty), mask=mask)
+            tl.store(logsnr_ptr + base + at, logsnr.to(logsnr_ptr.dtype.element_ty), mask=mask)
     if LATENTS:
         mode = mean
         if POSTERIOR:
@@ -119,7 +124,7 @@ def head_kernel(
         if WHITEN:
             shift = tl.load(shift_ptr + offs_n, mask=in_n, other=0.0)[None, :]
             mode = (mode - shift) * tl.load(scale_ptr + offs_n, mask=in_n, other=0.0)[None, :]
-        tl.store(latents_ptr + at, mode.to(latents_ptr.dtype.element_ty), mask=mask)
+        tl.store(latents_ptr + base + at, mode.to(latents_ptr.dtype.element_ty), mask=mask)
 
 
 def head(
@@ -183,6 +188,7 @@ def head(
     if norm and config.block_n < channels:
         raise ValueError(f"norm needs all {channels} channels in one tile, config has block_n {config.block_n}")
     tiles_m, programs = flat_tiles(tokens, channels, config)
+    check_int32("number of latents that a tile reaches over", (2 * per_image + config.block_m) * channels)
     # a pointer that the kernel's switches leave unused still has to be one
     args = {
         "x_ptr": x,
@@ -258,7 +264,15 @@ def work(
 def _default(cc: int, shape: Shape, dtype: torch.dtype, use: str) -> GemmConfig:
     """Half the columns of a plain GEMM tile, since there are two accumulators."""
     config = flat_gemm_default(cc, shape["tokens_per_image"], shape["channels"], shape["dim"], dtype, use)
-    return replace(config, block_n=max(16, min(config.block_n, 128 if use == "throughput" else 64) // 2))
+    config = replace(config, block_n=max(16, min(config.block_n, 128 if use == "throughput" else 64) // 2))
+    if dtype == torch.float32 or _suits(config, shape):
+        return config
+    return replace(config, block_m=64, block_k=64, num_stages=3)
 
 
-register(Family("head", GemmConfig, ("dim", "channels"), ("tokens_per_image",), _default))
+def _suits(config: GemmConfig, shape: Shape) -> bool:
+    """Whether the stores fit the registers: an address for each element where images are no multiples of 16 tokens."""
+    return shape["tokens_per_image"] % 16 == 0 or config.num_warps == 8 or config.block_m <= 64
+
+
+register(Family("head", GemmConfig, ("dim", "channels"), ("tokens_per_image",), _default, _suits))

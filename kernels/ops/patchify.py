@@ -60,6 +60,7 @@ def patchify_kernel(
     tiles_m,
     PATCH: tl.constexpr,
     LATENTS: tl.constexpr,
+    ALIGNED: tl.constexpr,
     DIM: tl.constexpr,
     NHWC: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -105,13 +106,21 @@ def patchify_kernel(
         w_ptrs += BLOCK_K * DIM
 
     if LATENTS > 0:
-        z_first = (offs_m // per_image).to(tl.int64) * LATENTS * per_image + offs_m % per_image
+        EVEN_Z: tl.constexpr = LATENTS % BLOCK_K == 0
+        # where images are no multiples of 16 tokens, each element has an address of its own: offsets from the tile's
+        # first image in 32 bits, and rows past the end clamped, since a mask would take registers too
+        first_image = pid_m * BLOCK_M // per_image
+        z_base = latents_ptr + first_image.to(tl.int64) * LATENTS * per_image
+        z_row = offs_m if ALIGNED else row
+        z_first = (z_row // per_image - first_image) * (LATENTS * per_image) + z_row % per_image
         w_ptrs = w_ptr + (PIXELS + offs_k[:, None]) * DIM + offs_n[None, :]
-        for k in range(0, LATENTS, BLOCK_K):
-            in_k = k + offs_k < LATENTS
-            z_ptrs = latents_ptr + z_first[None, :] + (k + offs_k).to(tl.int64)[:, None] * per_image
-            z = tl.load(z_ptrs, mask=in_k[:, None] & in_m[None, :], other=0.0)  # [BLOCK_K, BLOCK_M]
-            w = tl.load(w_ptrs, mask=in_k[:, None] & in_n[None, :], other=0.0)
+        # two stages: a third one's addresses spill
+        for k in tl.range(0, LATENTS, BLOCK_K, num_stages=2):
+            in_k = (k + offs_k < LATENTS)[:, None]
+            z_ptrs = z_base + (z_first[None, :] + (k + offs_k)[:, None] * per_image)
+            # [BLOCK_K, BLOCK_M]
+            z = load_tile(z_ptrs, in_k & in_m[None, :] if ALIGNED else in_k, EVEN_Z and not ALIGNED)
+            w = load_tile(w_ptrs, in_k & in_n[None, :], EVEN_Z and EVEN_N)
             acc = tl.dot(tl.trans(z.to(dtype)), w, acc, input_precision=PRECISION)
             w_ptrs += BLOCK_K * DIM
 
@@ -179,6 +188,7 @@ def patchify(
         key = {"tokens_per_image": grid_h * grid_w, "dim": dim, "depth": depth}
         config = lookup("patchify", compute_capability(image), key, w.dtype)
     check_int32("values of one image", 3 * height * width)
+    check_int32("number of latents that a tile reaches over", (2 * grid_h * grid_w + config.block_m) * channels)
     tiles_m, programs = flat_tiles(count, dim, config)
     args = {
         "image_ptr": image,
@@ -192,6 +202,7 @@ def patchify(
         "tiles_m": tiles_m,
         "PATCH": patch,
         "LATENTS": channels,
+        "ALIGNED": grid_h * grid_w % 16 == 0,
         "DIM": dim,
         "NHWC": layout == "nhwc",
         "PRECISION": dot_precision(w.dtype),
@@ -221,8 +232,11 @@ def work(
 def _default(cc: int, shape: Shape, dtype: torch.dtype, use: str) -> GemmConfig:
     """A plain GEMM tile, but half the columns on sm_80-89 and sm_120, where the decoder's two loops spill."""
     config = flat_gemm_default(cc, shape["tokens_per_image"], shape["dim"], shape["depth"], dtype, use)
+    if cc == 90 and config.num_warps == 8:
+        # a shallow k leaves room under 128 registers for what the decoder's latents take: two CTAs on an SM
+        return replace(config, block_k=min(config.block_k, 32), num_stages=4, maxnreg=128)
     if cc in (90, 100):
-        return replace(config, maxnreg=128) if cc == 90 and config.num_warps == 8 else config
+        return config
     # without the limit ptxas spills 8 bytes on sm_80 to make room for a third CTA
     return replace(config, block_n=min(config.block_n, 64), num_stages=3, maxnreg=224)
 

@@ -109,7 +109,9 @@ def project_kernel(
         tl.store(workspace_ptr + slice_at + at, acc, mask=inside)
     else:
         acc += tl.load(bias_ptr + offs_n, mask=offs_n < DIM, other=0.0).to(tl.float32)[None, :]
-        acc += load_tile(residual_ptr + at, inside, EVEN_M and EVEN_N).to(tl.float32)
+        # rows past the image read its last row again here too
+        residual_at = first * DIM + rows[:, None] * DIM + offs_n[None, :]
+        acc += load_tile(residual_ptr + residual_at, offs_n[None, :] < DIM, EVEN_N).to(tl.float32)
         if EVEN_M and EVEN_N:
             tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty))
         else:
@@ -238,6 +240,11 @@ def work(
 def _default(cc: int, shape: Shape, dtype: torch.dtype, use: str) -> GemmConfig:
     tokens_per_image, hidden, dim = shape["tokens_per_image"], shape["hidden"], shape["dim"]
     config = gemm_default(cc, tokens_per_image, dim, hidden, dtype)
+    # for two CTAs on an SM
+    if cc == 90 and config.num_warps == 8:
+        config = replace(config, maxnreg=128)
+    if cc == 100 and config.num_warps == 8:
+        config = replace(config, block_k=min(config.block_k, 32), num_warps=4, num_stages=4)
     if use == "throughput":
         return config
     # one image at a time: slices of K until there is a program for each of some hundred SMs

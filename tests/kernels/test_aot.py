@@ -53,7 +53,23 @@ def test_every_row_of_every_gpu_is_compiled(compiled):
     for cc in tuning.COMPUTE_CAPABILITIES:
         for row in tuning.rows(cc):
             found = [f for f in facts if f["cc"] == cc and f["family"] == row.family and f["shape"] == row.shape]
+            assert all(f["source"] == "row" for f in found)
             assert any(f["use"] == row.use and f["dtype"] == row.dtype for f in found), (cc, row)
+
+
+@pytest.mark.aot
+def test_sizes_that_spilled_before_are_compiled(compiled):
+    found = {(f["kernel"], f["cc"], f["dtype"], f["shape"]["rows"]) for f in compiled[0] if f["source"] == "size"}
+    assert found >= {
+        ("head_kernel", 80, "bf16", 14),
+        ("project_kernel", 80, "bf16", 14),
+        ("project_kernel", 90, "bf16", 14),
+        ("project_kernel", 90, "fp16", 14),
+        ("patchify_kernel", 90, "bf16", 14),
+        ("patchify_kernel", 90, "fp16", 14),
+        ("expand_kernel", 90, "bf16", 128),
+        ("project_kernel", 90, "bf16", 128),
+    }
 
 
 @pytest.mark.aot
@@ -111,7 +127,8 @@ def test_every_form_that_the_runtime_queues_is_compiled(compiled):
     }
     for (family, depth), expected in forms.items():
         for cc in tuning.COMPUTE_CAPABILITIES:
-            mine = [f for f in compiled[0] if (f["family"], f["cc"], f["shape"].get("depth")) == (family, cc, depth)]
+            of_rows = [f for f in compiled[0] if f["source"] == "row"]
+            mine = [f for f in of_rows if (f["family"], f["cc"], f["shape"].get("depth")) == (family, cc, depth)]
             assert {f["queued_by"] for f in mine} == expected, (family, cc)
 
 

@@ -116,6 +116,31 @@ def test_fit_stays_close_to_the_exact_gelu():
     assert (h.double() - exact).abs().max() < 3e-5
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_fit_over_every_bfloat16():
+    """Every bit pattern as the argument of the fit: one column is the value, the others and the bias are zero."""
+    x = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
+    tokens, dim = x.numel(), 16
+    y, w1 = torch.zeros(tokens, dim), torch.zeros(dim, 16)
+    y[:, 0], w1[0] = x, 1.0
+    # few programs: the interpreter runs them one by one
+    config = GemmConfig(4096 if INTERPRETED else 128, 16, 16, 8, 4, 2)
+    h = torch.empty(tokens, 16, device=DEVICE)
+    partials = torch.empty(expand_partials_shape(1, tokens, 16, config), device=DEVICE)
+    # a mean square of one and no eps: nothing is scaled
+    inputs = [t.to(DEVICE) for t in (y, w1, torch.zeros(16), torch.full((tokens, 1), float(dim)))]
+    expand(*inputs, h, partials, tokens_per_image=tokens, eps=0.0, config=config)
+    got = h[:, 0].cpu()
+    exact = torch.nn.functional.gelu(x.double())
+    finite = x.isfinite()
+    close = finite & (x.abs() < 2.0**20)
+    assert (got.double() - exact)[close].abs().max() < 2.54e-5
+    # beyond, the fit is x or zero
+    beyond = finite & ~close
+    torch.testing.assert_close(got[beyond], x[beyond].clamp_min(0.0), rtol=1e-6, atol=0)
+    assert got[x.isnan()].isnan().all() and got[x == float("inf")].isinf().all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_heavy_tails(dtype):
     check_case(make_case(2, 70, dtype, heavy=True, seed=7), dtype)

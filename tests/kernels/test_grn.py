@@ -20,7 +20,7 @@ from kernel_cases import (
 from capacitor_kernels import reference
 from capacitor_kernels.launch import compute_capability
 from capacitor_kernels.ops.grn import GrnConfig, grn
-from capacitor_kernels.tuning import lookup
+from capacitor_kernels.tuning import COMPUTE_CAPABILITIES, lookup
 
 FUSED = GrnConfig(split=False, block_f=256, num_warps=4)
 SPLIT = GrnConfig(split=True, block_f=64, num_warps=4)
@@ -75,10 +75,27 @@ def test_many_small_images():
     check(128, 2, 96, torch.float32, None)
 
 
-def test_default_splits_by_the_number_of_tiles():
-    few = lookup("grn", 90, {"tiles": 2, "hidden": 3584}, torch.bfloat16)
-    many = lookup("grn", 90, {"tiles": 128, "hidden": 3584}, torch.bfloat16)
-    assert not few.split and many.split
+@pytest.mark.parametrize("cc", COMPUTE_CAPABILITIES)
+@pytest.mark.parametrize("hidden", [3584, 4096], ids=["rows", "default"])
+def test_one_launch_up_to_eight_tiles(hidden, cc):
+    split = {
+        tiles: lookup("grn", cc, {"tiles": tiles, "hidden": hidden}, torch.bfloat16).split
+        for tiles in (1, 2, 4, 8, 16, 32, 128)
+    }
+    assert split == {1: False, 2: False, 4: False, 8: False, 16: True, 32: True, 128: True}
+
+
+@pytest.mark.parametrize("tiles", [15, 16, 17, 33])
+def test_tiles_beyond_the_loads_in_flight(tiles):
+    """Whole rounds of 8 and 16 loads, one tile less and one more: the order of the sums is that of the tiles."""
+    partials, gamma = make_inputs(2, tiles, 200, heavy=True)
+    ordered = torch.zeros(2, 200)
+    for tile in range(tiles):
+        ordered += partials[:, tile].cpu()
+    for config in CONFIGS:
+        _, norms = run(partials, gamma, config=config)
+        torch.testing.assert_close(norms.cpu().square(), ordered, rtol=1e-6, atol=0)
+        assert_same_bits("norms", norms, run(partials, gamma, config=SPLIT)[1])
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=IDS)
