@@ -22,10 +22,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .checkpoint_schema import DERIVED, Reading, read_layout
-from .config import ModelConfig
+from . import strict_json
+from .checkpoint_schema import DERIVED, Entry, Reading, read_layout
+from .config import MOST_CONFIG_BYTES, ModelConfig
 from .errors import CheckpointError, ConfigError
 from .reference import default_freqs
+from .safetensors_header import read_safetensors_header, unreadable
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
@@ -82,16 +84,24 @@ def resolve(
         CheckpointError: nothing there, no access, or offline and not in the cache.
     """
     name = os.fspath(id_or_path)
-    path = Path(name).expanduser()
     if name == SAMPLE:
+        if subfolder:
+            raise CheckpointError(
+                f"subfolder {subfolder!r} does not go with {SAMPLE!r}: leave it out, or write './{SAMPLE}' for "
+                "a folder of that name"
+            )
         return _in_folder(Path(__file__).parent / "sample", SAMPLE, None)
-    if path.is_dir():
-        folder = path / subfolder if subfolder else path
-        return _in_folder(folder, str(folder.resolve()), None)
-    if path.is_file():
-        config = path.with_name(CONFIG_NAME)
-        return CheckpointSource(str(path.resolve()), None, path, config if config.is_file() else None)
-    if path.suffix == ".safetensors" or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    try:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            folder = path / subfolder if subfolder else path
+            return _in_folder(folder, str(folder.resolve()), None)
+        if path.is_file():
+            return CheckpointSource(str(path.resolve()), None, path, _config_in(path.parent))
+    # a name that is too long, a folder that may not be entered, the home of nobody, a circle of links
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{name[:200]!r} cannot be looked up: {error}") from error
+    if path.suffix == ".safetensors" or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
         raise CheckpointError(
             f"{name!r} is neither a folder, nor a .safetensors file, nor a hub id like 'data-archetype/full_capacitor'"
         )
@@ -107,8 +117,13 @@ def _in_folder(folder: Path, id: str, revision: str | None) -> CheckpointSource:
             found = ", ".join(c.name for c in candidates) or "no .safetensors file"
             raise CheckpointError(f"{folder} holds {found}: expected {WEIGHTS_NAME}, or give the file itself")
         weights = candidates[0]
+    return CheckpointSource(id, revision, weights, _config_in(folder))
+
+
+def _config_in(folder: Path) -> Path | None:
+    """The folder's `config.json`; also one that cannot be read, because that is not as if there were none."""
     config = folder / CONFIG_NAME
-    return CheckpointSource(id, revision, weights, config if config.is_file() else None)
+    return config if os.path.lexists(config) else None
 
 
 def _from_hub(
@@ -165,15 +180,9 @@ def read_header(source: CheckpointSource) -> Reading:
         CheckpointError: the weights file or `config.json` cannot be read at all.
     """
     settings = _read_settings(source.config)
-    try:
-        with safe_open(source.weights, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            shapes = {name: tuple(s.get_shape()) for name, s in slices.items()}
-            dtypes = {name: s.get_dtype() for name, s in slices.items()}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{source.weights} cannot be read as safetensors ({error}): it is damaged or cut short; download it again"
-        ) from error
+    stored = read_safetensors_header(source.weights)
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
+    dtypes = {name: tensor.dtype for name, tensor in stored.items()}
     try:
         return read_layout(shapes, dtypes, settings, str(source.config or source.weights))
     except ConfigError as error:
@@ -184,8 +193,8 @@ def _read_settings(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        settings = strict_json.read(path, MOST_CONFIG_BYTES)
+    except strict_json.StrictJSONError as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}): download it again") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
@@ -196,19 +205,37 @@ def _read_settings(path: Path | None) -> dict[str, Any]:
 
 def read_tensors(source: CheckpointSource, reading: Reading) -> tuple[dict[str, Tensor], list[str]]:
     """The model's tensors by their names there, memory-mapped where possible, and the problems of their values."""
-    tensors, problems = {}, []
-    with safe_open(source.weights, framework="pt") as file:
-        for entry in reading.entries:
-            if entry.read_as is None:
-                continue
-            t = file.get_tensor(entry.name)
-            bad = t.numel() - int(torch.isfinite(t).sum())
-            if bad:
-                problems.append(f"not finite: {entry.name} has {bad} NaN or Inf among {t.numel()} values")
-            elif entry.read_as.endswith("running_var") and bool((t < 0).any()):
-                problems.append(f"negative variance: {entry.name} has {int((t < 0).sum())} values below 0")
-            tensors[entry.read_as] = t
+    tensors: dict[str, Tensor] = {}
+    problems: list[str] = []
+    try:
+        with safe_open(source.weights, framework="pt") as file:
+            for entry in reading.entries:
+                # what is misshaped or of another type is a problem of its own, and may be of any size
+                if entry.read_as is not None and entry.fits:
+                    t = tensors[entry.read_as] = _tensor(source, file, entry)
+                    problems += _value_problems(entry, t)
+    except (SafetensorError, OSError) as error:
+        raise unreadable(source.weights, error) from error
     return tensors, problems
+
+
+def _tensor(source: CheckpointSource, file: Any, entry: Entry) -> Tensor:
+    """A tensor of an open file, memory-mapped where possible."""
+    try:
+        return file.get_tensor(entry.name)
+    # torch says RuntimeError, or NotImplementedError, which is one, for what it cannot map or view
+    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, MemoryError) as error:
+        raise unreadable(source.weights, f"tensor {entry.name}: {error}") from error
+
+
+def _value_problems(entry: Entry, t: Tensor) -> list[str]:
+    # the model holds float32, which has no place for the largest of float64
+    bad = t.numel() - int(torch.isfinite(t.float() if t.dtype == torch.float64 else t).sum())
+    if bad:
+        return [f"not finite: {entry.name} has {bad} NaN or Inf among {t.numel()} values"]
+    if entry.read_as is not None and entry.read_as.endswith("running_var") and bool((t < 0).any()):
+        return [f"negative variance: {entry.name} has {int((t < 0).sum())} values below 0"]
+    return []
 
 
 def problems_of(source: CheckpointSource) -> tuple[Reading, list[str]]:

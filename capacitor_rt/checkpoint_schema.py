@@ -12,12 +12,15 @@ from typing import Any
 
 import torch
 
-from .config import ModelConfig
+from .config import MOST, ModelConfig
 from .errors import ConfigError
 from .reference import STATISTICS, Autoencoder
 
 Shape = tuple[int, ...]
 PREFIXES = ("model.", "module.")
+_PREFIXES = re.compile(rf"\A(?:{'|'.join(map(re.escape, PREFIXES))})+")
+# the types that weights may have
+FLOATS = ("F16", "BF16", "F32", "F64")
 # tensors that a checkpoint may lack because their values follow from the architecture
 DERIVED = ("decoder.time_embed.freqs",)
 
@@ -31,6 +34,13 @@ class Entry:
     dtype: str
     read_as: str | None
     read_shape: Shape | None
+
+    @property
+    def fits(self) -> bool:
+        """Whether the model can hold it: of a type for weights, and of the right shape."""
+        if self.read_as is None or self.read_shape is None or self.dtype not in FLOATS:
+            return False
+        return same_memory(self.read_as, self.shape, self.read_shape)
 
 
 @dataclass
@@ -55,12 +65,43 @@ class Reading:
 
 def expected_shapes(config: ModelConfig, has_statistics: bool) -> dict[str, Shape]:
     """Name and shape of every tensor of a model of this `config`."""
+    shapes: dict[str, Shape] = {}
+    # the blocks of a part are alike, so one of each is built, whatever their number
+    depths = {f"{part}.": depth for part, depth in _stated_depths(config).items()}
+    few = {part: min(depth, 1) for part, depth in depths.items()}
+    start, middle, end = (few[f"decoder.{part}_blocks."] for part in ("start", "middle", "end"))
+    one = dataclasses.replace(
+        config,
+        encoder_depth=few["encoder.blocks."],
+        decoder_depth=start + middle + end,
+        decoder_start_blocks=start,
+        decoder_end_blocks=end,
+    )
     with torch.device("meta"):
-        model = Autoencoder(config)
-    shapes: dict[str, Shape] = {n: tuple(t.shape) for n, t in model.state_dict().items() if n not in STATISTICS}
+        model = Autoencoder(one)
+    for name, t in model.state_dict().items():
+        part = next((part for part in depths if name.startswith(part)), None)
+        if part is None:
+            shapes[name] = tuple(t.shape)
+        elif name.startswith(f"{part}0."):
+            rest = name.removeprefix(f"{part}0.")
+            shapes |= {f"{part}{i}.{rest}": tuple(t.shape) for i in range(depths[part])}
+    for name in STATISTICS:
+        shapes.pop(name, None)
     if has_statistics:
         shapes |= dict.fromkeys(STATISTICS, (config.latent_channels,))
     return shapes
+
+
+def _stated_depths(config: ModelConfig) -> dict[str, int]:
+    """Number of the blocks in each list of them, by its name."""
+    return {
+        "encoder.blocks": config.encoder_depth,
+        "decoder.adaln_deltas": config.decoder_depth,
+        "decoder.start_blocks": config.decoder_start_blocks,
+        "decoder.middle_blocks": config.decoder_middle_blocks,
+        "decoder.end_blocks": config.decoder_end_blocks,
+    }
 
 
 def same_memory(name: str, shape: Shape, expected: Shape) -> bool:
@@ -75,12 +116,7 @@ def same_memory(name: str, shape: Shape, expected: Shape) -> bool:
 
 def canonical_names(names: Iterable[str]) -> dict[str, str]:
     """File name -> model name: prefixes are dropped, the top-level statistics pair is renamed."""
-    stripped = {}
-    for name in names:
-        bare = name
-        while (prefix := next((p for p in PREFIXES if bare.startswith(p)), None)) is not None:
-            bare = bare.removeprefix(prefix)
-        stripped[name] = bare
+    stripped = {name: _PREFIXES.sub("", name) for name in names}
     for suffix, canonical in zip(("running_mean", "running_var"), STATISTICS, strict=True):
         found = [name for name, bare in stripped.items() if "." not in bare and bare.endswith(suffix)]
         if len(found) == 1:
@@ -124,7 +160,7 @@ def read_layout(
             reading.leftovers.append(f"left over: {name} {list(shape)} belongs to no part of this architecture")
         elif not same_memory(bare, shape, target):
             reading.problems.append(f"misshaped: {name} is {list(shape)}, expected {list(target)}")
-        elif not dtypes[name].startswith(("F", "BF")) or dtypes[name].startswith("F8"):
+        elif dtypes[name] not in FLOATS:
             reading.problems.append(f"wrong type: {name} is stored as {dtypes[name]}, expected F16, BF16, F32 or F64")
     for bare in sorted(expected.keys() - by_model_name.keys()):
         if bare in DERIVED:
@@ -180,7 +216,7 @@ def _widths(shapes: Mapping[str, Shape], base: ModelConfig) -> dict[str, Any]:
     shown = {
         "model_dim": (r".*\.(dwconv|patchify\.proj|latent_up|fuse_in|fuse_skip)\.bias", 0, 1),
         "depthwise_kernel_size": (r".*\.dwconv\.weight", -1, 4),
-        "adaln_low_rank_rank": (r"decoder\.adaln_deltas\.\d+\.down\.weight", 0, 1),
+        "adaln_low_rank_rank": (r"decoder\.adaln_deltas\.[0-9]+\.down\.weight", 0, 1),
         "bottleneck_dim": (r"decoder\.latent_up\.weight", 1, 2),
     }
     found: dict[str, Any] = {}
@@ -224,8 +260,10 @@ def _depths(shapes: Mapping[str, Shape], base: ModelConfig, settings: Mapping[st
     """Numbers of blocks, where `settings` do not state more of them."""
 
     def blocks(part: str) -> int:
-        indices = [int(m[1]) for n in shapes if (m := re.match(rf"{re.escape(part)}\.(\d+)\.", n))]
-        return max(indices, default=-1) + 1
+        pattern = re.compile(rf"{re.escape(part)}\.(0|[1-9][0-9]{{0,3}})\.")
+        indices = {int(m[1]) for n in shapes if (m := pattern.match(n))}
+        # a block beyond what the file has tensors for is no block, and its tensors are left over
+        return max((i for i in indices if i < min(len(shapes), MOST["decoder_depth"])), default=-1) + 1
 
     has_encoder = _has_encoder(shapes)
     found = {"encoder_depth": blocks("encoder.blocks") if has_encoder else 0}

@@ -3,24 +3,43 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import math
+import reprlib
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import strict_json
 from .errors import ConfigError
+from .strict_json import StrictJSONError
 
 POSTERIOR_KINDS = ("diagonal_gaussian", "deterministic")
 NORM_MODES = ("disabled", "channel_wise")
 SAMPLERS = ("ddim", "dpmpp_2m")
 SCHEDULES = ("linear", "cosine")
 NOISE_SOURCES = ("cpu", "device")
+# far above every model, and small enough that no product of them overflows 64 bits
+MOST = {
+    "in_channels": 1 << 10,
+    "patch_size": 1 << 10,
+    "model_dim": 1 << 16,
+    "encoder_depth": 1 << 10,
+    "decoder_depth": 1 << 10,
+    "bottleneck_dim": 1 << 16,
+    "depthwise_kernel_size": 1 << 10,
+    "adaln_low_rank_rank": 1 << 16,
+    "hidden_dim": 1 << 20,
+}
+MOST_CONFIG_BYTES = 1 << 20
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ConfigError(f"{name} {value!r} is unknown: use one of {', '.join(map(repr, choices))}")
+        raise ConfigError(f"{name} {_SHORT.repr(value)} is unknown: use one of {', '.join(map(repr, choices))}")
 
 
 @dataclass(frozen=True)
@@ -51,6 +70,10 @@ class ModelConfig:
     latent_patch: int = 1
 
     def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"{f.name} {value} is not finite")
         for name in (
             "in_channels",
             "patch_size",
@@ -71,12 +94,24 @@ class ModelConfig:
             )
         if self.depthwise_kernel_size % 2 == 0 or self.depthwise_kernel_size < 1:
             raise ConfigError(f"depthwise_kernel_size {self.depthwise_kernel_size} is not a positive odd number")
+        for name, most in MOST.items():
+            if getattr(self, name) > most:
+                raise ConfigError(f"{name} {getattr(self, name)} is too large: it is at most {most}")
         if self.hidden_dim < 1:
             raise ConfigError(
                 f"mlp_ratio {self.mlp_ratio} gives a hidden width of {self.hidden_dim}: it must be positive"
             )
         if not self.logsnr_min < self.logsnr_max:
             raise ConfigError(f"logsnr_min {self.logsnr_min} is not below logsnr_max {self.logsnr_max}")
+        # beyond these, exponentials of a log-SNR and products with the noise leave float32
+        for name, low, high in (
+            ("logsnr_min", -80.0, 80.0),
+            ("logsnr_max", -80.0, 80.0),
+            ("pixel_noise_std", 0.0, 1e6),
+            ("latent_running_stats_eps", 0.0, 1e6),
+        ):
+            if not low <= getattr(self, name) <= high:
+                raise ConfigError(f"{name} {getattr(self, name)} is not from {low:g} to {high:g}")
         if self.latent_patch not in (1, 2):
             raise ConfigError(f"latent_patch {self.latent_patch} is neither 1 nor 2")
         _check_choice("bottleneck_posterior_kind", self.bottleneck_posterior_kind, POSTERIOR_KINDS)
@@ -117,7 +152,8 @@ class ModelConfig:
         known = {f.name: str(f.type) for f in dataclasses.fields(cls) if f.name != "latent_patch"}
         unknown = sorted(k for k in values if k not in known and not k.startswith("_"))
         if unknown:
-            warnings.warn(f"{source}: unknown keys ignored: {', '.join(unknown)}", stacklevel=2)
+            shown = [key[:80] for key in unknown[:20]] + (["..."] if len(unknown) > 20 else [])
+            warnings.warn(f"{source}: unknown keys ignored: {', '.join(shown)}", stacklevel=2)
         read = {}
         for name in known.keys() & values.keys():
             read[name] = _coerce(name, values[name], known[name], source)
@@ -127,9 +163,11 @@ class ModelConfig:
     def from_json(cls, path: str | Path) -> ModelConfig:
         """Read `config.json` at `path` (see `from_dict`)."""
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            values = strict_json.read(path, MOST_CONFIG_BYTES)
+        except StrictJSONError as error:
             raise ConfigError(f"{path} is not valid JSON: {error}; download the file again") from error
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read: {error}") from error
         if not isinstance(values, dict):
             raise ConfigError(f"{path} holds a {type(values).__name__}, not an object of settings")
         return cls.from_dict(values, source=str(path))
@@ -143,13 +181,16 @@ class ModelConfig:
 
 def _coerce(name: str, value: Any, kind: str, source: str) -> Any:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    # before a value is converted or shown, which a number of thousands of digits is not
+    if number and not abs(value) < 2**63:
+        raise ConfigError(f"{source}: {name} is not finite, or too large for any model")
     if kind == "int" and number and int(value) == value:
         return int(value)
     if kind == "float" and number:
         return float(value)
     if kind == "str" and isinstance(value, str):
         return value
-    raise ConfigError(f"{source}: {name} is {value!r}, which is not {'an' if kind == 'int' else 'a'} {kind}")
+    raise ConfigError(f"{source}: {name} is {_SHORT.repr(value)}, which is not {'an' if kind == 'int' else 'a'} {kind}")
 
 
 @dataclass(frozen=True)
