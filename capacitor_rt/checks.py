@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .errors import InputError
+from .config import FullCapacitorInferenceConfig
+from .errors import ConfigError, InputError
+from .sizes import check_multiple as check_multiple
 
 IMAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 LATENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    # parameters of a truth to compare with; images and latents stay within float32
+    "float64": torch.float64,
+}
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -59,21 +75,6 @@ def check_out(out: Tensor | None, shape: tuple[int, ...], device: torch.device) 
         raise InputError(f"out has shape {list(out.shape)}: the result is {list(shape)}")
 
 
-def check_multiple(height: int, width: int, multiple: int, stride: int) -> None:
-    """Refuse an image size in pixels that is no multiple of `multiple`, itself one of `stride`.
-
-    Raises:
-        InputError: names the nearest legal sizes, and the looser rule where the latents would allow the size.
-    """
-    for name, size in (("height", height), ("width", width)):
-        if size % multiple or size == 0:
-            below, above = size // multiple * multiple, (size // multiple + 1) * multiple
-            use = f"{below} or {above}" if below else f"{above}"
-            looser = multiple != stride and size and size % stride == 0
-            hint = f", or strict_size=False, which admits multiples of {stride}" if looser else ""
-            raise InputError(f"{name} {size} is not a multiple of {multiple}: use {use}{hint}")
-
-
 def check_latents(
     latents: Tensor, channels: int, stride: int, height: int | None, width: int | None
 ) -> tuple[int, int, int]:
@@ -97,15 +98,57 @@ def check_latents(
     return batch, *size
 
 
-def check_device(device: torch.device | str | None) -> torch.device:
+def check_device(device: torch.device | str | int | None) -> torch.device:
     """The device, the CPU for None; refuse one that is not there."""
     try:
         target = torch.device(device if device is not None else "cpu")
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise InputError(f"device {device!r} is not a torch device: use e.g. 'cpu' or 'cuda:0'") from error
     if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
         raise InputError(f"device {device!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
+    if target.type not in ("cpu", "cuda", "meta"):
+        try:
+            torch.empty(0, device=target)
+        except Exception as error:
+            # what is raised for a backend that this build or machine lacks differs from backend to backend
+            raise InputError(f"device {device!r} cannot be used here: use e.g. 'cpu' or 'cuda:0'") from error
     return target
+
+
+def check_model_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """The floating point type that a dtype or its name stands for: "bfloat16", "torch.bfloat16" or "bf16".
+
+    Raises:
+        InputError: anything else, or a type that no convolution here computes in.
+    """
+    found = _DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or found not in _DTYPES.values():
+        names = ", ".join(str(known) for known in LATENT_DTYPES)
+        raise InputError(f"dtype {dtype!r} is no type that the model computes in: use one of {names}, or its name")
+    return found
+
+
+def check_inference_config(
+    settings: FullCapacitorInferenceConfig | Mapping[str, Any] | None,
+) -> FullCapacitorInferenceConfig:
+    """The settings; the defaults for None; those of a dict of the settings' fields.
+
+    Raises:
+        ConfigError: an unknown field, or a value out of range. InputError: neither settings nor a dict.
+    """
+    if settings is None:
+        return FullCapacitorInferenceConfig()
+    if isinstance(settings, FullCapacitorInferenceConfig):
+        return settings
+    if not isinstance(settings, Mapping):
+        raise InputError(
+            f"inference_config is {settings!r}: pass a FullCapacitorInferenceConfig, or a dict of its fields"
+        )
+    known = [field.name for field in dataclasses.fields(FullCapacitorInferenceConfig)]
+    unknown = [name for name in settings if name not in known]
+    if unknown:
+        raise ConfigError(f"inference_config has no {', '.join(map(repr, unknown))}: its fields are {', '.join(known)}")
+    return FullCapacitorInferenceConfig(**settings)
 
 
 def odd_range(image: Tensor) -> str | None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .checks import IMAGE_DTYPES, LATENT_DTYPES, check_input, check_latents, check_out
+from .checks import IMAGE_DTYPES, LATENT_DTYPES, check_inference_config, check_input, check_latents, check_out
 from .config import FullCapacitorInferenceConfig
 from .errors import InputError
 from .pretrained import PretrainedAutoencoder
@@ -101,7 +104,7 @@ class FullCapacitor(PretrainedAutoencoder):
         latents: Tensor,
         height: int | None = None,
         width: int | None = None,
-        inference_config: FullCapacitorInferenceConfig | None = None,
+        inference_config: FullCapacitorInferenceConfig | Mapping[str, Any] | None = None,
         *,
         noise: Tensor | None = None,
         out: Tensor | None = None,
@@ -111,7 +114,7 @@ class FullCapacitor(PretrainedAutoencoder):
         Args:
             latents: `[B,C,h,w]` float32, bfloat16 or float16 on the model's device. B may be 0.
             height, width: of the image, in pixels; they must be `h*s` and `w*s`, which is also the default.
-            inference_config: sampler settings; default one step, no seed.
+            inference_config: sampler settings, or a dict of their fields; default one step, no seed.
             noise: unit normal float32 `[B,3,H,W]` to start from; drawn by the settings' seed when None.
             out: float32, bfloat16 or float16 `[B,3,H,W]` to write to, rounded once.
 
@@ -120,8 +123,9 @@ class FullCapacitor(PretrainedAutoencoder):
 
         Raises:
             InputError: wrong rank, channels, dtype or device; a height or width that does not fit the latents.
+            ConfigError: settings that are unknown or out of range.
         """
-        inference = inference_config or FullCapacitorInferenceConfig()
+        inference = check_inference_config(inference_config)
         self._offload_hook()
         check_input("latents", latents, LATENT_DTYPES, self.device)
         batch, *size = check_latents(latents, self.latent_channels, self.latent_stride, height, width)
@@ -147,7 +151,9 @@ class FullCapacitor(PretrainedAutoencoder):
         with torch.autocast(latents.device.type, enabled=False):
             return _write(Autoencoder.decode(self, latents, inference_config=inference, noise=noise), out)
 
-    def reconstruct(self, image: Tensor, inference_config: FullCapacitorInferenceConfig | None = None) -> Tensor:
+    def reconstruct(
+        self, image: Tensor, inference_config: FullCapacitorInferenceConfig | Mapping[str, Any] | None = None
+    ) -> Tensor:
         """`decode(encode(image))`: float32 `[B,3,H,W]` (NCHW also for an NHWC image)."""
         return self.decode(self.encode(image), inference_config=inference_config)
 

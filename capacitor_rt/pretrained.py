@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from . import checkpoint
-from .checks import check_device, check_multiple
+from .checks import check_device, check_model_dtype, check_multiple
 from .config import ModelConfig
 from .errors import InputError
 from .runtime.backend import ServedAutoencoder
+from .sizes import SIZE_MULTIPLE as SIZE_MULTIPLE
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-SIZE_MULTIPLE = 32
 
 
 class PretrainedAutoencoder(ServedAutoencoder):
@@ -48,8 +47,8 @@ class PretrainedAutoencoder(ServedAutoencoder):
         id_or_path: str | PathLike[str],
         *,
         device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        torch_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
         revision: str | None = None,
         cache_dir: str | PathLike[str] | None = None,
         token: str | bool | None = None,
@@ -78,9 +77,10 @@ class PretrainedAutoencoder(ServedAutoencoder):
 
         Raises:
             CheckpointError: not found, not readable, or its tensors do not fit; all of them are listed.
-            InputError: `device` is not there.
+            InputError: `device` is not there, or `dtype` is none of float32, bfloat16 and float16 (or their names).
         """
-        if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
+        asked = {check_model_dtype(given) for given in (dtype, torch_dtype) if given is not None}
+        if len(asked) > 1:
             raise InputError(f"dtype {dtype} and torch_dtype {torch_dtype} differ: pass one of them")
         target = check_device(device)
         source = checkpoint.resolve(
@@ -104,7 +104,7 @@ class PretrainedAutoencoder(ServedAutoencoder):
             )
         model.load_checkpoint(read.tensors)
         model.source = source
-        return model.to(device=target, dtype=dtype or torch_dtype or torch.float32)
+        return model.to(device=target, dtype=asked.pop() if asked else torch.float32)
 
     def save_pretrained(self, folder: str | PathLike[str]) -> None:
         """Write `config.json` and `model.safetensors` into `folder`, each whole or not at all.

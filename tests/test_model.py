@@ -13,6 +13,7 @@ from golden_cases import relative_error
 from models import SMALL, random_model
 
 from capacitor_rt import ConfigError, FullCapacitor, FullCapacitorInferenceConfig, InputError
+from capacitor_rt.checks import check_inference_config
 
 SEEDED = FullCapacitorInferenceConfig(seed=0)
 
@@ -223,3 +224,47 @@ def test_explicit_noise_is_that_of_its_seed(model):
         model.decode(latents, noise=noise[..., :64])
     with pytest.raises(ConfigError, match="noise 'gpu' is unknown: use one of 'cpu', 'device'"):
         FullCapacitorInferenceConfig(noise="gpu")
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "torch.bfloat16", "bf16", torch.bfloat16])
+def test_a_dtype_may_be_given_by_its_name(tmp_path, name):
+    random_model().save_pretrained(tmp_path)
+    for keyword in ("dtype", "torch_dtype"):
+        assert FullCapacitor.from_pretrained(tmp_path, **{keyword: name}).dtype == torch.bfloat16
+    both = FullCapacitor.from_pretrained(tmp_path, dtype=torch.bfloat16, torch_dtype=name)
+    assert both.dtype == torch.bfloat16
+    with pytest.raises(InputError, match="differ: pass one of them"):
+        FullCapacitor.from_pretrained(tmp_path, dtype=torch.float16, torch_dtype=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, "int8", "half", "", 16, [torch.float32]])
+def test_dtypes_that_no_model_computes_in_are_refused(tmp_path, dtype):
+    random_model().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"no type that the model computes in: use one of torch.float32") as raised:
+        FullCapacitor.from_pretrained(tmp_path, dtype=dtype)
+    assert repr(dtype) in str(raised.value)
+
+
+@pytest.mark.parametrize("device", ["mps", "xpu:3", torch.device("hpu"), "warp", 1.5])
+def test_devices_that_are_not_there_are_refused(tmp_path, device):
+    if torch.accelerator.is_available() and str(device).startswith(torch.accelerator.current_accelerator().type):
+        pytest.skip("this machine has such a device")
+    random_model().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="device") as raised:
+        FullCapacitor.from_pretrained(tmp_path, device=device)
+    assert repr(device) in str(raised.value) and "use e.g. 'cpu'" in str(raised.value)
+
+
+def test_inference_settings_may_be_a_dict(model):
+    z = torch.randn(1, model.latent_channels, 4, 4)
+    assert torch.equal(model.decode(z, inference_config={"seed": 0}), model.decode(z, inference_config=SEEDED))
+    assert check_inference_config(None) == FullCapacitorInferenceConfig()
+    assert check_inference_config(SEEDED) is SEEDED
+    found = check_inference_config({"num_steps": 3, "seed": 0})
+    assert found == FullCapacitorInferenceConfig(num_steps=3, seed=0)
+    with pytest.raises(ConfigError, match="has no 'steps': its fields are num_steps, sampler"):
+        check_inference_config({"steps": 3})
+    with pytest.raises(ConfigError, match="num_steps 0"):
+        check_inference_config({"num_steps": 0})
+    with pytest.raises(InputError, match="inference_config is 3: pass a FullCapacitorInferenceConfig, or a dict"):
+        check_inference_config(3)

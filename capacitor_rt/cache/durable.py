@@ -10,7 +10,6 @@ import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import numpy as np
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CacheError
+from ..extras import require_extra as require_extra
 
 if TYPE_CHECKING:
     from xxhash import xxh3_128
@@ -32,20 +32,6 @@ _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.
 
 class DiskFull(CacheError):
     """No space (or quota) left for a file of the cache; what was published before is whole."""
-
-
-def require_extra(module: str) -> ModuleType:
-    """Import an optional dependency of the cache.
-
-    Raises:
-        CacheError: it is not installed; the message names the extra that brings it.
-    """
-    from importlib import import_module
-
-    try:
-        return import_module(module)
-    except ImportError as e:
-        raise CacheError(f"{module.split('.')[0]} is not installed: pip install 'capacitor-rt[cache]'") from e
 
 
 def xxh3(data: bytes = b"") -> xxh3_128:

@@ -109,7 +109,9 @@ def load_inputs(out: Path, sha256: str) -> Inputs:
     path = out / TABLE
     way_out = "restore it from a copy, or cache into a new OUT"
     try:
-        table = pq.read_table(path, page_checksum_verification=True)
+        # by handle: pyarrow takes no path that is not UTF-8
+        with path.open("rb") as file:
+            table = pq.read_table(file, page_checksum_verification=True)
         columns = {name: table[name].to_numpy() for name in table.column_names if name not in _OBJECTS}
         paths = table["path"].to_pylist()
         failed = np.flatnonzero(table["reason"].is_valid().to_numpy())

@@ -74,6 +74,7 @@ class Checkpoint:
     device: str = "cpu"
     compute_dtype: str | None = None
     revision: str | None = None
+    backend: str = "auto"
 
     def identity(self, compute_dtype: str | None = None) -> ModelIdentity:
         source = resolve(self.name, revision=self.revision)
@@ -84,7 +85,11 @@ class Checkpoint:
     def load(self, identity: ModelIdentity) -> FullCapacitor:
         dtype = getattr(torch, identity.compute_dtype)
         return FullCapacitor.from_pretrained(
-            self.name, device=self.device, dtype=dtype, revision=identity.revision or self.revision
+            self.name,
+            device=self.device,
+            dtype=dtype,
+            revision=identity.revision or self.revision,
+            backend=self.backend,
         )
 
 

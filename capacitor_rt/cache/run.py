@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import time
@@ -39,6 +40,8 @@ from .plan import (
 )
 from .quarantine import QUARANTINE, write_quarantine
 from .shards import ShardStore, committed_hashes
+
+_log = logging.getLogger("capacitor_rt")
 
 
 @dataclass
@@ -134,7 +137,7 @@ def cache_images(
     *,
     workers: int | None = None,
     progress: bool = True,
-    note: Callable[[str], None] = lambda line: None,
+    note: Callable[[str], None] = _log.info,
 ) -> Report:
     """Encode every image of `src` into the latent cache `out`, or go on with it. Originals are only read.
 
@@ -144,7 +147,8 @@ def cache_images(
         model: a model, the name of a checkpoint, or a `ModelSource`. It is not loaded when nothing is left to do.
         workers: threads for reading and decoding; default every core.
         progress: show a bar on stderr.
-        note: told, line by line, what a user may want to know before the work starts.
+        note: told, line by line, what a user may want to know before the work starts; default the logger
+            `capacitor_rt`.
 
     Raises:
         CacheError: `out` belongs to another plan, to other inputs or to a running process; a file is damaged; the disk

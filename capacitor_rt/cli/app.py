@@ -7,22 +7,22 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
+from typing import Annotated, Any, cast
 
 import typer
 
 from ..errors import CapacitorError, CheckpointError, InputError
+from ..version import __version__
 from .cache import cache, verify
 from .doctor import doctor
 from .inspect_checkpoint import inspect
 from .latent_files import decode, encode
-from .options import note
 from .plan import plan
 from .psnr import psnr
+from .terminal import echo, note, note_error, route_messages
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Fast runtime for the full_capacitor image autoencoder.",
 )
@@ -31,24 +31,64 @@ for command in (encode, decode, inspect, cache, verify, psnr, plan, doctor):
     app.command()(command)
 
 
+# the parser's own errors: bad options, bad values, missing arguments
+_UsageError = cast(type[Exception], next(t for t in typer.BadParameter.__mro__ if t.__name__ == "UsageError"))
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        echo(f"capacitor-rt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Fast runtime for the full_capacitor image autoencoder."""
+
+
 def main() -> None:
     """Entry point: expected failures end in one line and an exit code, never in a traceback."""
-    warnings.showwarning = lambda message, *_, **__: note(f"warning: {message}")
+    route_messages()
+    sys.exit(_run())
+
+
+def _run() -> int:
+    """Run the command that the arguments name; its exit code."""
     try:
-        app()
+        return app(prog_name="capacitor-rt", standalone_mode=False) or 0
     except CapacitorError as error:
-        note(f"error: {error}")
-        sys.exit(2 if isinstance(error, InputError) and not isinstance(error, CheckpointError) else 1)
+        note_error(error)
+        return 2 if isinstance(error, InputError) and not isinstance(error, CheckpointError) else 1
+    except _UsageError as error:
+        return _print_usage_error(error)
+    except typer.Abort:
+        note("aborted")
+        return 1
     except KeyboardInterrupt:
         note("interrupted")
-        sys.exit(130)
+        return 130
     except BrokenPipeError:
         # the reader went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        return 0
     except OSError as error:
-        note(f"error: {error}")
-        sys.exit(1)
+        note_error(error)
+        return 1
+
+
+def _print_usage_error(error: Any) -> int:
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+        return error.exit_code
+    if error.ctx is not None:
+        note(error.ctx.get_usage())
+        note(f"'{error.ctx.command_path} --help' explains the options")
+    note(f"error: {error.format_message()}")
+    return error.exit_code
 
 
 if __name__ == "__main__":

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from tqdm import tqdm
 
-from ..errors import InputError
+from ..errors import CacheError, InputError
 from .options import (
     AreaSide,
+    Backend,
     Background,
     ComputeDtype,
     Device,
@@ -22,10 +23,10 @@ from .options import (
     Model,
     Revision,
     SquareSide,
-    note,
     parse_background,
     resolve_device,
 )
+from .terminal import echo, note
 
 if TYPE_CHECKING:
     from ..cache.run import DryRun, Report
@@ -58,6 +59,7 @@ def cache(
     ] = None,
     device: Device = "auto",
     compute_dtype: ComputeDtype = None,
+    backend: Backend = "auto",
     revision: Revision = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress bar.")] = False,
@@ -70,6 +72,8 @@ def cache(
     sides = [side for side in (size, area) if side is not None]
     if len(sides) != 1:
         raise InputError("give one of --size N (squares) and --area N (aspect-ratio buckets)")
+    if not src.exists():
+        raise InputError(f"{str(src)!r} does not exist: give a folder of images, or one image")
     with _interruptible():
         from ..cache.model_source import Checkpoint
         from ..cache.plan import CacheRequest
@@ -77,7 +81,7 @@ def cache(
         from ..cache.run import dry_run as describe_run
 
         compute = compute_dtype.full_name if compute_dtype else None
-        source = Checkpoint(model, resolve_device(device), compute, revision)
+        source = Checkpoint(model, resolve_device(device), compute, revision, backend)
         request = CacheRequest(
             side=sides[0],
             area=area is not None,
@@ -107,6 +111,8 @@ def verify(
 
     Ends with 1 if something is damaged or still to be written.
     """
+    if not root.is_dir():
+        raise CacheError(f"{str(root)!r} is not a folder: give the folder of a cache")
     with _interruptible():
         from ..cache.verify import verify as check
 
@@ -124,7 +130,7 @@ def verify(
     if found.unfinished:
         note(f"unfinished: {found.unfinished} shards are still to be written: run the cache command again")
     state = f"{len(found.problems)} problems" if found.problems else "no damage"
-    typer.echo(f"{found.rows} rows of {found.inputs} inputs, {found.shards} shards, {_bytes(found.nbytes)}: {state}")
+    echo(f"{found.rows} rows of {found.inputs} inputs, {found.shards} shards, {_bytes(found.nbytes)}: {state}")
     if found.problems or found.unfinished:
         raise typer.Exit(1)
 
@@ -167,22 +173,22 @@ def _sigterm() -> Iterator[None]:
 def _print_dry_run(found: DryRun) -> None:
     for line in found.notes:
         _remark(line)
-    typer.echo("bucket (height x width)    images")
+    echo("bucket (height x width)    images")
     for bucket, count in found.buckets.items():
-        typer.echo(f"{bucket!s:>23}  {count:>8}")
+        echo(f"{bucket!s:>23}  {count:>8}")
     for reason, count in sorted(found.quarantined.items()):
-        typer.echo(f"{'quarantined: ' + reason:>23}  {count:>8}")
-    typer.echo(f"{found.shards} shards of at most {found.rows} images, {_bytes(found.nbytes)} of latents in all")
-    typer.echo(f"to be written: {found.todo} shards, {_bytes(found.todo_nbytes)}")
+        echo(f"{'quarantined: ' + reason:>23}  {count:>8}")
+    echo(f"{found.shards} shards of at most {found.rows} images, {_bytes(found.nbytes)} of latents in all")
+    echo(f"to be written: {found.todo} shards, {_bytes(found.todo_nbytes)}")
 
 
 def _print_report(report: Report, out: Path) -> None:
     done = f"{report.cached} of {report.inputs} images in {report.shards} shards, {_bytes(report.nbytes)}"
     if report.meters is None:
-        typer.echo(f"nothing to do: {out} holds {done}")
+        echo(f"nothing to do: {out} holds {done}")
     else:
         rate = report.new_images / max(report.meters.wall, 1e-9)
-        typer.echo(f"cached {done}; {report.new_images} inputs read at {rate:.1f} images/s; {report.meters}")
+        echo(f"cached {done}; {report.new_images} inputs read at {rate:.1f} images/s; {report.meters}")
     if report.quarantined:
         reasons = ", ".join(f"{reason} {n}" for reason, n in sorted(report.quarantined.items()))
         note(f"{report.quarantined.total()} quarantined ({reasons}): see {out / 'quarantine.jsonl'}")

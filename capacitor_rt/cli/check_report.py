@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 from typing import TYPE_CHECKING, Any
 
-import typer
-
 from ..errors import InputError
 from ..runtime import platform
-from .options import Dtype, note, resolve_device
+from .options import Dtype, resolve_device
+from .terminal import echo, echo_json, note
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +27,10 @@ def check_report(device: str, dtype: Dtype | None, as_json: bool) -> bool:
     target = _target(device)
     reason = platform.why_not_triton(target)
     if reason is not None:
-        typer.echo(json.dumps({"ok": True, "nothing_to_check": reason}) if as_json else f"nothing to check: {reason}")
+        if as_json:
+            echo_json({"ok": True, "nothing_to_check": reason})
+        else:
+            echo(f"nothing to check: {reason}")
         return True
     import torch
 
@@ -64,7 +65,7 @@ def _as_json(device: torch.device, dtype: torch.dtype, facts: dict[str, str]) ->
     shown: list[dict[str, Any]] = [
         {"name": row.name, "error": row.error, "bound": row.bound, "ok": row.ok, "problem": row.problem} for row in rows
     ]
-    typer.echo(json.dumps({"ok": ok, "machine": facts, "rows": shown}, indent=2))
+    echo_json({"ok": ok, "machine": facts, "rows": shown})
     return ok
 
 
@@ -72,20 +73,23 @@ def _as_text(device: torch.device, dtype: torch.dtype, facts: dict[str, str]) ->
     from ..runtime import self_check
 
     note("checking every launch against plain torch: up to half a minute, most of it to compile")
-    typer.echo("```")
+    echo("```")
     for name, value in facts.items():
-        typer.echo(f"{name + ':':<20}{value}")
-    typer.echo(f"\n{'launch':<46}{'error':>9}  {'bound':>9}")
+        echo(f"{name + ':':<20}{value}")
+    echo()
+    echo(f"{'launch':<46}{'error':>9}  {'bound':>9}")
     begin, rows = time.perf_counter(), []
     for row in self_check.checks(device, dtype):
         # at once: where a launch hangs, the one before it is the last that is seen
-        typer.echo(_line(row))
+        echo(_line(row))
         rows.append(row)
     seconds = time.perf_counter() - begin
     _record(device, dtype, rows)
     wrong = sum(not row.ok for row in rows)
     verdict = "all within their bounds" if not wrong else f"{wrong} of them wrong"
-    typer.echo(f"\n{len(rows)} checks in {seconds:.1f} s, {verdict}\n```")
+    echo()
+    echo(f"{len(rows)} checks in {seconds:.1f} s, {verdict}")
+    echo("```")
     if wrong:
         note("please report all of the above")
     return not wrong

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import importlib.util
 import json
 import os
 import platform
@@ -19,6 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..extras import install_hint, is_installed
 from ..runtime.platform import (
     INSTALL_TRITON,
     TORCH_LEAST,
@@ -31,11 +31,12 @@ from ..runtime.platform import (
 )
 from .check_report import check_report
 from .options import AsJson, ComputeDtype, Device
+from .terminal import echo, echo_json
 
 OK, MISSING, PROBLEM = "ok", "missing", "problem"
 NOT_MEASURED = "not measured yet"
-MEASURE = "python -m bench gpu --out bench/results/NAME"
-RESULTS = Path(__file__).parents[2] / "bench" / "results"
+BENCH = Path(__file__).parents[2] / "bench"
+RESULTS = BENCH / "results"
 PROBE_BYTES = 64 << 20
 PROBE_SECONDS = 0.3
 MIB, GIB = 1 << 20, 1 << 30
@@ -107,13 +108,13 @@ def doctor(
         return
     found = examine(folder, results)
     if as_json:
-        typer.echo(json.dumps([asdict(finding) for finding in found], indent=2))
+        echo_json([asdict(finding) for finding in found])
     else:
         width = max(len(finding.topic) for finding in found)
         for finding in found:
             mark = "" if finding.status == OK else f"{finding.status}: "
             hint = f" -> {finding.hint}" if finding.hint else ""
-            typer.echo(f"{finding.topic:<{width}}  {mark}{finding.found}{hint}")
+            echo(f"{finding.topic:<{width}}  {mark}{finding.found}{hint}")
     if any(finding.status == PROBLEM for finding in found):
         raise typer.Exit(1)
 
@@ -225,12 +226,12 @@ def _nvjpeg() -> Iterator[Finding]:
 
 def _packages() -> Iterator[Finding]:
     for module, (purpose, extra) in OPTIONAL.items():
-        version = version_of(_DISTRIBUTION.get(module, module)) if importlib.util.find_spec(module) else None
+        version = version_of(_DISTRIBUTION.get(module, module)) if is_installed(module) else None
         name = _DISTRIBUTION.get(module, module)
         if version:
             yield Finding(name, OK, version)
         else:
-            yield Finding(name, MISSING, f"not installed ({purpose})", f"pip install 'capacitor-rt[{extra}]'")
+            yield Finding(name, MISSING, f"not installed ({purpose})", install_hint(extra))
 
 
 def _disk(folder: Path) -> Iterator[Finding]:
@@ -262,7 +263,7 @@ def _disk(folder: Path) -> Iterator[Finding]:
 
 def _jpeg() -> Iterator[Finding]:
     """Decoding speed of one core on a photograph that ships with the package."""
-    if importlib.util.find_spec("PIL") is None:
+    if not is_installed("PIL"):
         return
     from ..images.decode import decode_image
 
@@ -282,14 +283,24 @@ def _expected(results: Path) -> Iterator[Finding]:
     import torch
 
     if not torch.cuda.is_available():
-        yield Finding("images/s", OK, f"{NOT_MEASURED} on this CPU", f"on a GPU: {MEASURE}")
+        yield Finding("images/s", OK, f"{NOT_MEASURED} on this CPU", f"on a GPU: {how_to_measure(BENCH)}")
         return
     gpu = torch.cuda.get_device_name()
     rates = measured_rates(results, gpu)
     if not rates:
-        yield Finding("images/s", OK, f"{NOT_MEASURED} on {gpu}", MEASURE)
+        yield Finding("images/s", OK, f"{NOT_MEASURED} on {gpu}", how_to_measure(BENCH))
     for what, rate in rates.items():
         yield Finding("images/s", OK, f"{rate:.0f}: {what}, measured on {gpu}")
+
+
+def how_to_measure(bench: Path) -> str:
+    """What measures this machine: the bench of a checkout, or what an installed package has."""
+    if (bench / "gpu.py").is_file():
+        return "python -m bench gpu --out bench/results/NAME"
+    return (
+        "capacitor-rt cache IMAGES OUT --model MODEL --size 256 prints the images/s of caching; "
+        "the bench of every call is part of a checkout and not of the installed package"
+    )
 
 
 def measured_rates(results: Path, gpu: str) -> dict[str, float]:

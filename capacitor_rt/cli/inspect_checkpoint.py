@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import CHECKPOINTS, AsJson, Revision
+from .options import CHECKPOINTS, AsJson, Revision, check_model
+from .terminal import echo, echo_json
 
 if TYPE_CHECKING:
     from ..checkpoint import CheckpointSource
@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    checkpoint: Annotated[str, typer.Argument(help=f"Checkpoint to read: {CHECKPOINTS}.")] = "sample",
+    checkpoint: Annotated[
+        str, typer.Argument(help=f"Checkpoint to read: {CHECKPOINTS}.", callback=check_model)
+    ] = "sample",
     revision: Revision = None,
     as_json: AsJson = False,
 ) -> None:
@@ -28,10 +30,10 @@ def inspect(
     source = resolve(checkpoint, revision=revision)
     reading, problems = problems_of(source)
     if as_json:
-        typer.echo(json.dumps(_document(source, reading, problems), indent=2))
+        echo_json(_document(source, reading, problems))
     else:
         for line in _lines(source, reading, problems):
-            typer.echo(line)
+            echo(line)
     if problems:
         raise typer.Exit(1)
 

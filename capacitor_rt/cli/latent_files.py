@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import InputError
+from ..extras import require_extra
 from .options import (
     AreaSide,
     Backend,
@@ -25,12 +26,12 @@ from .options import (
     Seed,
     SquareSide,
     Steps,
-    bar,
+    check_one_of,
     list_images,
     load_model,
-    note,
     parse_background,
 )
+from .terminal import bar, echo, note
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,7 +58,7 @@ class Schedule(str, Enum):
 
 def finish(done: int, failed: int, what: str) -> None:
     """Say what was written; exit 3 if some inputs failed."""
-    typer.echo(f"{done} {what}" + (f", {failed} failed" if failed else ""))
+    echo(f"{done} {what}" + (f", {failed} failed" if failed else ""))
     if failed:
         raise typer.Exit(3)
 
@@ -69,6 +70,21 @@ def refuse_collisions(outputs: dict[Path, Path]) -> None:
         if target in seen:
             raise InputError(f"{seen[target]} and {source} would both be written to {target}: encode them apart")
         seen[target] = source
+
+
+def refuse_existing(target: Path) -> None:
+    """A picture that is there may be the original: it is never overwritten."""
+    if target.exists():
+        raise InputError(f"{target} exists: move it away, or give another --out")
+
+
+def picture_name(latents: Path) -> str:
+    """Name of the picture that a file of latents becomes: a.png.safetensors to a.png, a.jpg.safetensors to a.jpg.png.
+
+    Two inputs that differ in the extension alone thus stay two pictures.
+    """
+    name = latents.name.removesuffix(".safetensors")
+    return name if name.lower().endswith(".png") else f"{name}.png"
 
 
 def encode(
@@ -89,14 +105,15 @@ def encode(
 
     Ends with 3 if some images could not be decoded.
     """
-    from ..errors import ImageError
-    from ..images.frames import Framing, load_frames, to_batch
-
-    framing, colour = Framing(size, area), parse_background(background)
+    check_one_of(size, area)
     found = list_images(images)
     # the whole name stays in the output's name: a.png and a.jpg are two images
     targets = {path: out / relative.with_name(relative.name + ".safetensors") for path, relative in found}
     refuse_collisions(targets)
+    from ..errors import ImageError
+    from ..images.frames import Framing, load_frames, to_batch
+
+    framing, colour = Framing(size, area), parse_background(background)
     capacitor = load_model(model, revision, device, compute_dtype, backend)
     failed = 0
     frames = load_frames(targets, framing, capacitor.size_multiple, colour)
@@ -133,16 +150,20 @@ def decode(
 
     Ends with 3 if some files could not be decoded.
     """
-    from PIL import Image
-
     from ..config import FullCapacitorInferenceConfig
-    from ..images.frames import to_uint8
 
     inference = FullCapacitorInferenceConfig(
         steps, sampler.value, schedule.value, pdg=pdg is not None, pdg_strength=2.0 if pdg is None else pdg, seed=seed
     )
-    targets = {path: out / f"{path.name.removesuffix('.safetensors')}.png" for path in latents}
+    targets = {path: out / picture_name(path) for path in latents}
+    for path, target in targets.items():
+        if not path.is_file():
+            raise InputError(f"{str(path)!r} is not a file: give files of latents")
+        refuse_existing(target)
     refuse_collisions(targets)
+    image_module = require_extra("PIL.Image")
+    from ..images.frames import to_uint8
+
     capacitor = load_model(model, revision, device, compute_dtype, backend)
     failed = written = 0
     for path in bar(latents, len(latents), "file"):
@@ -153,11 +174,16 @@ def decode(
                     f"{path} holds latents of {space}, and the model decodes {latent_space(capacitor)}: "
                     "give --model the model that made them, or pass --any-space"
                 )
+            if space is None:
+                note(
+                    f"note: {path} does not name the space of its latents: they are taken for {latent_space(capacitor)}"
+                )
             out.mkdir(parents=True, exist_ok=True)
             for i, row in enumerate(rows):
-                image = capacitor.decode(row[None].to(capacitor.device), inference_config=inference)[0]
                 name = targets[path] if len(rows) == 1 else targets[path].with_stem(f"{targets[path].stem}-{i:06d}")
-                Image.fromarray(to_uint8(image)).save(name)
+                refuse_existing(name)
+                image = capacitor.decode(row[None].to(capacitor.device), inference_config=inference)[0]
+                image_module.fromarray(to_uint8(image)).save(name, format="PNG")
                 written += 1
         except InputError as error:
             note(f"error: {error}")

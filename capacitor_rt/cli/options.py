@@ -1,18 +1,17 @@
-"""What the commands share: options, the model they name, lines and bars on a terminal."""
+"""What the commands share: options, whose values are checked before torch is imported, and the model they name."""
 
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Iterable
+import re
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from tqdm import tqdm
 
-from ..errors import InputError
+from ..errors import CheckpointError, InputError
+from ..sizes import SIZE_MULTIPLE
 
 if TYPE_CHECKING:
     import torch
@@ -41,15 +40,100 @@ class Dtype(str, Enum):
 
 CHECKPOINTS = "a hub id, a folder, a .safetensors file, or 'sample' for the bundled checkpoint"
 
-Model = Annotated[str, typer.Option("--model", "-m", help=f"Model to load: {CHECKPOINTS}.")]
+BACKENDS = ("auto", "torch", "triton")
+
+
+def check_model(name: str | None) -> str | None:
+    """A model's name as it is.
+
+    Raises:
+        CheckpointError: it names no file or folder that is there, and cannot be a hub id.
+    """
+    if name is None or name == "sample" or Path(name).expanduser().exists():
+        return name
+    if name.endswith(".safetensors") or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+        raise CheckpointError(
+            f"{name!r} is neither a folder, nor a .safetensors file, nor a hub id like 'data-archetype/full_capacitor'"
+        )
+    return name
+
+
+def check_backend(name: str | None) -> str | None:
+    """A backend's name as it is; InputError for an unknown one."""
+    if name is not None and name not in BACKENDS:
+        raise InputError(f"backend {name!r} is unknown: use one of {', '.join(map(repr, BACKENDS))}")
+    return name
+
+
+def check_device_name(name: str) -> str:
+    """A device's name as it is; InputError for one that no torch has. Whether the device is there is asked later."""
+    if not re.fullmatch(r"auto|(cpu|cuda|mps|xpu)(:\d+)?", name):
+        raise InputError(f"device {name!r} is unknown: use auto, cpu, cuda or cuda:N")
+    return name
+
+
+def parse_background(text: str) -> tuple[int, int, int]:
+    """RRGGBB to a colour.
+
+    Raises:
+        InputError: anything else.
+    """
+    try:
+        red, green, blue = bytes.fromhex(text.removeprefix("#"))
+    except ValueError:
+        raise InputError(f"background {text!r} is not a colour: write it as RRGGBB, for instance ffffff") from None
+    return red, green, blue
+
+
+def check_background(text: str) -> str:
+    """A colour's text as it is; InputError for what is none."""
+    parse_background(text)
+    return text
+
+
+def check_square(side: int | None) -> int | None:
+    """A side in pixels as it is; InputError for one that no model takes."""
+    if side is not None:
+        from ..images.geometry import square_bucket
+
+        square_bucket(side, SIZE_MULTIPLE)
+    return side
+
+
+def check_area(side: int | None) -> int | None:
+    """The square root of an area in pixels as it is; InputError for one that is below every model's smallest."""
+    if side is not None:
+        from ..images.geometry import bucket_table
+
+        bucket_table(side, SIZE_MULTIPLE)
+    return side
+
+
+def check_one_of(size: int | None, area: int | None) -> None:
+    """Refuse a square and an area at once."""
+    if size is not None and area is not None:
+        raise InputError(f"size {size} and area {area} exclude each other: give one of them")
+
+
+Model = Annotated[str, typer.Option("--model", "-m", help=f"Model to load: {CHECKPOINTS}.", callback=check_model)]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the model on the hub.")]
-Device = Annotated[str, typer.Option(help="Device to run on: cpu, cuda, cuda:1; auto takes a GPU where there is one.")]
-Backend = Annotated[str, typer.Option(help="Backend of the model: auto, torch or triton.")]
-SquareSide = Annotated[int | None, typer.Option(min=1, help="Resize and centre-crop images to N x N pixels.")]
-AreaSide = Annotated[
-    int | None, typer.Option(min=1, help="Bring images to about N^2 pixels, in the bucket nearest in aspect.")
+Device = Annotated[
+    str,
+    typer.Option(
+        help="Device to run on: cpu, cuda, cuda:1; auto takes a GPU where there is one.", callback=check_device_name
+    ),
 ]
-Background = Annotated[str, typer.Option(help="Colour behind transparent pixels, as RRGGBB.")]
+Backend = Annotated[str, typer.Option(help="Backend of the model: auto, torch or triton.", callback=check_backend)]
+SquareSide = Annotated[
+    int | None, typer.Option(min=1, help="Resize and centre-crop images to N x N pixels.", callback=check_square)
+]
+AreaSide = Annotated[
+    int | None,
+    typer.Option(min=1, help="Bring images to about N^2 pixels, in the bucket nearest in aspect.", callback=check_area),
+]
+Background = Annotated[
+    str, typer.Option(help="Colour behind transparent pixels, as RRGGBB.", callback=check_background)
+]
 Steps = Annotated[int, typer.Option(min=1, help="Number of passes through the decoder; the model is made for 1.")]
 Seed = Annotated[int, typer.Option(help="Seed of the decoder's start noise.")]
 ImagePaths = Annotated[list[Path], typer.Argument(help="Image files, or folders of them.", show_default=False)]
@@ -80,19 +164,6 @@ def load_model(model: str, revision: str | None, device: str, dtype: Dtype | Non
     return FullCapacitor.from_pretrained(model, revision=revision, device=device, dtype=compute, backend=backend)
 
 
-def parse_background(text: str) -> tuple[int, int, int]:
-    """RRGGBB to a colour.
-
-    Raises:
-        InputError: anything else.
-    """
-    try:
-        red, green, blue = bytes.fromhex(text.removeprefix("#"))
-    except ValueError:
-        raise InputError(f"background {text!r} is not a colour: write it as RRGGBB, for instance ffffff") from None
-    return red, green, blue
-
-
 def list_images(inputs: list[Path]) -> list[tuple[Path, Path]]:
     """(file, path relative to the input it was found under) of every image; folders are searched.
 
@@ -111,18 +182,3 @@ def list_images(inputs: list[Path]) -> list[tuple[Path, Path]]:
         else:
             raise InputError(f"{str(item)!r} does not exist: give image files or folders")
     return found
-
-
-def printable(text: str) -> str:
-    """Text that may hold file names of any bytes, as UTF-8 with escapes."""
-    return os.fsencode(text).decode("utf-8", "backslashreplace")
-
-
-def note(line: str) -> None:
-    """A line on standard error, clear of a progress bar."""
-    tqdm.write(printable(line), file=sys.stderr)
-
-
-def bar(items: Iterable[Any], total: int, unit: str) -> Iterable[Any]:
-    """Progress with rate and ETA on standard error, where that is a terminal."""
-    return tqdm(items, total=total, unit=unit, disable=None, dynamic_ncols=True, leave=False)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..errors import InputError
-from .options import AsJson, Dtype, Revision
+from ..sizes import check_multiple
+from .options import AsJson, Dtype, Revision, check_model
+from .terminal import echo, echo_json
 
 if TYPE_CHECKING:
     from ..config import ModelConfig
@@ -20,7 +21,8 @@ def plan(
     batch: Annotated[int, typer.Option(min=1, help="Number of images per call.")] = 1,
     width: Annotated[int | None, typer.Option(min=1, help="Width of the images in pixels.")] = None,
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Hub id, folder or file whose shapes count.")
+        str | None,
+        typer.Option("--model", "-m", help="Hub id, folder or file whose shapes count.", callback=check_model),
     ] = None,
     config: Annotated[
         str | None,
@@ -44,16 +46,17 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Print the ops, buffers, memory and least time of a call."""
-    import torch
-
     from ..config import FullCapacitorInferenceConfig
-    from ..runtime.forecast import ceilings_of, forecast
-    from ..runtime.plan import PlanKey
 
     architecture = read_architecture(model, config, revision)
     height, width = size, width or size
     _check(architecture, direction, height, width)
     inference = FullCapacitorInferenceConfig(num_steps=steps, sampler=sampler, pdg=pdg)
+    import torch
+
+    from ..runtime.forecast import ceilings_of, forecast
+    from ..runtime.plan import PlanKey
+
     compute = dtype.torch()
     decoding = direction == "decode"
     key = PlanKey(
@@ -70,10 +73,10 @@ def plan(
     )
     result = forecast(architecture, key, ceilings_of(cc, compute, tflops, gbps))
     if as_json:
-        typer.echo(json.dumps(result.as_dict(), indent=2))
+        echo_json(result.as_dict())
         return
     for line in result.lines():
-        typer.echo(line)
+        echo(line)
 
 
 def read_architecture(model: str | None, config: str | None, revision: str | None) -> ModelConfig:
@@ -99,8 +102,6 @@ def read_architecture(model: str | None, config: str | None, revision: str | Non
 
 
 def _check(config: ModelConfig, direction: str, height: int, width: int) -> None:
-    from ..checks import check_multiple
-
     directions = ("encode", "posterior", "decode") if config.encoder_depth else ("decode",)
     if direction not in directions:
         raise InputError(f"direction {direction!r} is none of this model's: use one of {', '.join(directions)}")

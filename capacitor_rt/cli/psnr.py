@@ -25,13 +25,14 @@ from .options import (
     Seed,
     SquareSide,
     Steps,
-    bar,
+    check_backend,
+    check_model,
+    check_one_of,
     list_images,
     load_model,
-    note,
     parse_background,
-    printable,
 )
+from .terminal import bar, echo, echo_json, echo_table, note, printable
 
 if TYPE_CHECKING:
     from ..evaluation.evaluate import ImageCodec, Latents, Score
@@ -40,16 +41,29 @@ if TYPE_CHECKING:
 FLUX2 = "flux2"
 
 
+def _check_against(names: list[str] | None) -> list[str] | None:
+    for name in names or ():
+        if not _is_flux2(name):
+            check_model(name)
+    return names
+
+
 def psnr(
     images: ImagePaths,
     model: Model = "sample",
     against: Annotated[
         list[str] | None,
-        typer.Option(help="Another model to compare with, flux2, or flux2:FOLDER; may be given several times."),
+        typer.Option(
+            help="Another model to compare with, flux2, or flux2:FOLDER; may be given several times.",
+            callback=_check_against,
+        ),
     ] = None,
     against_backend: Annotated[
         str | None,
-        typer.Option(help="Backend of what is compared with: the models of --against, or else the same model."),
+        typer.Option(
+            help="Backend of what is compared with: the models of --against, or else the same model.",
+            callback=check_backend,
+        ),
     ] = None,
     against_dtype: Annotated[
         Dtype | None,
@@ -72,14 +86,15 @@ def psnr(
 
     Ends with 3 if some images could not be decoded.
     """
+    check_one_of(size, area)
+    if json_file and str(json_file) != "-" and not json_file.parent.is_dir():
+        raise InputError(f"{json_file.parent} for --json does not exist: create it first")
+    found = [path for path, _ in list_images(images)]
     from ..config import FullCapacitorInferenceConfig
     from ..evaluation.evaluate import evaluate
     from ..images.frames import Framing
 
     framing, colour = Framing(size, area), parse_background(background)
-    if json_file and str(json_file) != "-" and not json_file.parent.is_dir():
-        raise InputError(f"{json_file.parent} for --json does not exist: create it first")
-    found = [path for path, _ in list_images(images)]
     models = _load(model, against or [], against_backend, against_dtype, revision, device, compute_dtype, backend)
     cosines: dict[str, CosineSimilarity] = {}
     inference = FullCapacitorInferenceConfig(num_steps=steps, seed=seed)
@@ -124,14 +139,16 @@ def _load(
         against = [model, *against]
     if any(map(_is_flux2, against)):
         require_flux2()
-    label = Path(model).name
+    label = printable(Path(model).name)
     models: dict[str, ImageCodec] = {label: load_model(model, revision, device, dtype, backend)}
     for other in against:
         if _is_flux2(other):
             name = FLUX2
             made = _load_flux2(other, models[label])
         else:
-            name = " ".join(filter(None, (Path(other).name, against_backend, against_dtype and against_dtype.value)))
+            name = " ".join(
+                filter(None, (printable(Path(other).name), against_backend, against_dtype and against_dtype.value))
+            )
             its = revision if other == model else None
             made = load_model(other, its, device, against_dtype or dtype, against_backend or backend)
         while name in models:
@@ -186,15 +203,16 @@ def _print(
     table = metrics.PsnrTable.of(values, names)
     first, *others = values
     pairs = {other: metrics.PsnrTable.of({first: values[first], other: values[other]}, names) for other in others}
-    document = json.dumps(_document(table, pairs, cosines), indent=2) + "\n"
+    document = _document(table, pairs, cosines)
     if json_file and str(json_file) == "-":
-        typer.echo(document, nl=False)
+        echo_json(document)
         return
-    typer.echo("\n\n".join(pair.render() for pair in pairs.values()) if len(pairs) > 1 else table.render())
+    echo_table("\n\n".join(pair.render() for pair in pairs.values()) if len(pairs) > 1 else table.render())
     for name, similarity in cosines.items():
-        typer.echo(f"\nlatents of {first} and {name}: cosine {similarity.overall:.4f}{_spread(similarity)}")
+        echo()
+        echo(f"latents of {first} and {name}: cosine {similarity.overall:.4f}{_spread(similarity)}")
     if json_file:
-        json_file.write_text(document, encoding="utf-8")
+        json_file.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
 def _spread(similarity: Similarity) -> str:

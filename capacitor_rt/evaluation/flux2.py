@@ -1,12 +1,11 @@
 """The FLUX.2 autoencoder of diffusers behind `FullCapacitor`'s interface, for comparisons: encode, decode, reconstruct.
 
 Normalised as the FLUX.2 pipeline does it: the mode of the posterior, 2x2 pixels to channels (order `c*4 + i*2 + j`),
-the running statistics of the batch norm. diffusers is optional (`pip install 'capacitor-rt[bench]'`).
+the running statistics of the batch norm. diffusers is optional (the extra `bench`).
 """
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from ..config import FullCapacitorInferenceConfig
 from ..errors import CheckpointError, InputError
+from ..extras import install_hint, is_installed
 
 HUB_ID = "black-forest-labs/FLUX.2-dev"
 SIZE_MULTIPLE = 16
@@ -43,8 +43,8 @@ CONFIG: dict[str, Any] = {
 
 def missing() -> str | None:
     """Why the FLUX.2 VAE cannot be built here, in one line that says what to install; None where it can."""
-    if importlib.util.find_spec("diffusers") is None:
-        return "diffusers is not installed: pip install 'capacitor-rt[bench]'"
+    if not is_installed("diffusers"):
+        return f"diffusers is not installed: {install_hint('bench')}"
     try:
         from diffusers import AutoencoderKLFlux2  # noqa: F401
     except (ImportError, RuntimeError) as error:

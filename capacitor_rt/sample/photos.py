@@ -74,8 +74,7 @@ def load(photo: Photo) -> np.ndarray:
     path = find(photo)
     if path is None:
         raise CapacitorError(
-            f"{photo.file} is not here: it comes with {DISTRIBUTIONS[photo.package]}; "
-            "pip install 'capacitor-rt[sample]'"
+            f"{photo.file} is not here: it comes with {DISTRIBUTIONS[photo.package]}; pip install '.[sample]'"
         )
     with Image.open(path) as image:
         return np.array(image.convert("RGB"))

@@ -21,7 +21,7 @@ needs_diffusers = pytest.mark.skipif(missing() is not None, reason=str(missing()
 def test_absence_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None)
     assert flux2.main(["--device", "cpu"]) == 0
-    line = "diffusers is not installed: pip install 'capacitor-rt[bench]'"
+    line = "diffusers is not installed: pip install '.[bench]'"
     assert capsys.readouterr().out == f"FLUX.2 not measured: {line}\n"
 
 

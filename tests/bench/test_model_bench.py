@@ -377,7 +377,7 @@ def test_caching_without_its_packages_is_one_line(monkeypatch, capsys):
     find = cache.importlib.util.find_spec
     monkeypatch.setattr(cache.importlib.util, "find_spec", lambda name, *_: None if name == "PIL" else find(name))
     assert cache.main(["--device", "cpu"]) == 0
-    assert capsys.readouterr().out == "caching not measured: pillow not installed: pip install 'capacitor-rt[cache]'\n"
+    assert capsys.readouterr().out == "caching not measured: pillow not installed: pip install '.[cache]'\n"
 
 
 def test_jpeg_files_differ(tmp_path):

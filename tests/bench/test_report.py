@@ -243,7 +243,7 @@ def test_the_package_runs_its_commands(capsys):
 
 
 def test_figures_show_what_there_is(tmp_path):
-    pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install 'capacitor-rt[bench]'")
+    pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install '.[bench]'")
     later = call("model", "ours", 6.5, row=ROW, commit="b" * 12, date="2026-02-01T00:00:00Z", over={"x/y": 2.0})
     drawn = figures.draw_all([*lines(), later], tmp_path)
     assert drawn == [f"{name}-nvidia-test.svg" for name in ("roofline", "speedup", "throughput", "history")]

@@ -148,7 +148,7 @@ def test_an_unfinished_cache_is_opened_only_when_asked(cache, tmp_path):
 
 def test_missing_packages_are_named_with_their_extra(cache, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(CacheError, match=r"pyarrow is not installed: pip install 'capacitor-rt\[cache\]'"):
+    with pytest.raises(CacheError, match=r"pyarrow is not installed: pip install '\.\[cache\]'"):
         LatentDataset(cache)
 
 

@@ -12,7 +12,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from capacitor_rt import FullCapacitorInferenceConfig
-from capacitor_rt.cli.demo import (
+from capacitor_rt.cli.demo import app
+from capacitor_rt.cli.demo_run import (
     CONTACT_SHEET,
     DIFFERENCE_GAIN,
     GAP,
@@ -21,7 +22,6 @@ from capacitor_rt.cli.demo import (
     MARGIN,
     PHOTOS,
     TOP,
-    app,
     principal_colours,
     run_demo,
 )
@@ -110,7 +110,7 @@ def test_text_names_figures_files_and_failures(report):
     text = report.render()
     for item in report.items:
         assert f"{item.psnr:.2f} dB" in text and item.name in text
-    assert "1 files were left out: not_an_image" in text
+    assert "1 files were left out: not_an_image" in text and "README" not in text
     for name in (CONTACT_SHEET, LATENTS_PICTURE, "cache"):
         assert str(report.out / name) in text and (report.out / name).exists()
     assert f"{np.mean([i.psnr for i in report.items]):.2f}" in report.table.render()
@@ -154,6 +154,8 @@ def test_sample_model_on_its_photographs(tmp_path):
     assert all(item.psnr > 20 for item in report.items), report.render()
     held_out = np.mean([item.psnr for item in report.items if item.role == "held out"])
     assert f"{held_out:.2f} dB  mean of 3" in report.render()
+    # it is another figure than the README's, and says why
+    assert "measured on them whole. These are\nresized crops of the sizes above" in report.render()
 
 
 class TestPrincipalColours:

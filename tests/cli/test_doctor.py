@@ -70,7 +70,7 @@ def test_what_is_missing_names_the_extra(run, monkeypatch):
     )
     code, found = run()
     assert code == 0
-    assert found["simplejpeg"]["status"] == "missing" and found["simplejpeg"]["hint"].endswith("'capacitor-rt[cache]'")
+    assert found["simplejpeg"]["status"] == "missing" and found["simplejpeg"]["hint"].endswith("pip install '.[cache]'")
 
 
 def test_a_probe_that_fails_does_not_end_the_examination(run, monkeypatch):

@@ -127,4 +127,4 @@ def test_flux2_without_diffusers_is_one_line(run, photos, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None)
     raised = run("--against", "flux2").exception
     assert isinstance(raised, InputError)
-    assert str(raised).endswith("diffusers is not installed: pip install 'capacitor-rt[bench]'")
+    assert str(raised).endswith("diffusers is not installed: pip install '.[bench]'")

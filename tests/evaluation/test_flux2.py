@@ -70,7 +70,7 @@ def test_uint8_images_are_the_floats_they_stand_for(wrapped):
 
 def test_absence_is_one_line(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None)
-    line = "diffusers is not installed: pip install 'capacitor-rt[bench]'"
+    line = "diffusers is not installed: pip install '.[bench]'"
     assert missing() == line
     with pytest.raises(InputError, match="needs diffusers"):
         Flux2.random()

@@ -1,0 +1,99 @@
+"""What reaches the terminal: every line that a command prints goes through `printable`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+import traceback
+import warnings
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Any
+
+import typer
+from tqdm import tqdm
+
+# C0, DEL, C1, lone surrogates, line and paragraph separators, and what changes the direction of text
+_UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
+
+
+def printable(text: str) -> str:
+    """Text of any origin as one line that a terminal only shows: what would act on it becomes a visible escape."""
+    return _UNSAFE.sub(lambda match: _escape(match[0]), text)
+
+
+def _escape(character: str) -> str:
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:
+        # how Python keeps a byte of a file name that is not UTF-8
+        code -= 0xDC00
+    return _SHORT.get(character) or (f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}")
+
+
+def echo(line: str = "") -> None:
+    """A line on standard output."""
+    typer.echo(_encodable(printable(line), sys.stdout))
+
+
+def echo_table(text: str) -> None:
+    """Lines of our own making on standard output; names in them must be `printable` already, newlines included."""
+    for line in text.split("\n"):
+        echo(line)
+
+
+def echo_json(document: Any) -> None:
+    """A document on standard output: JSON in ASCII, in which every control character is an escape."""
+    typer.echo(json.dumps(document, indent=2, ensure_ascii=True))
+
+
+def note(line: str) -> None:
+    """A line on standard error, clear of a progress bar."""
+    tqdm.write(_encodable(printable(line), sys.stderr), file=sys.stderr)
+
+
+# how a CheckpointError joins its problems to its message
+_NEXT = "\n  "
+
+
+def note_error(error: BaseException) -> None:
+    """An expected failure on standard error: a line, and one more per problem that it lists."""
+    problems = [str(problem) for problem in getattr(error, "problems", ())]
+    note(f"error: {str(error).removesuffix(''.join(f'{_NEXT}{problem}' for problem in problems))}")
+    for problem in problems:
+        note(f"  {problem}")
+
+
+def bar(items: Iterable[Any], total: int, unit: str) -> Iterable[Any]:
+    """Progress with rate and ETA on standard error, where that is a terminal."""
+    return tqdm(items, total=total, unit=unit, disable=None, dynamic_ncols=True, leave=False)
+
+
+class NoteHandler(logging.Handler):
+    """Log records of the library as notes."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        note(f"{'note' if record.levelno <= logging.INFO else record.levelname.lower()}: {record.getMessage()}")
+
+
+def route_messages() -> None:
+    """Let warnings, log records of the library and tracebacks, which may quote what a file says, be notes too."""
+    warnings.showwarning = lambda message, *_, **__: note(f"warning: {message}")
+    sys.excepthook = _print_crash
+    log = logging.getLogger("capacitor_rt")
+    if not any(isinstance(handler, NoteHandler) for handler in log.handlers):
+        log.addHandler(NoteHandler())
+    log.setLevel(logging.INFO)
+
+
+def _print_crash(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    for line in "".join(traceback.format_exception(kind, error, trace)).rstrip("\n").split("\n"):
+        note(line)
+
+
+def _encodable(line: str, stream: Any) -> str:
+    """The line with escapes for what the stream's encoding lacks."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return line.encode(encoding, "backslashreplace").decode(encoding)

@@ -1,0 +1,40 @@
+"""Optional dependencies: which are here, and the one line that says how to get the others."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from types import ModuleType
+
+from .errors import CacheError
+
+
+class MissingExtraError(CacheError, ImportError):
+    """An optional dependency that is not installed; the message names the extra that brings it."""
+
+
+def install_hint(extra: str) -> str:
+    """The command that installs an extra of this project, from a checkout, as the package is on no index."""
+    return f"pip install '.[{extra}]'"
+
+
+def is_installed(module: str) -> bool:
+    """Whether a module can be found, without importing it."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        # a parent is missing, or something keeps it from being imported
+        return False
+
+
+def require_extra(module: str, extra: str = "cache") -> ModuleType:
+    """Import an optional dependency.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        name = {"PIL": "Pillow"}.get(package := module.split(".")[0], package)
+        raise MissingExtraError(f"{name} is not installed: {install_hint(extra)}") from error
