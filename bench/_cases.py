@@ -21,6 +21,7 @@ from capacitor_kernels.ops.whiten import work as whiten_work
 from capacitor_rt import ModelConfig
 from capacitor_rt.runtime.arena import TensorSpec
 from capacitor_rt.runtime.host_ops import host_function
+from capacitor_rt.runtime.launch_cases import as_in_the_model, squares
 from capacitor_rt.runtime.plan import PlanKey, Step, make_plan
 
 
@@ -80,7 +81,7 @@ class Case:
             for name, spec in self.specs.items()
         }
         if self.op == "expand":
-            tensors["sumsq"] = _squares(tensors["y"], self.specs["sumsq"].shape[1])
+            tensors["sumsq"] = squares(tensors["y"], self.specs["sumsq"].shape[1])
         call = partial(host_function(self.op), **tensors, **self.step.options)
         plain_args = tuple(tensors[name] for name in inputs)
         return Prepared(call, lambda: [REDUCED.get(name, _same)(tensors[name]) for name in outputs], plain_args)
@@ -214,19 +215,4 @@ def _values(step: Step, name: str, spec: TensorSpec, device: torch.device) -> Te
     if spec.dtype == torch.uint8:
         return torch.randint(0, 256, spec.shape, dtype=torch.uint8, device=device)
     x = torch.randn(spec.shape, device=device)
-    if name in ("rstd", "whiten_rstd"):
-        x = x.exp()
-    elif name in ("gamma", "gain"):
-        x *= 0.3
-    elif name == "h":
-        x = torch.nn.functional.gelu(x)
-    elif name == "partials":
-        x = x.square()
-    elif step.args[name].startswith("weight:") and x.dim() == 2:
-        x *= x.shape[0] ** -0.5
-    return x.to(spec.dtype)
-
-
-def _squares(y: Tensor, tiles: int) -> Tensor:
-    """Sums of squares of each row of y, as if in equal parts of so many tiles."""
-    return y.float().square().sum(1, keepdim=True).div(tiles).expand(-1, tiles).contiguous()
+    return as_in_the_model(step, name, x).to(spec.dtype)

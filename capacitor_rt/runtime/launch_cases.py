@@ -83,7 +83,7 @@ class LaunchCase:
         written = [argument for argument in OUTPUTS[self.step.op] if argument in self.specs]
         given = {a: _values(self.step, a, s, draw).to(device) for a, s in self.specs.items() if a not in written}
         if self.step.op == "expand":
-            given["sumsq"] = _squares(given["y"], self.specs["sumsq"].shape[1])
+            given["sumsq"] = squares(given["y"], self.specs["sumsq"].shape[1])
         # what a launch leaves out shows
         out = {a: torch.full(self.specs[a].shape, math.nan, dtype=self.specs[a].dtype, device=device) for a in written}
         op = {"whiten": whiten, "dewhiten": dewhiten}.get(self.step.op) or host_function(self.step.op)
@@ -206,6 +206,11 @@ def _values(step: Step, name: str, spec: TensorSpec, draw: torch.Generator) -> T
     if spec.dtype == torch.uint8:
         return torch.randint(0, 256, spec.shape, generator=draw, dtype=torch.uint8, device="cpu")
     x = torch.randn(spec.shape, generator=draw, dtype=torch.float32, device="cpu")
+    return as_in_the_model(step, name, x).to(spec.dtype)
+
+
+def as_in_the_model(step: Step, name: str, x: Tensor) -> Tensor:
+    """Normal values x of a step's argument at the scale that the model has them. May write to x."""
     if name in ("rstd", "std", "whiten_rstd"):
         x = x.exp()
     elif name in ("gamma", "gain"):
@@ -216,9 +221,9 @@ def _values(step: Step, name: str, spec: TensorSpec, draw: torch.Generator) -> T
         x = x.square()
     elif step.args[name].startswith("weight:") and x.dim() == 2:
         x *= x.shape[0] ** -0.5
-    return x.to(spec.dtype)
+    return x
 
 
-def _squares(y: Tensor, tiles: int) -> Tensor:
+def squares(y: Tensor, tiles: int) -> Tensor:
     """Sums of squares of each row of y, as if in equal parts of so many tiles."""
     return y.float().square().sum(1, keepdim=True).div(tiles).expand(-1, tiles).contiguous()
