@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import TYPE_CHECKING, Any, TypedDict, cast, overload
 
 import numpy as np
 import torch
@@ -20,7 +20,10 @@ from ..images.geometry import Size
 from ..images.scan import id_to_path
 from .durable import read_commits, require_extra
 from .plan import CachePlan, load_plan
-from .shards import OK, ShardFile, read_index, read_rows, read_shard_header, row_hashes
+from .shards import OK, IndexEntry, ShardFile, index_schema, read_index, read_rows, read_shard_header, row_hashes
+
+if TYPE_CHECKING:
+    import pyarrow
 
 OPEN_FILES = 128
 """Shards that one process keeps open at a time."""
@@ -44,6 +47,25 @@ class LatentRow(_Row, total=False):
     logsnr: Tensor
     latents_flip: Tensor
     logsnr_flip: Tensor
+
+
+class Ids(Sequence[str]):
+    """Ids of rows, kept as one Arrow array: a name becomes a `str` when it is asked for."""
+
+    def __init__(self, names: pyarrow.Array):
+        self._names = names
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    @overload
+    def __getitem__(self, i: int) -> str: ...
+
+    @overload
+    def __getitem__(self, i: slice) -> list[str]: ...
+
+    def __getitem__(self, i: int | slice) -> str | list[str]:
+        return self._names[i].to_pylist() if isinstance(i, slice) else self._names[i].as_py()
 
 
 class LatentDataset(Dataset[LatentRow]):
@@ -86,6 +108,7 @@ class LatentDataset(Dataset[LatentRow]):
         names = ["input", "id", "bucket_height", "bucket_width", "row", "row_hash"]
         tables = []
         self._shards: list[str] = []
+        self._index_files: list[tuple[str, str]] = []
         for commit in commits:
             if commit["shard"] is None:
                 continue
@@ -96,6 +119,7 @@ class LatentDataset(Dataset[LatentRow]):
             number = pa.array(np.full(len(table), len(self._shards), np.int32))
             tables.append(table.append_column("shard", number))
             self._shards.append(commit["shard"])
+            self._index_files.append((commit["index"], commit["index_xxh3"]))
         if not tables:
             raise CacheError(f"{self.root} holds no rows: none of its {total} inputs could be cached")
         table = pa.concat_tables(tables).sort_by("input").combine_chunks()
@@ -135,6 +159,42 @@ class LatentDataset(Dataset[LatentRow]):
     def latent_space(self) -> str:
         """Name of the space the latents are in, e.g. `full_capacitor/whitened@<revision>`."""
         return self.plan.fields["model"]["latent_space"]
+
+    @property
+    def ids(self) -> Ids:
+        """Id of every row, in order."""
+        return Ids(self._ids)
+
+    def column(self, name: str) -> pyarrow.Array:
+        """A column of the index (`IndexEntry`), one value per row, in order; read from disk at each call.
+
+        Raises:
+            InputError: the index has no such column. CacheError: an index file is damaged.
+        """
+        pa = require_extra("pyarrow")
+        pieces = [self._index(number).select(["input", *self._known(name)]) for number in range(len(self._shards))]
+        column = pa.concat_tables(pieces).sort_by("input")[name]
+        return (column.cast(pa.large_string()) if column.type == pa.string() else column).combine_chunks()
+
+    def entries(self, i: int) -> IndexEntry:
+        """What the index says of row `i`; columns that do not apply are None."""
+        i = self._position(i)
+        table = self._index(int(self._shard[i]))
+        (entry,) = table.slice(int(self._row[i]), 1).to_pylist()
+        return cast("IndexEntry", entry)
+
+    def _index(self, number: int) -> pyarrow.Table:
+        """The index of a shard, its rows alone, in their order in the shard."""
+        name, digest = self._index_files[number]
+        table = read_index(self.root / name, digest)
+        return table.filter(require_extra("pyarrow.compute").equal(table["status"], OK))
+
+    @staticmethod
+    def _known(name: str) -> list[str]:
+        names = index_schema().names
+        if name not in names:
+            raise InputError(f"the index has no column {name!r}: it has {', '.join(names)}")
+        return [] if name == "input" else [name]
 
     @property
     def bucket_numbers(self) -> np.ndarray:

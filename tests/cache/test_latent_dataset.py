@@ -66,6 +66,17 @@ def test_rows_are_in_the_order_of_the_inputs_and_those_of_the_shards(rows, cache
             rows[i]
 
 
+def test_ids_columns_and_entries_are_in_the_order_of_the_rows(rows):
+    assert list(rows.ids) == [rows[i]["id"] for i in range(23)] and rows.ids[-2:] == list(rows.ids)[-2:]
+    columns = {name: rows.column(name).to_pylist() for name in ("input", "id", "width", "bytes_hash", "row_hash")}
+    for i in (0, 7, 22, -1):
+        assert {name: values[i] for name, values in columns.items()} == {k: rows.entries(i)[k] for k in columns}
+        assert (rows.entries(i)["bucket_height"], rows.entries(i)["id"]) == (rows[i]["height"], rows[i]["id"])
+    assert columns["id"] == list(rows.ids) and columns["input"] == [i for i in range(24) if i != 6]
+    with pytest.raises(InputError, match="no column 'colour'"):
+        rows.column("colour")
+
+
 def test_rows_are_the_callers_own(rows):
     rows[0]["latents"].zero_()
     assert rows[0]["latents"].any()
