@@ -66,6 +66,15 @@ def _units(args: argparse.Namespace) -> Iterator[Result]:
         yield Result(ok, f"instruction {' '.join(what.split())}")
 
 
+def _gelu(args: argparse.Namespace) -> Iterator[Result]:
+    from .gelu import check_gelu
+
+    for cc in args.cc or _QUICK_CCS:
+        for kind in ("fit", "erf"):
+            ok, text = check_gelu(cc, kind)
+            yield Result(ok, f"sm_{cc} {text}")
+
+
 def _selftest(args: argparse.Namespace) -> Iterator[Result]:
     from .breaks import SELF_TEST_CCS, self_test
 
@@ -104,6 +113,7 @@ def _large(args: argparse.Namespace) -> Iterator[Result]:
 
 PARTS = {
     "units": _units,
+    "gelu": _gelu,
     "quick": _quick,
     "cases": _cases,
     "selftest": _selftest,
@@ -124,6 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     part.add_argument("--cases", action="store_true", help="Run every config row at its own shape, and odd shapes.")
     part.add_argument("--units", action="store_true", help="Check single instructions against scalar code.")
+    part.add_argument("--gelu", action="store_true", help="Compare GELU with the exact one at every bfloat16 number.")
     part.add_argument("--selftest", action="store_true", help="Break real kernels and count the breaks noticed.")
     part.add_argument("--large", action="store_true", help="Run the last CTAs of tensors of over 2^31 elements.")
     part.add_argument(

@@ -45,6 +45,10 @@ def test_instructions_are_right_and_faults_are_refused():
     assert _passed(output, "refused: ") >= 11 and _passed(output, "instruction ") >= 35
 
 
+def test_gelu_is_right_at_every_bfloat16_number():
+    assert _passed(_run("--gelu", "--cc", "90"), " GELU ") == 2
+
+
 def test_breaks_of_kernels_are_noticed():
     output = _run("--selftest", "--cc", "90", "--every", "5")
     found = re.search(r"(\d+) of (\d+) broken kernels were noticed", output)
