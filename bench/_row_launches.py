@@ -88,7 +88,7 @@ def launches_at(
     found: dict[Any, tuple[str, dict[str, int], Launch, list[Call]]] = {}
     users: list[Call] = []
     torch_dtype = getattr(torch, _DTYPES[dtype])
-    for model in dict.fromkeys(_shallow(config) for config in KNOWN_MODELS.values()):
+    for model in dict.fromkeys(_shallow(config) for config in KNOWN_MODELS.values() if config.dico is None):
         for call in calls(dtype):
             users.append(call)
             for batch in (1,) if use == "latency" else (THROUGHPUT_BATCH, ODD_BATCH):
@@ -114,7 +114,7 @@ def _by_plans(row: ConfigRow) -> Iterator[tuple[Call, list[Launch]]]:
 
     dtype = getattr(torch, _DTYPES[row.dtype])
     batch = 1 if row.use == "latency" else THROUGHPUT_BATCH
-    for model in dict.fromkeys(_shallow(config) for config in KNOWN_MODELS.values()):
+    for model in dict.fromkeys(_shallow(config) for config in KNOWN_MODELS.values() if config.dico is None):
         if row.shape.get("dim", model.model_dim) != model.model_dim:
             continue
         for call in calls(row.dtype):

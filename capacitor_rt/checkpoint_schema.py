@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .config import MOST, ModelConfig
+from .dico_schema import canonical_dico_names, sibling_of
 from .errors import ConfigError
 from .reference import STATISTICS, Autoencoder
 
@@ -69,11 +70,11 @@ def expected_shapes(config: ModelConfig, has_statistics: bool) -> dict[str, Shap
     # the blocks of a part are alike, so one of each is built, whatever their number
     depths = {f"{part}.": depth for part, depth in _stated_depths(config).items()}
     few = {part: min(depth, 1) for part, depth in depths.items()}
-    start, middle, end = (few[f"decoder.{part}_blocks."] for part in ("start", "middle", "end"))
+    start, end = few["decoder.start_blocks."], few["decoder.end_blocks."]
     one = dataclasses.replace(
         config,
         encoder_depth=few["encoder.blocks."],
-        decoder_depth=start + middle + end,
+        decoder_depth=start + min(config.decoder_middle_blocks, 1) + end,
         decoder_start_blocks=start,
         decoder_end_blocks=end,
     )
@@ -95,11 +96,12 @@ def expected_shapes(config: ModelConfig, has_statistics: bool) -> dict[str, Shap
 
 def _stated_depths(config: ModelConfig) -> dict[str, int]:
     """Number of the blocks in each list of them, by its name."""
+    flat = config.dico is not None and config.dico.is_flat
     return {
         "encoder.blocks": config.encoder_depth,
         "decoder.adaln_deltas": config.decoder_depth,
         "decoder.start_blocks": config.decoder_start_blocks,
-        "decoder.middle_blocks": config.decoder_middle_blocks,
+        "decoder.blocks" if flat else "decoder.middle_blocks": config.decoder_middle_blocks,
         "decoder.end_blocks": config.decoder_end_blocks,
     }
 
@@ -145,10 +147,14 @@ def read_layout(
             problems.append(f"twice: {name!r} and {by_model_name[bare]!r} are both {bare}")
         by_model_name[bare] = name
     bare_shapes = {bare: tuple(shapes[name]) for bare, name in by_model_name.items()}
-    has_statistics = any(name in bare_shapes for name in STATISTICS) or any(
-        n.startswith("encoder.") for n in bare_shapes
-    )
-    config, notes = infer_config(bare_shapes, settings, source)
+    sibling = sibling_of(bare_shapes)
+    if sibling is not None:
+        other_names, ambiguous = canonical_dico_names(bare_shapes, sibling)
+        problems += ambiguous
+        by_model_name = {other_names.get(bare, bare): name for bare, name in by_model_name.items()}
+        bare_shapes = {other_names.get(bare, bare): shape for bare, shape in bare_shapes.items()}
+    config, notes = infer_config(bare_shapes, settings, source, sibling)
+    has_statistics = config.has_statistics or (sibling is None and any(name in bare_shapes for name in STATISTICS))
     reading = Reading(config, has_statistics, notes=notes, problems=problems)
     expected = expected_shapes(config, has_statistics)
 
@@ -171,18 +177,27 @@ def read_layout(
     return reading
 
 
-def infer_config(shapes: Mapping[str, Shape], settings: dict[str, Any], source: str) -> tuple[ModelConfig, list[str]]:
+def infer_config(
+    shapes: Mapping[str, Shape], settings: dict[str, Any], source: str, sibling: str | None = None
+) -> tuple[ModelConfig, list[str]]:
     """The configuration that the tensors have, and a note for each key where `config.json` says otherwise.
+
+    `sibling` is the DiCo model that the tensors are of, which no key of a published `config.json` names.
 
     Widths are voted by all tensors that show them, so that one damaged tensor is reported as such. A number of blocks
     may grow against `config.json` but not shrink: fewer blocks are missing tensors.
     """
-    base = ModelConfig.from_dict(settings, source=source)
+    notes = []
+    stated_sibling = settings["dico"].get("sibling") if isinstance(settings.get("dico"), dict) else None
+    if stated_sibling is not None and stated_sibling != sibling:
+        notes.append(f"{source}: dico.sibling is {stated_sibling!r}, but the tensors are of {sibling or 'no sibling'}")
+    if sibling is None:
+        settings = {key: value for key, value in settings.items() if key != "dico"}
+    base = ModelConfig.from_dict(settings, source=source, sibling=sibling)
     found = _widths(shapes, base) | _patches(shapes, base)
     found |= _bottleneck(shapes, found.get("bottleneck_dim", base.bottleneck_dim))
     found |= _depths(shapes, base, settings)
     has_encoder = _has_encoder(shapes)
-    notes = []
     for key, value in found.items():
         stated = getattr(base, key)
         if key in settings and value != stated and not (key == "encoder_depth" and not has_encoder):
@@ -214,8 +229,8 @@ def _vote(values: list[int], current: int) -> int | None:
 def _widths(shapes: Mapping[str, Shape], base: ModelConfig) -> dict[str, Any]:
     """Sizes that many tensors show."""
     shown = {
-        "model_dim": (r".*\.(dwconv|patchify\.proj|latent_up|fuse_in|fuse_skip)\.bias", 0, 1),
-        "depthwise_kernel_size": (r".*\.dwconv\.weight", -1, 4),
+        "model_dim": (r".*\.(dwconv|conv1|patchify\.proj|latent_up|fuse_in|fuse_skip)\.bias", 0, 1),
+        "depthwise_kernel_size": (r".*\.(dwconv|conv2)\.weight", -1, 4),
         "adaln_low_rank_rank": (r"decoder\.adaln_deltas\.[0-9]+\.down\.weight", 0, 1),
         "bottleneck_dim": (r"decoder\.latent_up\.weight", 1, 2),
     }
@@ -225,7 +240,7 @@ def _widths(shapes: Mapping[str, Shape], base: ModelConfig) -> dict[str, Any]:
         if winner is not None:
             found[key] = winner
     dim = found.get("model_dim", base.model_dim)
-    hidden = Counter(_sizes(shapes, r".*\.pwconv1\.bias", 0)).most_common(1)
+    hidden = Counter(_sizes(shapes, r".*\.(pwconv1|mlp\.conv_in)\.bias", 0)).most_common(1)
     if hidden and (hidden[0][0] != base.hidden_dim or dim != base.model_dim):
         found["mlp_ratio"] = hidden[0][0] / dim
     return found
@@ -268,6 +283,8 @@ def _depths(shapes: Mapping[str, Shape], base: ModelConfig, settings: Mapping[st
     has_encoder = _has_encoder(shapes)
     found = {"encoder_depth": blocks("encoder.blocks") if has_encoder else 0}
     start, middle, end = (blocks(f"decoder.{part}_blocks") for part in ("start", "middle", "end"))
+    if base.dico is not None and base.dico.is_flat:
+        start, middle, end = 0, blocks("decoder.blocks"), 0
     if start + middle + end:
         found |= {"decoder_start_blocks": start, "decoder_end_blocks": end, "decoder_depth": start + middle + end}
     return {

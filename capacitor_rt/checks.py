@@ -98,6 +98,20 @@ def check_latents(
     return batch, *size
 
 
+def check_dropped(dropped: Tensor, drop: str | None, shape: tuple[int, ...], device: torch.device) -> None:
+    """Refuse a mask of dropped tokens that is no bool or float tensor of `shape`, or that no pass would use.
+
+    Raises:
+        InputError: names what is wrong; `drop` is what guidance drops.
+    """
+    if drop != "tokens":
+        raise InputError(
+            f"dropped is given, and guidance drops {drop or 'nothing'}: leave it out, or set pdg=True and "
+            "pdg_drop='tokens' (mdiffae)"
+        )
+    check_input("dropped", dropped, (torch.bool, *LATENT_DTYPES), device, shape)
+
+
 def check_device(device: torch.device | str | int | None) -> torch.device:
     """The device, the CPU for None; refuse one that is not there."""
     try:

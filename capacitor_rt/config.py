@@ -15,10 +15,21 @@ from .errors import ConfigError
 from .strict_json import StrictJSONError
 
 POSTERIOR_KINDS = ("diagonal_gaussian", "deterministic")
+SIBLINGS = ("irdiffae_v1", "mdiffae_v1", "mdiffae_v2")
 NORM_MODES = ("disabled", "channel_wise")
 SAMPLERS = ("ddim", "dpmpp_2m")
 SCHEDULES = ("linear", "cosine")
 NOISE_SOURCES = ("cpu", "device")
+GUIDANCE_DROPS = ("path", "tokens")
+# what no tensor of a sibling shows, with the default first
+READINGS: dict[str, tuple[str, ...]] = {
+    "adaln_gate": ("tanh", "raw"),
+    "encoder_gate": ("raw", "tanh"),
+    "mlp_norm": ("double", "single"),
+    "adaln_packing": ("interleaved", "grouped"),
+    "decoder_norm_in": ("patchify", "fuse_in"),
+    "encoder_norm_out": ("on", "off"),
+}
 # far above every model, and small enough that no product of them overflows 64 bits
 MOST = {
     "in_channels": 1 << 10,
@@ -43,8 +54,77 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 @dataclass(frozen=True)
+class DicoConfig:
+    """What sets the DiCo siblings apart: blocks with compact channel attention and a separate MLP, no posterior.
+
+    The last six fields are **inferred**: parts of the published code could not be read, and no tensor shows them. Their
+    defaults are our reading; `capacitor-rt probe` finds the one that a checkpoint was made under.
+
+    Attributes:
+        sibling: "irdiffae_v1" (norms at both ends), "mdiffae_v1" (the same, a flat decoder without skip) or
+            "mdiffae_v2" (no norms at the ends).
+        pdg_mask_ratio: share of the tokens that guidance by tokens drops.
+        settled: whether the readings below have been confirmed with these weights; else loading them warns.
+        adaln_gate: the decoder's gates, "tanh" or "raw".
+        encoder_gate: the encoder's learned gates, "raw" or "tanh".
+        mlp_norm: "double": the MLP norms once more after the block's second norm; or "single".
+        adaln_packing: "interleaved" (scale, gate, scale, gate) or "grouped" (scale, scale, gate, gate).
+        decoder_norm_in: whose output the decoder's first norm takes, "patchify" or "fuse_in".
+        encoder_norm_out: weightless RMSNorm of the latents' channels, "on" or "off".
+    """
+
+    sibling: str
+    pdg_mask_ratio: float = 0.75
+    settled: bool = False
+    adaln_gate: str = "tanh"
+    encoder_gate: str = "raw"
+    mlp_norm: str = "double"
+    adaln_packing: str = "interleaved"
+    decoder_norm_in: str = "patchify"
+    encoder_norm_out: str = "on"
+
+    def __post_init__(self) -> None:
+        _check_choice("sibling", self.sibling, SIBLINGS)
+        for name, choices in READINGS.items():
+            _check_choice(name, getattr(self, name), choices)
+        if not 0.0 <= self.pdg_mask_ratio <= 1.0:
+            raise ConfigError(f"pdg_mask_ratio {self.pdg_mask_ratio} is no share: it is from 0 to 1")
+
+    @property
+    def has_end_norms(self) -> bool:
+        """Whether affine norms stand at the ends of encoder and decoder."""
+        return self.sibling != "mdiffae_v2"
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether the decoder's blocks stand in a row, without a skip connection."""
+        return self.sibling == "mdiffae_v1"
+
+    @property
+    def drops(self) -> tuple[str, ...]:
+        """What guidance can drop, its default first: the middle blocks' "path", or "tokens"."""
+        return {"irdiffae_v1": ("path",), "mdiffae_v1": ("tokens",), "mdiffae_v2": ("path", "tokens")}[self.sibling]
+
+    @property
+    def open_readings(self) -> dict[str, tuple[str, ...]]:
+        """The readings that matter to this sibling: what its files do not state."""
+        read = [] if self.has_end_norms else ["decoder_norm_in"]
+        # irdiffae's own files have the encoder's last norm
+        read += ["encoder_norm_out"] if self.sibling == "irdiffae_v1" else []
+        return {name: choices for name, choices in READINGS.items() if name not in read}
+
+    @property
+    def reading(self) -> dict[str, str]:
+        """The six inferred choices as they are."""
+        return {name: getattr(self, name) for name in READINGS}
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """Architecture of an FCDM autoencoder; the field names and defaults are those of `config.json`.
+    """Architecture of an autoencoder of this family; the field names and defaults are those of `config.json`.
+
+    `dico` is set for the siblings with channel attention, whose published `config.json` says nothing of it: the tensors
+    do. It implies a deterministic bottleneck, and one normed over channels unless `encoder_norm_out` is "off".
 
     `encoder_depth` 0 means a decoder-only checkpoint. `latent_patch` is not stored in `config.json`: it is 2 where
     the running statistics have `4 * bottleneck_dim` entries (the latents are then 2x2-patchified before whitening).
@@ -68,8 +148,20 @@ class ModelConfig:
     pixel_noise_std: float = 0.558
     latent_running_stats_eps: float = 1e-4
     latent_patch: int = 1
+    dico: DicoConfig | None = None
 
     def __post_init__(self) -> None:
+        if self.dico is not None:
+            norm = "channel_wise" if self.dico.encoder_norm_out == "on" else "disabled"
+            object.__setattr__(self, "bottleneck_posterior_kind", "deterministic")
+            object.__setattr__(self, "bottleneck_norm_mode", norm)
+            if self.latent_patch != 1:
+                raise ConfigError(f"latent_patch {self.latent_patch} does not go with {self.dico.sibling}: it is 1")
+            if self.dico.is_flat and (self.decoder_start_blocks or self.decoder_end_blocks):
+                raise ConfigError(
+                    f"decoder_start_blocks {self.decoder_start_blocks} and decoder_end_blocks "
+                    f"{self.decoder_end_blocks} do not go with {self.dico.sibling}, whose decoder is flat: they are 0"
+                )
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             if isinstance(value, float) and not math.isfinite(value):
@@ -142,22 +234,48 @@ class ModelConfig:
         """Output channels of `to_bottleneck`: mean and logsnr, or the mean alone."""
         return self.bottleneck_dim * (2 if self.bottleneck_posterior_kind == "diagonal_gaussian" else 1)
 
+    @property
+    def modulation_channels(self) -> int:
+        """Width of a decoder block's packed AdaLN vector: scale and gate of each residual path."""
+        return self.model_dim * (4 if self.dico else 2)
+
+    @property
+    def drops(self) -> tuple[str, ...]:
+        """What the unconditional pass of guidance can drop, its default first."""
+        return self.dico.drops if self.dico else ("path",)
+
+    @property
+    def has_statistics(self) -> bool:
+        """Whether a checkpoint of this architecture with an encoder has running statistics."""
+        return self.encoder_depth > 0 and self.dico is None
+
     @classmethod
-    def from_dict(cls, values: dict[str, Any], source: str = "config.json") -> ModelConfig:
+    def from_dict(cls, values: dict[str, Any], source: str = "config.json", sibling: str | None = None) -> ModelConfig:
         """Read a parsed `config.json`: missing keys take the defaults, unknown keys warn.
+
+        Args:
+            sibling: of which the tensors are, where they are those of a DiCo model; else `values` may say so.
 
         Raises:
             ConfigError: a value has the wrong type or is out of range.
         """
-        known = {f.name: str(f.type) for f in dataclasses.fields(cls) if f.name != "latent_patch"}
-        unknown = sorted(k for k in values if k not in known and not k.startswith("_"))
-        if unknown:
-            shown = [key[:80] for key in unknown[:20]] + (["..."] if len(unknown) > 20 else [])
-            warnings.warn(f"{source}: unknown keys ignored: {', '.join(shown)}", stacklevel=2)
-        read = {}
-        for name in known.keys() & values.keys():
-            read[name] = _coerce(name, values[name], known[name], source)
-        return cls(**read)
+        values = dict(values)
+        extra = values.get("dico") or {}
+        if not isinstance(extra, dict):
+            raise ConfigError(f"{source}: dico is {_SHORT.repr(extra)}, which is not an object of settings")
+        sibling = sibling or extra.get("sibling")
+        dico = None
+        if sibling is not None:
+            values.pop("dico", None)
+            extra = extra | {"sibling": sibling}
+            if "pdg_mask_ratio" in values:
+                extra["pdg_mask_ratio"] = values.pop("pdg_mask_ratio")
+            types = {f.name: str(f.type) for f in dataclasses.fields(DicoConfig)}
+            dico = DicoConfig(**_read(extra, types, f"{source}, dico"))
+            if dico.is_flat:
+                values = {"decoder_start_blocks": 0, "decoder_end_blocks": 0} | values
+        known = {f.name: str(f.type) for f in dataclasses.fields(cls) if f.name not in ("latent_patch", "dico")}
+        return cls(**_read(values, known, source), dico=dico)
 
     @classmethod
     def from_json(cls, path: str | Path) -> ModelConfig:
@@ -176,7 +294,18 @@ class ModelConfig:
         """The contents of `config.json`."""
         values = dataclasses.asdict(self)
         del values["latent_patch"]
+        if self.dico is None:
+            del values["dico"]
         return values
+
+
+def _read(values: dict[str, Any], known: dict[str, str], source: str) -> dict[str, Any]:
+    """The values of known names, of the types that `known` gives them; others warn."""
+    unknown = sorted(k for k in values if k not in known and not k.startswith("_"))
+    if unknown:
+        shown = [key[:80] for key in unknown[:20]] + (["..."] if len(unknown) > 20 else [])
+        warnings.warn(f"{source}: unknown keys ignored: {', '.join(shown)}", stacklevel=3)
+    return {name: _coerce(name, values[name], known[name], source) for name in known.keys() & values.keys()}
 
 
 def _coerce(name: str, value: Any, kind: str, source: str) -> Any:
@@ -190,6 +319,8 @@ def _coerce(name: str, value: Any, kind: str, source: str) -> Any:
         return float(value)
     if kind == "str" and isinstance(value, str):
         return value
+    if kind == "bool" and isinstance(value, bool):
+        return value
     raise ConfigError(f"{source}: {name} is {_SHORT.repr(value)}, which is not {'an' if kind == 'int' else 'a'} {kind}")
 
 
@@ -201,11 +332,12 @@ class FullCapacitorInferenceConfig:
         num_steps: passes through the decoder, at least 1. The model is made for 1.
         sampler: "ddim" or "dpmpp_2m".
         schedule: time grid, "linear" or "cosine".
-        pdg: path-drop guidance: a second pass a step, without the middle blocks.
+        pdg: guidance: a second, unconditional pass a step, without the middle blocks (path drop) or without tokens.
         pdg_strength: `x0 = x0_uncond + strength * (x0_cond - x0_uncond)`.
         seed: of the start noise. None draws on the latents' device.
         noise: where the noise of a seed is drawn: "cpu", with the same values on every device, or "device", which is
             faster for large images and gives values of that kind of device's own.
+        pdg_drop: what the unconditional pass drops, "path" or "tokens"; the model's own choice when None.
     """
 
     num_steps: int = 1
@@ -215,6 +347,7 @@ class FullCapacitorInferenceConfig:
     pdg_strength: float = 2.0
     seed: int | None = None
     noise: str = "cpu"
+    pdg_drop: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.num_steps, int) or self.num_steps < 1:
@@ -222,6 +355,20 @@ class FullCapacitorInferenceConfig:
         _check_choice("sampler", self.sampler, SAMPLERS)
         _check_choice("schedule", self.schedule, SCHEDULES)
         _check_choice("noise", self.noise, NOISE_SOURCES)
+        if self.pdg_drop is not None:
+            _check_choice("pdg_drop", self.pdg_drop, GUIDANCE_DROPS)
+
+    def drop_for(self, model: ModelConfig) -> str | None:
+        """What guidance drops in passes of `model`, None without guidance.
+
+        Raises:
+            ConfigError: the model cannot drop that.
+        """
+        if not self.pdg:
+            return None
+        drop = self.pdg_drop or model.drops[0]
+        _check_choice("pdg_drop", drop, model.drops)
+        return drop
 
 
 KNOWN_MODELS: dict[str, ModelConfig] = {
@@ -230,6 +377,17 @@ KNOWN_MODELS: dict[str, ModelConfig] = {
     "semdisdiffae_p32_v2": ModelConfig(patch_size=32, model_dim=1024, bottleneck_dim=384),
     # decodes FLUX.2's latents as its pipeline has them: 2x2 patches as channels, normalised by FLUX.2's statistics
     "capacitor_decoder": ModelConfig(encoder_depth=0),
+    # older siblings with channel attention: parts of them are inferred (docs/numbers.md)
+    "irdiffae_v1": ModelConfig(encoder_depth=4, dico=DicoConfig("irdiffae_v1")),
+    "mdiffae_v1": ModelConfig(
+        encoder_depth=4,
+        decoder_depth=4,
+        decoder_start_blocks=0,
+        decoder_end_blocks=0,
+        bottleneck_dim=64,
+        dico=DicoConfig("mdiffae_v1"),
+    ),
+    "mdiffae_v2": ModelConfig(encoder_depth=4, bottleneck_dim=96, dico=DicoConfig("mdiffae_v2")),
 }
 """Architectures of the published models of this family, for plans without a checkpoint.
 

@@ -9,12 +9,13 @@ DPM-Solver++(2M): Lu et al., "DPM-Solver++", algorithm 2 (data prediction, expon
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pixel_shuffle
 
 from .config import FullCapacitorInferenceConfig, ModelConfig
 
@@ -70,6 +71,19 @@ def unit_noise(shape: tuple[int, ...], seed: int | None, device: torch.device, s
     noise = torch.empty(shape, dtype=torch.float32, device="cpu", pin_memory=device.type == "cuda")
     noise.normal_(generator=torch.Generator("cpu").manual_seed(seed))
     return noise.to(device, non_blocking=True)
+
+
+def token_mask(shape: Sequence[int], ratio: float, seed: int | None) -> Tensor:
+    """Tokens that guidance by tokens drops: bool `[B,1,h,w]` for latents of `shape [B,Z,h,w]`, on the CPU.
+
+    Of each group of 2x2 tokens the share `ratio`, chosen at random by `seed`. How the published code draws its mask is
+    not known: only the groups are.
+    """
+    batch, _, height, width = shape
+    generator = None if seed is None else torch.Generator("cpu").manual_seed(seed)
+    groups = (batch, 4, -(-height // 2), -(-width // 2))
+    order = torch.rand(groups, generator=generator, device="cpu").argsort(1)
+    return pixel_shuffle((order < round(4 * ratio)).float(), 2)[..., :height, :width].bool()
 
 
 def ddim(predict_x0: PredictX0, x: Tensor, levels: list[NoiseLevel]) -> Tensor:

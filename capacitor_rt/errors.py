@@ -7,6 +7,10 @@ class CapacitorError(Exception):
     """Base of every failure that a user can cause and mend."""
 
 
+class UnverifiedModelWarning(UserWarning):
+    """A model is loaded of whose architecture a part is inferred, and not yet confirmed with its weights."""
+
+
 class ConfigError(CapacitorError, ValueError):
     """A configuration value that no model or sampler of this family can have."""
 

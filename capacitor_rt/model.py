@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import IMAGE_DTYPES, LATENT_DTYPES, check_inference_config, check_input, check_latents, check_out
+from .checks import (
+    IMAGE_DTYPES,
+    LATENT_DTYPES,
+    check_dropped,
+    check_inference_config,
+    check_input,
+    check_latents,
+    check_out,
+)
 from .config import FullCapacitorInferenceConfig
 from .errors import InputError
 from .pretrained import PretrainedAutoencoder
@@ -107,6 +115,7 @@ class FullCapacitor(PretrainedAutoencoder):
         inference_config: FullCapacitorInferenceConfig | Mapping[str, Any] | None = None,
         *,
         noise: Tensor | None = None,
+        dropped: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
         """Whitened latents to image.
@@ -116,6 +125,8 @@ class FullCapacitor(PretrainedAutoencoder):
             height, width: of the image, in pixels; they must be `h*s` and `w*s`, which is also the default.
             inference_config: sampler settings, or a dict of their fields; default one step, no seed.
             noise: unit normal float32 `[B,3,H,W]` to start from; drawn by the settings' seed when None.
+            dropped: bool `[B,1,h,w]`, True for the tokens that guidance by tokens (mdiffae) leaves out in its
+                unconditional pass; drawn in groups of 2x2 by the settings' seed when None.
             out: float32, bfloat16 or float16 `[B,3,H,W]` to write to, rounded once.
 
         Returns:
@@ -123,7 +134,7 @@ class FullCapacitor(PretrainedAutoencoder):
 
         Raises:
             InputError: wrong rank, channels, dtype or device; a height or width that does not fit the latents.
-            ConfigError: settings that are unknown or out of range.
+            ConfigError: settings that are unknown, out of range, or not of this model.
         """
         inference = check_inference_config(inference_config)
         self._offload_hook()
@@ -133,6 +144,9 @@ class FullCapacitor(PretrainedAutoencoder):
         check_out(out, shape, latents.device)
         if noise is not None:
             check_input("noise", noise, (torch.float32,), latents.device, shape)
+        drop = inference.drop_for(self.config)
+        if dropped is not None:
+            check_dropped(dropped, drop, (batch, 1, *latents.shape[2:]), latents.device)
         if batch == 0:
             return _write(torch.empty(shape, device=latents.device), out)
         if noise is None:
@@ -149,7 +163,8 @@ class FullCapacitor(PretrainedAutoencoder):
         if image is not None:
             return image
         with torch.autocast(latents.device.type, enabled=False):
-            return _write(Autoencoder.decode(self, latents, inference_config=inference, noise=noise), out)
+            image = Autoencoder.decode(self, latents, inference_config=inference, noise=noise, dropped=dropped)
+            return _write(image, out)
 
     def reconstruct(
         self, image: Tensor, inference_config: FullCapacitorInferenceConfig | Mapping[str, Any] | None = None

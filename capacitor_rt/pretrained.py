@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from os import PathLike
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ import torch
 from . import checkpoint
 from .checks import check_device, check_model_dtype, check_multiple
 from .config import ModelConfig
-from .errors import InputError
+from .errors import InputError, UnverifiedModelWarning
 from .runtime.backend import ServedAutoencoder
 from .sizes import SIZE_MULTIPLE as SIZE_MULTIPLE
 
@@ -75,6 +76,9 @@ class PretrainedAutoencoder(ServedAutoencoder):
                 error.
             backend, strict_size, low_latency, cuda_graphs, memory_budget: see the class.
 
+        irdiffae and mdiffae load with an `UnverifiedModelWarning` until their inferred readings (`DicoConfig`) are
+        settled by `capacitor-rt probe`.
+
         Raises:
             CheckpointError: not found, not readable, or its tensors do not fit; all of them are listed.
             InputError: `device` is not there, or `dtype` is none of float32, bfloat16 and float16 (or their names).
@@ -93,6 +97,7 @@ class PretrainedAutoencoder(ServedAutoencoder):
             subfolder=subfolder,
         )
         read = checkpoint.read(source, strict=strict)
+        _warn_unverified(read.config, source)
         with torch.device("meta"):
             model = cls(
                 read.config,
@@ -116,8 +121,23 @@ class PretrainedAutoencoder(ServedAutoencoder):
     @property
     def size_multiple(self) -> int:
         """H and W of an image must be multiples of this."""
-        return math.lcm(SIZE_MULTIPLE, self.latent_stride) if self.strict_size else self.latent_stride
+        # the card of full_capacitor asks for more than the stride, those of the siblings do not
+        if not self.strict_size or self.config.dico is not None:
+            return self.latent_stride
+        return math.lcm(SIZE_MULTIPLE, self.latent_stride)
 
     def check_size(self, height: int, width: int) -> None:
         """Raise InputError, naming the nearest legal sizes, unless `height` x `width` pixels can be encoded."""
         check_multiple(height, width, self.size_multiple, self.latent_stride)
+
+
+def _warn_unverified(config: ModelConfig, source: checkpoint.CheckpointSource) -> None:
+    if config.dico is None or config.dico.settled:
+        return
+    reading = ", ".join(f"{name} {config.dico.reading[name]}" for name in config.dico.open_readings)
+    warnings.warn(
+        f"{source.id} is a {config.dico.sibling}, of whose architecture parts are inferred and unverified ({reading}): "
+        "a wrong guess loads and gives a bad picture. capacitor-rt probe MODEL IMAGE tells which reading is right",
+        UnverifiedModelWarning,
+        stacklevel=3,
+    )

@@ -10,26 +10,22 @@ its weights there when the model is cast.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .blocks import AffineRMSNorm, Block, DicoBlock, RMSNorm, full
 from .config import FullCapacitorInferenceConfig, ModelConfig
-from .diffusion import PredictX0, sample, unit_noise
+from .diffusion import PredictX0, sample, token_mask, unit_noise
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
 STATISTICS = ("latent_norm_running_mean", "latent_norm_running_var")
-
-
-def _full(x: Tensor) -> Tensor:
-    """`x` in float32, or as it is in float64."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def at_least_float32(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -76,7 +72,7 @@ class Autoencoder(nn.Module):
         self.encoder = Encoder(config) if config.encoder_depth else None
         self.decoder = Decoder(config)
         for name, fill in zip(STATISTICS, (torch.zeros, torch.ones), strict=True):
-            self.register_buffer(name, fill(config.latent_channels) if self.encoder is not None else None)
+            self.register_buffer(name, fill(config.latent_channels) if config.has_statistics else None)
 
     def hold(self, tensors: Mapping[str, Tensor]) -> None:
         """Take `tensors`, by the names of `state_dict`, for the parameters and buffers, without a copy; frozen."""
@@ -114,7 +110,7 @@ class Autoencoder(nn.Module):
         if self.encoder is None:
             raise ValueError("a decoder-only model has no encoder")
         mean, logsnr = self.encoder(self.normalise(image))
-        return Posterior(_full(mean), None if logsnr is None else _full(logsnr))
+        return Posterior(full(mean), None if logsnr is None else full(logsnr))
 
     def decode(
         self,
@@ -122,12 +118,14 @@ class Autoencoder(nn.Module):
         *,
         inference_config: FullCapacitorInferenceConfig | None = None,
         noise: Tensor | None = None,
+        dropped: Tensor | None = None,
     ) -> Tensor:
         """Image, float32 `[B,3,H,W]` in about [-1,1], not clamped, of whitened latents `[B,C,h,w]`.
 
         Args:
             inference_config: sampler settings; default one step, no seed.
             noise: unit normal float32 `[B,3,H,W]` to start from; drawn by the settings' seed when None.
+            dropped: tokens `[B,1,h,w]` that guidance by tokens leaves out (1 or True); drawn likewise when None.
         """
         inference = inference_config or FullCapacitorInferenceConfig()
         z = self.unfold_latent_patches(self.dewhiten(latents))
@@ -135,7 +133,7 @@ class Autoencoder(nn.Module):
             p, channels = self.config.patch_size, self.config.in_channels
             shape = (z.shape[0], channels, p * z.shape[2], p * z.shape[3])
             noise = unit_noise(shape, inference.seed, z.device, inference.noise)
-        return sample(self.predictor(z, inference), noise, self.config, inference)
+        return sample(self.predictor(z, inference, dropped), noise, self.config, inference)
 
     def normalise(self, image: Tensor) -> Tensor:
         """NCHW in [-1,1] in the weights' dtype."""
@@ -179,23 +177,27 @@ class Autoencoder(nn.Module):
     def whiten(self, z: Tensor) -> Tensor:
         """Raw latents `[B,C,h,w]` to the model's own normalised space, float32; the identity without statistics."""
         statistics = self.statistics()
-        return _full(z) if statistics is None else whiten(z, *statistics)
+        return full(z) if statistics is None else whiten(z, *statistics)
 
     def dewhiten(self, z: Tensor) -> Tensor:
         """Inverse of `whiten`, float32."""
         statistics = self.statistics()
-        return _full(z) if statistics is None else dewhiten(z, *statistics)
+        return full(z) if statistics is None else dewhiten(z, *statistics)
 
-    def predictor(self, z: Tensor, inference: FullCapacitorInferenceConfig) -> PredictX0:
-        """`(x_t, t) -> x0` in float32 for raw bottlenecks z `[B,Z,h,w]`, path-drop guidance included."""
+    def predictor(self, z: Tensor, inference: FullCapacitorInferenceConfig, dropped: Tensor | None = None) -> PredictX0:
+        """`(x_t, t) -> x0` in float32 for raw bottlenecks z `[B,Z,h,w]`, guidance included."""
         z = z.to(self.dtype)
+        drop = inference.drop_for(self.config)
+        if drop == "tokens" and dropped is None and self.config.dico is not None:
+            dropped = token_mask(z.shape, self.config.dico.pdg_mask_ratio, inference.seed).to(z.device)
+        dropped = dropped if drop == "tokens" else None
 
         def predict_x0(x_t: Tensor, t: float) -> Tensor:
             times = torch.full((z.shape[0],), t, device=z.device)
-            x0 = _full(self.decoder(x_t, times, z))
-            if not inference.pdg:
+            x0 = full(self.decoder(x_t, times, z))
+            if drop is None:
                 return x0
-            unguided = _full(self.decoder(x_t, times, z, drop_path=True))
+            unguided = full(self.decoder(x_t, times, z, drop == "path", dropped))
             return unguided + inference.pdg_strength * (x0 - unguided)
 
         return predict_x0
@@ -206,63 +208,6 @@ class Autoencoder(nn.Module):
             for module in self.children():
                 module._apply(fn)
         return super()._apply(at_least_float32(fn), recurse=False)
-
-
-class RMSNorm(nn.Module):
-    """Weightless RMSNorm over the channels of each pixel: `x / sqrt(mean_c x^2 + 1e-6)`. NCHW."""
-
-    eps = 1e-6
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = _full(x)
-        return (y * torch.rsqrt(y.square().mean(1, keepdim=True) + self.eps)).to(x.dtype)
-
-
-class GRN(nn.Module):
-    """Global response normalisation (ConvNeXt V2, Woo et al.): `gamma*h*n + beta + h`, `n = G / (mean_c G + eps)`."""
-
-    eps = 1e-6
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.zeros(1, channels, 1, 1))
-        self.beta = nn.Parameter(torch.zeros(1, channels, 1, 1))
-
-    def forward(self, h: Tensor) -> Tensor:
-        x = _full(h)
-        g = x.square().sum((2, 3), keepdim=True).sqrt()
-        n = g / (g.mean(1, keepdim=True) + self.eps)
-        return torch.addcmul(_full(self.beta), x, 1 + _full(self.gamma) * n).to(h.dtype)
-
-
-class Block(nn.Module):
-    """FCDM block: depthwise conv, RMSNorm, expand, GELU, GRN, project, residual. NCHW in and out.
-
-    The encoder's blocks own a `layer_scale`; the decoder's take `modulation [B, 2D]` = (scale, gate) instead.
-    """
-
-    layer_scale: nn.Parameter
-
-    def __init__(self, config: ModelConfig, layer_scale: bool):
-        super().__init__()
-        d, f, k = config.model_dim, config.hidden_dim, config.depthwise_kernel_size
-        self.dwconv = nn.Conv2d(d, d, k, padding=k // 2, groups=d)
-        self.norm = RMSNorm()
-        self.pwconv1 = nn.Conv2d(d, f, 1)
-        self.grn = GRN(f)
-        self.pwconv2 = nn.Conv2d(f, d, 1)
-        if layer_scale:
-            self.layer_scale = nn.Parameter(torch.full((d,), 1e-3))
-
-    def forward(self, x: Tensor, modulation: Tensor | None = None) -> Tensor:
-        y = self.norm(self.dwconv(x))
-        if modulation is None:
-            gate = self.layer_scale[:, None, None]
-        else:
-            scale, gate = modulation[:, :, None, None].to(x.dtype).chunk(2, 1)
-            y = y * (1 + scale)
-        y = self.pwconv2(self.grn(F.gelu(self.pwconv1(y))))
-        return x + gate * y
 
 
 def _run(block: nn.Module, checkpointing: bool, *args: Tensor) -> Tensor:
@@ -283,6 +228,24 @@ class Patchify(nn.Module):
         return self.proj(image)
 
 
+AnyBlock: TypeAlias = Block | DicoBlock
+
+
+def _blocks(config: ModelConfig, n: int, gated: bool) -> nn.ModuleList:
+    """Blocks in a row; `gated` ones, the encoder's, own what the decoder's are given by AdaLN."""
+    kind = Block if config.dico is None else DicoBlock
+    return nn.ModuleList(kind(config, gated) for _ in range(n))
+
+
+def _end_norm(config: ModelConfig) -> AffineRMSNorm | None:
+    """A norm at an end of the encoder or decoder, where the architecture has one."""
+    return AffineRMSNorm(config.model_dim) if config.dico and config.dico.has_end_norms else None
+
+
+def _normed(norm: AffineRMSNorm | None, x: Tensor) -> Tensor:
+    return x if norm is None else norm(x)
+
+
 class Encoder(nn.Module):
     """`[B,3,H,W]` -> raw posterior `(mean, logsnr)`, each `[B,Z,h,w]`; logsnr None if deterministic.
 
@@ -295,34 +258,35 @@ class Encoder(nn.Module):
         super().__init__()
         self.config = config
         self.patchify = Patchify(config)
-        self.blocks = nn.ModuleList(Block(config, layer_scale=True) for _ in range(config.encoder_depth))
+        self.norm_in = _end_norm(config)
+        self.blocks = _blocks(config, config.encoder_depth, gated=True)
         self.to_bottleneck = nn.Conv2d(config.model_dim, config.posterior_channels, 1)
 
-    def all_blocks(self) -> list[Block]:
-        return cast("list[Block]", list(self.blocks))
+    def all_blocks(self) -> list[AnyBlock]:
+        return cast("list[AnyBlock]", list(self.blocks))
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
-        x = self.patchify(image)
+        x = _normed(self.norm_in, self.patchify(image))
         for block in self.blocks:
             x = _run(block, self.checkpointing, x)
         x = self.to_bottleneck(x)
         mean, logsnr = x.chunk(2, 1) if self.config.bottleneck_posterior_kind == "diagonal_gaussian" else (x, None)
         if self.config.bottleneck_norm_mode == "channel_wise":
-            mean = RMSNorm()(mean)
+            mean = RMSNorm()(full(mean))
         return mean, logsnr
 
 
 def posterior_mode(mean: Tensor, logsnr: Tensor | None) -> Tensor:
     """`alpha * mean`, `alpha^2 = sigmoid(logsnr)`, in float32 (float64 stays)."""
     if logsnr is None:
-        return _full(mean)
-    return torch.exp(0.5 * F.logsigmoid(_full(logsnr))) * _full(mean)
+        return full(mean)
+    return torch.exp(0.5 * F.logsigmoid(full(logsnr))) * full(mean)
 
 
 def posterior_sample(mean: Tensor, logsnr: Tensor | None, noise: Tensor) -> Tensor:
     """`alpha * mean + sigma * noise`, `sigma^2 = sigmoid(-logsnr)`; `noise` is unit normal, `[B,Z,h,w]`."""
     mode = posterior_mode(mean, logsnr)
-    return mode if logsnr is None else mode + torch.exp(0.5 * F.logsigmoid(-_full(logsnr))) * noise
+    return mode if logsnr is None else mode + torch.exp(0.5 * F.logsigmoid(-full(logsnr))) * noise
 
 
 class TimeEmbed(Float32Module):
@@ -351,7 +315,7 @@ class AdaLNBase(Float32Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.proj = nn.Linear(config.model_dim, 2 * config.model_dim)
+        self.proj = nn.Linear(config.model_dim, config.modulation_channels)
 
     def forward(self, a: Tensor) -> Tensor:
         return self.proj(a)
@@ -363,83 +327,129 @@ class AdaLNDelta(Float32Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.down = nn.Linear(config.model_dim, config.adaln_low_rank_rank, bias=False)
-        self.up = nn.Linear(config.adaln_low_rank_rank, 2 * config.model_dim, bias=False)
+        self.up = nn.Linear(config.adaln_low_rank_rank, config.modulation_channels, bias=False)
 
     def forward(self, a: Tensor) -> Tensor:
         return self.up(self.down(a))
 
 
 class Decoder(nn.Module):
-    """x0-prediction of the diffusion decoder; `checkpointing` as of the encoder."""
+    """x0-prediction of the diffusion decoder; `checkpointing` as of the encoder.
+
+    mdiffae_v1's is flat: its `blocks` stand in a row, in the place of the middle blocks, and nothing is fused.
+    """
 
     checkpointing = False
+    path_drop_mask_feature: nn.Parameter
+    latent_mask_feature: nn.Parameter
+    mask_feature: nn.Parameter
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         d = config.model_dim
         self.config = config
         self.patchify = Patchify(config)
+        self.norm_in = _end_norm(config)
         self.latent_up = nn.Conv2d(config.bottleneck_dim, d, 1)
+        self.latent_norm = _end_norm(config)
         self.fuse_in = nn.Conv2d(2 * d, d, 1)
         self.time_embed = TimeEmbed(config)
         self.adaln_base = AdaLNBase(config)
         self.adaln_deltas = nn.ModuleList(AdaLNDelta(config) for _ in range(config.decoder_depth))
-
-        def blocks(n: int) -> nn.ModuleList:
-            return nn.ModuleList(Block(config, layer_scale=False) for _ in range(n))
-
-        self.start_blocks = blocks(config.decoder_start_blocks)
-        self.middle_blocks = blocks(config.decoder_middle_blocks)
-        self.end_blocks = blocks(config.decoder_end_blocks)
-        self.fuse_skip = nn.Conv2d(2 * d, d, 1)
-        self.path_drop_mask_feature = nn.Parameter(torch.zeros(1, d, 1, 1))
+        self.start_blocks = _blocks(config, config.decoder_start_blocks, gated=False)
+        self.is_flat = config.dico is not None and config.dico.is_flat
+        middle = _blocks(config, config.decoder_middle_blocks, gated=False)
+        if self.is_flat:
+            self.blocks = middle
+        else:
+            self.middle_blocks = middle
+            self.fuse_skip = nn.Conv2d(2 * d, d, 1)
+        self.end_blocks = _blocks(config, config.decoder_end_blocks, gated=False)
+        for name in feature_names(config):
+            self.register_parameter(name, nn.Parameter(torch.zeros(1, d, 1, 1)))
+        self.norm_out = _end_norm(config)
         self.out_proj = nn.Conv2d(d, config.in_channels * config.patch_size**2, 1)
 
-    def all_blocks(self) -> list[Block]:
+    def all_blocks(self) -> list[AnyBlock]:
         """In the order of `modulations`: start, middle, end."""
-        return cast("list[Block]", [*self.start_blocks, *self.middle_blocks, *self.end_blocks])
+        middle = self.blocks if self.is_flat else self.middle_blocks
+        return cast("list[AnyBlock]", [*self.start_blocks, *middle, *self.end_blocks])
+
+    @property
+    def drop_feature(self) -> Tensor | None:
+        """What path drop puts in the place of the middle blocks' output, `[1,D,1,1]`; None for a flat decoder."""
+        if self.is_flat:
+            return None
+        return self.mask_feature if "mask_feature" in self._parameters else self.path_drop_mask_feature
 
     def modulations(self, t: Tensor) -> list[Tensor]:
-        """Packed (scale, gate) `[B, 2D]` float32 of every block, in order, at times `t [B]`."""
+        """Packed (scale, gate) `[B, 2D]` float32 of every block, in order, at times `t [B]`; of DiCo blocks two."""
         a = F.silu(self.time_embed(t))
         base = self.adaln_base(a)
         return [base + delta(a) for delta in self.adaln_deltas]
 
-    def forward(self, x_t: Tensor, t: Tensor, latents: Tensor, drop_path: bool = False) -> Tensor:
+    def forward(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        latents: Tensor,
+        drop_path: bool = False,
+        dropped: Tensor | None = None,
+    ) -> Tensor:
         """Predict the clean image.
 
         Args:
             x_t: noised image `[B,3,H,W]`, cast to the weights' dtype; t: times `[B]`.
             latents: dewhitened `[B,Z,h,w]`, cast likewise.
             drop_path: the unconditional pass of path-drop guidance: the middle blocks' output is replaced.
+            dropped: tokens `[B,1,h,w]` that the unconditional pass of guidance by tokens replaces (mdiffae).
 
         Returns:
             `[B,3,H,W]` in the weights' dtype, not clamped.
         """
         dtype = self.out_proj.weight.dtype
-        mods = self.modulations(t)
-        s = torch.cat([self.patchify(x_t.to(dtype)), self.latent_up(latents.to(dtype))], 1)
-        s = self.fuse_in(s)
+        mods, blocks = self.modulations(t), self.all_blocks()
+        s = self._fused_inputs(x_t.to(dtype), latents.to(dtype), dropped)
         first, last = len(self.start_blocks), len(mods) - len(self.end_blocks)
-        for block, mod in zip(self.start_blocks, mods[:first], strict=True):
+        for block, mod in zip(blocks[:first], mods[:first], strict=True):
             s = _run(block, self.checkpointing, s, mod)
-        if drop_path:
-            m = self.path_drop_mask_feature.expand_as(s)
+        if drop_path and self.drop_feature is not None:
+            m = self.drop_feature.expand_as(s)
         else:
             m = s
-            for block, mod in zip(self.middle_blocks, mods[first:last], strict=True):
+            for block, mod in zip(blocks[first:last], mods[first:last], strict=True):
                 m = _run(block, self.checkpointing, m, mod)
-        x = self.fuse_skip(torch.cat([s, m], 1))
-        for block, mod in zip(self.end_blocks, mods[last:], strict=True):
+        x = m if self.is_flat else self.fuse_skip(torch.cat([s, m], 1))
+        for block, mod in zip(blocks[last:], mods[last:], strict=True):
             x = _run(block, self.checkpointing, x, mod)
-        return F.pixel_shuffle(self.out_proj(x), self.config.patch_size)
+        return F.pixel_shuffle(self.out_proj(_normed(self.norm_out, x)), self.config.patch_size)
+
+    def _fused_inputs(self, x_t: Tensor, latents: Tensor, dropped: Tensor | None) -> Tensor:
+        """Tokens `[B,D,h,w]` of the noised image and the latents together."""
+        late = self.config.dico is not None and self.config.dico.decoder_norm_in == "fuse_in"
+        x, z = self.patchify(x_t), self.latent_up(latents)
+        if dropped is not None and "latent_mask_feature" in self._parameters:
+            z = torch.where(dropped.bool(), self.latent_mask_feature, z)
+        x = x if late else _normed(self.norm_in, x)
+        s = self.fuse_in(torch.cat([x, _normed(self.latent_norm, z)], 1))
+        s = _normed(self.norm_in, s) if late else s
+        if dropped is not None and self.is_flat:
+            s = torch.where(dropped.bool(), self.mask_feature, s)
+        return s
+
+
+def feature_names(config: ModelConfig) -> tuple[str, ...]:
+    """The decoder's learned features `[1,D,1,1]` for what guidance drops."""
+    if config.dico is not None and config.dico.has_end_norms:
+        return ("mask_feature",)
+    return ("path_drop_mask_feature",) if config.dico is None else ("path_drop_mask_feature", "latent_mask_feature")
 
 
 def whiten(z: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """`(z - mean) / std` per channel, in float32. `z` is `[B,C,h,w]`, the statistics are `[C]`."""
-    return (_full(z) - mean[:, None, None]) / std[:, None, None]
+    return (full(z) - mean[:, None, None]) / std[:, None, None]
 
 
 def dewhiten(z: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Inverse of `whiten`."""
-    return torch.addcmul(mean[:, None, None], _full(z), std[:, None, None])
+    return torch.addcmul(mean[:, None, None], full(z), std[:, None, None])

@@ -62,7 +62,7 @@ def test_parameters():
     table = {row[0].split("`")[1]: row[1:] for row in rows(section(NUMBERS, "Architecture"))}
     assert table.keys() == KNOWN_MODELS.keys()
     for name, config in KNOWN_MODELS.items():
-        shapes = expected_shapes(config, has_statistics=config.encoder_depth > 0)
+        shapes = expected_shapes(config, config.has_statistics)
         counts = {n: math.prod(shape) for n, shape in shapes.items() if n not in (*STATISTICS, *DERIVED)}
         parts = [sum(n for key, n in counts.items() if key.startswith(part)) for part in ("encoder.", "decoder.")]
         assert [number(cell) for cell in table[name]] == [sum(parts), *parts, len(shapes)], name

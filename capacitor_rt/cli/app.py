@@ -18,6 +18,7 @@ from .doctor import doctor
 from .inspect_checkpoint import inspect
 from .latent_files import decode, encode
 from .plan import plan
+from .probe import probe
 from .psnr import psnr
 from .terminal import echo, note, note_error, route_messages
 
@@ -27,7 +28,7 @@ app = typer.Typer(
     help="Fast runtime for the full_capacitor image autoencoder.",
 )
 
-for command in (encode, decode, inspect, cache, verify, psnr, plan, doctor):
+for command in (encode, decode, inspect, cache, verify, psnr, probe, plan, doctor):
     app.command()(command)
 
 

@@ -12,6 +12,7 @@ from .terminal import echo, echo_json
 if TYPE_CHECKING:
     from ..checkpoint import CheckpointSource
     from ..checkpoint_schema import Entry, Reading
+    from ..config import ModelConfig
 
 
 def inspect(
@@ -67,11 +68,20 @@ def _lines(source: CheckpointSource, reading: Reading, problems: list[str]) -> l
         f"blocks {config.encoder_depth} + {config.decoder_depth} "
         f"({config.decoder_start_blocks}+{config.decoder_middle_blocks}+{config.decoder_end_blocks}), "
         f"latents {config.latent_channels} channels at stride {config.latent_stride}",
+        *_reading(config),
         f"  latent space {source.latent_space}",
         *(f"note: {line}" for line in reading.notes),
         *(f"problem: {line}" for line in problems),
         f"{len(problems)} problems" if problems else "no problems",
     ]
+
+
+def _reading(config: ModelConfig) -> list[str]:
+    """What is inferred of a sibling's architecture."""
+    if config.dico is None:
+        return []
+    choices = ", ".join(f"{name} {config.dico.reading[name]}" for name in config.dico.open_readings)
+    return [f"  {config.dico.sibling}, {'settled' if config.dico.settled else 'unverified'}: {choices}"]
 
 
 def _meaning(entry: Entry) -> str:

@@ -27,7 +27,7 @@ def plan(
     config: Annotated[
         str | None,
         typer.Option(
-            help="Known architecture (full_capacitor, semdisdiffae, semdisdiffae_p32_v2, capacitor_decoder) or a "
+            help="Known architecture (full_capacitor, semdisdiffae, semdisdiffae_p32_v2, capacitor_decoder, ...) or a "
             "config.json; the default is full_capacitor."
         ),
     ] = None,

@@ -13,15 +13,16 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, fields
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from capacitor_kernels import pack_patchify_weight
 
+from ..blocks import Block
 from ..config import ModelConfig
-from ..reference import Autoencoder, Block
+from ..reference import AnyBlock, Autoencoder
 from .arena import TensorSpec
 
 ENCODER, DECODER = "encoder", "decoder"
@@ -100,6 +101,14 @@ def _matrix(conv: torch.nn.Conv2d) -> Tensor:
     return w.reshape(w.shape[0], -1).t()
 
 
+def _fcdm(blocks: list[AnyBlock]) -> list[Block]:
+    """The blocks as FCDM's; DiCo's have no launches."""
+    for block in blocks:
+        if not isinstance(block, Block):
+            raise ValueError(f"a {type(block).__name__} has no packed form")
+    return cast("list[Block]", blocks)
+
+
 def fold_block(block: Block, scale: Tensor | None, gate: Tensor) -> PackedBlock:
     """Pack one block in float64; `scale [D]` (None: no modulation) and `gate [D]` are AdaLN's, or the layer scale."""
     w1, w2 = _matrix(block.pwconv1), _matrix(block.pwconv2)
@@ -126,7 +135,7 @@ def fold_encoder(model: Autoencoder) -> PackedEncoder:
         patch_w=pack_patchify_weight(weight, patch=patch),
         patch_w_nhwc=pack_patchify_weight(weight, patch=patch, layout="nhwc"),
         patch_b=_bias(encoder.patchify.proj),
-        blocks=tuple(fold_block(b, None, _wide(b.layer_scale)) for b in encoder.all_blocks()),
+        blocks=tuple(fold_block(b, None, _wide(b.layer_scale)) for b in _fcdm(encoder.all_blocks())),
         head_w=_matrix(encoder.to_bottleneck),
         head_b=_bias(encoder.to_bottleneck),
         whiten_mean=mean,
@@ -153,7 +162,9 @@ def fold_decoder(model: Autoencoder, t: float, image_scale: float = 1.0) -> Pack
     return PackedDecoder(
         in_w=torch.cat([image_scale * (patch @ fuse_patch), std[:, None] * latent]),
         in_b=in_b,
-        blocks=tuple(fold_block(b, m[:dim], m[dim:]) for b, m in zip(decoder.all_blocks(), modulations, strict=True)),
+        blocks=tuple(
+            fold_block(b, m[:dim], m[dim:]) for b, m in zip(_fcdm(decoder.all_blocks()), modulations, strict=True)
+        ),
         skip_w=_matrix(decoder.fuse_skip),
         skip_b=_bias(decoder.fuse_skip),
         drop_feature=_wide(decoder.path_drop_mask_feature).flatten(),

@@ -18,6 +18,7 @@ from capacitor_kernels.launch import Work
 
 from ..config import FullCapacitorInferenceConfig, ModelConfig
 from ..diffusion import NoiseLevel, noise_levels
+from ..errors import InputError
 from .arena import Buffer, TensorSpec, lay_out
 from .fold import DECODER, ENCODER, packed_specs
 from .host_ops import work_of
@@ -116,8 +117,11 @@ def make_plan(config: ModelConfig, key: PlanKey) -> LaunchPlan:
     """Plan a key for a model of `config`.
 
     Raises:
+        InputError: an architecture without launches.
         ValueError: an unknown direction, or a size that is not whole patches.
     """
+    if config.dico is not None:
+        raise InputError(f"there are no launches for {config.dico.sibling} to plan: the torch backend serves it")
     if key.direction not in DIRECTIONS:
         raise ValueError(f"direction {key.direction!r} is unknown: use one of {DIRECTIONS}")
     p = config.patch_size

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import reference
+from .. import blocks, reference
 from ..errors import NotFoldableError
 from ..reference import Autoencoder
 from . import fold
@@ -27,12 +27,12 @@ FOLDED = (
     nn.ModuleList,
     reference.AdaLNBase,
     reference.AdaLNDelta,
-    reference.Block,
+    blocks.Block,
     reference.Decoder,
     reference.Encoder,
-    reference.GRN,
+    blocks.GRN,
     reference.Patchify,
-    reference.RMSNorm,
+    blocks.RMSNorm,
     reference.TimeEmbed,
 )
 Time = tuple[float, float]

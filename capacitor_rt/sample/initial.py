@@ -6,9 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..blocks import Block
 from ..config import ModelConfig
 from ..errors import InputError
-from ..reference import Autoencoder, Block
+from ..reference import Autoencoder
 from .pca import PatchPCA
 
 START_LOGSNR = 11.0
@@ -81,8 +82,9 @@ def _neutral_blocks(model: Autoencoder) -> None:
         nn.init.zeros_(_bias(block.dwconv))
         nn.init.zeros_(block.pwconv2.weight)
         nn.init.zeros_(_bias(block.pwconv2))
-    for block in model.encoder.all_blocks() if model.encoder else ():
-        nn.init.ones_(block.layer_scale)
+    for block in blocks(model):
+        if "layer_scale" in block._parameters:
+            nn.init.ones_(block.layer_scale)
     decoder, d = model.decoder, model.config.model_dim
     nn.init.normal_(decoder.adaln_base.proj.weight, std=1e-3)
     _bias(decoder.adaln_base.proj).copy_(torch.cat([torch.zeros(d), torch.ones(d)]))
@@ -92,4 +94,5 @@ def _neutral_blocks(model: Autoencoder) -> None:
 
 def blocks(model: Autoencoder) -> list[Block]:
     """Every FCDM block of `model`: the encoder's, then the decoder's."""
-    return [*(model.encoder.all_blocks() if model.encoder else []), *model.decoder.all_blocks()]
+    every = [*(model.encoder.all_blocks() if model.encoder else []), *model.decoder.all_blocks()]
+    return [block for block in every if isinstance(block, Block)]

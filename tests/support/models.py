@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from capacitor_rt import FullCapacitor, ModelConfig
+from capacitor_rt.config import KNOWN_MODELS
 
 # one block each way, patches of 8 pixels: for launches under the interpreter
 TINY = ModelConfig(
@@ -30,6 +31,23 @@ SMALL = ModelConfig(
     bottleneck_dim=8,
     adaln_low_rank_rank=4,
 )
+
+# the siblings with channel attention, a block in every part
+TINY_SIBLINGS = {
+    name: dataclasses.replace(
+        config,
+        patch_size=8,
+        model_dim=16,
+        encoder_depth=1,
+        decoder_depth=1 if config.dico.is_flat else 3,
+        decoder_start_blocks=0 if config.dico.is_flat else 1,
+        decoder_end_blocks=0 if config.dico.is_flat else 1,
+        bottleneck_dim=8,
+        adaln_low_rank_rank=4,
+    )
+    for name, config in KNOWN_MODELS.items()
+    if config.dico
+}
 
 
 def randomise(model: FullCapacitor, seed: int = 0) -> FullCapacitor:
