@@ -13,7 +13,7 @@ from PIL import Image
 from capacitor_rt.cli.app import main
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
-PYTHON, READING = re.findall(r"```python\n(.*?)```", README, re.S)
+PYTHON, DIFFUSERS, READING = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
 def test_python_example_runs():
@@ -22,6 +22,12 @@ def test_python_example_runs():
     assert names["latents"].shape == (1, 128, 16, 24) and names["back"].shape == (1, 3, 256, 384)
     assert names["raw"].dtype == torch.float32
     assert len([line for line in PYTHON.splitlines() if line.strip() and not line.startswith("#")]) <= 10
+
+
+def test_diffusers_example_runs():
+    names: dict = {}
+    exec(DIFFUSERS, names)
+    assert names["latents"].shape == (1, 32, 32, 32) and names["picture"].shape == (1, 3, 256, 256)
 
 
 def test_cache_example_runs(tmp_path, monkeypatch):
