@@ -1,0 +1,279 @@
+"""The modelled time of a launch, and of every launch of a call: its machine code on the pipes of a GPU."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ._compile import compile_launch, ctas_per_sm
+from ._gpu_model import OVERLAP, Cta, Gpu, schedule
+from ._machine_code import SM_PIPES, Instruction, Region, disassemble, loops, regions
+from ._row_launches import identity
+
+if TYPE_CHECKING:
+    from capacitor_kernels.launch import Launch
+    from capacitor_rt import ModelConfig
+    from capacitor_rt.runtime.plan import LaunchPlan, PlanKey, Step
+
+_BARRIER = 25
+_compiled: dict[Any, tuple[bytes, int, int, int]] = {}
+
+
+class Traffic(NamedTuple):
+    """Bytes of one CTA, each address once: lanes and warps that share a line meet in L1."""
+
+    read: float
+    written: float
+
+
+@dataclass
+class Prediction:
+    """One launch, as often as a call queues it. Times are in microseconds.
+
+    Attributes:
+        ctas: that fit an SM.
+        limit: what binds: a pipe, with "+ exposed" where it idles for an eighth of the time or more, or memory.
+        parts: time by what could bind.
+        pipes: cycles of one CTA by region and pipe.
+    """
+
+    kernel: str
+    grid: tuple[int, ...]
+    registers: int
+    stack: int
+    smem: int
+    ctas: int
+    waves: float
+    us: float
+    limit: str
+    parts: dict[str, float]
+    flops: int
+    count: int = 0
+    pipes: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+@dataclass
+class CallPrediction:
+    """One call of a model: its runs of a micro-batch each, its launches and the gaps between them, in milliseconds."""
+
+    name: str
+    gpu: str
+    runs: list[int]
+    launches: list[Prediction]
+    gaps: float
+    floor: float
+
+    @property
+    def kernels(self) -> float:
+        return sum(launch.us * launch.count for launch in self.launches) / 1e3
+
+    @property
+    def ms(self) -> float:
+        return self.kernels + self.gaps
+
+
+def predict_call(model: ModelConfig, key: PlanKey, gpu: Gpu, name: str, overlap: float = OVERLAP) -> CallPrediction:
+    """The time that the launches of a call take on a GPU, host time and copies in and out not counted."""
+    from capacitor_rt.runtime.batching import ARENA_BUDGET, cached_plan, micro_batch, parts
+    from capacitor_rt.runtime.executor import trace
+
+    runs = parts(key.batch, min(micro_batch(model, key, ARENA_BUDGET), key.batch))
+    found: dict[Any, Prediction] = {}
+    count = flops = 0
+    for size in dict.fromkeys(runs):
+        plan, times = cached_plan(model, replace(key, batch=size)), runs.count(size)
+        for step, launches in trace(plan):
+            for index, launch in enumerate(launches):
+                work = 0 if index else step.flops
+                alike = identity(launch), launch.grid, work
+                if alike not in found:
+                    dram = _dram_bytes(plan, step, gpu) if index == 0 else _again(launch, gpu)
+                    found[alike] = predict(launch, gpu, work, dram, overlap)
+                found[alike].count += times
+                count += times
+                flops += times * work
+    floor = flops / gpu.tflops / 1e9
+    return CallPrediction(name, gpu.name, runs, list(found.values()), 1e3 * gpu.gap * count, floor)
+
+
+def predict(launch: Launch, gpu: Gpu, flops: int, dram: float, overlap: float = OVERLAP) -> Prediction:
+    """The time of one launch.
+
+    Args:
+        flops: of the launch, against the ceiling of a whole-GPU product.
+        dram: bytes that come from and go to memory.
+    """
+    alike = identity(launch), gpu.cc
+    if alike not in _compiled:
+        kernel, registers, stack = compile_launch(launch, gpu.cc)
+        _compiled[alike] = kernel.asm["cubin"], registers, stack, kernel.metadata.shared
+    cubin, registers, stack, smem = _compiled[alike]
+    code = disassemble(cubin)
+    trips = trip_counts(launch, code)
+    parts = regions(code, gpu.cc, trips)
+    cta, traffic = _cta(launch, gpu, parts, trips), _traffic(launch)
+    per_sm, programs = ctas_per_sm(gpu.cc, registers, smem, launch.options["num_warps"]), math.prod(launch.grid)
+    cycles, waves = schedule(cta, programs, per_sm, gpu.sms, overlap)
+    pipe, busiest = max(cta.totals().items(), key=lambda item: item[1])
+    times = {
+        "SM": cycles / gpu.ghz / 1e3,
+        "L2": 1e6 * sum(traffic) * programs / gpu.l2,
+        "DRAM": 1e6 * dram / gpu.dram,
+        "rate": flops / gpu.tflops / 1e6 if cta.totals()["tensor"] else 0.0,
+    }
+    limit = max(times, key=times.__getitem__)
+    if limit == "SM":
+        limit = pipe + (" + exposed" if times["SM"] > 1.15e-3 * programs * busiest / gpu.sms / gpu.ghz else "")
+    pipes = {region: {p: round(c) for p, c in of.items()} for region, of in cta.pipes.items()}
+    where = launch.kernel.__name__, launch.grid, registers, stack, smem, per_sm, waves
+    return Prediction(*where, max(times.values()), limit, times, flops, pipes=pipes)
+
+
+def _cta(launch: Launch, gpu: Gpu, parts: dict[str, Region], trips: Sequence[float]) -> Cta:
+    warps, depths, args = launch.options["num_warps"], _depths(launch), launch.args
+    cta = Cta()
+    for name, region in parts.items():
+        pipes = {p: c * (warps if p in SM_PIPES else warps / 4) for p, c in region.pipes.items()}
+        if "tensor" in pipes:
+            pipes["tensor"] /= gpu.efficiency
+        if name == "main":
+            pipes["l2port"] = _traffic(launch).read / gpu.port
+            if args.get("TMA"):
+                # tensor copies write the tiles that no instruction of the code writes
+                tile = (args["BLOCK_M"] + args["BLOCK_N"]) * _itemsize(launch)
+                pipes["l1smem"] = pipes.get("l1smem", 0) + tile * sum(depths) / 128
+        cta.pipes[name] = pipes
+        cta.latency[name] = _latency(launch, gpu, name, region, trips)
+    if depths:
+        stages = max(1, launch.options["num_stages"] - 1)
+        cta.floor = sum(depths) / args["BLOCK_K"] * gpu.latency / stages
+    return cta
+
+
+def _latency(launch: Launch, gpu: Gpu, name: str, region: Region, trips: Sequence[float]) -> float:
+    """Cycles of a region that nothing in its own CTA hides."""
+    kernel = launch.kernel.__name__
+    if name == "prologue":
+        # the wait for the first tile is in the floor of the loop
+        return gpu.latency * (0.4 if _depths(launch) else 1.0)
+    if name == "epilogue":
+        return region.ops["BAR"] * _BARRIER + gpu.latency * (1.0 if region.ops["LDG"] else 0.3)
+    if kernel == "dwconv_kernel":
+        # the loads of a row wait on L1 and L2; four warps a scheduler hide most of it
+        return 7 * 0.25 * gpu.latency
+    if kernel.startswith("grn"):
+        return gpu.latency * max(1.0, trips[0] if trips else 1.0)
+    return 0.0 if region.pipes["tensor"] else region.ops["BAR"] * _BARRIER
+
+
+def trip_counts(launch: Launch, code: Sequence[Instruction]) -> list[float]:
+    """Trips of every loop, from the shape: for products, multiply-adds wanted over those of one trip.
+
+    Raises:
+        ValueError: the code multiplies more or less than the launch is to.
+    """
+    found, args, kernel = loops(code), launch.args, launch.kernel.__name__
+    if kernel == "dwconv_kernel":
+        return [7.0] * len(found)
+    if kernel in ("grn_fused_kernel", "grn_norms_kernel"):
+        return [float(-(-args["tiles"] // args["UNROLL"]))] * len(found)
+    depths = _depths(launch)
+    if not depths:
+        return [1.0] * len(found)
+    padded = [-(-depth // args["BLOCK_K"]) * args["BLOCK_K"] for depth in depths]
+    wanted = args["BLOCK_M"] * _columns(launch) * sum(padded) / launch.options["num_warps"]
+    inside = [sum(i.multiply_adds for i in code[first : last + 1] if i.is_mma) for first, last in found]
+    left = wanted - sum(i.multiply_adds for i in code if i.is_mma) + sum(inside)
+    multiplying = [n for n, products in enumerate(inside) if products]
+    if not multiplying:
+        if left:
+            raise ValueError(f"{kernel}: {wanted:.0f} multiply-adds a warp are wanted, {left:.0f} are not in the code")
+        return [1.0] * len(found)
+    # one loop for each depth, or all depths in every loop alike
+    shares = padded if len(multiplying) == len(padded) else [sum(padded)] * len(multiplying)
+    trips = [1.0] * len(found)
+    for n, share in zip(multiplying, shares, strict=True):
+        trips[n] = left * share / sum(shares) / inside[n]
+    return trips
+
+
+def _depths(launch: Launch) -> list[int]:
+    """Extents of K that one program multiplies; none where a kernel has no products."""
+    args = launch.args
+    match launch.kernel.__name__:
+        case "expand_kernel" | "unpatchify_kernel" | "head_kernel":
+            return [args["DIM"]]
+        case "project_kernel":
+            unit = args["BLOCK_K"] * args["SPLIT_K"]
+            return [-(-args["HIDDEN"] // unit) * args["BLOCK_K"]]
+        case "patchify_kernel":
+            return [3 * args["PATCH"] ** 2] + ([args["LATENTS"]] if args["LATENTS"] else [])
+        case "fuse_skip_kernel":
+            return [args["DIM"], args["DIM"]]
+    return []
+
+
+def _columns(launch: Launch) -> int:
+    args = launch.args
+    # the head multiplies mean and logsnr of a channel in one program
+    return args["BLOCK_N"] * (2 if args.get("POSTERIOR") else 1)
+
+
+def _itemsize(launch: Launch) -> int:
+    """Bytes of an element of the weights, and of the activations beside them."""
+    w = launch.args["w_ptr"]
+    return getattr(w, "base", w).dtype.itemsize
+
+
+def _traffic(launch: Launch) -> Traffic:
+    args = launch.args
+    m, n = args.get("BLOCK_M", 0), args.get("BLOCK_N", 0)
+    match launch.kernel.__name__:
+        case "dwconv_kernel":
+            rows = args["STRIPS_Y"] + (0 if args["STRIPS_Y"] >= args["height"] else 6)
+            columns = min(args["width"], args["STRIPS_X"] * args["COLS"] + 6)
+            size, pixels = args["x_ptr"].dtype.itemsize, args["STRIPS_Y"] * args["STRIPS_X"] * args["COLS"]
+            return Traffic((rows * columns * size + 50 * 4) * args["BLOCK_C"], pixels * (args["BLOCK_C"] * size + 4))
+        case "expand_kernel":
+            size = _itemsize(launch)
+            return Traffic((m + n) * args["DIM"] * size + m * args["SUMSQ_TILES"] * 4 + n * 4, m * n * size + n * 4)
+        case "project_kernel":
+            (depth,), size = _depths(launch), _itemsize(launch)
+            loop, split = (m + n + 1) * size * depth, args["SPLIT_K"] > 1
+            return Traffic(loop + (0 if split else m * n * size), m * n * (4 if split else size))
+        case "project_reduce_kernel":
+            size = args["out_ptr"].dtype.itemsize
+            return Traffic(args["BLOCK"] * (4 * args["SPLIT_K"] + size), args["BLOCK"] * size)
+        case "patchify_kernel":
+            pixels, latents, size = 3 * args["PATCH"] ** 2, args["LATENTS"], _itemsize(launch)
+            row = pixels * args["image_ptr"].dtype.itemsize + latents * args["latents_ptr"].dtype.itemsize
+            return Traffic(m * row + n * (pixels + latents) * size, m * n * size)
+        case "fuse_skip_kernel":
+            return Traffic((m + n) * sum(_depths(launch)) * _itemsize(launch), m * n * _itemsize(launch))
+        case "unpatchify_kernel":
+            return Traffic((m + n) * args["DIM"] * _itemsize(launch) + m * n * 4, m * n * 4)
+        case "head_kernel":
+            return Traffic((m + _columns(launch)) * args["DIM"] * _itemsize(launch), m * n * 4)
+        case "grn_fused_kernel":
+            return Traffic((args["tiles"] + 1) * args["HIDDEN"] * 4, args["HIDDEN"] * 6)
+        case "grn_norms_kernel":
+            return Traffic(args["tiles"] * args["BLOCK_F"] * 4, args["BLOCK_F"] * 4)
+        case "grn_gain_kernel":
+            return Traffic((args["HIDDEN"] + args["BLOCK_F"]) * 4, args["BLOCK_F"] * 2)
+        case unknown:
+            raise ValueError(f"the model knows no traffic of {unknown}: add it to bench/_predict.py")
+
+
+def _dram_bytes(plan: LaunchPlan, step: Step, gpu: Gpu) -> float:
+    """Weights, and activations where they do not stay in L2 from one launch to the next."""
+    weights = sum(plan.spec(ref).nbytes for ref in step.args.values() if ref.startswith("weight:"))
+    activations = sum(plan.spec(ref).nbytes for ref in step.args.values() if not ref.startswith("weight:"))
+    return weights + (activations if activations > gpu.l2_bytes else 0)
+
+
+def _again(launch: Launch, gpu: Gpu) -> float:
+    """Bytes from memory of a step's second launch: what the first one left, where L2 does not hold it."""
+    moved = sum(_traffic(launch)) * math.prod(launch.grid)
+    return moved if moved > gpu.l2_bytes else 0.0

@@ -1,0 +1,245 @@
+"""Predict the time of every launch from its machine code, without a GPU. A model, not a measurement.
+
+    python -m bench sass                      eight calls and batch 1 by latency rows on H200, RTX 5090, A100; table to
+                                              bench/results/model.md
+    python -m bench sass --gpu h200 --case encode:128:256 --detail          one call, cycles by pipe, to the terminal
+    python -m bench sass --case encode:1:1024:latency       by the rows for one image
+    python -m bench sass --overlap 0          epilogues exposed; 1: fully hidden under another CTA; the page has 0.5
+    python -m bench sass --json FILE          the totals as JSON, and every launch with --detail
+    python -m bench sass --before FILE        beside an earlier --json; bench/results/model-before.json by default
+
+The launches are those of the runtime's plans, compiled as they would be. From the SASS follow the cycles of every pipe
+before, in and after the products; from the grid, registers and shared memory how CTAs share an SM; L2, DRAM and the
+rate of a whole-GPU product set a floor. Compiled kernels are cached in TRITON_CACHE_DIR, which is `.triton_cache` in
+the current directory unless set. TRITON_INTERPRET must not be set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ._gpu_model import GPUS, OVERLAP, Gpu
+
+if TYPE_CHECKING:
+    from ._predict import CallPrediction, Prediction
+
+RESULTS = Path(__file__).parent / "results"
+DEFAULT_TABLE = RESULTS / "model.md"
+BEFORE = RESULTS / "model-before.json"
+CALLS = (
+    "encode:128:256",
+    "encode:32:512",
+    "encode:1:256",
+    "encode:1:512",
+    "encode:1:1024",
+    "decode:1:512",
+    "decode:1:1024",
+    "decode:1:2048",
+    "decode:32:512",
+    "encode:1:256:latency",
+    "encode:1:512:latency",
+    "encode:1:1024:latency",
+    "decode:1:1024:latency",
+)
+ASSUMPTIONS = """\
+## What the model assumes
+
+Clocks, rates and capacities are in `bench/_gpu_model.py`, costs of instructions in `bench/_machine_code.py`.
+
+- wgmma reads B once for each warpgroup, and A unless it is in registers; copies into shared memory take the same 128 B
+  per clock. That, and not the tensor pipe, limits tiles of 128 x 128 on sm_90: 125 % of the cycles of the products.
+- A CTA takes its busiest pipe in each region, and latencies. CTAs on one SM lie half way between in phase and ideally
+  interleaved. A loop over K takes at least iterations x latency / (stages - 1).
+- A grid is whole waves, and a tail that spreads over the SMs.
+- Bytes from L2 are counted once for a CTA and address; from DRAM come weights, and activations beyond the share of L2
+  that is theirs.
+- Not modelled: power, bank conflicts, the instruction cache, skew at barriers, hit rates of L2, host time, copies in
+  and out of the arena.
+
+How far to trust it: it ranks launches and changes. A published warp-specialised product at (65536, 1024, 1024) reaches
+672 TFLOP/s on an H100 (facebookexperimental/triton #1065), the same accounting about 820: milliseconds on sm_90 are
+expected to be 10 to 25 % optimistic. Of an A100's product at 8192^3, 223 TFLOP/s (triton #743), it makes about 250.
+"""
+
+
+class CallName(NamedTuple):
+    """What is asked for, as `direction:batch:size` of square images, with `:latency` for the rows of one image."""
+
+    direction: str
+    batch: int
+    size: int
+    use: str
+
+    @classmethod
+    def parse(cls, text: str) -> CallName:
+        """Raises `argparse.ArgumentTypeError` in words for what is no call."""
+        direction, *numbers = text.split(":")
+        use = numbers.pop() if numbers and numbers[-1] in ("latency", "throughput") else "throughput"
+        sound = direction in ("encode", "decode") and len(numbers) == 2 and all(n.isdecimal() for n in numbers)
+        if not sound or int(numbers[0]) < 1 or int(numbers[1]) < 32 or int(numbers[1]) % 32:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is no call: write direction:batch:size, e.g. encode:128:256, sizes being multiples of 32, "
+                "with :latency for the rows of one image"
+            )
+        if use == "latency" and numbers[0] != "1":
+            raise argparse.ArgumentTypeError(
+                f"{text!r}: rows for latency are for one image at a time, write {direction}:1"
+            )
+        return cls(direction, int(numbers[0]), int(numbers[1]), use)
+
+    def __str__(self) -> str:
+        return f"{self.direction} {self.batch}x{self.size}²" + (" latency" if self.use == "latency" else "")
+
+
+def predict_named(call: CallName, gpu: Gpu, overlap: float = OVERLAP) -> CallPrediction:
+    """A call of full_capacitor in bfloat16: uint8 pixels to encode, float32 latents to decode."""
+    import torch
+
+    from capacitor_rt.config import KNOWN_MODELS
+    from capacitor_rt.runtime.plan import PlanKey
+
+    from ._predict import predict_call
+
+    given = torch.uint8 if call.direction == "encode" else torch.float32
+    size = call.batch, call.size, call.size
+    key = PlanKey(call.direction, *size, torch.bfloat16, given, "nchw", gpu.cc, call.use)
+    return predict_call(KNOWN_MODELS["full_capacitor"], key, gpu, str(call), overlap)
+
+
+def page(found: Sequence[CallPrediction], before: Mapping[str, Any], overlap: float) -> str:
+    """The predictions as a markdown page."""
+    import triton
+
+    lines = [
+        "# Modelled times",
+        "",
+        f"Written by `python -m bench sass`, Triton {triton.__version__} and the ptxas in its wheel. **Modelled, not "
+        "measured**: predicted from the machine code of the launches; no GPU has run them. What one CTA does beside "
+        f"products hides under another's products by {overlap:.0%} of what is possible.",
+        "",
+    ]
+    if before:
+        lines += [f"Before: the kernels and configs of commit {before['commit']}.", ""]
+    lines += [*_totals(found, before), "", ASSUMPTIONS]
+    for call in found:
+        lines += [*_section(call), ""]
+    return "\n".join(lines)
+
+
+def _totals(found: Sequence[CallPrediction], before: Mapping[str, Any]) -> Iterator[str]:
+    yield "| GPU | call | ms | launches | gaps | floor by arithmetic | % of floor |" + (
+        " before, ms | change |" if before else ""
+    )
+    yield "|---|---|---:|---:|---:|---:|---:|" + ("---:|---:|" if before else "")
+    for call in found:
+        cells = [call.gpu, call.name, f"{call.ms:.3f}", f"{call.kernels:.3f}", f"{call.gaps:.3f}", f"{call.floor:.3f}"]
+        cells.append(f"{call.floor / call.ms:.0%}")
+        if before:
+            was = before["ms"].get(f"{call.gpu}: {call.name}")
+            cells += ["-", "-"] if was is None else [f"{was:.3f}", f"{call.ms / was - 1:+.1%}"]
+        yield f"| {' | '.join(cells)} |"
+
+
+def _section(call: CallPrediction) -> Iterator[str]:
+    runs = ", ".join(f"{call.runs.count(size)} x {size}" for size in dict.fromkeys(call.runs))
+    yield f"## {call.name} on {call.gpu}: {call.ms:.3f} ms"
+    yield ""
+    yield f"Runs of images: {runs}. Microseconds by launch, and what each would take if only that bound it."
+    yield ""
+    yield "| launch | n | grid | CTAs/SM | waves | registers/stack | us each | ms | limit | SM | L2 | DRAM | rate |"
+    yield "|---|---:|---|---:|---:|---|---:|---:|---|---:|---:|---:|---:|"
+    for launch in call.launches:
+        yield _row(launch)
+
+
+def _row(launch: Prediction) -> str:
+    cells = [
+        launch.kernel.removesuffix("_kernel"),
+        launch.count,
+        "x".join(map(str, launch.grid)),
+        launch.ctas,
+        f"{launch.waves:.2f}",
+        f"{launch.registers}/{launch.stack}",
+        f"{launch.us:.1f}",
+        f"{launch.us * launch.count / 1e3:.3f}",
+        launch.limit,
+        *(f"{us:.1f}" for us in launch.parts.values()),
+    ]
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def _detail(call: CallPrediction) -> Iterator[str]:
+    """Cycles of one CTA by region and pipe, the busiest first."""
+    for launch in call.launches:
+        yield f"- `{launch.kernel}`, cycles per CTA:"
+        for region, pipes in launch.pipes.items():
+            busiest = sorted(pipes.items(), key=lambda item: -item[1])
+            yield f"  - {region}: " + ", ".join(f"{pipe} {cycles}" for pipe, cycles in busiest if cycles)
+    yield ""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m bench sass", description=__doc__.splitlines()[0])
+    parser.add_argument("--gpu", action="append", choices=sorted(GPUS), help="Predict for this GPU instead of three.")
+    parser.add_argument(
+        "--case",
+        action="append",
+        type=CallName.parse,
+        metavar="CALL",
+        help="Predict this call, e.g. encode:128:256, instead of all.",
+    )
+    parser.add_argument("--overlap", type=float, default=OVERLAP, help="0: epilogues exposed, 1: hidden; default 0.5.")
+    parser.add_argument("--detail", action="store_true", help="Give cycles by pipe too.")
+    parser.add_argument("--out", help="Write the page to this file; - prints it, as a selection does by default.")
+    parser.add_argument("--json", help="Write the totals to this file as JSON, with --detail every launch.")
+    parser.add_argument("--before", type=Path, default=BEFORE, help="Compare with this file, which --json wrote.")
+    args = parser.parse_args(argv)
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        print("TRITON_INTERPRET is set: kernels cannot be compiled then, unset it", file=sys.stderr)
+        return 2
+    if not 0 <= args.overlap <= 1:
+        parser.error(f"--overlap {args.overlap} is not from 0 to 1")
+    os.environ.setdefault("TRITON_CACHE_DIR", str(Path.cwd() / ".triton_cache"))
+    calls = args.case or [CallName.parse(text) for text in CALLS]
+    found = []
+    for gpu in args.gpu or ("h200", "5090", "a100"):
+        for call in calls:
+            found.append(predict_named(call, GPUS[gpu], args.overlap))
+            print(f"{found[-1].gpu}: {call}: {found[-1].ms:.3f} ms", file=sys.stderr)
+    if args.json:
+        Path(args.json).write_text(json.dumps(as_json(found, args.detail), indent=1) + "\n")
+    before = json.loads(args.before.read_text()) if args.before.is_file() else {}
+    text = page(found, before, args.overlap)
+    chosen = args.gpu or args.case or args.detail or args.json or args.overlap != OVERLAP
+    out = args.out or ("-" if chosen else str(DEFAULT_TABLE))
+    if out == "-":
+        print(text)
+        print("\n".join(line for call in found if args.detail for line in _detail(call)))
+    else:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        Path(out).write_text(text)
+    return 0
+
+
+def as_json(found: Sequence[CallPrediction], detail: bool) -> dict[str, Any]:
+    """The commit, the milliseconds of every call, and with `detail` every launch."""
+    import torch
+
+    from ._timing import environment
+
+    facts = environment(torch.device("cpu"))
+    milliseconds = {f"{call.gpu}: {call.name}": round(call.ms, 4) for call in found}
+    totals = {"commit": facts["commit"], "triton": facts["triton"], "ms": milliseconds}
+    return totals | ({"calls": [asdict(call) for call in found]} if detail else {})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
