@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from ..errors import CacheError, ImageError
-from ..images.decode import UNREADABLE, decode_image, read_bytes
-from ..images.geometry import Placement, Size, apply, place
+from ..images.decode import UNREADABLE, open_image, read_bytes
+from ..images.geometry import Placement, Size, place
+from ..images.load import PixelPolicy, frame
 from ..images.scan import Scan, path_to_id
 from .durable import xxh3
 from .encoder import BatchEncoder, Encoded
@@ -78,7 +79,7 @@ class Loader:
     def __init__(self, scan: Scan, inputs: Inputs, background: tuple[int, int, int]):
         self.scan = scan
         self.inputs = inputs
-        self.background = background
+        self.policy = PixelPolicy(background=background)
         self.root = _stat_id(scan.root)
 
     def __call__(self, i: int, bucket: Size) -> Slot:
@@ -107,11 +108,11 @@ class Loader:
         return slot
 
     def _pixels(self, data: bytes, i: int, placement: Placement) -> np.ndarray:
-        image = decode_image(data, background=self.background, name=path_to_id(self.inputs.paths[i]))
+        image = open_image(data, name=path_to_id(self.inputs.paths[i]))
         found, planned = Size(image.header.height, image.header.width), self.inputs.size(i)
         if found != planned:
             raise ImageError(CHANGED, f"{found} pixels (height x width) now, {planned} when the cache was planned")
-        return apply(image.pixels, placement)
+        return frame(image, self.policy, placement)
 
     def describe_unplanned(self, i: int) -> IndexEntry:
         """Index entry of input `i`, which has no bucket."""

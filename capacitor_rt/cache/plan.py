@@ -250,7 +250,7 @@ def _geometry(request: CacheRequest) -> dict[str, Any]:
         "max_aspect": float(request.max_aspect) if request.area else 1.0,
         "background": list(request.background),
         "exif_orientation": "applied",
-        "icc_profile": "ignored",
+        "icc_profile": "srgb",
         "resize": "cover",
         "filter": "lanczos",
         "upscale": "allow",

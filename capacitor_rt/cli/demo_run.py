@@ -18,9 +18,10 @@ from ..cache.run import Report, cache_images
 from ..config import FullCapacitorInferenceConfig
 from ..errors import InputError
 from ..evaluation.metrics import PsnrTable, psnr
-from ..images.decode import decode_image, read_bytes
+from ..images.decode import read_bytes
 from ..images.frames import to_uint8
-from ..images.geometry import Size, apply, place
+from ..images.geometry import Size
+from ..images.load import PixelPolicy, load_image
 from ..model import FullCapacitor
 from .terminal import printable
 
@@ -206,8 +207,7 @@ def principal_colours(latents: Sequence[Tensor]) -> tuple[list[np.ndarray], floa
 
 
 def _framed(path: Path, bucket: Size) -> np.ndarray:
-    image = decode_image(read_bytes(path), name=str(path))
-    return apply(image.pixels, place(Size(image.header.height, image.header.width), bucket))
+    return load_image(read_bytes(path), PixelPolicy(), [bucket], name=str(path)).pixels
 
 
 def _sample_roles() -> dict[str, str]:

@@ -203,7 +203,7 @@ def save_latents(path: Path, tensors: dict[str, Tensor], frame: Frame, space: st
 
     from ..checkpoint import replacing
 
-    header = frame.image.header
+    header = frame.header
     metadata = {
         "format": LATENT_FORMAT,
         "latent_space": space,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageChops, ImageFile, TiffImagePlugin
 
 from ..errors import ImageError
+from .color import cmyk_to_rgb
 
 _WITH_ALPHA = ("RGBA", "LA", "PA", "La", "RGBa")
 _DEEP = {f"{kind};16{order}" for kind in ("RGB", "RGBA", "RGBX") for order in "LBN"}
@@ -24,12 +25,16 @@ _TURNS = {
 
 
 def to_rgb8(
-    image: ImageFile.ImageFile, background: tuple[int, int, int], reopen: Callable[[], ImageFile.ImageFile]
+    image: ImageFile.ImageFile,
+    background: tuple[int, int, int],
+    reopen: Callable[[], ImageFile.ImageFile],
+    cmyk_profile: bytes = b"",
 ) -> np.ndarray:
     """Pixels of an opened, not yet loaded image: uint8 `[H,W,3]`, contiguous and writable.
 
     Transparency is composited on `background`. `reopen` opens the same file anew (16-bit colour is read twice).
-    Raises whatever Pillow raises, and ImageError("unsupported") for samples without a defined range.
+    CMYK becomes sRGB by `cmyk_profile` if that is a profile of CMYK. Raises whatever Pillow raises, and
+    ImageError("unsupported") for samples without a defined range.
     """
     if (deep := _deep_samples(image, reopen)) is not None:
         return _composite(_with_key(deep, image.info.get("transparency")), background)
@@ -40,9 +45,12 @@ def to_rgb8(
         return _composite(_with_key(samples, image.info.get("transparency")), background)
     if image.mode in _WITH_ALPHA or "transparency" in image.info:
         return _composite(np.asarray(image.convert("RGBA")), background)
-    if image.mode == "CMYK" and image.format in ("JPEG", "MPO") and "adobe" not in image.info:
+    if image.mode == "CMYK":
         # Pillow takes every CMYK JPEG for an inverted one; without Adobe's marker 0 means no ink (ITU-T T.872)
-        return np.array(ImageChops.invert(image).convert("RGB"))
+        plain = image.format in ("JPEG", "MPO") and "adobe" not in image.info
+        inks = ImageChops.invert(image) if plain else image
+        by_profile = cmyk_to_rgb(inks, cmyk_profile) if cmyk_profile else None
+        return np.array(by_profile or inks.convert("RGB"))
     if image.mode in ("F", "LAB", "HSV"):
         raise ImageError("unsupported", f"samples of mode {image.mode}: convert the file to 8 or 16 bits RGB")
     # convert() copies an image that is RGB already
@@ -57,6 +65,11 @@ def orient(pixels: np.ndarray, orientation: int) -> np.ndarray:
     rows = slice(None, None, -1 if orientation in (3, 4) else 1)
     columns = slice(None, None, -1 if orientation in (2, 3) else 1)
     return np.ascontiguousarray(pixels[rows, columns])
+
+
+def unorient(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Inverse of `orient`: what is turned back by `orientation` when it is turned upright."""
+    return orient(pixels, {6: 8, 8: 6}.get(orientation, orientation))
 
 
 def _deep_samples(image: ImageFile.ImageFile, reopen: Callable[[], ImageFile.ImageFile]) -> np.ndarray | None:
@@ -105,22 +118,30 @@ def _grey16(image: ImageFile.ImageFile) -> np.ndarray:
 
 def _with_key(samples: np.ndarray, key: object) -> np.ndarray:
     """Scale uint16 `[H,W,C]` to uint8; a colour key (PNG's tRNS, in 16 bits) becomes an alpha channel."""
-    pixels = _scale16(samples)
-    if key is None or samples.shape[2] == 4:
-        return pixels
-    opaque = (samples != np.asarray(key, np.uint16)).any(axis=2)
-    return np.dstack([pixels, opaque.astype(np.uint8) * 255])
+    keyed = key is not None and samples.shape[2] != 4
+    pixels = np.empty((*samples.shape[:2], samples.shape[2] + keyed), np.uint8)
+    for rows in _bands(samples):
+        # round(v * 255 / 65535) in integers
+        pixels[rows, :, : samples.shape[2]] = (samples[rows].astype(np.uint32) * 255 + 32895) >> 16
+        if keyed:
+            pixels[rows, :, -1] = (samples[rows] != np.asarray(key, np.uint16)).any(axis=2) * np.uint8(255)
+    return pixels
 
 
-def _scale16(samples: np.ndarray) -> np.ndarray:
-    # round(v * 255 / 65535) in integers
-    return ((samples.astype(np.uint32) * 255 + 32895) >> 16).astype(np.uint8)
+def _bands(pixels: np.ndarray) -> Iterator[slice]:
+    """Rows of about a million pixels each, so that wider types between take no memory to speak of."""
+    height, width = pixels.shape[:2]
+    step = max(1, (1 << 20) // max(1, width))
+    return (slice(top, top + step) for top in range(0, height, step))
 
 
 def _composite(pixels: np.ndarray, background: tuple[int, int, int]) -> np.ndarray:
     """uint8 `[H,W,3]` unchanged; `[H,W,4]` over `background`, rounded to nearest."""
     if pixels.shape[2] == 3:
         return np.ascontiguousarray(pixels)
-    alpha = pixels[..., 3:].astype(np.uint16)
-    over = pixels[..., :3] * alpha + np.array(background, np.uint16) * (255 - alpha)
-    return ((over + 127) // 255).astype(np.uint8)
+    flat = np.empty((*pixels.shape[:2], 3), np.uint8)
+    for rows in _bands(pixels):
+        alpha = pixels[rows, :, 3:].astype(np.uint16)
+        over = pixels[rows, :, :3] * alpha + np.array(background, np.uint16) * (255 - alpha)
+        flat[rows] = (over + 127) // 255
+    return flat

@@ -2,10 +2,8 @@
 
 The EXIF orientation is applied; grey is repeated; transparency (alpha, palette, colour key) is composited on
 `background`; 16-bit samples become `round(v * 255 / 65535)`; of an animation the first frame is taken; CMYK is
-converted without its profile, and read as inverted when an Adobe marker says so. An ICC profile is noted in the header
-and not applied. Pixels are those of Pillow: JPEGs go through simplejpeg where it is installed, which is faster and
-gives the same bytes (both are libjpeg-turbo with the accurate DCT and smooth chroma; the tests compare them), and what
-simplejpeg refuses Pillow judges, so that neither pixels nor failures depend on it.
+read as inverted when an Adobe marker says so, and converted by its profile if it has one. Pixels are those of Pillow,
+and neither they nor failures depend on the faster way that `jpeg` is for most JPEGs: the tests compare the two.
 """
 
 from __future__ import annotations
@@ -23,12 +21,9 @@ import numpy as np
 from PIL import Image, ImageFile, TiffImagePlugin
 
 from ..errors import ImageError, InputError
-from .convert import orient, to_rgb8
-
-try:
-    import simplejpeg
-except ImportError:
-    simplejpeg = None
+from . import jpeg
+from .color import ColorMap, to_srgb
+from .convert import orient, to_rgb8, unorient
 
 EMPTY = "empty"
 """No bytes."""
@@ -51,6 +46,12 @@ DEFAULT_MAX_PIXELS = 178_956_970
 
 # decoded by native code alone: EPS would start ghostscript, WMF needs Windows, TGA has no signature
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF", "QOI")
+
+# Pillow has one channel, which stands for grey, also beside an alpha channel
+_GREY = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N")
+# neither transparency nor more than 8 bits, which take several arrays
+_SHALLOW = ("1", "L", "P", "RGB", "CMYK", "YCbCr")
+_SHRUNK = ("JPEG", "MPO")
 
 _WEAK_SIGNATURES = ("BMP", "PPM")
 _OTHERS = (
@@ -132,6 +133,7 @@ def decode_image(
     background: tuple[int, int, int] = (255, 255, 255),
     max_pixels: int = DEFAULT_MAX_PIXELS,
     name: str = "image",
+    icc: str = "srgb",
 ) -> DecodedImage:
     """Decode the contents of an image file. Safe to call from several threads; the decoders release the GIL.
 
@@ -140,25 +142,109 @@ def decode_image(
         background: RGB, 0-255, behind transparent pixels.
         max_pixels: largest width x height that is decoded.
         name: what messages call the image, for instance its path.
+        icc: "srgb" brings pixels with a colour profile to sRGB, "ignore" passes profiles over.
 
     Raises:
         ImageError: with one of `REASONS`.
         InputError: `background` is not a colour; Pillow was told to fill truncated files with grey.
     """
-    _check_background(background)
+    check_background(background)
+    image = open_image(data, name=name, max_pixels=max_pixels)
+    pixels = orient(image.stored_pixels(background, icc=icc), image.header.orientation)
+    color = image.color_map(icc)
+    return DecodedImage(color(pixels) if color else pixels, image.header)
+
+
+class OpenedImage:
+    """An image file whose header is read and whose pixels are not decoded yet.
+
+    Attributes:
+        header: of the upright picture.
+        memory: bytes that decoding is going to take at most, about.
+    """
+
+    header: ImageHeader
+    memory: int
+
+    def __init__(self, data: bytes, name: str, max_pixels: int):
+        self._data, self._name, self._max_pixels = data, name, max_pixels
+        self._image: ImageFile.ImageFile | None = None
+        self._jpeg = jpeg.read_header(data)
+        if self._jpeg is None:
+            self._image = image = _open(io.BytesIO(data), name, max_pixels)
+            self.header, self._profile = _header(image), image.info.get("icc_profile") or b""
+            self._grey = image.mode in _GREY
+            self.memory = image.width * image.height * (8 if image.mode in _SHALLOW else 20)
+            return
+        found = self._jpeg
+        width, height = found.width, found.height
+        _check_size(width, height, name, max_pixels)
+        if found.orientation >= 5:
+            width, height = height, width
+        mode = "L" if found.components == 1 else "RGB"
+        self.header = ImageHeader(width, height, found.orientation, "JPEG", mode, bool(found.profile))
+        self._profile, self._grey = found.profile, found.components == 1
+        # a progressive one is held as coefficients first
+        self.memory = width * height * (3 + 3 * found.components * found.progressive)
+
+    def color_map(self, icc: str) -> ColorMap | None:
+        """What brings `stored_pixels` to sRGB, None if nothing has to be done."""
+        if icc == "ignore" or not isinstance(self._profile, bytes) or not self._profile:
+            return None
+        return to_srgb(self._profile, "GRAY" if self._grey else "RGB")
+
+    @property
+    def shrinks(self) -> bool:
+        """Whether `stored_pixels` can decode a smaller picture."""
+        return self.header.format in _SHRUNK
+
+    def stored_pixels(
+        self, background: tuple[int, int, int], *, icc: str = "srgb", shrink: int = 0, buffer: bytearray | None = None
+    ) -> np.ndarray:
+        """uint8 `[H,W,3]`, writable, as it is stored: neither turned upright nor, but for CMYK, brought to sRGB.
+
+        Args:
+            shrink: decode a JPEG at 1/2^shrink of its size, rounded up.
+            buffer: memory that the pixels may lie in.
+
+        Raises:
+            ImageError: with one of `REASONS`.
+        """
+        if self._jpeg is not None:
+            pixels = jpeg.decode(self._data, self._jpeg, shrink, buffer)
+            if pixels is not None:
+                return pixels
+        with _decoder_errors(io.BytesIO(self._data), self._name):
+            return self._by_pillow(background, b"" if icc == "ignore" else self._profile, shrink)
+
+    def _by_pillow(self, background: tuple[int, int, int], profile: bytes, shrink: int) -> np.ndarray:
+        def opened() -> ImageFile.ImageFile:
+            return _open(io.BytesIO(self._data), self._name, self._max_pixels)
+
+        image, self._image = self._image or opened(), None
+        if shrink:
+            image.draft(image.mode, (image.width >> shrink, image.height >> shrink))
+        orientation = _orientation(image)
+        pixels = to_rgb8(image, background, opened, profile)
+        # Pillow turns a TIFF while it loads, and then drops the tag
+        if orientation != _orientation(image):
+            return unorient(pixels, orientation)
+        return pixels
+
+
+def open_image(data: bytes, *, name: str = "image", max_pixels: int = DEFAULT_MAX_PIXELS) -> OpenedImage:
+    """Read the header of the contents of an image file.
+
+    Raises:
+        ImageError: with one of `REASONS`.
+        InputError: Pillow was told to fill truncated files with grey.
+    """
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise InputError(
             "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is True, which turns truncated files into grey pixels: set it to False"
         )
     _check_not_empty(data, name)
-    image = _open(io.BytesIO(data), name, max_pixels)
-    header = _header(image)
-    pixels = _fast_jpeg(data, image)
-    if pixels is None:
-        with _decoder_errors(io.BytesIO(data), name):
-            pixels = to_rgb8(image, background, lambda: _open(io.BytesIO(data), name, max_pixels))
-    # asked again: Pillow turns a TIFF while it loads, and then drops the tag
-    return DecodedImage(orient(pixels, _orientation(image)), header)
+    return OpenedImage(data, name, max_pixels)
 
 
 def decoder_versions() -> dict[str, str]:
@@ -166,20 +252,9 @@ def decoder_versions() -> dict[str, str]:
     from PIL import __version__, features
 
     versions = {"pillow": __version__, "libjpeg_turbo": features.version_feature("libjpeg_turbo") or "none"}
-    if simplejpeg is not None:
-        versions["simplejpeg"] = simplejpeg.__version__
+    if jpeg.simplejpeg is not None:
+        versions["simplejpeg"] = jpeg.simplejpeg.__version__
     return versions
-
-
-def _fast_jpeg(data: bytes, image: Image.Image) -> np.ndarray | None:
-    """Pixels of an RGB JPEG by simplejpeg; None if it is not installed or objects, for Pillow to judge."""
-    if simplejpeg is None or image.format not in ("JPEG", "MPO") or image.mode != "RGB":
-        return None
-    try:
-        pixels = simplejpeg.decode_jpeg(data, "RGB", strict=True)
-    except ValueError:
-        return None
-    return pixels if pixels.shape == (image.height, image.width, 3) else None
 
 
 def _header(image: Image.Image) -> ImageHeader:
@@ -222,12 +297,13 @@ def _open(stream: BinaryIO, name: str, max_pixels: int) -> ImageFile.ImageFile:
         image = Image.OPEN[format][0](stream, "")
     if image.width < 1 or image.height < 1:
         raise ImageError(CORRUPT, f"{name} declares {image.width}x{image.height} pixels")
-    if image.width * image.height > max_pixels:
-        raise ImageError(
-            TOO_LARGE,
-            f"{name} is {image.width}x{image.height}, {image.width * image.height} pixels: the limit is {max_pixels}",
-        )
+    _check_size(image.width, image.height, name, max_pixels)
     return image
+
+
+def _check_size(width: int, height: int, name: str, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise ImageError(TOO_LARGE, f"{name} is {width}x{height}, {width * height} pixels: the limit is {max_pixels}")
 
 
 @contextmanager
@@ -343,6 +419,7 @@ def _check_not_empty(data: bytes | bytearray | memoryview, name: str) -> None:
         raise ImageError(EMPTY, f"{name} has no bytes")
 
 
-def _check_background(background: tuple[int, int, int]) -> None:
+def check_background(background: tuple[int, int, int]) -> None:
+    """Raise InputError for what is no colour."""
     if len(background) != 3 or not all(isinstance(v, int) and 0 <= v <= 255 for v in background):
         raise InputError(f"background {background!r} is not three whole numbers of 0-255, like (255, 255, 255)")

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ..errors import ImageError, InputError
-from .decode import DecodedImage, decode_image, read_bytes
-from .geometry import Placement, Size, apply, assign, bucket_table, place, square_bucket
+from .decode import ImageHeader, open_image, read_bytes
+from .geometry import Placement, Size, assign, bucket_table, place, square_bucket
+from .load import PixelPolicy, frame
 
 RGB = tuple[int, int, int]
 
@@ -52,19 +53,20 @@ class Frame:
 
     path: Path
     pixels: np.ndarray
-    image: DecodedImage
+    header: ImageHeader
     placement: Placement
 
 
 def load_frame(path: Path, framing: Framing, multiple: int, background: RGB = (255, 255, 255)) -> Frame:
-    """Read, decode, orient, resize and crop one image file.
+    """Read, decode, resize, crop and turn upright one image file, as a cache with the default policy does.
 
     Raises:
         ImageError: the file is not an image that can be decoded.
     """
-    image = decode_image(read_bytes(path), background=background, name=str(path))
+    policy = PixelPolicy(background=background)
+    image = open_image(read_bytes(path), name=str(path))
     placement = framing.placement(Size(image.header.height, image.header.width), multiple)
-    return Frame(path, apply(image.pixels, placement), image, placement)
+    return Frame(path, frame(image, policy, placement), image.header, placement)
 
 
 def load_frames(

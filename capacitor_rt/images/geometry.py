@@ -6,20 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
 
 from ..errors import ImageError, InputError
+from .convert import orient
 from .decode import DEFAULT_MAX_PIXELS, TOO_LARGE
+from .resample import FILTERS, Window, resample
 
 TOO_SMALL = "too_small"
 """Reason of an image that would have to be enlarged under `upscale="refuse"`."""
 UPSCALE_POLICIES = ("allow", "refuse")
-FILTERS = {
-    "lanczos": Image.Resampling.LANCZOS,
-    "bicubic": Image.Resampling.BICUBIC,
-    "bilinear": Image.Resampling.BILINEAR,
-    "box": Image.Resampling.BOX,
-}
 
 
 @dataclass(frozen=True, order=True)
@@ -142,11 +137,16 @@ def place(size: Size, bucket: Size, *, upscale: str = "allow") -> Placement:
     return Placement(resize, top, left, bucket, upscaled)
 
 
-def apply(pixels: np.ndarray, placement: Placement, filter: str = "lanczos") -> np.ndarray:
+def apply(pixels: np.ndarray, placement: Placement, filter: str = "lanczos", orientation: int = 1) -> np.ndarray:
     """Resize and crop uint8 `[H,W,3]` pixels to uint8 `[h,w,3]`, contiguous.
 
-    Pillow's antialiased resampling, no shortcut through a smaller image; pixels whose size is already
-    `placement.resize` are only cropped, bit for bit.
+    Antialiased (see `resample`), no shortcut through a smaller image; pixels whose size is already `placement.resize`
+    are only cropped, bit for bit.
+
+    Args:
+        placement: of the upright image.
+        orientation: EXIF's, 1-8, of `pixels`. What has to be turned is turned last, when it is small; the pixels are
+            those of the picture turned first.
     """
     if filter not in FILTERS:
         raise InputError(f"filter {filter!r} is unknown: use one of {', '.join(FILTERS)}")
@@ -156,11 +156,22 @@ def apply(pixels: np.ndarray, placement: Placement, filter: str = "lanczos") -> 
     top, left, bottom, right = placement.top, placement.left, placement.top + crop.height, placement.left + crop.width
     if min(top, left) < 0 or bottom > resize.height or right > resize.width:
         raise InputError(f"crop {crop} at row {top}, column {left} does not lie within {resize}: use place()")
-    if pixels.shape[:2] != (resize.height, resize.width):
-        image = Image.fromarray(np.ascontiguousarray(pixels))
-        image = image.resize((resize.width, resize.height), FILTERS[filter])
-        return np.array(image.crop((left, top, right, bottom)))
-    return pixels[top:bottom, left:right].copy()
+    window = _as_stored(Window(resize.height, resize.width, top, left, bottom, right), orientation)
+    framed = resample(pixels, window, filter, columns_first=orientation >= 5)
+    return framed if orientation == 1 else orient(framed, orientation)
+
+
+def _as_stored(window: Window, orientation: int) -> Window:
+    """A window of the upright image in the image as it is stored."""
+    height, width = window.height, window.width
+    rows, columns = (window.top, window.bottom), (window.left, window.right)
+    if orientation in (3, 4, 7, 8):
+        rows = height - rows[1], height - rows[0]
+    if orientation in (2, 3, 6, 7):
+        columns = width - columns[1], width - columns[0]
+    if orientation >= 5:
+        height, width, rows, columns = width, height, columns, rows
+    return Window(height, width, rows[0], columns[0], rows[1], columns[1])
 
 
 def _rounded(numerator: int, denominator: int) -> int:

@@ -104,7 +104,7 @@ def test_what_is_done_is_not_decoded_again(src, out, whole, monkeypatch):
 
 def test_a_lost_commit_log_is_written_anew_from_the_shards(src, out, whole, monkeypatch):
     (out / "commits.jsonl").unlink()
-    monkeypatch.delattr(pipeline_module, "decode_image")
+    monkeypatch.delattr(pipeline_module, "open_image")
     run(src, out, random_model())
     assert snapshot(out) == snapshot(whole)
 

@@ -110,7 +110,7 @@ def test_the_busiest_stage_limits():
 def test_a_second_run_writes_nothing_and_does_not_load_the_model(cached, monkeypatch):
     src, out, model = cached
     before = stamps(out)
-    for name in ("inputs.probe", "inputs.read_bytes", "pipeline.read_bytes", "pipeline.decode_image"):
+    for name in ("inputs.probe", "inputs.read_bytes", "pipeline.read_bytes", "pipeline.open_image"):
         monkeypatch.delattr(f"capacitor_rt.cache.{name}")
     report = run(src, out, Forbidden(model))
     assert (report.inputs, report.cached, report.new_images, report.exit_code) == (8, 8, 0, 0)

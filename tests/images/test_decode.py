@@ -11,12 +11,12 @@ import pytest
 from image_files import pixels_of, reason_of
 from PIL import Image, ImageCms
 
-import capacitor_rt.images.decode as decode_module
 from capacitor_rt.errors import InputError
+from capacitor_rt.images import jpeg
 from capacitor_rt.images.decode import decode_image, decoder_versions, probe
 
 PICTURE = files.texture(37, 53)
-PHOTOS = sorted((Path(decode_module.__file__).parents[1] / "sample" / "photos").glob("*.jp*g"))
+PHOTOS = sorted((Path(jpeg.__file__).parents[1] / "sample" / "photos").glob("*.jp*g"))
 
 
 class TestExact:
@@ -80,7 +80,7 @@ class TestJpeg:
                     data = buffer.getvalue()
                 fast = pixels_of(data)
                 with monkeypatch.context() as patch:
-                    patch.setattr(decode_module, "simplejpeg", None)
+                    patch.setattr(jpeg, "simplejpeg", None)
                     np.testing.assert_array_equal(fast, pixels_of(data))
 
     def test_fast_path_is_taken(self, monkeypatch):
@@ -94,7 +94,7 @@ class TestJpeg:
     def test_fast_path_on_the_bundled_photographs(self, monkeypatch):
         pytest.importorskip("simplejpeg")
         fast = [pixels_of(path.read_bytes()) for path in PHOTOS]
-        monkeypatch.setattr(decode_module, "simplejpeg", None)
+        monkeypatch.setattr(jpeg, "simplejpeg", None)
         for path, pixels in zip(PHOTOS, fast, strict=True):
             np.testing.assert_array_equal(pixels, pixels_of(path.read_bytes()), err_msg=path.name)
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from image_files import pixels_of, reason_of
 from PIL import Image, ImageFile
 
-import capacitor_rt.images.decode as decode_module
 from capacitor_rt.errors import ImageError, InputError
+from capacitor_rt.images import jpeg
 from capacitor_rt.images.decode import REASONS, decode_image, probe, read_bytes
 
 PICTURE = files.texture(37, 53)
@@ -92,7 +92,7 @@ class TestDamage:
             data[index] = value
         with pytest.MonkeyPatch.context() as patch:
             first = outcome(bytes(data))
-            patch.setattr(decode_module, "simplejpeg", None)
+            patch.setattr(jpeg, "simplejpeg", None)
             assert outcome(bytes(data)) == first
 
     @settings(max_examples=25, deadline=None)

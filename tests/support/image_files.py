@@ -136,3 +136,38 @@ def reason_of(data: bytes, **options) -> str:
         decode_image(data, **options)
     assert caught.value.reason in REASONS
     return caught.value.reason
+
+
+# XYZ of red, green and blue under D50
+DISPLAY_P3 = ((0.51512, 0.24120, -0.00105), (0.29198, 0.69225, 0.04189), (0.15710, 0.06657, 0.78407))
+SRGB = ((0.43607, 0.22249, 0.01392), (0.38515, 0.71687, 0.09708), (0.14307, 0.06061, 0.71410))
+
+
+def icc_profile(primaries: tuple = DISPLAY_P3, gamma: float | None = None, space: bytes = b"RGB ") -> bytes:
+    """A display profile: of matrix and curves (sRGB's, or a power), or of a grey curve for space b"GRAY"."""
+
+    def fixed(*values: float) -> bytes:
+        return struct.pack(f">{len(values)}i", *(round(v * 65536) for v in values))
+
+    if gamma is None:
+        curve = b"para\0\0\0\0" + struct.pack(">HH", 3, 0) + fixed(2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)
+    else:
+        curve = b"para\0\0\0\0" + struct.pack(">HH", 0, 0) + fixed(gamma)
+    text = b"mluc\0\0\0\0" + struct.pack(">IIHHII", 1, 12, 0x656E, 0x5553, 2, 28) + b"\0t\0\0"
+    tags = {b"desc": text, b"cprt": text, b"wtpt": b"XYZ \0\0\0\0" + fixed(0.9642, 1.0, 0.8249)}
+    if space == b"GRAY":
+        tags[b"kTRC"] = curve
+    else:
+        for color, xyz in zip(b"rgb", primaries, strict=True):
+            tags[bytes([color]) + b"XYZ"] = b"XYZ \0\0\0\0" + fixed(*xyz)
+            tags[bytes([color]) + b"TRC"] = curve
+    at = 128 + 4 + 12 * len(tags)
+    table, body = struct.pack(">I", len(tags)), b""
+    for name, value in tags.items():
+        table += name + struct.pack(">II", at + len(body), len(value))
+        body += value + bytes(-len(value) % 4)
+    head = bytearray(128)
+    head[0:4] = struct.pack(">I", at + len(body))
+    head[8:12], head[12:16], head[16:20], head[20:24], head[36:40] = b"\4\x20\0\0", b"mntr", space, b"XYZ ", b"acsp"
+    head[68:80] = fixed(0.9642, 1.0, 0.8249)
+    return bytes(head) + table + body
