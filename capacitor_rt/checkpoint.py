@@ -293,6 +293,15 @@ def save(folder: str | os.PathLike[str], config: ModelConfig, state: Mapping[str
         path.write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 
+def tensors_sha256(state: Mapping[str, Tensor]) -> str:
+    """Hash of tensors with their names, types and shapes, hex: what a model that was built in memory is known by."""
+    digest = hashlib.sha256()
+    for name, t in sorted(state.items()):
+        digest.update(f"{name} {t.dtype} {list(t.shape)}".encode())
+        digest.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 class replacing:
     """A temporary path beside `path` that takes its place when the block ends well."""
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import strict_json
-from .errors import InputError
+from .errors import CapacitorError, InputError
 
 FORMAT = "capacitor-flux2-calibration/1"
 SIDES = ("before", "after")
@@ -31,6 +31,10 @@ LEAST_COSINE = 0.9
 """Mean cosine of calibrated and true normalised latents over channels, under which a calibration is refused."""
 LEAST_IMAGES = 1000
 _MOST_BYTES = 4 << 20
+
+
+class PoorCalibrationError(CapacitorError):
+    """Latents that do not stand for FLUX.2's, even after the best line per channel."""
 
 
 class BatchNorm(Protocol):
@@ -48,7 +52,7 @@ class ChannelLines:
     Attributes:
         a, b: slope and intercept of each FLUX.2 channel, `[C]`.
         r2: share of the channel's variance that the line explains, `[C]`.
-        cosine: of the calibrated and the true normalised channel, `[C]`.
+        cosine: of the calibrated and the true normalised channel, both less their means, `[C]`.
         mean_cosine: mean of `cosine`.
         overall_cosine: of all channels together.
     """
@@ -103,8 +107,8 @@ class Flux2Calibration:
         """A parsed calibration file.
 
         Raises:
-            InputError: another format, a missing field, a list of the wrong length or of what is no finite number, or a
-                fit that is too poor to be used.
+            InputError: another format, a missing field, a list of the wrong length or of what is no finite number.
+            PoorCalibrationError: lines that are too poor to be used.
         """
         if not isinstance(values, Mapping) or values.get("format") != FORMAT:
             found = values.get("format") if isinstance(values, Mapping) else type(values).__name__
@@ -144,7 +148,7 @@ class Flux2Calibration:
         """Read a file that `capacitor-rt calibrate` wrote.
 
         Raises:
-            InputError: it cannot be read, or see `from_dict`.
+            InputError, PoorCalibrationError: it cannot be read, or see `from_dict`.
         """
         try:
             values = strict_json.read(path, _MOST_BYTES)
@@ -154,16 +158,20 @@ class Flux2Calibration:
             raise InputError(f"calibration {os.fspath(path)} is not valid JSON: {error}") from error
         return cls.from_dict(values, os.fspath(path))
 
-    def check_quality(self, source: str = "calibration") -> None:
-        """Raise InputError where the lines are too poor to stand for FLUX.2's latents."""
-        for name in ("mean", "mode"):
-            cosine = getattr(self, name).mean_cosine
-            # also NaN
-            if not cosine >= LEAST_COSINE:
-                raise InputError(
-                    f"{source}: mean cosine {cosine:.3f} of the {name} with FLUX.2's latents is below {LEAST_COSINE}: "
-                    "these latents do not stand for FLUX.2's; keep to the model's own space"
-                )
+    def check_quality(self, source: str = "the calibration", *, with_logsnr: bool = True) -> None:
+        """Raise PoorCalibrationError where the lines are too poor to stand for FLUX.2's latents.
+
+        Args:
+            with_logsnr: look at the lines of the mean; else at those of the mode.
+        """
+        name, lines = ("mean", self.mean) if with_logsnr else ("mode", self.mode)
+        # also NaN
+        if not lines.mean_cosine >= LEAST_COSINE:
+            out = "keep to the model's own space" if with_logsnr else "pass logsnr, which a cache with --posterior has"
+            raise PoorCalibrationError(
+                f"{source}: mean cosine {lines.mean_cosine:.3f} of the {name} with FLUX.2's latents is below "
+                f"{LEAST_COSINE}, so that they do not stand for them: {out}"
+            )
 
     def check_space(self, latent_space: str) -> None:
         """Raise InputError unless latents of `latent_space` are what this calibration was measured on."""
@@ -196,8 +204,10 @@ def to_flux2(
 
     Raises:
         InputError: another number of channels, or a `logsnr` of another shape.
+        PoorCalibrationError: the lines that would be used are too poor.
     """
     _check_channels(latents, calibration)
+    calibration.check_quality(with_logsnr=logsnr is not None)
     raw = latents.float()
     if calibration.whitening is not None:
         mean, std = (_like(raw, calibration.whitening[name]) for name in ("mean", "std"))
@@ -223,6 +233,7 @@ def from_flux2(
     Arguments, result and errors as there.
     """
     _check_channels(latents, calibration)
+    calibration.check_quality(with_logsnr=False)
     flux2 = latents.float()
     if normalised:
         mean, std = _statistics(flux2, calibration, bn)

@@ -10,7 +10,7 @@ from calibrations import SPACE, document
 from torch import nn
 
 from capacitor_rt import InputError
-from capacitor_rt.flux2_space import Flux2Calibration, from_flux2, to_flux2
+from capacitor_rt.flux2_space import Flux2Calibration, PoorCalibrationError, from_flux2, to_flux2
 
 
 def column(values: list[float]) -> torch.Tensor:
@@ -80,7 +80,6 @@ def test_what_is_read_is_what_was_written(tmp_path):
         ({"mean": document()["mean"] | {"a": [0.0] * 4}}, "mean.a holds 0"),
         ({"mean": document()["mean"] | {"b": [None] * 4}}, "mean.b holds what is no finite number"),
         ({"whitening": {"mean": [0.0] * 4}}, "damaged"),
-        ({"mode": document()["mode"] | {"mean_cosine": 0.89}}, "mean cosine 0.890 of the mode .* below 0.9"),
     ],
 )
 def test_bad_files_are_refused(tmp_path, changes, message):
@@ -88,6 +87,18 @@ def test_bad_files_are_refused(tmp_path, changes, message):
     path.write_text(json.dumps(document(**changes)))
     with pytest.raises(InputError, match=message):
         Flux2Calibration.read(path)
+
+
+def test_poor_lines_are_refused_where_they_would_be_used():
+    poor = {"mean_cosine": 0.89}
+    with pytest.raises(PoorCalibrationError, match=r"cosine 0.890 of the mean .* below 0.9.*: keep to the model's own"):
+        Flux2Calibration.from_dict(document(mean=document()["mean"] | poor))
+    calibration = Flux2Calibration.from_dict(document(mode=document()["mode"] | poor))
+    latents = torch.zeros(1, 4, 2, 2)
+    assert to_flux2(latents, calibration, logsnr=latents).isfinite().all()
+    for call in (to_flux2, from_flux2):
+        with pytest.raises(PoorCalibrationError, match=r"cosine 0.890 of the mode .*: pass logsnr"):
+            call(latents, calibration)
 
 
 def test_bad_texts_and_tensors_are_refused(tmp_path):

@@ -83,6 +83,7 @@ class CapacitorFlux2VAE(DiffusersVAE):
     Raises:
         InputError: a number of channels that does not divide by 4, a decoder-only model without `bn`, statistics or a
             calibration of another number of channels, a calibration of another latent space.
+        PoorCalibrationError: the calibration's lines of the mode are too poor.
     """
 
     patch = 2
@@ -119,6 +120,7 @@ class CapacitorFlux2VAE(DiffusersVAE):
         mean, var = model.latent_norm_running_mean, model.latent_norm_running_var
         eps = model.config.latent_running_stats_eps
         if calibration is not None:
+            calibration.check_quality(with_logsnr=False)
             if model.source is not None:
                 calibration.check_space(model.source.latent_space)
             norm = calibration.batch_norm

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 
-from ..checkpoint import CheckpointSource, read_header, resolve
+from ..checkpoint import CheckpointSource, read_header, resolve, tensors_sha256
 from ..config import ModelConfig
 from ..errors import CacheError
 from ..model import FullCapacitor
 from ..pretrained import SIZE_MULTIPLE
 from ..reference import Autoencoder
-from .durable import byte_view
 
 
 @dataclass(frozen=True)
@@ -122,11 +120,7 @@ class _InMemory:
 
 
 def _in_memory(model: FullCapacitor) -> _InMemory:
-    digest = hashlib.sha256()
-    for name, t in sorted(model.state_dict().items()):
-        digest.update(f"{name} {t.dtype} {list(t.shape)}".encode())
-        digest.update(byte_view(t.detach().cpu().contiguous()).data)
-    sha256 = digest.hexdigest()
+    sha256 = tensors_sha256(model.state_dict())
     return _InMemory("memory", None, sha256, f"full_capacitor/whitened@sha256:{sha256[:16]}")
 
 

@@ -14,6 +14,7 @@ import typer
 from ..errors import CapacitorError, CheckpointError, InputError
 from ..version import __version__
 from .cache import cache, verify
+from .calibrate import calibrate
 from .doctor import doctor
 from .inspect_checkpoint import inspect
 from .latent_files import decode, encode
@@ -28,7 +29,7 @@ app = typer.Typer(
     help="Fast runtime for the full_capacitor image autoencoder.",
 )
 
-for command in (encode, decode, inspect, cache, verify, psnr, probe, plan, doctor):
+for command in (encode, decode, inspect, cache, verify, psnr, probe, plan, doctor, calibrate):
     app.command()(command)
 
 

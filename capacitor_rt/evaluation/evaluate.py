@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..config import FullCapacitorInferenceConfig
 from ..errors import ImageError
-from ..images.frames import RGB, Frame, Framing, load_frames, to_batch, to_uint8
+from ..images.frames import RGB, Frame, Framing, group_frames, load_frames, to_batch, to_uint8
 from .metrics import psnr
 
 Latents = dict[str, Tensor]
@@ -80,20 +80,12 @@ def evaluate(
     """
     inference = inference or FullCapacitorInferenceConfig(seed=0)
     multiple = math.lcm(*(model.size_multiple for model in models.values()))
-    waiting: list[Frame] = []
-    for path, frame in load_frames(paths, framing, multiple, background, workers):
-        if isinstance(frame, ImageError):
-            if waiting:
-                yield from _scores(waiting, models, inference, observe)
-            waiting = []
-            yield Score(path, error=frame)
-            continue
-        if waiting and (len(waiting) == batch or waiting[0].pixels.shape != frame.pixels.shape):
-            yield from _scores(waiting, models, inference, observe)
-            waiting = []
-        waiting.append(frame)
-    if waiting:
-        yield from _scores(waiting, models, inference, observe)
+    for group in group_frames(load_frames(paths, framing, multiple, background, workers), batch):
+        if isinstance(group, tuple):
+            path, error = group
+            yield Score(path, error=error)
+        else:
+            yield from _scores(group, models, inference, observe)
 
 
 def _scores(

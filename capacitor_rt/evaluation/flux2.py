@@ -125,7 +125,7 @@ class Flux2(nn.Module):
         if image.dtype == torch.uint8:
             image = image.permute(0, 3, 1, 2).float() / 127.5 - 1.0
         mode = self.vae.encode(image.to(self.dtype)).latent_dist.mode()
-        mean, std = self._statistics()
+        mean, std = self.statistics()
         return (F.pixel_unshuffle(mode, PATCH).float() - mean) / std
 
     @torch.no_grad()
@@ -137,7 +137,7 @@ class Flux2(nn.Module):
         inference_config: FullCapacitorInferenceConfig | None = None,
     ) -> Tensor:
         """Normalised latents to image, float32 `[B,3,H,W]`; a VAE has no steps, so only the latents count."""
-        mean, std = self._statistics()
+        mean, std = self.statistics()
         z = F.pixel_shuffle(latents.float() * std + mean, PATCH)
         return self.vae.decode(z.to(self.dtype), return_dict=False)[0].float()
 
@@ -145,7 +145,8 @@ class Flux2(nn.Module):
         """`decode(encode(image))`."""
         return self.decode(self.encode(image))
 
-    def _statistics(self) -> tuple[Tensor, Tensor]:
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation `sqrt(var + eps)` of the batch norm per channel, float32 `[128,1,1]`."""
         norm = self.vae.bn
         mean, var = (t.float()[:, None, None] for t in (norm.running_mean, norm.running_var))
         return mean, (var + norm.eps).sqrt()

@@ -92,6 +92,25 @@ def load_frames(
             yield first, future.result()
 
 
+def group_frames(
+    frames: Iterable[tuple[Path, Frame | ImageError]], batch: int
+) -> Iterator[list[Frame] | tuple[Path, ImageError]]:
+    """Neighbouring frames of one size, at most `batch`, and errors by themselves, all in order."""
+    waiting: list[Frame] = []
+    for path, loaded in frames:
+        shape = waiting[0].pixels.shape if waiting else None
+        fits = isinstance(loaded, Frame) and loaded.pixels.shape == shape and len(waiting) < batch
+        if waiting and not fits:
+            yield waiting
+            waiting = []
+        if isinstance(loaded, Frame):
+            waiting.append(loaded)
+        else:
+            yield path, loaded
+    if waiting:
+        yield waiting
+
+
 def to_batch(frames: list[Frame], device: torch.device) -> Tensor:
     """Frames of one size to uint8 `[B,H,W,3]` on `device`."""
     return torch.from_numpy(np.stack([f.pixels for f in frames])).to(device)
