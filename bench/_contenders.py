@@ -238,9 +238,11 @@ def _graphed(model: str, setting: Setting, shape: Shape, example: Tensor) -> Run
     return run
 
 
-def _ours(graphs: bool, low_latency: bool, setting: Setting, shape: Shape, example: Tensor) -> Run:
+def _ours(
+    graphs: bool, low_latency: bool, setting: Setting, shape: Shape, example: Tensor, overlap: bool = False
+) -> Run:
     twin = _place(setting, CAPACITOR, "triton")
-    twin.cuda_graphs, twin.low_latency = graphs, low_latency
+    twin.cuda_graphs, twin.low_latency, twin.overlap = graphs, low_latency, overlap
     return call_of(twin, shape.direction)
 
 
@@ -253,6 +255,7 @@ CAPACITORS = (
     EAGER,
     LOW_LATENCY,
     Contender(CAPACITOR, "ours, no graphs", partial(_ours, False, False), graphs_only=True),
+    Contender(CAPACITOR, "ours, overlap", partial(_ours, True, False, overlap=True), graphs_only=True),
     Contender(CAPACITOR, "eager, channels_last", partial(_channels_last, CAPACITOR)),
     Contender(CAPACITOR, "eager, CUDA graph", partial(_graphed, CAPACITOR), graphs_only=True),
     Contender(CAPACITOR, "torch.compile", partial(_compiled, CAPACITOR, None), "default"),

@@ -47,6 +47,8 @@ class FullCapacitor(PretrainedAutoencoder):
         low_latency: let the Triton backend run a single image by launches shaped for it. A row's bits then depend on
             whether it came alone; otherwise they depend neither on the batch nor on the place in it.
         cuda_graphs: capture a CUDA graph for each shape and replay it; else launches are queued one by one.
+        overlap: make two branches of a graph of the halves of an even batch, so that what is bound by memory in one may
+            hide under the products of the other. Bits stay as they are. What it gains is not measured yet.
         memory_budget: bytes that the Triton backend may keep in arenas beside the packed weights; by default at most
             2 GiB and an eighth of the device's memory. `release()` frees them.
     """

@@ -34,10 +34,16 @@ class PretrainedAutoencoder(ServedAutoencoder):
         strict_size: bool = True,
         low_latency: bool = False,
         cuda_graphs: bool = True,
+        overlap: bool = False,
         memory_budget: int | None = None,
     ):
         super().__init__(
-            config, backend=backend, low_latency=low_latency, cuda_graphs=cuda_graphs, memory_budget=memory_budget
+            config,
+            backend=backend,
+            low_latency=low_latency,
+            cuda_graphs=cuda_graphs,
+            overlap=overlap,
+            memory_budget=memory_budget,
         )
         self.strict_size = strict_size
         self.source: checkpoint.CheckpointSource | None = None
@@ -61,6 +67,7 @@ class PretrainedAutoencoder(ServedAutoencoder):
         strict_size: bool = True,
         low_latency: bool = False,
         cuda_graphs: bool = True,
+        overlap: bool = False,
         memory_budget: int | None = None,
     ) -> Self:
         """Load a model, frozen and in eval mode.
@@ -74,7 +81,7 @@ class PretrainedAutoencoder(ServedAutoencoder):
                 HF_HUB_OFFLINE is honoured.
             strict: False only warns of tensors that belong to no part of the model. Missing tensors are always an
                 error.
-            backend, strict_size, low_latency, cuda_graphs, memory_budget: see the class.
+            backend, strict_size, low_latency, cuda_graphs, overlap, memory_budget: see the class.
 
         irdiffae and mdiffae load with an `UnverifiedModelWarning` until their inferred readings (`DicoConfig`) are
         settled by `capacitor-rt probe`.
@@ -105,6 +112,7 @@ class PretrainedAutoencoder(ServedAutoencoder):
                 strict_size=strict_size,
                 low_latency=low_latency,
                 cuda_graphs=cuda_graphs,
+                overlap=overlap,
                 memory_budget=memory_budget,
             )
         model.load_checkpoint(read.tensors)

@@ -50,7 +50,7 @@ class ServedAutoencoder(Autoencoder):
     Args:
         config: architecture.
         backend: "auto", "torch" or "triton".
-        low_latency, cuda_graphs, memory_budget: see `options.ServingOptions`.
+        low_latency, cuda_graphs, overlap, memory_budget: see `options.ServingOptions`.
 
     Raises:
         InputError: an unknown backend, or a bad budget.
@@ -65,10 +65,11 @@ class ServedAutoencoder(Autoencoder):
         backend: str = "auto",
         low_latency: bool = False,
         cuda_graphs: bool = True,
+        overlap: bool = False,
         memory_budget: int | None = None,
     ):
         super().__init__(config)
-        self._options = ServingOptions(low_latency, cuda_graphs, memory_budget)
+        self._options = ServingOptions(low_latency, cuda_graphs, overlap, memory_budget)
         # weights that graphs of callers read: they stay as long as the model
         self._lent: list[Any] = []
         self._said: set[str] = set()
@@ -130,6 +131,16 @@ class ServedAutoencoder(Autoencoder):
     @cuda_graphs.setter
     def cuda_graphs(self, value: bool) -> None:
         self._options.cuda_graphs = value
+        self._drop_runtime()
+
+    @property
+    def overlap(self) -> bool:
+        """Whether the halves of an even batch are two branches of its graph."""
+        return self._options.overlap
+
+    @overlap.setter
+    def overlap(self, value: bool) -> None:
+        self._options.overlap = value
         self._drop_runtime()
 
     @property

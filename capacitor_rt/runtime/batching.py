@@ -38,6 +38,16 @@ def parts(batch: int, size: int) -> list[int]:
     return [size] * (batch // size) + ([batch % size] if batch % size else [])
 
 
+def branches(key: PlanKey, overlap: bool) -> tuple[PlanKey, int]:
+    """The key of each branch of a run, and how many there are: the halves of an even batch with `overlap`, else one.
+
+    A row's bits do not depend on the batch, so a half's are those of the whole.
+    """
+    if not overlap or key.batch % 2:
+        return key, 1
+    return replace(key, batch=key.batch // 2), 2
+
+
 @dataclass
 class Limit:
     """Images of one shape that run together: `most`, less where memory ran out, and again more after a while.

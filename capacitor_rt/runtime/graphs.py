@@ -23,18 +23,34 @@ MAX_BOUND = 256
 """Plans kept; the driver holds some memory of its own for each captured graph."""
 # torch allows one capture at a time in a process
 _capturing = threading.Lock()
-# one per device: torch hands out 32 streams in turn, and would come round to those of its users
-_capture_streams: dict[torch.device, torch.cuda.Stream] = {}
+# by device and branch: torch hands out 32 streams in turn, and would come round to those of its users
+_capture_streams: dict[tuple[torch.device, int], torch.cuda.Stream] = {}
 
 
 class Bound:
-    """A plan bound to an arena, which others on the same device may share: one of them runs at a time."""
+    """A plan bound to an arena, which others on the same device may share: one of them runs at a time.
 
-    def __init__(self, plan: LaunchPlan, weights: Mapping[str, Tensor], arena: Tensor):
-        self.plan, self.arena = plan, arena
-        self.executor = Executor(plan, weights, arena)
-        self.inputs, self.outputs = self.executor.inputs, self.executor.outputs
+    Args:
+        key: of the whole run.
+        plan: of each branch, an equal part of the run's batch; the branches have parts of the arena of their own.
+    """
+
+    def __init__(self, key: PlanKey, plan: LaunchPlan, weights: Mapping[str, Tensor], arena: Tensor, branches: int = 1):
+        self.key, self.plan, self.arena = key, plan, arena
+        size = plan.arena_bytes
+        self.executors = [Executor(plan, weights, arena[i * size : (i + 1) * size]) for i in range(branches)]
         self.graph: torch.cuda.CUDAGraph | None = None
+
+    def parts(self, start: int) -> Iterator[tuple[Executor, slice]]:
+        """Every branch, and the rows of the call that it computes, where the run's begin at `start`."""
+        rows = self.plan.key.batch
+        for i, executor in enumerate(self.executors):
+            yield executor, slice(start + i * rows, start + (i + 1) * rows)
+
+    def launch(self) -> None:
+        """Queue the launches of all branches on the current stream, one branch after another."""
+        for executor in self.executors:
+            executor.run()
 
     def capture(self, pool: Any) -> None:
         """Capture the launches. They run once before, so that every kernel is compiled and loaded.
@@ -46,24 +62,34 @@ class Bound:
         caller = torch.cuda.current_stream(device)
         graph = torch.cuda.CUDAGraph()
         with _capturing:
-            if device not in _capture_streams:
-                _capture_streams[device] = torch.cuda.Stream(device)
-            side = _capture_streams[device]
+            side, *others = (_capture_stream(device, i) for i in range(len(self.executors)))
             side.wait_stream(caller)
             try:
                 with torch.cuda.stream(side):
-                    self.executor.run()
+                    self.launch()
                     with _no_collection():
                         # other threads may go on allocating meanwhile
                         graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                         try:
-                            self.executor.run()
+                            self._fork(side, others)
                         finally:
                             graph.capture_end()
             finally:
                 # also after a failure: what was queued still uses the arena and the weights
                 caller.wait_stream(side)
         self.graph = graph
+
+    def _fork(self, side: torch.cuda.Stream, others: list[torch.cuda.Stream]) -> None:
+        """Queue the first branch on `side`, and each other one beside it on a stream of its own, joined at the end."""
+        for stream in others:
+            stream.wait_stream(side)
+        try:
+            for executor, stream in zip(self.executors, [side, *others], strict=True):
+                with torch.cuda.stream(stream):
+                    executor.run()
+        finally:
+            for stream in others:
+                side.wait_stream(stream)
 
     def run(self) -> None:
         """Replay, or launch where nothing was captured.
@@ -72,12 +98,18 @@ class Bound:
             RuntimeError: of CUDA; the message names the key.
         """
         if self.graph is None:
-            self.executor.run()
+            self.launch()
             return
         try:
             self.graph.replay()
         except RuntimeError as error:
-            raise RuntimeError(f"replay of {self.plan.key} failed: {error}") from error
+            raise RuntimeError(f"replay of {self.key} failed: {error}") from error
+
+
+def _capture_stream(device: torch.device, branch: int) -> torch.cuda.Stream:
+    if (device, branch) not in _capture_streams:
+        _capture_streams[device, branch] = torch.cuda.Stream(device)
+    return _capture_streams[device, branch]
 
 
 @contextmanager
@@ -129,7 +161,7 @@ class BoundCache:
         """
         if self.graphs:
             self._capture(bound)
-        self._bound[bound.plan.key] = bound
+        self._bound[bound.key] = bound
         while (self._nbytes() > self.budget or len(self._bound) > MAX_BOUND) and len(self._bound) > 1:
             retire([self._bound.popitem(last=False)[1].arena])
             self.stats.evictions += 1
@@ -149,7 +181,7 @@ class BoundCache:
             if not self._warned:
                 self._warned = True
                 warnings.warn(
-                    f"a CUDA graph of {bound.plan.key.direction} could not be captured, so its launches are queued one "
+                    f"a CUDA graph of {bound.key.direction} could not be captured, so its launches are queued one "
                     f"by one: {error}; cuda_graphs=False does so from the start",
                     stacklevel=2,
                 )

@@ -14,6 +14,7 @@ class ServingOptions:
     Attributes:
         low_latency: run a single image by launches shaped for it.
         cuda_graphs: capture and replay CUDA graphs; else every launch is queued by itself.
+        overlap: run the halves of an even batch as two branches of one graph.
         memory_budget: bytes of all arenas together, None for the default. What is about to run is kept all the same.
 
     Raises:
@@ -22,6 +23,7 @@ class ServingOptions:
 
     low_latency: bool = False
     cuda_graphs: bool = True
+    overlap: bool = False
     memory_budget: int | None = None
 
     def __post_init__(self) -> None:

@@ -21,7 +21,7 @@ from ..diffusion import sample
 from ..errors import InputError
 from ..reference import Autoencoder, Posterior
 from . import weights
-from .batching import ARENA_BUDGET, Limit, cached_plan, micro_batch, parts
+from .batching import ARENA_BUDGET, Limit, branches, cached_plan, micro_batch, parts
 from .graphs import Bound, BoundCache
 from .memory import MIB, DeviceMemoryError, amount, copy_into, free_bytes, is_out_of_memory, new_arena, retire
 from .options import ServingOptions
@@ -130,7 +130,7 @@ class Runtime:
         with self._turn():
             if self._cuda:
                 runs = {replace(key, batch=n): None for key in keys for n in parts(key.batch, self._micro_batch(key))}
-                precompile([cached_plan(self.config, key) for key in runs if key not in self._ran], self.stats)
+                precompile([self._plan(key)[0] for key in runs if key not in self._ran], self.stats)
             for key in keys:
                 for _ in self._split(key):
                     pass
@@ -182,16 +182,17 @@ class Runtime:
         with self._turn():
             start = 0
             for bound in self._split(key):
-                stop = start + bound.plan.key.batch
-                for name, static in bound.inputs.items():
-                    static.copy_(inputs[name][start:stop])
+                for executor, rows in bound.parts(start):
+                    for name, static in executor.inputs.items():
+                        static.copy_(inputs[name][rows])
                 bound.run()
                 self._count(bound)
-                for name, static in bound.outputs.items():
-                    if name not in outputs:
-                        outputs[name] = self._output(key, bound.plan, name)
-                    copy_into(outputs[name][start:stop], static)
-                start = stop
+                for executor, rows in bound.parts(start):
+                    for name, static in executor.outputs.items():
+                        if name not in outputs:
+                            outputs[name] = self._output(key, bound.plan, name)
+                        copy_into(outputs[name][rows], static)
+                start += bound.key.batch
         return outputs
 
     @contextmanager
@@ -243,9 +244,9 @@ class Runtime:
             self._weights.touch(bound.plan)
             return bound
         started = time.perf_counter()
-        plan = cached_plan(self.config, key)
+        plan, count = self._plan(key)
         if capturing:
-            return self._bound_for_caller(plan)
+            return self._bound_for_caller(key, plan, count)
         try:
             packed = self._weights.of(plan)
         except DeviceMemoryError:
@@ -254,13 +255,13 @@ class Runtime:
             free_bytes(self.device)
             packed = self._weights.of(plan)
         try:
-            bound = Bound(plan, packed, self._cache.arena(plan.arena_bytes))
+            bound = Bound(key, plan, packed, self._cache.arena(count * plan.arena_bytes), count)
             # weights of single steps come and go, so no graph may keep their addresses
             if key.direction != "predict":
                 self._cache.add(bound)
             if self._cuda and bound.graph is None and key not in self._ran:
                 # compiles and loads kernels here, where memory that runs out can be mended
-                bound.executor.run()
+                bound.launch()
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -269,15 +270,21 @@ class Runtime:
         self.stats.capture_seconds += time.perf_counter() - started
         return bound
 
-    def _bound_for_caller(self, plan: LaunchPlan) -> Bound:
+    def _plan(self, key: PlanKey) -> tuple[LaunchPlan, int]:
+        """The plan of each branch of a run, and how many there are."""
+        branch, count = branches(key, self.options.overlap)
+        return cached_plan(self.config, branch), count
+
+    def _bound_for_caller(self, key: PlanKey, plan: LaunchPlan, count: int) -> Bound:
         """Inside a caller's capture: plain launches, in memory that the caller's graph owns."""
-        if plan.key not in self._ran or not self._weights.ready_for(plan):
+        if key not in self._ran or not self._weights.ready_for(plan):
             raise InputError(
-                f"this model has not run {plan.key.direction} of {plan.key.batch} images of {plan.key.height}x"
-                f"{plan.key.width} in this form yet, and weights cannot be folded, nor kernels compiled, while a CUDA "
+                f"this model has not run {key.direction} of {key.batch} images of {key.height}x"
+                f"{key.width} in this form yet, and weights cannot be folded, nor kernels compiled, while a CUDA "
                 "graph is being captured: call it once with the same shape, or warmup(), before the capture"
             )
-        return Bound(plan, self._weights.lend(plan), new_arena(plan.arena_bytes, self.device))
+        arena = new_arena(count * plan.arena_bytes, self.device)
+        return Bound(key, plan, self._weights.lend(plan), arena, count)
 
     def _count(self, bound: Bound) -> None:
         if bound.graph is None:

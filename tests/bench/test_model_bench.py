@@ -270,10 +270,11 @@ def test_a_single_image_is_measured_with_and_without_low_latency(group):
 def test_our_contenders_differ_by_public_settings(setting):
     (x,) = sides.make_inputs(setting, CAPACITOR, ENCODE, 1)
     found = {c.name: c.build(setting, ENCODE, x).__self__ for c in CAPACITORS if c.is_ours}
-    assert {name: (m.cuda_graphs, m.low_latency) for name, m in found.items()} == {
-        "ours": (True, False),
-        "ours, low_latency": (True, True),
-        "ours, no graphs": (False, False),
+    assert {name: (m.cuda_graphs, m.low_latency, m.overlap) for name, m in found.items()} == {
+        "ours": (True, False, False),
+        "ours, low_latency": (True, True, False),
+        "ours, no graphs": (False, False, False),
+        "ours, overlap": (True, False, True),
     }
 
 

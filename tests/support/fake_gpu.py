@@ -126,6 +126,7 @@ class Gpu:
             if stream in self.captures:
                 graph = self.captures[stream]
                 graph.memory.update(used)
+                graph.nodes[stream] += 1
                 for memory in written:
                     memory.promised = memory.pool == graph.handle
                 return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+from collections import Counter
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -54,17 +55,21 @@ class Event:
     def __init__(self, *_: Any, **__: Any):
         self.clock: Clock = {}
         self.capture: CUDAGraph | None = None
+        self.place = (LEGACY, 0)
 
     def record(self, stream: Stream | None = None) -> None:
         number = (stream or current_stream()).cuda_stream
         with gpu.lock:
             self.capture, self.clock = gpu.captures.get(number), dict(gpu.clocks[number])
+            if self.capture is not None:
+                self.place = number, self.capture.nodes[number]
 
     def wait(self, stream: Stream | None = None) -> None:
         number = (stream or current_stream()).cuda_stream
         with gpu.lock:
             here = gpu.captures.get(number)
             if self.capture is not None and self.capture in gpu.captures.values():
+                self.capture.join(self.place, number)
                 gpu.captures[number] = self.capture
             elif self.capture is not None or (here is not None and self.clock):
                 # cudaErrorCapturedEvent, cudaErrorStreamCaptureIsolation
@@ -87,6 +92,16 @@ class CUDAGraph:
         self.memory: set[Memory] = set()
         self.handle: Hashable = None
         self.ended = self.ready = self.invalid = False
+        # by stream: what was put into the graph from it, and how much of that others have waited for
+        self.nodes, self.joined = Counter[int](), Counter[int]()
+
+    def join(self, place: tuple[int, int], stream: int) -> None:
+        """A stream waits for a place in another one's part of the capture, and becomes part of it if it was not."""
+        other, n = place
+        if stream != other:
+            self.joined[other] = max(self.joined[other], n)
+        if stream not in gpu.captures:
+            self.nodes[stream] += 1
 
     def capture_begin(self, pool: Hashable = None, capture_error_mode: str = "global", **_: Any) -> None:
         stream = current_stream()
@@ -105,6 +120,10 @@ class CUDAGraph:
         with gpu.lock:
             for number in [n for n, graph in gpu.captures.items() if graph is self]:
                 del gpu.captures[number]
+                if number != self.origin and self.joined[number] < self.nodes[number]:
+                    # cudaErrorStreamCaptureUnjoined
+                    gpu.fault(f"a capture ends before stream {number}, which was forked from it, was joined")
+                    self.invalid = True
             if self.invalid:
                 # torch raises before its allocators stop recording, so the pool is lost
                 raise torch.AcceleratorError("CUDA error: operation failed due to a previous error during capture")

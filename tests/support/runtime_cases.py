@@ -18,11 +18,12 @@ def tiny(
     dtype: torch.dtype = torch.float32,
     *,
     cuda_graphs: bool = True,
+    overlap: bool = False,
     memory_budget: int | None = None,
     **changes,
 ) -> FullCapacitor:
     """A model of one block each way; the same seed gives the same weights to both backends."""
-    options = {"backend": backend, "cuda_graphs": cuda_graphs, "memory_budget": memory_budget}
+    options = {"backend": backend, "cuda_graphs": cuda_graphs, "overlap": overlap, "memory_budget": memory_budget}
     return random_model(TINY, options=options | {"strict_size": False}, **changes).to(device, dtype)
 
 

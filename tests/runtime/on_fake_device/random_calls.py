@@ -40,7 +40,7 @@ from capacitor_rt.errors import InputError
 from capacitor_rt.runtime import weights
 
 SIZES = ((8, 8), (16, 8), (16, 16), (24, 8), (32, 32))
-BATCHES = (1, 2, 3, 5)
+BATCHES = (1, 2, 3, 4, 5)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 IMAGE_DTYPES = (torch.float32, torch.bfloat16, torch.uint8)
 ARCHITECTURES = (80, 89, 90, 100, 120)
@@ -100,8 +100,9 @@ class Sequence:
     def new_model(self) -> Any:
         budget = self.random.choice((None, None, 1, 20_000, 100_000))
         dtype, graphs = self.random.choice(DTYPES), self.random.random() < 0.9
-        self.log.append(f"model {dtype} cuda_graphs={graphs} memory_budget={budget}")
-        return tiny(device="cuda", dtype=dtype, cuda_graphs=graphs, memory_budget=budget)
+        overlap = self.random.random() < 0.3
+        self.log.append(f"model {dtype} cuda_graphs={graphs} overlap={overlap} memory_budget={budget}")
+        return tiny(device="cuda", dtype=dtype, cuda_graphs=graphs, overlap=overlap, memory_budget=budget)
 
     def new_call(self, drawing: bool = True) -> Callable[[], Any]:
         """A random call of the model, with inputs of the current stream; `drawing` noise of a seed, or given all."""

@@ -142,6 +142,18 @@ def test_a_capture_takes_warm_launches_copies_and_memory_of_its_own(gpu):
     assert torch.cuda.memory_allocated() < held
 
 
+@pytest.mark.parametrize("forgotten", ["the join", "what came after it"])
+def test_a_capture_wants_its_forks_joined(forgotten, faults):
+    x, fork = on_cuda(), torch.cuda.Stream()
+    with pytest.raises(REFUSED, match="during capture"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        fork.wait_stream(torch.cuda.current_stream())
+        if forgotten == "what came after it":
+            torch.cuda.current_stream().wait_stream(fork)
+        with torch.cuda.stream(fork):
+            x.add_(1)
+    assert "joined" in faults[0]
+
+
 @pytest.mark.parametrize("emptied", [False, True])
 def test_a_pool_ends_with_its_last_graph(emptied):
     x, pool = on_cuda(), torch.cuda.graph_pool_handle()

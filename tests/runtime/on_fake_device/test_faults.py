@@ -52,6 +52,19 @@ def test_every_call_runs_on_every_architecture(gpu, dtype):
     assert gpu.counts["compile"] == gpu.counts["load"] > 0
 
 
+def test_halves_of_a_batch_are_two_branches_of_one_graph(gpu):
+    model, plain = model_on_gpu(overlap=True), model_on_gpu()
+    for batch, branches in ((4, 2), (3, 1), (1, 1)):
+        for m in (model, plain):
+            m.encode(images(batch))
+        found, whole = (list(m.runtime._cache._bound.values())[-1].graph for m in (model, plain))
+        nodes = sorted(n for n in found.nodes.values() if n > 1)
+        assert len(nodes) == branches and min(nodes) >= max(whole.nodes.values())
+    assert (model.stats().captures, model.stats().replays) == (3, 3)
+    model.overlap = False
+    assert model.stats().captures == 0 and model.encode(images(4)).shape == (4, 4, 2, 1)
+
+
 # the pool of the graphs
 
 
