@@ -17,6 +17,7 @@ from torch import Tensor
 
 from capacitor_kernels import reference, tuning
 from capacitor_kernels.launch import Launch, recording
+from capacitor_kernels.ops.attention import work as attention_work
 from capacitor_kernels.ops.whiten import work as whiten_work
 from capacitor_rt import ModelConfig
 from capacitor_rt.runtime.arena import TensorSpec
@@ -40,6 +41,7 @@ class Images(NamedTuple):
 # the batches of the model card, one image at a time, and one large image
 GPU_IMAGES = (Images(128, 256, 256), Images(32, 512, 512), Images(1, 256, 256, "latency"), Images(1, 2048, 2048))
 TINY_IMAGES = (Images(2, 64, 64), Images(1, 48, 80, "latency"))
+FLUX2_STRIDE, FLUX2_WIDTH = 8, 512
 
 
 @dataclass(frozen=True)
@@ -107,8 +109,8 @@ class Case:
 
 def make_case(op: str, images: Images, model: ModelConfig, dtype: torch.dtype, cc: int) -> Case:
     """The case of one op: the first step of it in the plan that has one."""
-    if op == "whiten":
-        step, specs = _whiten_step(images, model, dtype, cc)
+    if op in BY_HAND:
+        step, specs = BY_HAND[op](images, model, dtype, cc)
     else:
         size = images.batch, images.height, images.width
         if op in DECODES:
@@ -141,6 +143,28 @@ def _whiten_step(images: Images, model: ModelConfig, dtype: torch.dtype, cc: int
     return Step("whiten", args, {"config": config}, whiten_work(**specs)), specs
 
 
+def _attention_step(
+    images: Images, model: ModelConfig, dtype: torch.dtype, cc: int
+) -> tuple[Step, dict[str, TensorSpec]]:
+    """By hand: the middle of the FLUX.2 VAE, which has a token for 8 x 8 pixels; narrower beside a tiny model."""
+    tokens, dim = images.height * images.width // FLUX2_STRIDE**2, min(FLUX2_WIDTH, model.model_dim)
+    config = tuning.lookup("attention", cc, {"tokens_per_image": tokens, "dim": dim}, dtype, use=images.use)
+    options = {"tokens_per_image": tokens, "config": config}
+    args = {"q": "input:q", "k": "input:k", "v": "input:v", "out": "output:out"}
+    specs = dict.fromkeys(args, TensorSpec((images.batch * tokens, dim), dtype))
+    return Step("attention", args, options, attention_work(**specs, **options)), specs
+
+
+# ops that are no step of a plan
+BY_HAND = {"whiten": _whiten_step, "attention": _attention_step}
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, tokens_per_image: int) -> Tensor:
+    # by whichever of its kernels torch takes; products and a softmax would need the whole matrix of scores
+    heads = [t.view(-1, 1, tokens_per_image, t.shape[1]) for t in (q, k, v)]
+    return torch.nn.functional.scaled_dot_product_attention(*heads).reshape(q.shape)
+
+
 def _expand(y: Tensor, w1: Tensor, b1: Tensor, sumsq: Tensor, tokens_per_image: int) -> tuple[Tensor, Tensor]:
     # eager torch has the exact GELU, whichever the step asks for
     return reference.expand(y, w1, b1, sumsq, tokens_per_image=tokens_per_image)
@@ -168,6 +192,7 @@ PLAIN: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
     "fuse_skip": (reference.fuse_skip, ("out",)),
     "unpatchify": (reference.unpatchify, ("image",)),
     "whiten": (reference.whiten, ("out",)),
+    "attention": (_attention, ("out",)),
 }
 DECODES = ("fuse_skip", "unpatchify")
 # an op leaves sums per tile, the plain function sums over all of them

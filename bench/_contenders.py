@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from capacitor_rt import FullCapacitor, FullCapacitorInferenceConfig, ModelConfig
 from capacitor_rt.diffusion import unit_noise
 from capacitor_rt.evaluation.flux2 import CONFIG, Flux2
+from capacitor_rt.evaluation.spatial_attention import use_attention
 from capacitor_rt.reference import Autoencoder
 from capacitor_rt.runtime.plan import PlanKey, make_plan
 
@@ -71,7 +72,7 @@ class Setting:
     @cached_property
     def flux2(self) -> Flux2:
         """The FLUX.2 VAE in float32 on the CPU, random weights."""
-        return Flux2.random(self.flux2_config)
+        return Flux2.random(self.flux2_config, attention="torch")
 
     def weights(self, model: str) -> FullCapacitor | Flux2:
         return self.capacitor if model == CAPACITOR else self.flux2
@@ -121,6 +122,7 @@ class Contender:
         compiles: "no", "default" or "autotune": whether it costs minutes of compilation per shape.
         graphs_only: differs from another contender by CUDA graphs alone, so it is left out on the CPU.
         single: differs from another contender for single images alone, so it is left out for larger batches.
+        sweeps: is measured at every size, and not at those of published tables alone.
     """
 
     model: str
@@ -129,6 +131,7 @@ class Contender:
     compiles: str = "no"
     graphs_only: bool = False
     single: bool = False
+    sweeps: bool = False
 
     @property
     def key(self) -> str:
@@ -193,6 +196,12 @@ def _place(setting: Setting, model: str, backend: str = "torch") -> Any:
 
 def _eager(model: str, setting: Setting, shape: Shape, example: Tensor) -> Run:
     return call_of(_place(setting, model), shape.direction)
+
+
+def _our_attention(setting: Setting, shape: Shape, example: Tensor) -> Run:
+    twin = _place(setting, FLUX2)
+    use_attention(twin.vae, "triton")
+    return call_of(twin, shape.direction)
 
 
 def _channels_last(model: str, setting: Setting, shape: Shape, example: Tensor) -> Run:
@@ -267,6 +276,7 @@ FLUX2S = (
     LOW_LATENCY,
     EAGER,
     Contender(FLUX2, "eager, channels_last", partial(_channels_last, FLUX2)),
+    Contender(FLUX2, "eager, our attention", _our_attention, sweeps=True),
     Contender(FLUX2, "torch.compile", partial(_compiled, FLUX2, None), "default"),
 )
 # the ways to run the FLUX.2 VAE: the fastest of them is what the speed-up is over

@@ -18,6 +18,8 @@ _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "uint8": "u
 THROUGHPUT_BATCH = 32
 # where an image's tokens are no multiple of 16, those of an odd batch are none either: another specialisation
 ODD_BATCH = 3
+# pixels of an image that has 66 x 66 tokens where a token stands for 8 x 8 pixels: no multiple of 16
+MASKED_SIDE = 528
 
 
 class Call(NamedTuple):
@@ -52,7 +54,8 @@ def launches_of(row: ConfigRow) -> list[tuple[Launch, str]]:
     """
     found: dict[Any, tuple[Launch, list[Call]]] = {}
     users: list[Call] = []
-    for call, launches in _by_hand(row) if row.family == "whiten" else _by_plans(row):
+    by_hand = {"whiten": _whiten, "attention": _attention}
+    for call, launches in by_hand.get(row.family, _by_plans)(row):
         users.append(call)
         for launch in launches:
             _, queued_by = found.setdefault(identity(launch), (launch, []))
@@ -147,18 +150,30 @@ def _grids(row: ConfigRow) -> list[tuple[int, int]]:
     return [(8, 8), (16, 16), (32, 32), (64, 64)]
 
 
-def _by_hand(row: ConfigRow) -> Iterator[tuple[Call, list[Launch]]]:
+def _whiten(row: ConfigRow) -> Iterator[tuple[Call, list[Launch]]]:
     """Whitening of latents in the row's dtype."""
+    side = 16 * math.isqrt(row.shape["pixels"])
+    yield Call("by hand", row.dtype), _by_hand(row, side)
+
+
+def _attention(row: ConfigRow) -> Iterator[tuple[Call, list[Launch]]]:
+    """Square images of the row's tokens, and others whose last tile is masked, as the FLUX.2 VAE has them."""
+    from ._cases import FLUX2_STRIDE
+
+    for side in (FLUX2_STRIDE * math.isqrt(row.shape["tokens_per_image"]), MASKED_SIDE):
+        yield Call(f"FLUX.2 {side}x{side}", row.dtype), _by_hand(row, side)
+
+
+def _by_hand(row: ConfigRow, side: int) -> list[Launch]:
+    """The launches of an op that is no step of a plan, for square images."""
     import torch
 
     from capacitor_rt import ModelConfig
 
     from ._cases import Images, make_case
 
-    side = 16 * math.isqrt(row.shape["pixels"])
     images, dtype = Images(THROUGHPUT_BATCH, side, side), getattr(torch, _DTYPES[row.dtype])
-    case = make_case("whiten", images, ModelConfig(), dtype, row.cc)
-    yield Call("by hand", row.dtype), case.with_config(row.config).launches()
+    return make_case(row.family, images, ModelConfig(), dtype, row.cc).with_config(row.config).launches()
 
 
 def identity(launch: Launch) -> Any:

@@ -5,7 +5,8 @@
 
 `AutoencoderKLFlux2` of diffusers in its published configuration; its random weights change neither time nor memory.
 encode is the mode of the posterior, 2x2 patchified and normalised as the FLUX.2 pipeline does; decode is the inverse.
-This model runs interleaved with it, so that the speed-up comes from one run. The options are those of
+Its attention is torch's as its users have it, and in one contender this project's kernel, which holds no matrix of
+scores. This model runs interleaved with it, so that the speed-up comes from one run. The options are those of
 `python -m bench model`.
 """
 

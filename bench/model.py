@@ -42,7 +42,7 @@ def plan_jobs(
 ) -> list[tuple[Shape, Sequence[Contender]]]:
     """Named rows by all that need no compiler, then the compiled ones, then the sweep by the first two.
 
-    With these two come those that differ for single images alone.
+    With these two come those that differ for single images alone, and in the sweep those that are of it.
     """
     quick = [c for c in contenders if c.compiles == "no"]
     slow = [c for c in contenders if c.compiles != "no"]
@@ -51,7 +51,7 @@ def plan_jobs(
     compiled = {"none": [], "first": shapes[:1], "named": shapes, "all": [*shapes, *sweep]}[how]
     # one at a time, so that what runs out of time loses no more than one
     jobs += [(shape, [*first, contender]) for contender in slow for shape in compiled]
-    jobs += [(shape, first) for shape in sweep]
+    jobs += [(shape, [*first, *(c for c in quick[2:] if c.sweeps)]) for shape in sweep]
     return [(shape, [c for c in group if shape.batch == 1 or not c.single]) for shape, group in jobs]
 
 

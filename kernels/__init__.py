@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-OPS = ("patchify", "dwconv", "expand", "grn", "project", "head", "fuse_skip", "unpatchify", "whiten")
+OPS = ("patchify", "dwconv", "expand", "grn", "project", "head", "fuse_skip", "unpatchify", "whiten", "attention")
 _MODULES = ("jit", "launch", "ops", "reference", "tuning")
 _NAMES = {
     **{name: f"ops.{name}" for name in OPS},

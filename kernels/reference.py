@@ -157,3 +157,13 @@ def dewhiten(z: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Te
     """z * std + mean per channel of [B, Z, h, w], in float32 or better."""
     wide = _wide(z.dtype)
     return z.to(wide) * std.to(wide).view(-1, 1, 1) + mean.to(wide).view(-1, 1, 1)
+
+
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, tokens_per_image: int, scale: float | None = None
+) -> torch.Tensor:
+    """out [T, D] = softmax(q @ k^T * scale) @ v, every image by itself; scale is 1 / sqrt(D) when None."""
+    q, k, v = (t.view(-1, tokens_per_image, t.shape[1]) for t in (q, k, v))
+    scores = q @ k.transpose(1, 2) * (q.shape[2] ** -0.5 if scale is None else scale)
+    weights = torch.softmax(scores.to(_wide(q.dtype)), dim=2).to(q.dtype)
+    return (weights @ v).flatten(0, 1)

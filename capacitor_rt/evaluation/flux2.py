@@ -1,7 +1,8 @@
 """The FLUX.2 autoencoder of diffusers behind `FullCapacitor`'s interface, for comparisons: encode, decode, reconstruct.
 
 Normalised as the FLUX.2 pipeline does it: the mode of the posterior, 2x2 pixels to channels (order `c*4 + i*2 + j`),
-the running statistics of the batch norm. diffusers is optional (the extra `bench`).
+the running statistics of the batch norm. On GPUs its attention runs by this project's kernel, so that large images need
+no matrix of scores. diffusers is optional (the extra `bench`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from ..config import FullCapacitorInferenceConfig
 from ..errors import CheckpointError, InputError
 from ..extras import install_hint, is_installed
+from .spatial_attention import use_attention
 
 HUB_ID = "black-forest-labs/FLUX.2-dev"
 SIZE_MULTIPLE = 16
@@ -71,22 +73,25 @@ class Flux2(nn.Module):
     """An `AutoencoderKLFlux2` that takes and gives what `FullCapacitor` does; latents `[B,128,H/16,W/16]`.
 
     Args:
-        vae: the diffusers model, which stays as it is.
+        vae: the diffusers model, of which nothing but its attention processors is changed.
+        attention: "auto" (this project's kernel on NVIDIA GPUs in bfloat16 and float16, torch elsewhere), "triton" or
+            "torch".
     """
 
     size_multiple = SIZE_MULTIPLE
 
-    def __init__(self, vae: Any):
+    def __init__(self, vae: Any, attention: str = "auto"):
         super().__init__()
         self.vae = vae.eval().requires_grad_(False)
+        use_attention(self.vae, attention)
 
     @classmethod
-    def random(cls, config: dict[str, Any] | None = None, seed: int = 0) -> Flux2:
+    def random(cls, config: dict[str, Any] | None = None, seed: int = 0, attention: str = "auto") -> Flux2:
         """The published architecture (or `config`) in float32 on the CPU, weights as torch initialises them."""
         vae_class = _vae_class()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return cls(vae_class(**(config or CONFIG)))
+            return cls(vae_class(**(config or CONFIG)), attention)
 
     @classmethod
     def from_pretrained(

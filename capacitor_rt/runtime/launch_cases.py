@@ -36,6 +36,7 @@ OUTPUTS: dict[str, tuple[str, ...]] = {
     "unpatchify": ("image",),
     "whiten": ("out",),
     "dewhiten": ("out",),
+    "attention": ("out",),
 }
 # an op leaves sums per tile, plain torch the sum of all
 SUMMED: dict[str, Callable[[Tensor], Tensor]] = {
@@ -45,19 +46,21 @@ SUMMED: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Sizes(NamedTuple):
-    """A model of one block each way, and grids of tokens: whole tiles, the last one masked, several to an image."""
+    """A model of one block each way, grids of tokens (whole tiles, the last one masked, several to an image), and the
+    width of an attention."""
 
     config: ModelConfig
     even: Grid
     masked: Grid
     many: Grid
+    attention: int
 
 
 _ONE_BLOCK = ModelConfig(encoder_depth=1, decoder_depth=1, decoder_start_blocks=1, decoder_end_blocks=0)
 # a hidden layer wide enough to be split
 _TINY = replace(_ONE_BLOCK, patch_size=8, model_dim=24, mlp_ratio=24, bottleneck_dim=4, adaln_low_rank_rank=2)
-FULL = Sizes(_ONE_BLOCK, (16, 16), (15, 17), (64, 64))
-TINY = Sizes(_TINY, (4, 4), (3, 5), (40, 40))
+FULL = Sizes(_ONE_BLOCK, (16, 16), (15, 17), (64, 64), 512)
+TINY = Sizes(_TINY, (4, 4), (3, 5), (40, 40), 24)
 
 
 def sizes() -> Sizes:
@@ -126,6 +129,8 @@ class LaunchCase:
                 return {"image": reference.unpatchify(**t, patch=o["patch"], grid=(rows, columns), **scales)}
             case "whiten":
                 return {"out": reference.whiten(**t)}
+            case "attention":
+                return {"out": reference.attention(**t, tokens_per_image=o["tokens_per_image"])}
             case _:
                 return {"out": reference.dewhiten(**t)}
 
@@ -151,6 +156,7 @@ def cases(at: Sizes, dtype: torch.dtype, cc: int) -> Iterator[LaunchCase]:
                 seen.add(case.name)
                 yield case
     yield from _whitening(at, dtype, cc)
+    yield from _attention(at, dtype, cc)
 
 
 def _key(
@@ -199,6 +205,16 @@ def _whitening(at: Sizes, dtype: torch.dtype, cc: int) -> Iterator[LaunchCase]:
         args = {"z": "input:z", "mean": "weight:mean", deviation: f"weight:{deviation}", "out": "output:out"}
         specs = {"z": latents, "mean": statistics, deviation: statistics, "out": latents}
         yield LaunchCase(f"{op} 2x{h}x{w}", Step(op, args, options), specs)
+
+
+def _attention(at: Sizes, dtype: torch.dtype, cc: int) -> Iterator[LaunchCase]:
+    """By hand: it serves the FLUX.2 VAE, of whose width it is here."""
+    for h, w in (at.even, at.masked):
+        key = {"tokens_per_image": h * w, "dim": at.attention}
+        options = {"tokens_per_image": h * w, "config": tuning.lookup("attention", cc, key, dtype)}
+        args = {"q": "input:q", "k": "input:k", "v": "input:v", "out": "output:out"}
+        specs = dict.fromkeys(args, TensorSpec((2 * h * w, at.attention), dtype))
+        yield LaunchCase(f"attention 2x{h}x{w}", Step("attention", args, options), specs)
 
 
 def _values(step: Step, name: str, spec: TensorSpec, draw: torch.Generator) -> Tensor:

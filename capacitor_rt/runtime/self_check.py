@@ -147,7 +147,7 @@ def _alive(device: torch.device) -> bool:
 
 
 def _model_rows(device: torch.device, dtype: torch.dtype, draw: torch.Generator) -> Iterator[CheckRow]:
-    config, (h, w), _, _ = sizes()
+    config, (h, w), *_ = sizes()
     height, width = h * config.patch_size, w * config.patch_size
     tensors = random_tensors(config, draw)
     pixels = torch.randint(0, 256, (2, 3, height, width), generator=draw, dtype=torch.uint8, device="cpu").to(device)

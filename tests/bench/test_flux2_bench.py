@@ -48,12 +48,14 @@ def test_flux2_command(tmp_path):
     options = ["--device", "cpu", "--shape", "encode:1x32", "--compile", "none", "--out", str(out)]
     assert flux2.main(options) == 0
     lines = [json.loads(line) for line in out.read_text().splitlines()][1:]
-    assert [(line["model"], line["variant"]) for line in lines][:2] == [("full_capacitor", "ours"), (FLUX2, "eager")]
+    variants = [(line["model"], line["variant"]) for line in lines]
+    assert variants[:2] == [("full_capacitor", "ours"), (FLUX2, "eager")]
+    assert (FLUX2, "eager, our attention") in variants
     assert all("diffusers" in line and line["ms"] > 0 for line in lines)
 
 
 def test_rows_are_those_of_the_model_benchmark():
-    assert FLUX2_FORMS == ("eager", "eager, channels_last", "torch.compile")
+    assert FLUX2_FORMS == ("eager", "eager, channels_last", "eager, our attention", "torch.compile")
     jobs = model.plan_jobs(contenders.FLUX2S, [Shape("encode", 2, 32)], [Shape("encode", 4, 32)], "named")
     # ours and every form of FLUX.2 that needs no compiler in one comparison, the compiled one beside ours and eager
     (_, quick), (_, compiled), (_, sweep) = jobs
@@ -62,7 +64,8 @@ def test_rows_are_those_of_the_model_benchmark():
         "full_capacitor/eager",
         "flux2/eager",
         "flux2/eager, channels_last",
+        "flux2/eager, our attention",
     }
     assert [c.key for c in compiled] == ["full_capacitor/ours", "flux2/eager", "flux2/torch.compile"]
-    # what the sweep compares is this runtime and FLUX.2
-    assert [c.model for c in sweep] == ["full_capacitor", FLUX2]
+    # what the sweep compares is this runtime and FLUX.2, by torch's attention and by the kernel
+    assert [c.key for c in sweep] == ["full_capacitor/ours", "flux2/eager", "flux2/eager, our attention"]

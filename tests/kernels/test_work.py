@@ -86,6 +86,7 @@ def whiten() -> Call:
     return Call("whiten", {"z": latents_of(BF16), "out": latents_of(F32)} | statistics, {})
 
 
+PER_TOKENS = {"tokens_per_image": PER_IMAGE}
 SUMSQ = t(*dwconv_sumsq_shape(TOKENS, DIM, CONV), dtype=F32)
 CONV_TENSORS = {"x": t(TOKENS, DIM), "w": t(49, DIM, dtype=F32), "b": t(DIM, dtype=F32), "y": t(TOKENS, DIM)}
 EXPAND_TENSORS = {"y": t(TOKENS, DIM), "w1": t(DIM, HIDDEN), "b1": t(HIDDEN, dtype=F32), "h": t(TOKENS, HIDDEN)}
@@ -123,6 +124,7 @@ CALLS = {
         {"patch": PATCH, "scale_x0": 0.5, "scale_noise": 0.5, "config": GEMM},
     ),
     "whiten": whiten(),
+    "attention": Call("attention", {name: t(TOKENS, DIM) for name in "qkv"} | {"out": t(TOKENS, DIM)}, PER_TOKENS),
 }
 
 
@@ -171,6 +173,7 @@ def _reference(call: Call) -> None:
         "head": ("x", "w", "b"),
         "fuse_skip": ("s", "m", "w", "b"),
         "unpatchify": ("tokens", "w", "b"),
+        "attention": ("q", "k", "v"),
     }[call.op]
     options = {key: value for key, value in call.options.items() if key in ("patch", "layout", "tokens_per_image")}
     if call.op == "dwconv":

@@ -19,6 +19,8 @@ Make = Callable[[], Case]
 _GRID = (7, 5)
 _ROW_GRID = (16, 16)
 _DIM, _HIDDEN, _PATCH, _CHANNELS = 896, 3584, 16, 128
+# of the attention of the FLUX.2 VAE, which is executed at fewer tokens than its row is for
+_WIDTH, _FEW_TOKENS = 512, 128
 _LONG = 1024
 
 
@@ -39,6 +41,7 @@ def quick(cc: int) -> Iterator[Make]:
     yield partial(cases.patchify, form, 1, _GRID, 8, 104, "bf16", latents=16, latents_dtype="bf16")
     yield partial(cases.head, form, 2, _GRID, 104, 16)
     yield partial(cases.unpatchify, form, 2, _GRID, 8, 104, "bf16", "fp32")
+    yield partial(cases.attention, form, 1, 70, 512)
     if cc >= 90:
         through = Form(cc, config=tma_config(), label="descriptors")
         yield partial(cases.expand, through, 2, 70, 136, 200)
@@ -50,6 +53,7 @@ def quick(cc: int) -> Iterator[Make]:
         yield partial(cases.unpatchify, form, 1, _GRID, 8, 104, "uint8")
         yield partial(cases.whiten, form, 2, _GRID, 16)
         yield partial(cases.whiten, form, 2, _GRID, 16, inverse=True, out="fp32")
+        yield partial(cases.attention, form, 2, 35, 72)
 
 
 def odd(cc: int, dtype: torch.dtype) -> Iterator[Make]:
@@ -66,6 +70,7 @@ def odd(cc: int, dtype: torch.dtype) -> Iterator[Make]:
         yield partial(cases.fuse_skip, form, batch, tokens, _DIM, _DIM)
         yield partial(cases.unpatchify, form, batch, grid, _PATCH, _DIM, "uint8", "fp32")
         yield partial(cases.whiten, form, batch, grid, _CHANNELS, out="fp32")
+        yield partial(cases.attention, form, batch, tokens, _WIDTH)
     for dim, hidden in ((104, 200), (90, 99), (33, 65)):
         yield partial(cases.expand, form, 3, 35, dim, hidden, gelu="erf")
         yield partial(cases.project, form, 3, 35, hidden, dim)
@@ -74,6 +79,7 @@ def odd(cc: int, dtype: torch.dtype) -> Iterator[Make]:
         yield partial(cases.head, form, 3, _GRID, dim, hidden // 5, raw=True)
         yield partial(cases.grn, form, 3, 1 + dim % 7, hidden)
         yield partial(cases.whiten, form, 3, _GRID, dim, inverse=True)
+        yield partial(cases.attention, form, 3, 35, dim)
     # the rows of 256 tokens, descriptors included, with a last tile that is cut
     yield partial(cases.expand, form, 2, 250, _DIM, _HIDDEN)
     yield partial(cases.project, form, 2, 250, _HIDDEN, _DIM)
@@ -134,5 +140,8 @@ def _row(form: Form, row: ConfigRow, batch: int) -> Iterator[Make]:
     elif row.family == "whiten":
         for inverse in (False, True):
             yield partial(cases.whiten, form, 2, _ROW_GRID, _CHANNELS, inverse)
+    elif row.family == "attention":
+        for few in (_FEW_TOKENS, _FEW_TOKENS + 2):
+            yield partial(cases.attention, form, 2, few, shape["dim"])
     else:
         raise ValueError(f"no cases for the family {row.family}: add them to tests/ptx/cases.py and here")

@@ -368,3 +368,23 @@ def whiten(
         call=call,
         reference=lambda images, weights, batch: {"out": _rounded(plain(**images, **weights), DTYPES[out])},
     )
+
+
+def attention(form: Form, batch: int, tokens: int, dim: int) -> Case:
+    total, dtype = batch * tokens, form.dtype
+    names = ("q", "k", "v")
+
+    def call(images: Tensors, weights: Tensors, outs: Tensors, batch: int) -> None:
+        ck.attention(**images, **outs, tokens_per_image=tokens, config=form.config)
+
+    return form.case(
+        "attention",
+        f"B{batch} T{tokens} D{dim}",
+        batch,
+        # scores that tell keys apart
+        {name: randn(total, dim, seed=34 + i, scale=1.5, dtype=dtype) for i, name in enumerate(names)},
+        {},
+        outputs=lambda batch: {"out": ((batch * tokens, dim), dtype)},
+        call=call,
+        reference=lambda images, weights, batch: {"out": reference.attention(**images, tokens_per_image=tokens)},
+    )
