@@ -16,6 +16,7 @@ from ..version import __version__
 from .cache import cache, verify
 from .calibrate import calibrate
 from .doctor import doctor
+from .export import export
 from .inspect_checkpoint import inspect
 from .latent_files import decode, encode
 from .plan import plan
@@ -29,7 +30,7 @@ app = typer.Typer(
     help="Fast runtime for the full_capacitor image autoencoder.",
 )
 
-for command in (encode, decode, inspect, cache, verify, psnr, probe, plan, doctor, calibrate):
+for command in (encode, decode, inspect, cache, verify, export, psnr, probe, plan, doctor, calibrate):
     app.command()(command)
 
 

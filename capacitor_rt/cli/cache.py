@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +9,7 @@ import typer
 from tqdm import tqdm
 
 from ..errors import CacheError, InputError
+from .interrupts import bytes_text, interruptible
 from .options import (
     AreaSide,
     Backend,
@@ -30,9 +27,6 @@ from .terminal import echo, note
 
 if TYPE_CHECKING:
     from ..cache.run import DryRun, Report
-
-INTERRUPTED = 130
-TERMINATED = 143
 
 
 def cache(
@@ -74,7 +68,7 @@ def cache(
         raise InputError("give one of --size N (squares) and --area N (aspect-ratio buckets)")
     if not src.exists():
         raise InputError(f"{str(src)!r} does not exist: give a folder of images, or one image")
-    with _interruptible():
+    with interruptible():
         from ..cache.model_source import Checkpoint
         from ..cache.plan import CacheRequest
         from ..cache.run import cache_images
@@ -113,7 +107,7 @@ def verify(
     """
     if not root.is_dir():
         raise CacheError(f"{str(root)!r} is not a folder: give the folder of a cache")
-    with _interruptible():
+    with interruptible():
         from ..cache.verify import verify as check
 
         with tqdm(desc="verify", unit="shard", disable=quiet, leave=False) as bar:
@@ -130,44 +124,9 @@ def verify(
     if found.unfinished:
         note(f"unfinished: {found.unfinished} shards are still to be written: run the cache command again")
     state = f"{len(found.problems)} problems" if found.problems else "no damage"
-    echo(f"{found.rows} rows of {found.inputs} inputs, {found.shards} shards, {_bytes(found.nbytes)}: {state}")
+    echo(f"{found.rows} rows of {found.inputs} inputs, {found.shards} shards, {bytes_text(found.nbytes)}: {state}")
     if found.problems or found.unfinished:
         raise typer.Exit(1)
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Turn interruptions into a line on stderr and an exit code. Other failures are the entry point's to print."""
-    try:
-        with _sigterm():
-            yield
-    except _Terminated as e:
-        note("terminated: finished shards are safe, and the same command goes on from there")
-        raise typer.Exit(TERMINATED) from e
-    except KeyboardInterrupt as e:
-        note("interrupted: finished shards are safe, and the same command goes on from there")
-        raise typer.Exit(INTERRUPTED) from e
-
-
-class _Terminated(KeyboardInterrupt):
-    pass
-
-
-@contextmanager
-def _sigterm() -> Iterator[None]:
-    """Make SIGTERM, which schedulers send before they kill, as clean a stop as Ctrl-C."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(*_: object) -> None:
-        raise _Terminated
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _print_dry_run(found: DryRun) -> None:
@@ -178,12 +137,12 @@ def _print_dry_run(found: DryRun) -> None:
         echo(f"{bucket!s:>23}  {count:>8}")
     for reason, count in sorted(found.quarantined.items()):
         echo(f"{'quarantined: ' + reason:>23}  {count:>8}")
-    echo(f"{found.shards} shards of at most {found.rows} images, {_bytes(found.nbytes)} of latents in all")
-    echo(f"to be written: {found.todo} shards, {_bytes(found.todo_nbytes)}")
+    echo(f"{found.shards} shards of at most {found.rows} images, {bytes_text(found.nbytes)} of latents in all")
+    echo(f"to be written: {found.todo} shards, {bytes_text(found.todo_nbytes)}")
 
 
 def _print_report(report: Report, out: Path) -> None:
-    done = f"{report.cached} of {report.inputs} images in {report.shards} shards, {_bytes(report.nbytes)}"
+    done = f"{report.cached} of {report.inputs} images in {report.shards} shards, {bytes_text(report.nbytes)}"
     if report.meters is None:
         echo(f"nothing to do: {out} holds {done}")
     else:
@@ -196,11 +155,3 @@ def _print_report(report: Report, out: Path) -> None:
 
 def _remark(line: str) -> None:
     note(f"note: {line}")
-
-
-def _bytes(n: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if n < 1000:
-            return f"{n:.4g} {unit}"
-        n /= 1000
-    return f"{n:.4g} TB"

@@ -1,0 +1,216 @@
+"""Writing an export: pieces appear whole, are logged when they have been read back, and are never written twice."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+
+from ...errors import CacheError, InputError
+from ..durable import LOCK, TMP, PendingFile, canonical_json, fsync_dir, write_all
+
+MANIFEST = "capacitor.json"
+LOG = "capacitor.jsonl"
+FORMAT = "capacitor-export/1"
+# what a run notes and another may differ in
+_FOR_THE_RECORD = ("code",)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows that are written, read back and logged as one.
+
+    Attributes:
+        number: position among the pieces.
+        rows: numbers of the rows, int64 `[N]`, ascending.
+        name: file, or folder of the files, relative to the export; what the format makes of it.
+    """
+
+    number: int
+    rows: np.ndarray
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class OutFile:
+    """A file to be written: its name relative to the export, and its bytes."""
+
+    name: str
+    chunks: Iterable[bytes | memoryview]
+
+
+class PieceRecord(TypedDict):
+    """A line of capacitor.jsonl: number of the piece, its files and bytes, what read it back, largest rounding."""
+
+    piece: int
+    files: list[str]
+    bytes: int
+    read_back: str
+    rounding: float
+
+
+def cut(rows: np.ndarray, nbytes: np.ndarray | int, limit: int) -> Iterator[np.ndarray]:
+    """Consecutive slices of `rows` of at most `limit` bytes each, and at least one row. `nbytes`: of each row."""
+    total = np.cumsum(np.broadcast_to(np.asarray(nbytes, np.int64), rows.shape))
+    start, before = 0, 0
+    while start < len(rows):
+        stop = max(int(np.searchsorted(total, before + limit, side="right")), start + 1)
+        yield rows[start:stop]
+        start, before = stop, int(total[stop - 1])
+
+
+def check_out(out: Path, cache: Path, manifest: dict[str, Any]) -> None:
+    """Refuse a folder that holds anything but this export, before anything is written.
+
+    Raises:
+        InputError: files of others, or an export with other settings; names each that differs.
+    """
+    inside = out.resolve()
+    if inside == cache.resolve() or cache.resolve() in inside.parents:
+        raise InputError(f"{out} lies in the cache {cache}: give an OUT of its own")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file: give a folder")
+    path = out / MANIFEST
+    if not path.exists():
+        there = sorted(p.name for p in out.iterdir() if p.name != LOCK and TMP not in p.name) if out.exists() else []
+        if there:
+            raise InputError(f"{out} holds {there[0]!r} and is no export: give a new or an empty folder")
+        return
+    try:
+        old = json.loads(path.read_bytes())
+        changes = list(_changes("", _identity(old), _identity(json.loads(json.dumps(manifest)))))
+    except (OSError, ValueError, AttributeError) as e:
+        raise CacheError(f"{path} cannot be read ({e}): give a new OUT") from e
+    if changes:
+        lines = "\n  ".join(changes)
+        raise InputError(f"{out} was exported otherwise:\n  {lines}\nuse the old settings, or give a new OUT")
+
+
+def _identity(manifest: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in manifest.items() if k not in _FOR_THE_RECORD}
+
+
+def _changes(prefix: str, old: Any, new: Any) -> Iterator[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            yield from _changes(f"{prefix}.{key}" if prefix else key, old.get(key), new.get(key))
+    elif old != new:
+        yield f"{prefix} {_short(old)} -> {_short(new)}"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) < 80 else f"{text[:77]}..."
+
+
+def write_manifest(out: Path, manifest: dict[str, Any]) -> None:
+    """Write capacitor.json, unless it is there; `check_out` has compared it."""
+    if not (out / MANIFEST).exists():
+        PendingFile(out / MANIFEST, [json.dumps(manifest, indent=1).encode() + b"\n"]).publish()
+
+
+def remove_stale(out: Path) -> None:
+    """Remove temporary files of a killed run. Only the holder of the lock may call this."""
+    for folder, _, names in os.walk(out):
+        for name in names:
+            if TMP in name:
+                os.unlink(os.path.join(folder, name))
+
+
+def publish(out: Path, files: Iterable[OutFile]) -> tuple[list[str], int]:
+    """Write files under temporary names, then give them their own, all durably; their names and bytes.
+
+    Raises:
+        DiskFull: no space; nothing remains. CacheError: a file of other contents has such a name.
+    """
+    pending: list[PendingFile] = []
+    names: list[str] = []
+    try:
+        for file in files:
+            pending.append(PendingFile(out / file.name, file.chunks, sync=False))
+            names.append(file.name)
+        for p in pending:
+            _fsync(p.tmp)
+        for p in pending:
+            p.publish()
+    except BaseException:
+        for p in pending:
+            p.discard()
+        raise
+    for folder in sorted({p.final.parent for p in pending}):
+        fsync_dir(folder)
+    return names, sum(p.size for p in pending)
+
+
+def _fsync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+class PieceLog:
+    """capacitor.jsonl: the pieces that are written and have been read back. A torn last line does not count.
+
+    Only the holder of the export's lock may open it.
+    """
+
+    def __init__(self, out: Path):
+        self.path = out / LOG
+        data = self.path.read_bytes() if self.path.exists() else b""
+        self._size = data.rfind(b"\n") + 1
+        self.records: dict[int, PieceRecord] = {}
+        for number, line in enumerate(data[: self._size].splitlines(), 1):
+            try:
+                record: PieceRecord = json.loads(line)
+                self.records[record["piece"]] = record
+            except (ValueError, KeyError, TypeError):
+                raise CacheError(f"{self.path} line {number} is damaged: delete that line, and export again") from None
+        self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o644)
+        if len(data) != self._size:
+            os.ftruncate(self._fd, self._size)
+        os.lseek(self._fd, self._size, os.SEEK_SET)
+
+    def is_done(self, piece: Piece, out: Path) -> bool:
+        """Whether a piece is logged and its files are there."""
+        record = self.records.get(piece.number)
+        if record is None:
+            return False
+        sizes = []
+        for name in record["files"]:
+            try:
+                sizes.append((out / name).stat().st_size)
+            except FileNotFoundError:
+                return False
+        if sum(sizes) != record["bytes"]:
+            names = record["files"]
+            which = names[0] if len(names) == 1 else f"one of {names[0]} to {names[-1]}"
+            raise CacheError(f"{out / which} is damaged: its size has changed; move it away, and export again")
+        return True
+
+    def append(self, record: PieceRecord) -> None:
+        line = canonical_json(record) + b"\n"
+        try:
+            write_all(self._fd, line)
+            os.fsync(self._fd)
+        except OSError as e:
+            with suppress(OSError):
+                os.ftruncate(self._fd, self._size)
+            raise CacheError(f"cannot write {self.path}: {e.strerror}") from e
+        self._size += len(line)
+        self.records[record["piece"]] = record
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def split(rows: np.ndarray, count: int) -> Sequence[np.ndarray]:
+    """Consecutive slices of at most `count` rows."""
+    return [rows[start : start + count] for start in range(0, len(rows), count)]

@@ -1,0 +1,374 @@
+"""Exporting: nothing is written before all is checked, nothing twice or over anything, and every row is read back."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from cache_cases import flip_byte, snapshot, stamps
+from export_cases import CLASSES, export, label_of, make_cache, rows_by_id
+from safetensors.torch import load_file
+
+from capacitor_rt.cache.durable import Lock
+from capacitor_rt.cache.export import lightningdit, pieces
+from capacitor_rt.cache.export.base import relative_path, same
+from capacitor_rt.cache.export.columns import MOST_CAPTION_BYTES, read_captions, read_labels
+from capacitor_rt.cache.export.pieces import cut
+from capacitor_rt.cache.export.request import FORMATS, ExportRequest
+from capacitor_rt.errors import CacheError, InputError
+
+FOLDERS = {"labels": "folder"}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return make_cache(tmp_path_factory.mktemp("export"), flip=True)
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """Rows without flips or posterior, of two sizes."""
+    return make_cache(tmp_path_factory.mktemp("bare"), area=True)
+
+
+def refused(cache, tmp_path, match, format, **request):
+    """The export ends in an InputError that says `match`, and has written nothing."""
+    with pytest.raises(InputError, match=match):
+        export(cache, tmp_path / "out", format, **request)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_export_goes_on_and_ends_in_the_same_bytes(cache, tmp_path, monkeypatch):
+    export(cache, tmp_path / "whole", "lightningdit", labels="folder", shard_rows=2)
+    real = lightningdit.LightningDiT.record
+    seen: list[int] = []
+
+    def stop(self, i):
+        seen.append(i)
+        if i == 5 and len([s for s in seen if s == 5]) == 2:
+            raise KeyboardInterrupt
+        return real(self, i)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lightningdit.LightningDiT, "record", stop)
+        with pytest.raises(KeyboardInterrupt):
+            export(cache, tmp_path / "out", "lightningdit", labels="folder", shard_rows=2)
+    before = stamps(tmp_path / "out")
+    shards = sorted(name for name in before if name.endswith(".safetensors"))
+    assert len(shards) == 2 and not [name for name in before if ".tmp-" in name]
+    report = export(cache, tmp_path / "out", "lightningdit", labels="folder", shard_rows=2)
+    after = stamps(tmp_path / "out")
+    assert report.new_rows == 5 and all(after[name] == before[name] for name in shards)
+    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "whole")
+    again = export(cache, tmp_path / "out", "lightningdit", labels="folder", shard_rows=2)
+    assert again.new_rows == 0 and stamps(tmp_path / "out") == after
+
+
+@pytest.mark.parametrize(
+    ("format", "request_"),
+    [("mds", {"shard_bytes": 2000}), ("wds", {"shard_bytes": 40_000}), ("mar", FOLDERS), ("automodel", {})],
+)
+def test_a_kill_between_publishing_and_logging_costs_nothing(cache, tmp_path, format, request_):
+    if format == "automodel":
+        request_ = {"space": "whitened"}
+    whole = export(cache, tmp_path / "out", format, **request_)
+    kept = snapshot(tmp_path / "out")
+    # as a kill leaves it: the last line torn, a temporary file, no index
+    log = tmp_path / "out" / pieces.LOG
+    data = log.read_bytes()
+    log.write_bytes(data[: data.rstrip(b"\n").rfind(b"\n") + 8])
+    (tmp_path / "out" / "shard.tmp-0123").write_bytes(b"half")
+    for name in ("index.json", "metadata.json"):
+        (tmp_path / "out" / name).unlink(missing_ok=True)
+    before = stamps(tmp_path / "out")
+    report = export(cache, tmp_path / "out", format, **request_)
+    assert 0 < report.new_rows <= whole.rows and snapshot(tmp_path / "out") == kept
+    after = stamps(tmp_path / "out")
+    changed = {name for name in after if after[name] != before.get(name) and (tmp_path / "out" / name).is_file()}
+    assert changed <= {pieces.LOG, "index.json", "metadata.json"}
+
+
+def test_a_missing_piece_is_written_again_and_a_damaged_one_named(cache, tmp_path):
+    export(cache, tmp_path, "lightningdit", labels="folder", shard_rows=3)
+    kept = snapshot(tmp_path)
+    path = tmp_path / "latents_rank00_shard001.safetensors"
+    path.unlink()
+    assert export(cache, tmp_path, "lightningdit", labels="folder", shard_rows=3).new_rows == 3
+    assert {k: v for k, v in snapshot(tmp_path).items() if k != pieces.LOG} == {
+        k: v for k, v in kept.items() if k != pieces.LOG
+    }
+    with open(path, "ab") as f:
+        f.write(b"x")
+    with pytest.raises(CacheError, match=r"shard001.safetensors is damaged: its size has changed; move it away"):
+        export(cache, tmp_path, "lightningdit", labels="folder", shard_rows=3)
+
+
+def test_other_settings_do_not_go_on_with_an_export(cache, bare, tmp_path):
+    export(cache, tmp_path, "lightningdit", labels="folder")
+    before = stamps(tmp_path)
+    with pytest.raises(InputError, match=r'latents.layout "patchified" -> "unpatchified"'):
+        export(cache, tmp_path, "lightningdit", labels="folder", layout="unpatchified")
+    with pytest.raises(InputError, match='export "lightningdit" -> "mds"'):
+        export(bare, tmp_path, "mds")
+    labels = {row["id"]: 1 - min(1, label_of(row["id"])) for row in rows_by_id(cache)}
+    (tmp_path.parent / "other.json").write_text(json.dumps(labels))
+    with pytest.raises(InputError, match=r"contents.labels "):
+        export(cache, tmp_path, "lightningdit", labels=str(tmp_path.parent / "other.json"))
+    assert stamps(tmp_path) == before
+
+
+def test_nothing_that_exists_is_overwritten(cache, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"holds 'mine.txt' and is no export: give a new or an empty folder"):
+        export(cache, tmp_path / "out", "wds")
+    with pytest.raises(InputError, match="lies in the cache"):
+        export(cache, cache / "out", "wds")
+    with pytest.raises(InputError, match="is a file: give a folder"):
+        export(cache, tmp_path / "out" / "mine.txt", "wds")
+    # a file of ours in name only
+    export(cache, tmp_path / "made", "mar", labels="folder")
+    name = "bee/001.png.npz"
+    (tmp_path / "made" / pieces.LOG).unlink()
+    (tmp_path / "made" / name).write_bytes(b"other")
+    with pytest.raises(CacheError, match=r"001.png.npz exists and differs"):
+        export(cache, tmp_path / "made", "mar", labels="folder")
+    assert (tmp_path / "made" / name).read_bytes() == b"other"
+    assert snapshot(tmp_path / "out") == {"mine.txt": b"mine"}
+
+
+def test_two_exports_at_once_are_kept_apart(cache, tmp_path):
+    with Lock(tmp_path), pytest.raises(CacheError, match="is being written by process"):
+        export(cache, tmp_path, "wds")
+
+
+def test_a_row_that_does_not_read_back_is_found(cache, tmp_path, monkeypatch):
+    real = lightningdit.LightningDiT.chunk
+
+    def wrong(self, tensor):
+        return real(self, -tensor if torch.equal(tensor, middle) else tensor)
+
+    middle = rows_by_id(cache)[4]["latents_flip"]
+    monkeypatch.setattr(lightningdit.LightningDiT, "chunk", wrong)
+    with pytest.raises(CacheError, match=r"does not read back .*: latents_flip of 'bee/001.png' differs"):
+        export(cache, tmp_path, "lightningdit", labels="folder")
+    assert (tmp_path / pieces.LOG).read_bytes() == b""
+
+
+def test_a_damaged_cache_is_not_exported(cache, tmp_path):
+    shutil.copytree(cache, tmp_path / "cache")
+    (shard, *_) = sorted((tmp_path / "cache").rglob("*.safetensors"))
+    flip_byte(shard, shard.stat().st_size - 5)
+    with pytest.raises(CacheError, match="does not match its hash"):
+        export(tmp_path / "cache", tmp_path / "out", "wds")
+    assert not list((tmp_path / "out").glob("*.tar"))
+
+
+def test_caches_that_are_none_or_not_finished_are_refused(cache, tmp_path):
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "latents_rank00_shard000.safetensors").write_bytes(b"")
+    with pytest.raises(CacheError, match="is no latent cache"):
+        export(tmp_path / "foreign", tmp_path / "out", "wds")
+    with pytest.raises(CacheError, match="is not a folder"):
+        export(tmp_path / "nowhere", tmp_path / "out", "wds")
+    shutil.copytree(cache, tmp_path / "part")
+    commits = tmp_path / "part" / "commits.jsonl"
+    commits.write_bytes(b"".join(commits.read_bytes().splitlines(keepends=True)[:-1]))
+    with pytest.raises(CacheError, match="is not finished: "):
+        export(tmp_path / "part", tmp_path / "out", "wds")
+    shutil.copytree(cache, tmp_path / "busy")
+    with Lock(tmp_path / "busy"), pytest.raises(CacheError, match="is being written: wait for it to end"):
+        export(tmp_path / "busy", tmp_path / "out", "wds")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_reader_cannot_take_is_refused_with_what_to_do(cache, bare, tmp_path):
+    refused(bare, tmp_path, "holds no latents of mirrored images.*cache with --flip", "lightningdit", labels="folder")
+    refused(bare, tmp_path, r"2 image sizes \(32x128, 64x64.*stacks rows of one", "ddt", labels="folder")
+    refused(cache, tmp_path, "holds no logsnr: cache with --posterior", "wds", posterior=True)
+    refused(cache, tmp_path, "reads a label per row.*--labels folder", "lightningdit")
+    refused(cache, tmp_path, "would misread --layout patchified", "mds", layout="patchified")
+    refused(cache, tmp_path, "REPA, SRA would misread the stride", "repa", layout="patchified", labels="folder")
+    refused(cache, tmp_path, "reads latents of FLUX.2: pass --space flux2", "musubi")
+    refused(cache, tmp_path, "--space flux2 needs --calibration", "musubi", space="flux2")
+    (tmp_path / "labels.json").write_text(json.dumps({row["id"]: 0 for row in rows_by_id(cache)}))
+    refused(cache, tmp_path, "DDT takes labels from the folders", "ddt", labels=str(tmp_path / "labels.json"))
+    refused(cache, tmp_path, "'nope.csv' is not a file", "mar", labels="nope.csv")
+    refused(cache, tmp_path, "--captions does not go with --format mar", "mar", labels="folder", captions="txt")
+    refused(cache, tmp_path, "--images DIR is missing", "wds", captions="txt")
+    refused(cache, tmp_path, "--scale 0.0 is no positive number", "wds", scale=0.0)
+    refused(cache, tmp_path, "--shard-rows does not go with --format wds: use --shard-bytes", "wds", shard_rows=5)
+    refused(cache, tmp_path, "--prefix 'a/b'", "wds", prefix="a/b")
+    refused(cache, tmp_path, "micro_diffusion reads caption_latents", "mds", preset="micro")
+    refused(cache, tmp_path, "format 'zip' is unknown: use one of lightningdit", "zip")
+
+
+@pytest.mark.parametrize("format", [f for f in FORMATS if f not in ("lightningdit", "mar", "repa", "musubi")])
+def test_the_manifest_says_what_the_files_hold(cache, tmp_path, format):
+    request = {"labels": "folder"} if FORMATS[format].labels != "unused" else {}
+    request |= {"space": "whitened"} if FORMATS[format].space is None else {}
+    export(cache, tmp_path, format, **request)
+    manifest = json.loads((tmp_path / "capacitor.json").read_bytes())
+    assert manifest["format"] == "capacitor-export/1" and manifest["export"] == format
+    assert manifest["cache"]["rows"] == 9 and "/whitened@" in manifest["cache"]["latent_space"]
+    latents = manifest["latents"]
+    layout = "unpatchified" if format in ("mds", "ddt") else "patchified"
+    assert (latents["layout"], latents["space"], latents["scale"], latents["approximate"]) == (
+        layout,
+        "whitened",
+        1.0,
+        False,
+    )
+    assert (latents["channels"], latents["stride"]) == ((2, 8) if layout == "unpatchified" else (8, 16))
+    assert manifest["classes"] == (list(CLASSES) if request.get("labels") else None)
+
+
+def test_labels_of_folders_count_the_folders_of_what_could_not_be_cached():
+    labels = read_labels("folder", ["b/x.png", "b/y.png", "d/z.png"], others=["a/1.png", "c/2.png", "loose.png"])
+    assert labels.classes == ("a", "b", "c", "d") and labels.numbers.tolist() == [1, 1, 3]
+    with pytest.raises(InputError, match=r"1 of 2 rows lie in no folder \('x.png'\)"):
+        read_labels("folder", ["x.png", "a/y.png"])
+
+
+IDS = ["ant/1.png", "bee/2.png"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "numbers", "classes"),
+    [
+        ("l.json", '{"ant/1.png": 7, "bee/2.png": 0, "more": 3}', [7, 0], None),
+        ("l.json", '{"labels": [["ant/1.png", 1], ["bee/2.png", 1]]}', [1, 1], None),
+        ("l.json", '[{"file_name": "bee/2.png", "label": "wasp"}, {"id": "ant/1.png", "label": "ant"}]', None, None),
+        ("l.jsonl", '{"id": "ant/1.png", "class": 2}\n\n{"id": "bee/2.png", "class": 1}\n', [2, 1], None),
+        ("l.csv", "id,label\nant/1.png,10\nbee/2.png,9\n", [10, 9], None),
+        ("l.tsv", "label\tfile_name\nzoo\tant/1.png\nair\tbee/2.png\n", [1, 0], ("air", "zoo")),
+    ],
+)
+def test_labels_of_a_file_are_joined_by_id(tmp_path, name, text, numbers, classes):
+    (tmp_path / name).write_text(text)
+    if numbers is None:
+        # each object has its own names of the columns
+        numbers, classes = [0, 1], ("ant", "wasp")
+    labels = read_labels(str(tmp_path / name), IDS)
+    assert labels.numbers.dtype == np.int64 and labels.numbers.tolist() == numbers and labels.classes == classes
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "match"),
+    [
+        ("l.json", '{"ant/1.png": 7}', r"no label of 1 of 2 rows \('bee/2.png'\)"),
+        ("l.json", '{"1.png": 7, "2.png": 3}', r"no label of 2 of 2 rows .*; it names '1.png', '2.png'"),
+        ("l.json", '{"ant/1.png": -1, "bee/2.png": 1}', r"holds the label -1: labels are numbers from 0"),
+        ("l.json", '{"ant/1.png": 1.5, "bee/2.png": 1}', r"holds the label 1.5"),
+        ("l.json", '{"ant/1.png": true, "bee/2.png": 1}', r"holds the label True"),
+        ("l.json", '{"ant/1.png": "a", "bee/2.png": 1}', r"holds numbers and names"),
+        ("l.json", '{"labels": [["ant/1.png", 1], ["ant/1.png", 2]]}', r"two labels of 'ant/1.png', 1 and 2"),
+        ("l.json", "[1, 2]", r"expected an object"),
+        ("l.json", "nonsense", r"cannot be read"),
+        ("l.csv", "name,colour\nx,red\n", r"it lacks one of label"),
+        ("l.txt", "1\n2\n", r"not of a known kind"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(tmp_path, name, text, match):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=match):
+        read_labels(str(tmp_path / name), IDS)
+
+
+def test_captions_lie_beside_the_images_or_in_a_file(tmp_path):
+    for id, text in zip(IDS, ("an ant\n", "\ufeffeine Biene \u2013 Größe"), strict=True):
+        path = (tmp_path / id).with_suffix(".txt")
+        path.parent.mkdir()
+        path.write_text(text, encoding="utf-8")
+        path.with_suffix(".json").write_text(json.dumps({"score": 1, "prompt": text.upper()}))
+    assert read_captions("txt", IDS, tmp_path) == ["an ant", "eine Biene \u2013 Größe"]
+    assert read_captions("json", IDS, tmp_path)[0] == "AN ANT\n"
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pa.table({"text": ["two", "one"], "id": IDS[::-1]}), tmp_path / "c.parquet")
+    assert read_captions(str(tmp_path / "c.parquet"), IDS, None) == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("caption", "match"),
+    [
+        ("a\0b", "holds a NUL character"),
+        ("x" * 100_000, f"has 100000 bytes, above {MOST_CAPTION_BYTES}: shorten it"),
+        (7, "is int, not text"),
+        (None, "is NoneType, not text"),
+        ("\ud800", "is no valid Unicode"),
+    ],
+)
+def test_captions_that_no_reader_takes_are_refused(bare, tmp_path, caption, match):
+    captions = {row["id"]: "fine" for row in rows_by_id(bare)} | {"bee/001.png": caption}
+    (tmp_path / "captions.json").write_text(json.dumps(captions))
+    refused(bare, tmp_path, f"'bee/001.png' {match}", "mds", captions=str(tmp_path / "captions.json"))
+
+
+def test_caption_files_that_are_missing_or_no_text_are_named(tmp_path):
+    for id in IDS:
+        (tmp_path / id).parent.mkdir()
+    (tmp_path / "ant" / "1.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match=r"1 of 2 rows have no .txt file beside them .* \('bee/2.png'\)"):
+        read_captions("txt", IDS, tmp_path)
+    (tmp_path / "bee" / "2.txt").write_text("x" * 10 * MOST_CAPTION_BYTES)
+    with pytest.raises(InputError, match=r"1.txt cannot be read: 'utf-8' codec"):
+        read_captions("txt", IDS, tmp_path)
+    (tmp_path / "ant" / "1.txt").write_text("ant")
+    with pytest.raises(InputError, match=r"caption of 'bee/2.png' has \d+ bytes"):
+        read_captions("txt", IDS, tmp_path)
+
+
+@pytest.mark.parametrize("id", ["../x.png", "/etc/x.png", "a//b.png", "a/./b.png", "a/../b.png", "x" * 250])
+def test_ids_that_are_no_names_of_files_are_refused(id):
+    with pytest.raises(InputError, match="use mds or wds"):
+        relative_path(id)
+    assert os.fspath(relative_path("a/b\\\\c\\xff.png")) == os.fsdecode(b"a/b\\c\xff.png")
+
+
+def test_cut_keeps_to_the_limit_and_to_at_least_a_row():
+    rows = np.arange(10, 18)
+    sizes = np.array([3, 3, 3, 9, 1, 1, 1, 12])
+    assert [p.tolist() for p in cut(rows, sizes, 7)] == [[10, 11], [12], [13], [14, 15, 16], [17]]
+    assert [p.tolist() for p in cut(rows, 2, 4)] == [[10, 11], [12, 13], [14, 15], [16, 17]]
+    assert list(cut(np.arange(0), 1, 1)) == []
+
+
+def test_values_are_the_same_only_to_the_bit():
+    zero, minus = torch.tensor([0.0]), torch.tensor([-0.0])
+    assert torch.equal(zero, minus) and not same(zero, minus) and same(zero, zero.clone())
+    assert not same(zero, zero.double()) and not same(zero, zero[None]) and not same(zero, 0.0)
+    assert not same(1, True) and same({"a": 1}, {"a": 1})
+
+
+def test_what_float16_cannot_hold_is_refused_or_told(tmp_path):
+    cache = make_cache(tmp_path, each=1, dtype="fp32")
+    report = export(cache, tmp_path / "half", "mds")
+    assert 0 < report.rounding < 4 * 2**-11
+    assert export(cache, tmp_path / "full", "mds", dtype="fp32").rounding == 0
+    with pytest.raises(InputError, match=r"holds 1.*, which torch.float16 cannot: use --dtype fp32"):
+        export(cache, tmp_path / "out", "mds", scale=1e5)
+
+
+def test_rows_are_in_the_order_of_their_ids_whatever_the_cache_s(bare, tmp_path, monkeypatch):
+    from capacitor_rt.cache import LatentDataset
+
+    whole = LatentDataset.column
+
+    def shuffled(self, name):
+        column = whole(self, name)
+        # ids as another source might give them
+        return column if name != "id" else column.take(list(range(len(column)))[::-1])
+
+    export(bare, tmp_path / "a", "comfy", space="whitened")
+    found = {p.name: load_file(p)["latent_tensor"] for p in (tmp_path / "a").glob("*.latent")}
+    assert len(found) == 9
+    monkeypatch.setattr(LatentDataset, "column", shuffled)
+    rows = ExportRequest("comfy", space="whitened").resolved()
+    from capacitor_rt.cache.export.rows import Rows, open_cache
+
+    reversed_ = Rows(open_cache(bare), rows)
+    assert list(reversed_.ids) == sorted(reversed_.ids) and reversed_.order.tolist() == list(range(9))[::-1]
