@@ -76,9 +76,6 @@ def write_all(fd: int, data: bytes | memoryview) -> None:
 class PendingFile:
     """A complete, fsynced file under a temporary name beside `final`.
 
-    With `sync=False` neither the file nor, when it is published, its folder is fsynced: the caller does both for many
-    files at once.
-
     Attributes:
         size: bytes.
         digest: XXH3-128 of the contents, hex.
@@ -88,9 +85,8 @@ class PendingFile:
         CacheError: it cannot be written.
     """
 
-    def __init__(self, final: Path, chunks: Iterable[bytes | memoryview], *, sync: bool = True):
+    def __init__(self, final: Path, chunks: Iterable[bytes | memoryview]):
         self.final = final
-        self._sync = sync
         self.tmp = final.with_name(f"{final.name}{TMP}{uuid.uuid4().hex}")
         self.size = 0
         digest = xxh3()
@@ -102,8 +98,7 @@ class PendingFile:
                     write_all(fd, chunk)
                     digest.update(chunk)
                     self.size += memoryview(chunk).nbytes
-                if sync:
-                    os.fsync(fd)
+                os.fsync(fd)
             finally:
                 os.close(fd)
         except OSError as e:
@@ -140,8 +135,7 @@ class PendingFile:
             self.discard()
             raise _write_error(self.final, e) from e
         self.discard()
-        if self._sync:
-            fsync_dir(self.final.parent)
+        fsync_dir(self.final.parent)
 
     def replace(self) -> None:
         """Give the file its final name, in place of what is there."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -13,10 +14,10 @@ from cache_cases import flip_byte, snapshot, stamps
 from export_cases import CLASSES, export, label_of, make_cache, rows_by_id
 from safetensors.torch import load_file
 
-from capacitor_rt.cache.durable import Lock
 from capacitor_rt.cache.export import lightningdit, pieces
 from capacitor_rt.cache.export.base import relative_path, same
 from capacitor_rt.cache.export.columns import MOST_CAPTION_BYTES, read_captions, read_labels
+from capacitor_rt.cache.export.files import locked
 from capacitor_rt.cache.export.pieces import cut
 from capacitor_rt.cache.export.request import FORMATS, ExportRequest
 from capacitor_rt.errors import CacheError, InputError
@@ -142,7 +143,7 @@ def test_nothing_that_exists_is_overwritten(cache, tmp_path):
 
 
 def test_two_exports_at_once_are_kept_apart(cache, tmp_path):
-    with Lock(tmp_path), pytest.raises(CacheError, match="is being written by process"):
+    with locked(tmp_path), pytest.raises(CacheError, match="is being written by another export"):
         export(cache, tmp_path, "wds")
 
 
@@ -181,8 +182,10 @@ def test_caches_that_are_none_or_not_finished_are_refused(cache, tmp_path):
     with pytest.raises(CacheError, match="is not finished: "):
         export(tmp_path / "part", tmp_path / "out", "wds")
     shutil.copytree(cache, tmp_path / "busy")
-    with Lock(tmp_path / "busy"), pytest.raises(CacheError, match="is being written: wait for it to end"):
-        export(tmp_path / "busy", tmp_path / "out", "wds")
+    with open(tmp_path / "busy" / ".lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(CacheError, match="is being written: wait for it to end"):
+            export(tmp_path / "busy", tmp_path / "out", "wds")
     assert not (tmp_path / "out").exists()
 
 

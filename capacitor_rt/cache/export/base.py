@@ -17,15 +17,16 @@ from torch import Tensor
 
 from ...errors import InputError
 from ...images.scan import id_to_path
-from ..durable import byte_view
-from ..shards import CODES
-from .pieces import OutFile, Piece, split
+from .files import OutFile, tensor_bytes
+from .pieces import Piece, split
 from .request import FLUX2, ExportRequest
 from .rows import Rows
 
 Record: TypeAlias = dict[str, Any]
 """What one row is in a format: tensors, numbers and text by their names there."""
 
+CODES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+"""Dtypes by their names in safetensors."""
 ROW_FILES = 1024
 """Rows of a piece where each row is a file."""
 MOST_NAME_BYTES = 200
@@ -103,7 +104,7 @@ class Format(ABC):
 
     def chunk(self, tensor: Tensor) -> memoryview:
         """Bytes of a contiguous tensor."""
-        return byte_view(tensor).data
+        return tensor_bytes(tensor).data
 
 
 class RowFiles(Format):
@@ -150,7 +151,7 @@ def safetensors_bytes(tensors: dict[str, Tensor], metadata: dict[str, str] | Non
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     data, at = [], 0
     for name, tensor in tensors.items():
-        raw = byte_view(tensor).tobytes()
+        raw = tensor_bytes(tensor).tobytes()
         code = CODES[str(tensor.dtype).removeprefix("torch.")]
         header[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [at, at + len(raw)]}
         data.append(raw)
@@ -185,7 +186,7 @@ def relative_path(id: str) -> PurePosixPath:
 def same(a: Any, b: Any) -> bool:
     """Equality of records' values, of tensors to the bit."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.dtype == b.dtype and a.shape == b.shape and bool(np.array_equal(byte_view(a), byte_view(b)))
+        return a.dtype == b.dtype and a.shape == b.shape and bool(np.array_equal(tensor_bytes(a), tensor_bytes(b)))
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return False
     return type(a) is type(b) and a == b

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from .base import Record, RowFiles, relative_path, safetensors_bytes, torch_bytes
-from .pieces import OutFile, split
+from .files import OutFile
+from .pieces import split
 from .request import ARCHITECTURES
 from .rows import Rows
 

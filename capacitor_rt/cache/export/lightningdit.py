@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..shards import CODES
-from .base import Format, Record, torch_bytes
-from .pieces import OutFile, Piece, split
+from .base import CODES, Format, Record, torch_bytes
+from .files import OutFile
+from .pieces import Piece, split
 
 ROWS = 10_000
 NAMES = ("latents", "latents_flip")

@@ -19,8 +19,9 @@ from ...errors import InputError
 from ...extras import is_installed
 from ...images.geometry import Size
 from .base import Format, Record, from_numpy
+from .files import OutFile
 from .mds_format import encode_sample, fixed_size, index_bytes, read_shard, shard_config, shard_head, shard_info
-from .pieces import OutFile, Piece, cut
+from .pieces import Piece, cut
 from .rows import Rows
 
 SHARD_BYTES = 64 << 20

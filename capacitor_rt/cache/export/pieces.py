@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
@@ -13,7 +12,7 @@ from typing import Any, TypedDict
 import numpy as np
 
 from ...errors import CacheError, InputError
-from ..durable import LOCK, TMP, PendingFile, canonical_json, fsync_dir, write_all
+from .files import LOCK, TMP, OutFile, append_line, publish
 
 MANIFEST = "capacitor.json"
 LOG = "capacitor.jsonl"
@@ -35,14 +34,6 @@ class Piece:
     number: int
     rows: np.ndarray
     name: str = ""
-
-
-@dataclass(frozen=True)
-class OutFile:
-    """A file to be written: its name relative to the export, and its bytes."""
-
-    name: str
-    chunks: Iterable[bytes | memoryview]
 
 
 class PieceRecord(TypedDict):
@@ -112,48 +103,7 @@ def _short(value: Any) -> str:
 def write_manifest(out: Path, manifest: dict[str, Any]) -> None:
     """Write capacitor.json, unless it is there; `check_out` has compared it."""
     if not (out / MANIFEST).exists():
-        PendingFile(out / MANIFEST, [json.dumps(manifest, indent=1).encode() + b"\n"]).publish()
-
-
-def remove_stale(out: Path) -> None:
-    """Remove temporary files of a killed run. Only the holder of the lock may call this."""
-    for folder, _, names in os.walk(out):
-        for name in names:
-            if TMP in name:
-                os.unlink(os.path.join(folder, name))
-
-
-def publish(out: Path, files: Iterable[OutFile]) -> tuple[list[str], int]:
-    """Write files under temporary names, then give them their own, all durably; their names and bytes.
-
-    Raises:
-        DiskFull: no space; nothing remains. CacheError: a file of other contents has such a name.
-    """
-    pending: list[PendingFile] = []
-    names: list[str] = []
-    try:
-        for file in files:
-            pending.append(PendingFile(out / file.name, file.chunks, sync=False))
-            names.append(file.name)
-        for p in pending:
-            _fsync(p.tmp)
-        for p in pending:
-            p.publish()
-    except BaseException:
-        for p in pending:
-            p.discard()
-        raise
-    for folder in sorted({p.final.parent for p in pending}):
-        fsync_dir(folder)
-    return names, sum(p.size for p in pending)
-
-
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        publish(out, [OutFile(MANIFEST, [json.dumps(manifest, indent=1).encode() + b"\n"])])
 
 
 class PieceLog:
@@ -196,14 +146,8 @@ class PieceLog:
         return True
 
     def append(self, record: PieceRecord) -> None:
-        line = canonical_json(record) + b"\n"
-        try:
-            write_all(self._fd, line)
-            os.fsync(self._fd)
-        except OSError as e:
-            with suppress(OSError):
-                os.ftruncate(self._fd, self._size)
-            raise CacheError(f"cannot write {self.path}: {e.strerror}") from e
+        line = json.dumps(record, sort_keys=True, separators=(",", ":")).encode() + b"\n"
+        append_line(self._fd, self._size, line, self.path)
         self._size += len(line)
         self.records[record["piece"]] = record
 

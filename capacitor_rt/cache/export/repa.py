@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from ...errors import CacheError, ImageError, InputError
+from ...extras import require_extra
 from ...images.decode import open_image, read_bytes
 from ...images.geometry import Placement, Size
 from ...images.load import PixelPolicy, frame
-from ..durable import require_extra, xxh3
 from .base import Format, Record, from_numpy
 from .columns import source_path
-from .pieces import OutFile, Piece, split
+from .files import OutFile
+from .pieces import Piece, split
 from .tables import some
 
 ROWS = 1000
@@ -71,7 +72,7 @@ class Repa(Format):
         height, width, top, left, digest = (self._columns[name][i].as_py() for name in _PLACEMENT)
         try:
             data = read_bytes(path)
-            if xxh3(data).digest() != digest:
+            if require_extra("xxhash").xxh3_128(data).digest() != digest:
                 raise CacheError(f"{path} is not the file that was cached: restore it, or cache again")
             placement = Placement(Size(height, width), top, left, self.rows.bucket(i))
             return from_numpy(frame(open_image(data, name=str(path)), self._policy, placement))

@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import CacheError, InputError
+from ...extras import require_extra
 from ...images.geometry import Size
 from ..dataset import Ids, LatentDataset
-from ..durable import LOCK, hash_file, require_extra
 from .columns import Labels, TextLatents, check_caption, read_captions, read_labels
+from .files import LOCK, file_digest
 from .request import DTYPES, FLUX2, REQUIRED, STORED, UNPATCHIFIED, UNUSED, ExportRequest
 
 # a wider type that holds every value of the narrower one
@@ -252,7 +253,7 @@ class Rows:
         found: dict[str, str | None] = {"ids": _digest(self.ids), "labels": None, "captions": None}
         for name in ("calibration", "text_latents"):
             path = getattr(self.request, name)
-            found[name] = hash_file(path) if path is not None else None
+            found[name] = file_digest(path) if path is not None else None
         if self.labels is not None:
             found["labels"] = hashlib.sha256(self.labels.numbers.astype("<i8").tobytes()).hexdigest()
         if self.captions is not None:

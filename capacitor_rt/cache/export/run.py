@@ -12,9 +12,9 @@ from tqdm import tqdm
 
 from ...errors import CacheError
 from ...version import __version__
-from ..durable import Lock, make_dir
 from .base import Format, same
-from .pieces import FORMAT, Piece, PieceLog, PieceRecord, check_out, publish, remove_stale, write_manifest
+from .files import locked, publish, remove_stale
+from .pieces import FORMAT, Piece, PieceLog, PieceRecord, check_out, write_manifest
 from .request import ExportRequest
 from .rows import Rows, open_cache
 
@@ -88,8 +88,7 @@ def export_cache(
     check_out(out, root, manifest)
     for line in _notes(rows):
         note(line)
-    make_dir(out)
-    with Lock(out):
+    with locked(out):
         remove_stale(out)
         write_manifest(out, manifest)
         log = PieceLog(out)

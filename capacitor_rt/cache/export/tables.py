@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import InputError
+from ...extras import require_extra
 
 ID_NAMES = ("id", "file_name", "filename", "file", "path", "image", "name")
 SHOWN = 3
@@ -88,8 +89,6 @@ def _csv(path: Path, names: Sequence[str]) -> Iterator[tuple[str, Any]]:
 
 
 def _parquet(path: Path, names: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    from ..durable import require_extra
-
     pa, pq = require_extra("pyarrow"), require_extra("pyarrow.parquet")
     try:
         file = pq.ParquetFile(path)

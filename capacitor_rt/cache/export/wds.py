@@ -25,7 +25,8 @@ import torch
 from ...errors import CacheError, InputError
 from ...extras import is_installed
 from .base import Format, Record, from_numpy, torch_bytes
-from .pieces import OutFile, Piece, cut
+from .files import OutFile
+from .pieces import Piece, cut
 from .rows import Rows
 
 SHARD_BYTES = 1_000_000_000
