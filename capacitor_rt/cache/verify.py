@@ -30,6 +30,7 @@ class Verification:
         inputs: number of inputs of the plan.
         rows, shards, nbytes: what is committed, in numbers and in bytes of shard files.
         unfinished: planned parts that are not committed yet, which is no damage.
+        files: names of the cache's own files, relative to it: what a copy of it needs.
         problems: damage, one line per problem.
         notes: files that do not belong to the cache, one line per file.
     """
@@ -39,6 +40,7 @@ class Verification:
     shards: int = 0
     nbytes: int = 0
     unfinished: int = 0
+    files: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -171,7 +173,9 @@ def _look_for_strangers(root: Path, found: Verification, commits: dict[str, Comm
     own = {PLAN, TABLE, COMMITS, QUARANTINE, LOCK}
     own |= {name for commit in commits.values() for name, _ in committed_files(commit)}
     files = (p for p in sorted(root.rglob("*")) if p.is_file())
-    strangers = [p.relative_to(root).as_posix() for p in files if p.relative_to(root).as_posix() not in own]
+    names = [p.relative_to(root).as_posix() for p in files]
+    found.files = [name for name in names if name in own and name != LOCK]
+    strangers = [name for name in names if name not in own]
     for name in strangers[:5]:
         kind = "left by a killed run, the next run removes it" if TMP in name else "not committed, or foreign"
         found.notes.append(f"{name}: {kind}")

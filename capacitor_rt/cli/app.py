@@ -22,6 +22,7 @@ from .latent_files import decode, encode
 from .plan import plan
 from .probe import probe
 from .psnr import psnr
+from .push import push
 from .terminal import echo, note, note_error, route_messages
 
 app = typer.Typer(
@@ -30,7 +31,7 @@ app = typer.Typer(
     help="Fast runtime for the full_capacitor image autoencoder.",
 )
 
-for command in (encode, decode, inspect, cache, verify, export, psnr, probe, plan, doctor, calibrate):
+for command in (encode, decode, inspect, cache, verify, export, push, psnr, probe, plan, doctor, calibrate):
     app.command()(command)
 
 
