@@ -26,7 +26,7 @@ def export(
     out: Annotated[Path, typer.Argument(help="Folder of the export: a new one, an empty one, or one to go on with.")],
     format: Annotated[Formats, typer.Option("--format", "-f", help="Whose format to write.", show_default=False)],
     layout: Annotated[
-        Layouts | None, typer.Option(help="[C,h/16,w/16] as cached, or its pixel shuffle [C/4,h/8,w/8].")
+        Layouts | None, typer.Option(help="As cached, [C,h/16,w/16], or its pixel shuffle, [C/4,h/8,w/8].")
     ] = None,
     space: Annotated[Spaces | None, typer.Option(help="The model's own space, or FLUX.2's, approximately.")] = None,
     calibration: Annotated[Path | None, typer.Option(help="File of `calibrate`, for --space flux2.")] = None,
