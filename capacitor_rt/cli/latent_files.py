@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import InputError
+from ..errors import CacheError, InputError
 from ..extras import require_extra
+from .latent_sources import find_latents, note_space
 from .options import (
     AreaSide,
     Backend,
@@ -31,7 +32,7 @@ from .options import (
     load_model,
     parse_background,
 )
-from .terminal import bar, echo, note
+from .terminal import bar, echo, note, progress
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,12 +64,12 @@ def finish(done: int, failed: int, what: str) -> None:
         raise typer.Exit(3)
 
 
-def refuse_collisions(outputs: dict[Path, Path]) -> None:
+def refuse_collisions(outputs: dict[Path, Path], verb: str) -> None:
     """`outputs` is input -> output: two inputs must not write one file."""
     seen: dict[Path, Path] = {}
     for source, target in outputs.items():
         if target in seen:
-            raise InputError(f"{seen[target]} and {source} would both be written to {target}: encode them apart")
+            raise InputError(f"{seen[target]} and {source} would both be written to {target}: {verb} them apart")
         seen[target] = source
 
 
@@ -76,15 +77,6 @@ def refuse_existing(target: Path) -> None:
     """A picture that is there may be the original: it is never overwritten."""
     if target.exists():
         raise InputError(f"{target} exists: move it away, or give another --out")
-
-
-def picture_name(latents: Path) -> str:
-    """Name of the picture that a file of latents becomes: a.png.safetensors to a.png, a.jpg.safetensors to a.jpg.png.
-
-    Two inputs that differ in the extension alone thus stay two pictures.
-    """
-    name = latents.name.removesuffix(".safetensors")
-    return name if name.lower().endswith(".png") else f"{name}.png"
 
 
 def encode(
@@ -109,7 +101,7 @@ def encode(
     found = list_images(images)
     # the whole name stays in the output's name: a.png and a.jpg are two images
     targets = {path: out / relative.with_name(relative.name + ".safetensors") for path, relative in found}
-    refuse_collisions(targets)
+    refuse_collisions(targets, "encode")
     from ..errors import ImageError
     from ..images.frames import Framing, load_frames, to_batch
 
@@ -132,8 +124,14 @@ def encode(
 
 
 def decode(
-    latents: Annotated[list[Path], typer.Argument(help="Files of `encode`, or shards of a cache.", show_default=False)],
+    latents: Annotated[
+        list[Path], typer.Argument(help="Caches, files of `encode`, or folders of them.", show_default=False)
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the PNG files.")],
+    id: Annotated[
+        list[str] | None, typer.Option("--id", metavar="GLOB", help="Of a cache: rows whose id matches; repeatable.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Most pictures.")] = None,
     model: Model = "sample",
     steps: Steps = 1,
     sampler: Annotated[Sampler, typer.Option(help="Sampler of the decoder.")] = Sampler.ddim,
@@ -146,48 +144,45 @@ def decode(
     compute_dtype: ComputeDtype = None,
     backend: Backend = "auto",
 ) -> None:
-    """Decode latents into one PNG file per image.
+    """Decode latents into one PNG file per image, named by the image that was encoded.
 
-    Ends with 3 if some files could not be decoded.
+    Ends with 3 if some could not be decoded.
     """
     from ..config import FullCapacitorInferenceConfig
 
     inference = FullCapacitorInferenceConfig(
         steps, sampler.value, schedule.value, pdg=pdg is not None, pdg_strength=2.0 if pdg is None else pdg, seed=seed
     )
-    targets = {path: out / picture_name(path) for path in latents}
-    for path, target in targets.items():
-        if not path.is_file():
-            raise InputError(f"{str(path)!r} is not a file: give files of latents")
+    sources = find_latents(latents, out, id or [], limit)
+    targets = {path: target for source in sources for path, target in source.targets.items()}
+    refuse_collisions(targets, "decode")
+    for target in targets.values():
         refuse_existing(target)
-    refuse_collisions(targets)
     image_module = require_extra("PIL.Image")
     from ..images.frames import to_uint8
 
     capacitor = load_model(model, revision, device, compute_dtype, backend)
     failed = written = 0
-    for path in bar(latents, len(latents), "file"):
-        try:
-            rows, space = read_latents(path)
-            if space not in (None, latent_space(capacitor)) and not any_space:
-                raise InputError(
-                    f"{path} holds latents of {space}, and the model decodes {latent_space(capacitor)}: "
-                    "give --model the model that made them, or pass --any-space"
-                )
-            if space is None:
-                note(
-                    f"note: {path} does not name the space of its latents: they are taken for {latent_space(capacitor)}"
-                )
-            out.mkdir(parents=True, exist_ok=True)
-            for i, row in enumerate(rows):
-                name = targets[path] if len(rows) == 1 else targets[path].with_stem(f"{targets[path].stem}-{i:06d}")
-                refuse_existing(name)
-                image = capacitor.decode(row[None].to(capacitor.device), inference_config=inference)[0]
-                image_module.fromarray(to_uint8(image)).save(name, format="PNG")
-                written += 1
-        except InputError as error:
-            note(f"error: {error}")
-            failed += 1
+    with progress(len(targets), "picture") as advance:
+        for source in sources:
+            try:
+                space, pictures = source.read()
+                note_space(source, space, latent_space(capacitor), any_space)
+            except InputError as error:
+                note(f"error: {error}")
+                failed += 1
+                continue
+            for target, read in pictures:
+                try:
+                    refuse_existing(target)
+                    image = capacitor.decode(read().to(capacitor.device), inference_config=inference)[0]
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    image_module.fromarray(to_uint8(image)).save(target, format="PNG")
+                    written += 1
+                except (InputError, CacheError) as error:
+                    note(f"error: {error}")
+                    failed += 1
+                advance()
     finish(written, failed, f"images written to {out}")
 
 
@@ -213,24 +208,3 @@ def save_latents(path: Path, tensors: dict[str, Tensor], frame: Frame, space: st
     }
     with replacing(path) as temporary:
         save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, temporary, metadata=metadata)
-
-
-def read_latents(path: Path) -> tuple[Tensor, str | None]:
-    """`latents [N,C,h,w]` of a file written by `encode` or of a cache shard, and the name of their space.
-
-    Raises:
-        InputError: not a safetensors file, or without `latents` of rank 4.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            if "latents" not in file.keys():  # noqa: SIM118
-                names = ", ".join(file.keys()) or "no tensors"
-                raise InputError(f"{path} holds {names}: expected a tensor named 'latents'")
-            latents, metadata = file.get_tensor("latents"), file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} cannot be read as safetensors: {error}") from error
-    if latents.dim() != 4:
-        raise InputError(f"{path}: latents have shape {list(latents.shape)}, expected [N,C,h,w]")
-    return latents, metadata.get("latent_space")

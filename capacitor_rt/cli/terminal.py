@@ -8,7 +8,8 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -69,6 +70,13 @@ def note_error(error: BaseException) -> None:
 def bar(items: Iterable[Any], total: int, unit: str) -> Iterable[Any]:
     """Progress with rate and ETA on standard error, where that is a terminal."""
     return tqdm(items, total=total, unit=unit, disable=None, dynamic_ncols=True, leave=False)
+
+
+@contextmanager
+def progress(total: int, unit: str) -> Iterator[Callable[[], object]]:
+    """The same for work that is not one iterable: a function to call when one more is done."""
+    with tqdm(total=total, unit=unit, disable=None, dynamic_ncols=True, leave=False) as shown:
+        yield shown.update
 
 
 class NoteHandler(logging.Handler):

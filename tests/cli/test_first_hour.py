@@ -84,7 +84,7 @@ def test_shells_complete_commands_and_options():
         (["encode", "photo.png", "-o", "x", "--backend", "magic"], 2, "backend 'magic' is unknown"),
         (["encode", "photo.png", "-o", "x", "--dtype", "int3"], 2, "'int3'"),
         (["encode", "photo.png", "-o", "x", "-m", "./nope"], 1, "'./nope' is neither a folder"),
-        (["decode", "gone.safetensors", "-o", "x"], 2, "'gone.safetensors' is not a file"),
+        (["decode", "gone.safetensors", "-o", "x"], 2, "'gone.safetensors' does not exist"),
         (["cache", "gone", "x", "-m", "sample", "--size", "64"], 2, "'gone' does not exist"),
         (["cache", "photo.png", "x", "-m", "sample"], 2, "give one of --size"),
         (["verify", "gone"], 1, "'gone' is not a folder"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ...images.scan import id_to_path
+from ...images.names import id_to_relative
 from .files import OutFile, tensor_bytes
 from .pieces import Piece, split
 from .request import FLUX2, ExportRequest
@@ -29,8 +28,6 @@ CODES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 """Dtypes by their names in safetensors."""
 ROW_FILES = 1024
 """Rows of a piece where each row is a file."""
-MOST_NAME_BYTES = 200
-"""Of a file's name; file systems take 255, and a temporary name is longer."""
 
 
 class Format(ABC):
@@ -174,13 +171,10 @@ def relative_path(id: str) -> PurePosixPath:
     Raises:
         InputError: it leads out of the folder, or cannot be a file's name.
     """
-    raw = id_to_path(id)
-    parts = raw.split(b"/")
-    if raw.startswith(b"/") or any(part in (b"", b".", b"..") for part in parts) or b"\0" in raw:
-        raise InputError(f"the id {id!r} is no path inside a folder: this format names files by ids, use mds or wds")
-    if max(map(len, parts)) > MOST_NAME_BYTES:
-        raise InputError(f"the id {id!r} is too long for a file's name: use mds or wds, which number their rows")
-    return PurePosixPath(os.fsdecode(raw))
+    try:
+        return id_to_relative(id)
+    except InputError as e:
+        raise InputError(f"{e}: use mds or wds, which number their rows") from None
 
 
 def same(a: Any, b: Any) -> bool:
