@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .cache.dataset import BucketBatchSampler, LatentDataset
+    from .cache.dataset import LatentDataset
+    from .cache.sampler import BucketBatchSampler
     from .config import FullCapacitorInferenceConfig, ModelConfig
     from .errors import CacheError, CapacitorError, CheckpointError, ConfigError, ImageError, InputError
     from .model import FullCapacitor
@@ -18,7 +19,7 @@ _EXPORTS = {
     "FullCapacitorInferenceConfig": "config",
     "ModelConfig": "config",
     "LatentDataset": "cache.dataset",
-    "BucketBatchSampler": "cache.dataset",
+    "BucketBatchSampler": "cache.sampler",
     "CapacitorError": "errors",
     "ConfigError": "errors",
     "InputError": "errors",

@@ -5,31 +5,39 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .dataset import BucketBatchSampler, LatentDataset, LatentRow
+    from .dataset import LatentDataset, LatentRow
     from .model_source import Checkpoint
+    from .options import RunOptions
+    from .outlook import dry_run
     from .plan import CacheRequest
-    from .run import cache_images, dry_run
+    from .run import cache_images
+    from .sampler import BucketBatchSampler
+    from .sources import ColumnsRequest
 
 # imported on first use: none of these is needed to import the package, and some load torch's data loaders
 _EXPORTS = {
-    "BucketBatchSampler": ("dataset", "BucketBatchSampler"),
+    "BucketBatchSampler": ("sampler", "BucketBatchSampler"),
     "CacheRequest": ("plan", "CacheRequest"),
     "Checkpoint": ("model_source", "Checkpoint"),
     "LatentDataset": ("dataset", "LatentDataset"),
     "LatentRow": ("dataset", "LatentRow"),
     "cache_images": ("run", "cache_images"),
-    "dry_run": ("run", "dry_run"),
+    "ColumnsRequest": ("sources", "ColumnsRequest"),
+    "RunOptions": ("options", "RunOptions"),
+    "dry_run": ("outlook", "dry_run"),
     # the names of version 0.1
     "Request": ("plan", "CacheRequest"),
-    "forecast": ("run", "dry_run"),
+    "forecast": ("outlook", "dry_run"),
 }
 
 __all__ = [
     "BucketBatchSampler",
     "CacheRequest",
     "Checkpoint",
+    "ColumnsRequest",
     "LatentDataset",
     "LatentRow",
+    "RunOptions",
     "cache_images",
     "dry_run",
 ]

@@ -1,4 +1,4 @@
-"""Reading a latent cache: `LatentDataset`, map-style, and `BucketBatchSampler`, which never mixes sizes in a batch."""
+"""Reading a latent cache: `LatentDataset`, map-style."""
 
 from __future__ import annotations
 
@@ -8,25 +8,26 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, cast, overload
+from typing import Any, TypedDict, cast, overload
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from ..errors import CacheError, InputError
+from ..extras import require_extra
 from ..images.geometry import Size
 from ..images.scan import id_to_path
-from .durable import read_commits, require_extra
+from .commits import Commit, read_log
+from .folder import CacheFolder
+from .index import cached_counts, is_ok
+from .latent_files import Layout, has_header, layout, read_rows, row_hashes
 from .plan import CachePlan, load_plan
-from .shards import OK, IndexEntry, ShardFile, index_schema, read_index, read_rows, read_shard_header, row_hashes
-
-if TYPE_CHECKING:
-    import pyarrow
+from .store import read_index
 
 OPEN_FILES = 128
-"""Shards that one process keeps open at a time."""
+"""Files of latents that one process keeps open at a time."""
 
 
 class _Row(TypedDict):
@@ -40,42 +41,54 @@ class LatentRow(_Row, total=False):
     """A row of a latent cache, which `torch.utils.data.default_collate` takes as it is.
 
     `latents` is `[C,h,w]` in the stored dtype; `logsnr`, `latents_flip` and `logsnr_flip` have the same shape and are
-    there where the cache has them. `id` is the input's relative path as text, `height` and `width` are the bucket's in
-    pixels.
+    there where the cache has them. `id` is the input's locator as text, `height` and `width` are the bucket's in
+    pixels. A cache with labels, captions or other columns gives them under their names; a missing caption is "", any
+    other missing value is left out of no row: it is -1, NaN, "" or False.
     """
 
     logsnr: Tensor
     latents_flip: Tensor
     logsnr_flip: Tensor
+    label: int
+    caption: str
 
 
 class Ids(Sequence[str]):
-    """Ids of rows, kept as one Arrow array: a name becomes a `str` when it is asked for."""
+    """The ids of all rows, as texts that are made when they are asked for."""
 
-    def __init__(self, names: pyarrow.Array):
-        self._names = names
+    def __init__(self, array: Any):
+        self._array = array
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._array)
 
     @overload
     def __getitem__(self, i: int) -> str: ...
-
     @overload
     def __getitem__(self, i: slice) -> list[str]: ...
-
     def __getitem__(self, i: int | slice) -> str | list[str]:
-        return self._names[i].to_pylist() if isinstance(i, slice) else self._names[i].as_py()
+        if isinstance(i, slice):
+            return self._array.take(list(range(*i.indices(len(self))))).to_pylist()
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"row {i} of a cache of {len(self)} rows")
+        return self._array[i % len(self)].as_py()
+
+    def __iter__(self) -> Iterator[str]:
+        for start in range(0, len(self), 4096):
+            yield from self._array.slice(start, 4096).to_pylist()
 
 
 class LatentDataset(Dataset[LatentRow]):
-    """Rows of a latent cache by number, in the order of the inputs' paths.
+    """Rows of a latent cache by number, in the order of the inputs.
 
     `ds[i]` is a `LatentRow`, whose tensors are fresh memory; `path(i)` is the raw path. `draw(row, generator)` draws a
-    sample of the posterior.
+    sample of the posterior. `ds.ids` are the ids of all rows, `column(name)` is a column of the index over all rows,
+    `entries(i)` all that the index says of one.
 
-    The index is held in columns (about 40 bytes per row, and the ids), and files are opened on first use in each
-    process, so that instances go through fork, spawn and pickle. Several threads may use one instance.
+    Every index is compared with its hash and checked when the cache is opened, and a file of latents must begin as its
+    index says: what is returned is what the index vouches for. Held are 28 bytes per row, the ids, and the columns that
+    were kept from the source. Files are opened on first use in each process, so that instances go through fork, spawn
+    and pickle. Several threads may use one instance.
 
     Args:
         root: folder of the cache.
@@ -87,57 +100,88 @@ class LatentDataset(Dataset[LatentRow]):
     """
 
     def __init__(self, root: str | os.PathLike[str], *, verify: bool = False, allow_partial: bool = False):
+        for extra in ("pyarrow", "xxhash"):
+            require_extra(extra)
         self.root = Path(root)
         self.verify = verify
-        plan = load_plan(self.root)
-        if plan is None:
-            raise CacheError(f"{self.root} is no latent cache: it has no plan.json")
-        self.plan: CachePlan = plan
-        self._load_index(allow_partial)
         self._open_files()
+        with CacheFolder(self.root) as folder:
+            plan = load_plan(folder)
+            if plan is None:
+                raise CacheError(f"{self.root} is no latent cache: it has no plan.json")
+            self.plan: CachePlan = plan
+            self._dtype: torch.dtype = getattr(torch, plan.dtype)
+            self._load_index(folder, allow_partial)
 
-    def _load_index(self, allow_partial: bool) -> None:
-        pa, pc = require_extra("pyarrow"), require_extra("pyarrow.compute")
-        commits = list(read_commits(self.root).values())
-        seen, total = sum(c["inputs"] for c in commits), self.plan.fields["inputs"]["count"]
-        if seen != total and not allow_partial:
+    def _load_index(self, folder: CacheFolder, allow_partial: bool) -> None:
+        pa = require_extra("pyarrow")
+        log = read_log(folder)
+        commits = [commit for _, commit in sorted(log.commits.items())]
+        seen, total = sum(c.inputs for c in commits), self.plan.count
+        if not allow_partial and (seen != total or len(commits) != self.plan.task_count or log.bad):
+            damage = f"; {len(log.bad)} lines of commits.jsonl are damaged" if log.bad else ""
             raise CacheError(
-                f"{self.root} is not finished: {seen} of {total} inputs are done: run the cache command again, "
+                f"{self.root} is not finished: {seen} of {total} inputs are done{damage}: run the cache command again, "
                 "or pass allow_partial=True"
             )
-        names = ["input", "id", "bucket_height", "bucket_width", "row", "row_hash"]
+        kept = [column["name"] for column in self.plan.columns]
+        names = ["id", "bucket", "row", "row_hash", *kept]
         tables = []
-        self._shards: list[str] = []
-        self._index_files: list[tuple[str, str]] = []
-        for commit in commits:
-            if commit["shard"] is None:
-                continue
-            table = read_index(self.root / commit["index"], commit["index_xxh3"])
-            table = table.filter(pc.equal(table["status"], OK)).select(names)
+        reached = 0
+        self._commits: list[Commit] = commits
+        self._counts: list[dict[int, int]] = []
+        for number, commit in enumerate(commits):
+            table = self._read_index(commit, folder)
+            first = table["input"][0].as_py()
+            if first < reached or table.num_rows != commit.inputs or (not allow_partial and first != reached):
+                raise CacheError(f"{self.root} is damaged: task {commit.task} does not follow the one before it")
+            reached = first + table.num_rows
+            self._counts.append(cached_counts(table))
+            if sum(self._counts[-1].values()) != commit.rows:
+                raise CacheError(f"{self.root} is damaged: the commit line of task {commit.task} is not of its index")
+            table = table.filter(is_ok(table)).select(names)
             # 32-bit offsets would end at 2 GiB of names
-            table = table.set_column(1, "id", table["id"].cast(pa.large_string()))
-            number = pa.array(np.full(len(table), len(self._shards), np.int32))
-            tables.append(table.append_column("shard", number))
-            self._shards.append(commit["shard"])
-            self._index_files.append((commit["index"], commit["index_xxh3"]))
-        if not tables:
+            table = table.set_column(0, "id", table["id"].cast(pa.large_string()))
+            tables.append(table.append_column("task", pa.array(np.full(len(table), number, np.int32))))
+        if not any(map(len, tables)):
             raise CacheError(f"{self.root} holds no rows: none of its {total} inputs could be cached")
-        table = pa.concat_tables(tables).sort_by("input").combine_chunks()
-        self._ids = table["id"].combine_chunks()
-        self._shard = table["shard"].to_numpy()
+        table = pa.concat_tables(tables)
+        self._ids = _whole(table["id"])
+        self.ids: Ids = Ids(self._ids)
+        self._task = table["task"].to_numpy()
         self._row = table["row"].to_numpy()
         self._hash = np.frombuffer(b"".join(table["row_hash"].to_pylist()), np.dtype("V16"))
-        sizes = np.stack([table["bucket_height"].to_numpy(), table["bucket_width"].to_numpy()], 1)
-        unique, self._bucket = np.unique(sizes, axis=0, return_inverse=True)
-        self._bucket = self._bucket.reshape(-1).astype(np.int32)
-        self.buckets: tuple[Size, ...] = tuple(Size(int(h), int(w)) for h, w in unique)
+        self._kept = table.select(kept)
+        self._number = table["bucket"].to_numpy().astype(np.int32)
+        unique, bucket = np.unique(self._number, return_inverse=True)
+        # the buckets in use, ordered by height, then width
+        sizes = [self.plan.buckets[n] for n in unique]
+        order = sorted(range(len(sizes)), key=sizes.__getitem__)
+        rank = np.empty(len(order), np.int32)
+        rank[order] = np.arange(len(order), dtype=np.int32)
+        self._bucket: np.ndarray = rank[bucket.reshape(-1)]
+        self.buckets: tuple[Size, ...] = tuple(sizes[n] for n in order)
+
+    def _read_index(self, commit: Commit, folder: CacheFolder | None = None) -> Any:
+        try:
+            return read_index(folder or self._opened(), self.plan, commit)
+        except FileNotFoundError:
+            raise CacheError(f"{self.root / self.plan.index_name(commit.task)} is missing") from None
 
     def _open_files(self) -> None:
-        self._files: OrderedDict[int, tuple[FileIO, ShardFile]] = OrderedDict()
+        self._folder: CacheFolder | None = None
+        self._files: OrderedDict[int, tuple[FileIO, Layout]] = OrderedDict()
         self._lock = threading.Lock()
 
+    def _opened(self) -> CacheFolder:
+        """The folder, which is opened on first use in each process."""
+        with self._lock:
+            if self._folder is None:
+                self._folder = CacheFolder(self.root)
+            return self._folder
+
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_files", "_lock")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_files", "_lock", "_folder")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -150,10 +194,18 @@ class LatentDataset(Dataset[LatentRow]):
         return f"LatentDataset({str(self.root)!r}, {len(self)} rows, {len(self.buckets)} buckets, {self.latent_space})"
 
     def __getitem__(self, i: int) -> LatentRow:
-        i = self._position(i)
-        bucket = self.bucket(i)
-        named = {"id": self._ids[i].as_py(), "height": bucket.height, "width": bucket.width}
-        return cast("LatentRow", {**self.tensors(i), **named})
+        return self.__getitems__([i])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[LatentRow]:
+        """Several rows: neighbours in a file are read at once. `DataLoader` asks for batches so."""
+        places = [self._position(i) for i in indices]
+        found = self._tensors(places)
+        rows = []
+        for i, tensors in zip(places, found, strict=True):
+            bucket = self.buckets[self._bucket[i]]
+            named = {"id": self._ids[i].as_py(), "height": bucket.height, "width": bucket.width}
+            rows.append(cast("LatentRow", {**tensors, **named, **self._extras(i)}))
+        return rows
 
     @property
     def latent_space(self) -> str:
@@ -161,45 +213,14 @@ class LatentDataset(Dataset[LatentRow]):
         return self.plan.fields["model"]["latent_space"]
 
     @property
-    def ids(self) -> Ids:
-        """Id of every row, in order."""
-        return Ids(self._ids)
-
-    def column(self, name: str) -> pyarrow.Array:
-        """A column of the index (`IndexEntry`), one value per row, in order; read from disk at each call.
-
-        Raises:
-            InputError: the index has no such column. CacheError: an index file is damaged.
-        """
-        pa = require_extra("pyarrow")
-        pieces = [self._index(number).select(["input", *self._known(name)]) for number in range(len(self._shards))]
-        column = pa.concat_tables(pieces).sort_by("input")[name]
-        return (column.cast(pa.large_string()) if column.type == pa.string() else column).combine_chunks()
-
-    def entries(self, i: int) -> IndexEntry:
-        """What the index says of row `i`; columns that do not apply are None."""
-        i = self._position(i)
-        table = self._index(int(self._shard[i]))
-        (entry,) = table.slice(int(self._row[i]), 1).to_pylist()
-        return cast("IndexEntry", entry)
-
-    def _index(self, number: int) -> pyarrow.Table:
-        """The index of a shard, its rows alone, in their order in the shard."""
-        name, digest = self._index_files[number]
-        table = read_index(self.root / name, digest)
-        return table.filter(require_extra("pyarrow.compute").equal(table["status"], OK))
-
-    @staticmethod
-    def _known(name: str) -> list[str]:
-        names = index_schema().names
-        if name not in names:
-            raise InputError(f"the index has no column {name!r}: it has {', '.join(names)}")
-        return [] if name == "input" else [name]
-
-    @property
     def bucket_numbers(self) -> np.ndarray:
         """Position in `buckets` of each row, int32 `[N]`."""
         return self._bucket
+
+    @property
+    def label_names(self) -> list[str] | None:
+        """Names of the labels 0, 1, ...; None where labels are numbers in the source, or there are none."""
+        return self.plan.fields["label_names"]
 
     def bucket(self, i: int) -> Size:
         """Image size in pixels that row `i` was encoded at."""
@@ -213,30 +234,43 @@ class LatentDataset(Dataset[LatentRow]):
         """The tensors of row `i` alone, each `[C,h,w]` in the stored dtype.
 
         Raises:
-            CacheError: the shard is missing or cut short; with `verify`, also if the row does not match its hash.
+            CacheError: the file is missing, damaged or cut short; with `verify`, also if the row does not match its
+                hash.
         """
+        return self._tensors([self._position(i)])[0]
+
+    def column(self, name: str) -> Any:
+        """A column of the index, or one that was kept from the source, over all rows, in order: a `pyarrow.Array`.
+
+        Those of the index are read from disk at each call, texts are of type `large_string`.
+
+        Raises:
+            InputError: the index has no such column.
+        """
+        pa = require_extra("pyarrow")
+        if name in self._kept.column_names:
+            return _whole(self._kept[name])
+        if name == "id":
+            return self._ids
+        chunks = []
+        for commit in self._commits:
+            table = self._read_index(commit)
+            if name not in table.column_names:
+                raise InputError(f"the index has no column {name!r}: it has {', '.join(table.column_names)}")
+            chunks += table.filter(is_ok(table))[name].chunks
+        return _whole(pa.chunked_array(chunks))
+
+    def entries(self, i: int) -> dict[str, Any]:
+        """All that the index says of row `i`, by the names of its columns."""
         i = self._position(i)
-        number, row = int(self._shard[i]), int(self._row[i])
-        file, shard = self._file(number)
-        tensors = {name: read_rows(file.fileno(), shard, name, row, 1) for name in self.plan.tensors}
-        if self.verify and row_hashes(list(tensors.values()))[0] != self._hash[i].tobytes():
-            raise CacheError(
-                f"row {row} of {shard.path} ({self._ids[i].as_py()!r}) is damaged: it does not match its hash; "
-                "run `capacitor-rt verify` for the whole cache"
-            )
-        return {name: t[0] for name, t in tensors.items()}
+        table = self._read_index(self._commits[int(self._task[i])])
+        at = np.flatnonzero(is_ok(table))[i - int(np.searchsorted(self._task, self._task[i]))]
+        return table.slice(int(at), 1).to_pylist()[0]
 
-    def draw(
-        self, row: LatentRow | Mapping[str, Any], generator: torch.Generator | None = None, *, flip: bool = False
-    ) -> Tensor:
-        """A sample of the posterior in the space of the latents, float32, from a row of a cache with `logsnr`.
-
-        The posterior of raw latents is `alpha mean + sigma n`, `sigma^2 = sigmoid(-logsnr)`, n unit normal, and
-        `latents` holds the whitened `alpha mean`; whitening divides by `std`, so a sample is `latents + sigma / std
-        * n`, `std` per channel from `plan.json` ("whitening").
+    def draw(self, row: LatentRow, generator: torch.Generator | None = None, *, flip: bool = False) -> Tensor:
+        """A sample of the posterior of `row`, which has `logsnr`: float32 `[C,h,w]`, whitened like `latents`.
 
         Args:
-            row: a row, or a collated batch of rows.
             flip: sample the posterior of the mirrored image.
 
         Raises:
@@ -257,134 +291,82 @@ class LatentDataset(Dataset[LatentRow]):
     def _position(self, i: int) -> int:
         if not -len(self) <= i < len(self):
             raise IndexError(f"row {i} of a cache of {len(self)} rows")
-        return i % len(self)
+        return int(i) % len(self)
 
-    def _file(self, number: int) -> tuple[FileIO, ShardFile]:
+    def _extras(self, i: int) -> dict[str, Any]:
+        """The kept columns of a row. What is missing gets a value that can be collated."""
+        missing = {"int64": -1, "float64": float("nan"), "string": "", "bool": False}
+        values = {}
+        for column in self.plan.columns:
+            value = self._kept[column["name"]][i].as_py()
+            values[column["name"]] = missing[column["type"]] if value is None else value
+        return values
+
+    def _tensors(self, places: list[int]) -> list[dict[str, Tensor]]:
+        """The tensors of rows, each run of neighbours of one file read at once."""
+        found: list[dict[str, Tensor]] = [{} for _ in places]
+        order = sorted(range(len(places)), key=lambda at: self._key(places[at]))
+        start = 0
+        while start < len(order):
+            task, number, row = self._key(places[order[start]])
+            stop = start + 1
+            while stop < len(order) and self._key(places[order[stop]]) == (task, number, row + stop - start):
+                stop += 1
+            self._read_run(task, number, row, [order[k] for k in range(start, stop)], places, found)
+            start = stop
+        return found
+
+    def _key(self, i: int) -> tuple[int, int, int]:
+        return int(self._task[i]), int(self._number[i]), int(self._row[i])
+
+    def _read_run(
+        self, task: int, number: int, row: int, run: list[int], places: list[int], found: list[dict[str, Tensor]]
+    ) -> None:
+        file, placed = self._file(task)
+        what = self.root / self.plan.data_name(self._commits[task].task)
+        tensors = {
+            kind: read_rows(file.fileno(), placed.tensors[number, kind], self._dtype, row, len(run), what)
+            for kind in self.plan.tensors
+        }
+        if self.verify:
+            for k, digest in enumerate(row_hashes(list(tensors.values()))):
+                i = places[run[k]]
+                if digest != self._hash[i].tobytes():
+                    raise CacheError(
+                        f"row {row + k} of {self.plan.buckets[number]} in {what} ({self._ids[i].as_py()!r}) is "
+                        "damaged: it does not match its hash; run `capacitor-rt verify` for the whole cache"
+                    )
+        for k, at in enumerate(run):
+            # a row alone is its own memory already
+            found[at] = {kind: t[k] for kind, t in tensors.items()}
+
+    def _file(self, number: int) -> tuple[FileIO, Layout]:
         with self._lock:
             if number in self._files:
                 self._files.move_to_end(number)
                 return self._files[number]
-        shard = self._checked_header(self.root / self._shards[number])
-        # closed when the last reader lets go of it
-        entry = open(shard.path, "rb", buffering=0), shard  # noqa: SIM115
+        commit = self._commits[number]
+        name = self.plan.data_name(commit.task)
+        try:
+            # closed when the last reader lets go of it
+            file = self._opened().open(name)
+        except FileNotFoundError:
+            raise CacheError(f"{self.root / name} cannot be read: No such file or directory") from None
+        placed = layout(self.plan, commit.task, self._counts[number], commit.index_xxh3)
+        if not has_header(file.fileno(), placed):
+            file.close()
+            raise CacheError(f"{self.root / name} is damaged: its header or its size is not that of its index")
+        entry = file, placed
         with self._lock:
             entry = self._files.setdefault(number, entry)
             while len(self._files) > OPEN_FILES:
                 self._files.popitem(last=False)
         return entry
 
-    def _checked_header(self, path: Path) -> ShardFile:
-        shard = read_shard_header(path)
-        if tuple(shard.offsets) != self.plan.tensors or str(shard.dtype) != f"torch.{self.plan.dtype}":
-            raise CacheError(f"shard {path} is damaged: its header does not fit plan.json")
-        return shard
 
-
-class BucketBatchSampler(Sampler[list[int]]):
-    """Batches of row numbers of one bucket each, for `DataLoader(batch_sampler=...)`.
-
-    A step takes `batch_size * world_size` rows of one bucket and gives each rank an equal share, so that ranks see
-    the same size in the same step and no row twice. The last, smaller step of a bucket is shared out as evenly as it
-    goes, and a rank that would get nothing skips it; with `drop_last` it is left out, and every rank has the same
-    number of batches.
-
-    The order is a function of (seed, epoch); call `set_epoch` before each epoch. `len` is the number of this rank's
-    batches.
-
-    To resume in the middle of an epoch, save `state_dict(done)` and give it to `load_state_dict` of a new sampler;
-    iteration goes on after `done` batches. Data loader workers ask for batches ahead of time: pass the number that
-    your loop has finished.
-    """
-
-    def __init__(
-        self,
-        dataset: LatentDataset,
-        batch_size: int,
-        *,
-        shuffle: bool = True,
-        seed: int = 0,
-        drop_last: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
-    ):
-        if batch_size < 1:
-            raise InputError(f"batch_size {batch_size} is too small: it is at least 1")
-        if not 0 <= rank < world_size:
-            raise InputError(f"rank {rank} is not among 0 to {world_size - 1}")
-        self.dataset = dataset
-        self.batch_size = batch_size
-        self.shuffle = shuffle
-        self.seed = seed
-        self.drop_last = drop_last
-        self.rank = rank
-        self.world_size = world_size
-        self.epoch = 0
-        self._start = 0
-        self._given = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order of an epoch, from its beginning; the epoch of a loaded state keeps its place."""
-        if epoch != self.epoch:
-            self.epoch, self._start = epoch, 0
-        self._given = self._start
-
-    def __len__(self) -> int:
-        return sum(self._share(stop - start) > 0 for _, start, stop in self._steps())
-
-    def __iter__(self) -> Iterator[list[int]]:
-        start, self._start = self._start, 0
-        self._given = start
-        orders = [self._shuffled(rows, n) for n, rows in enumerate(self._members())]
-        mine = (s for s in self._shuffled(self._steps(), len(orders)) if self._share(s[2] - s[1]))
-        for number, (bucket, begin, end) in enumerate(mine):
-            if number < start:
-                continue
-            self._given = number + 1
-            yield orders[bucket][begin + self.rank : end : self.world_size].tolist()
-
-    def state_dict(self, done: int | None = None) -> dict[str, Any]:
-        """Where this epoch is. `done`: batches of this epoch that are finished; default all that were given out."""
-        return self._settings() | {"epoch": self.epoch, "done": self._given if done is None else done}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where a saved state was.
-
-        Raises:
-            InputError: the state is of another cache or of other settings, under which the order is another.
-        """
-        differing = {k: (state.get(k), v) for k, v in self._settings().items() if state.get(k) != v}
-        if differing:
-            changes = ", ".join(f"{k} {a} -> {b}" for k, (a, b) in differing.items())
-            raise InputError(f"the sampler's state does not fit ({changes}): resume with the same cache and settings")
-        self.epoch, self._start = state["epoch"], state["done"]
-        self._given = self._start
-
-    def _settings(self) -> dict[str, Any]:
-        names = ("batch_size", "shuffle", "seed", "drop_last", "world_size")
-        own = {name: getattr(self, name) for name in names}
-        return own | {"plan": self.dataset.plan.id, "rows": len(self.dataset)}
-
-    def _members(self) -> list[np.ndarray]:
-        """Rows of each bucket, ascending."""
-        numbers = self.dataset.bucket_numbers
-        by_bucket = np.argsort(numbers, kind="stable")
-        return np.split(by_bucket, np.cumsum(np.bincount(numbers, minlength=len(self.dataset.buckets)))[:-1])
-
-    def _steps(self) -> np.ndarray:
-        """(bucket, begin, end) of every step of all ranks in the buckets' shuffled rows, int64 `[S,3]`."""
-        step = self.batch_size * self.world_size
-        steps = []
-        for bucket, count in enumerate(np.bincount(self.dataset.bucket_numbers).tolist()):
-            begins = np.arange(0, count - step + 1 if self.drop_last else count, step)
-            steps.append(np.stack([np.full_like(begins, bucket), begins, np.minimum(begins + step, count)], 1))
-        return np.concatenate(steps)
-
-    def _share(self, rows: int) -> int:
-        """Rows of a step of `rows` rows that are this rank's."""
-        return len(range(self.rank, rows, self.world_size))
-
-    def _shuffled(self, values: np.ndarray, stream: int) -> np.ndarray:
-        if not self.shuffle:
-            return values
-        seed = np.random.SeedSequence([self.seed, self.epoch, stream])
-        return np.random.Generator(np.random.PCG64(seed)).permutation(values, axis=0)
+def _whole(column: Any) -> Any:
+    """A chunked column as one array; texts with 64-bit offsets, as those of many rows exceed 2 GiB."""
+    pa = require_extra("pyarrow")
+    if column.type == pa.string():
+        column = column.cast(pa.large_string())
+    return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)

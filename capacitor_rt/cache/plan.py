@@ -1,42 +1,51 @@
-"""The immutable plan of a cache: what goes in, what becomes of it, and which shard each input belongs to.
+"""The immutable plan of a cache: what goes in, and what becomes of it.
 
-Everything that decides a byte of the shards stands in `plan.json`: the list of inputs (as a hash; the list itself is
-`inputs.parquet`), geometry, model and storage. Shard membership, and within a shard the composition of every batch, are
-functions of the plan, so that a run may end anywhere and another, here or elsewhere, writes the same files: to the bit
-where the model computes the same bits, which torch promises for one kind of device, one number of threads and one
-version. Batches matter too: a row's last bits may depend on the batch that it was encoded in.
+Everything that decides a byte of the latents stands in `plan.json`: the list of inputs (as a hash; the list itself is
+`source.parquet`), geometry, model and storage. A task is a contiguous slice of the inputs, and the composition of its
+batches is a function of the plan and of the inputs' contents, so that a run may end anywhere and another, here or
+elsewhere, writes the same files: to the bit where the model computes the same bits, which torch promises for one kind
+of device, one number of threads and one version.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import InitVar, dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
 from ..errors import CacheError, InputError
 from ..images.decode import decoder_versions
 from ..images.geometry import Size, bucket_table, square_bucket
+from ..images.load import PixelPolicy
+from ..strict_json import StrictJSONError, parse
 from ..version import __version__
-from .durable import PendingFile, canonical_json, read_commits
-from .inputs import Inputs
+from .folder import CacheFolder, PendingFile
+from .hashing import canonical_json
 from .model_source import ModelIdentity
+from .plan_schema import FORMAT as FORMAT
+from .plan_schema import ITEM_SIZE, OLD_FORMAT, check_plan_fields
+from .schema import Invalid
+from .sources import Source
 
-FORMAT = "capacitor-latents/1"
 PLAN = "plan.json"
-PIPELINE = 1
+PLAN_BYTES = 16 << 20
+PIPELINE = 2
 """Raised whenever the same plan would give other pixels or other files than before."""
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-ITEM_SIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 MODEL_NAMES = ("id", "revision", "latent_space")
-SHARD_BYTES = 256 << 20
+TASK_BYTES = 512 << 20
+TASK_INPUTS = 8192
 BATCH_PIXELS = {"cuda": 128 * 256 * 256, "cpu": 16 * 256 * 256}
+
+
+class OtherFormat(CacheError):
+    """A cache of another version of the format, which is left as it is."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +58,13 @@ class CacheRequest:
         max_aspect: longer side over shorter side of the longest bucket.
         background: colour behind transparent pixels, three numbers of 0 to 255.
         dtype: type of the stored tensors, "bf16", "fp16" or "fp32".
+        decode: "exact", or "fast": large JPEGs are shrunk while they are decoded, as `PixelPolicy` says.
+        icc: "srgb" brings images with a colour profile to sRGB, "ignore" passes profiles over.
         posterior: store `logsnr` too.
         flip: store the latents of the mirrored images too.
         batch: images per encode call. None takes an existing plan's, or else one that fits the size.
-        shard_rows: most inputs per shard. None takes an existing plan's, or else as many as make 256 MiB.
+        task_inputs: most inputs per task, that is per file of latents. None takes an existing plan's, or else 8192, or
+            fewer where their latents would exceed 512 MiB. `shard_rows` is the name of version 0.2.
 
     Raises:
         InputError: a value that is out of range.
@@ -66,17 +78,25 @@ class CacheRequest:
     posterior: bool = False
     flip: bool = False
     batch: int | None = None
-    shard_rows: int | None = None
+    task_inputs: int | None = None
+    decode: str = "exact"
+    icc: str = "srgb"
+    shard_rows: InitVar[int | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, shard_rows: int | None) -> None:
+        if shard_rows is not None:
+            object.__setattr__(self, "task_inputs", shard_rows)
         if self.dtype not in DTYPES:
             raise InputError(f"dtype {self.dtype!r} is unknown: use one of {', '.join(DTYPES)}")
-        for name in ("batch", "shard_rows"):
+        for name in ("batch", "task_inputs"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} {value} is too small: it is at least 1")
-        if len(self.background) != 3 or not all(0 <= c <= 255 for c in self.background):
-            raise InputError(f"background {self.background} is not a colour: give three numbers of 0 to 255")
+        self.policy()
+
+    def policy(self) -> PixelPolicy:
+        """How bytes become pixels."""
+        return PixelPolicy(decode=self.decode, icc=self.icc, background=self.background)
 
     def buckets(self, multiple: int) -> tuple[Size, ...]:
         """Sizes in pixels, legal for a model whose sides are multiples of `multiple`."""
@@ -86,34 +106,20 @@ class CacheRequest:
 
 
 @dataclass(frozen=True)
-class Shard:
-    """A contiguous slice of the sorted inputs of one bucket.
+class Task:
+    """A contiguous slice of the inputs: what is written and committed as one.
 
     Attributes:
-        inputs: ordinals of the inputs, int64 `[N]`, ascending.
-        name: file of the tensors, relative to the cache.
-        index: file of the index, relative to the cache.
+        number: from 0, in the order of the inputs.
+        first, stop: the inputs are `first` to `stop - 1`.
     """
 
-    bucket: Size
-    inputs: np.ndarray
-    name: str
-    index: str
+    number: int
+    first: int
+    stop: int
 
-
-@dataclass(frozen=True)
-class UnplannedInputs:
-    """All inputs without a bucket: their header could not be read, or they are too elongated for any bucket.
-
-    They get an index and no tensors. Attributes as in `Shard`.
-    """
-
-    inputs: np.ndarray
-    index: str
-
-
-Part: TypeAlias = Shard | UnplannedInputs
-"""What is written and committed as one."""
+    def __len__(self) -> int:
+        return self.stop - self.first
 
 
 @dataclass(frozen=True)
@@ -124,12 +130,38 @@ class CachePlan:
 
     @cached_property
     def id(self) -> str:
-        """SHA-256 (hex) of what decides the bits: not of the model's name, nor of library versions."""
+        """SHA-256 (hex) of what decides the bytes: not of the model's name, nor of library versions."""
         return hashlib.sha256(canonical_json(_identity(self.fields))).hexdigest()
 
     @property
+    def plan8(self) -> str:
+        """The digits of the identity that stand in file names."""
+        return self.id[:8]
+
+    @property
+    def count(self) -> int:
+        """Number of inputs."""
+        return self.fields["source"]["count"]
+
+    @property
+    def task_count(self) -> int:
+        return self.fields["source"]["tasks"]
+
+    @cached_property
     def buckets(self) -> tuple[Size, ...]:
         return tuple(Size(*b) for b in self.fields["geometry"]["buckets"])
+
+    @property
+    def policy(self) -> PixelPolicy:
+        """How bytes become pixels."""
+        fields = self.fields["pixels"]
+        names = ("decode", "icc", "upscale", "max_pixels")
+        return PixelPolicy(**{name: fields[name] for name in names}, background=tuple(fields["background"]))
+
+    @property
+    def columns(self) -> list[dict[str, str]]:
+        """Name, type and origin of the columns that were kept from the source."""
+        return self.fields["columns"]
 
     @property
     def dtype(self) -> str:
@@ -144,8 +176,16 @@ class CachePlan:
         return self.fields["store"]["batch"]
 
     @property
-    def shard_rows(self) -> int:
-        return self.fields["store"]["shard_rows"]
+    def task_inputs(self) -> int:
+        return self.fields["store"]["task_inputs"]
+
+    def data_name(self, task: int) -> str:
+        """File of a task's latents, relative to the cache."""
+        return f"tasks/{self.plan8}-{task:06d}.safetensors"
+
+    def index_name(self, task: int) -> str:
+        """File of a task's index, relative to the cache."""
+        return f"index/{self.plan8}-{task:06d}.parquet"
 
     def row_shape(self, bucket: Size) -> tuple[int, int, int]:
         """Shape of one row of each tensor: `[C, H/s, W/s]`."""
@@ -156,81 +196,91 @@ class CachePlan:
         """Bytes of one row, all its tensors together."""
         return int(np.prod(self.row_shape(bucket))) * ITEM_SIZE[self.dtype] * len(self.tensors)
 
-    def parts(self, bucket_of: np.ndarray) -> Iterator[Part]:
-        """Every part of the cache in the order of writing: the inputs without a bucket, if there are any, then shards.
+    def text(self) -> bytes:
+        """The bytes of `plan.json`."""
+        body = json.dumps({**self.fields, "sha256": _checksum(self.fields)}, indent=1, sort_keys=True)
+        return body.encode() + b"\n"
 
-        Args:
-            bucket_of: position in `buckets` of each input, or -1 without one, int `[N]`.
-        """
-        name = self.id[:8]
-        unplanned = np.flatnonzero(bucket_of < 0)
-        if len(unplanned):
-            yield UnplannedInputs(unplanned, f"index/unplanned-{name}.parquet")
-        for position, bucket in enumerate(self.buckets):
-            members = np.flatnonzero(bucket_of == position)
-            for number, start in enumerate(range(0, len(members), self.shard_rows)):
-                yield Shard(
-                    bucket,
-                    members[start : start + self.shard_rows],
-                    f"shards/{bucket}/{name}-{number:06d}.safetensors",
-                    f"index/{bucket}-{name}-{number:06d}.parquet",
-                )
-
-    def save(self, out: Path) -> None:
+    def save(self, folder: CacheFolder) -> None:
         """Write `plan.json`, durably, unless an identical one is there.
 
         Raises:
             CacheError: another plan is there, or the file cannot be written.
         """
-        body = json.dumps({**self.fields, "sha256": _checksum(self.fields)}, indent=1, sort_keys=True)
-        PendingFile(out / PLAN, [body.encode() + b"\n"]).publish()
+        PendingFile(folder, PLAN, [self.text()]).publish()
 
 
-def load_plan(out: Path) -> CachePlan | None:
+def load_plan(folder: CacheFolder) -> CachePlan | None:
     """The plan of an existing cache, None where there is none.
 
     Raises:
         CacheError: the file is damaged, or of another format.
     """
-    path = out / PLAN
     try:
-        fields = json.loads(path.read_bytes())
-        checksum = fields.pop("sha256")
+        data = folder.read(PLAN, PLAN_BYTES)
     except FileNotFoundError:
         return None
-    except OSError as e:
-        raise CacheError(f"cannot read {path}: {e.strerror}") from e
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise CacheError(_damaged(path, "it is no complete JSON object")) from None
-    if fields.get("format") != FORMAT:
-        raise CacheError(f"{path} has format {fields.get('format')!r}: this version reads {FORMAT!r}")
-    if checksum != _checksum(fields):
-        raise CacheError(_damaged(path, "its contents do not match its sha256"))
+    return parse_plan(data, folder)
+
+
+def parse_plan(data: bytes, folder: CacheFolder) -> CachePlan:
+    """The plan that the bytes of a `plan.json` are. Errors as in `load_plan`."""
+    path = folder.path / PLAN
+    try:
+        fields = parse(data)
+    except StrictJSONError as e:
+        raise _damaged(folder, f"it is not valid JSON: {e}") from e
+    if not isinstance(fields, dict) or type(fields.get("format")) is not str:
+        raise _damaged(folder, "it names no format")
+    if fields["format"] == OLD_FORMAT:
+        raise OtherFormat(
+            f"{folder.path} is a cache of format {OLD_FORMAT}, which version 0.2 wrote and reads; it is left as it is: "
+            "cache into a new OUT, or go on with capacitor-rt 0.2"
+        )
+    if fields["format"] != FORMAT:
+        raise OtherFormat(f"{path} has format {fields['format'][:80]!r}: this version reads {FORMAT!r}")
+    checksum = fields.pop("sha256", None)
+    try:
+        known = _checksum(fields)
+    except ValueError as e:
+        raise _damaged(folder, str(e)) from e
+    if checksum != known:
+        raise _damaged(folder, "its contents do not match its sha256")
+    try:
+        check_plan_fields(fields)
+    except Invalid as e:
+        raise _damaged(folder, str(e)) from e
     return CachePlan(fields)
 
 
-def _damaged(path: Path, why: str) -> str:
-    return f"{path} is damaged ({why}): restore it from a copy, or cache into a new OUT"
+def _damaged(folder: CacheFolder, why: str) -> CacheError:
+    return CacheError(
+        f"{folder.path / PLAN} is damaged ({why}): `capacitor-rt verify --repair {folder.path}` restores it from the "
+        "index; or cache into a new OUT"
+    )
 
 
 def _checksum(fields: dict[str, Any]) -> str:
     return hashlib.sha256(canonical_json(fields)).hexdigest()
 
 
-def make_plan(request: CacheRequest, model: ModelIdentity, inputs: Inputs, buckets: tuple[Size, ...]) -> CachePlan:
-    """The plan of a new cache. `inputs` have been assigned to `buckets`."""
+def make_plan(request: CacheRequest, model: ModelIdentity, source: Source, buckets: tuple[Size, ...]) -> CachePlan:
+    """The plan of a new cache."""
     tensors = ["latents", "logsnr"] if request.posterior else ["latents"]
     if request.flip:
         tensors += [f"{name}_flip" for name in tensors]
     fields: dict[str, Any] = {
         "format": FORMAT,
         "pipeline": PIPELINE,
-        "inputs": {"count": len(inputs), "sha256": inputs.digest()},
+        "source": source.fields(),
+        "columns": source.columns.fields(),
+        "label_names": source.columns.label_names,
         "geometry": {
-            **_geometry(request),
+            **geometry(request),
             "multiple": model.multiple,
             "buckets": [[b.height, b.width] for b in buckets],
         },
+        "pixels": pixels(request),
         "model": model.fields(),
         "whitening": model.whitening,
         "store": {"dtype": DTYPES[request.dtype], "tensors": tensors},
@@ -238,24 +288,31 @@ def make_plan(request: CacheRequest, model: ModelIdentity, inputs: Inputs, bucke
     }
     fields["store"] |= {
         "batch": request.batch or _default_batch(model.device, buckets),
-        "shard_rows": request.shard_rows or _default_shard_rows(CachePlan(fields), buckets),
+        "task_inputs": request.task_inputs or _default_task_inputs(CachePlan(fields), buckets),
     }
+    fields["source"]["tasks"] = len(source.listing.tasks(fields["store"]["task_inputs"]))
     return CachePlan(fields)
 
 
-def _geometry(request: CacheRequest) -> dict[str, Any]:
+def plan_tasks(plan: CachePlan, bounds: Sequence[tuple[int, int]]) -> list[Task]:
+    """The tasks whose inputs the source bounds so."""
+    return [Task(number, first, stop) for number, (first, stop) in enumerate(bounds)]
+
+
+def geometry(request: CacheRequest) -> dict[str, Any]:
+    """What `geometry` says of a request; the buckets, which need the model, are added."""
     return {
         "mode": "area" if request.area else "size",
         "side": request.side,
         "max_aspect": float(request.max_aspect) if request.area else 1.0,
-        "background": list(request.background),
-        "exif_orientation": "applied",
-        "icc_profile": "srgb",
         "resize": "cover",
-        "filter": "lanczos",
-        "upscale": "allow",
         "crop": "center",
     }
+
+
+def pixels(request: CacheRequest) -> dict[str, Any]:
+    """How bytes become pixels."""
+    return {**request.policy().fields(), "exif_orientation": "applied"}
 
 
 def code_versions() -> dict[str, str]:
@@ -268,65 +325,11 @@ def _default_batch(device: str, buckets: tuple[Size, ...]) -> int:
     return max(1, BATCH_PIXELS.get(device, BATCH_PIXELS["cpu"]) // largest)
 
 
-def _default_shard_rows(plan: CachePlan, buckets: tuple[Size, ...]) -> int:
-    return max(1, SHARD_BYTES // max(plan.row_bytes(b) for b in buckets))
+def _default_task_inputs(plan: CachePlan, buckets: tuple[Size, ...]) -> int:
+    return max(1, min(TASK_INPUTS, TASK_BYTES // max(plan.row_bytes(b) for b in buckets)))
 
 
 def _identity(fields: dict[str, Any]) -> dict[str, Any]:
     """The part of a plan that two runs must share to write the same bytes."""
-    same = {k: fields[k] for k in ("format", "pipeline", "inputs", "geometry", "store")}
+    same = {k: fields[k] for k in ("format", "pipeline", "source", "columns", "geometry", "pixels", "store")}
     return {**same, "model": {k: v for k, v in fields["model"].items() if k not in MODEL_NAMES}}
-
-
-def check_plan(old: CachePlan, request: CacheRequest, model: ModelIdentity, out: Path) -> None:
-    """Refuse to continue a cache under other settings or with another model.
-
-    Raises:
-        CacheError: names every field with its old and its new value.
-    """
-    fields = old.fields
-    store = {
-        "dtype": DTYPES[request.dtype],
-        "posterior": request.posterior,
-        "flip": request.flip,
-        "batch": request.batch or old.batch,
-        "shard_rows": request.shard_rows or old.shard_rows,
-    }
-    stored = {
-        "dtype": old.dtype,
-        "posterior": "logsnr" in old.tensors,
-        "flip": "latents_flip" in old.tensors,
-        "batch": old.batch,
-        "shard_rows": old.shard_rows,
-    }
-    geometry = {k: v for k, v in fields["geometry"].items() if k not in ("buckets", "multiple")}
-    model_new, model_old = model.fields(), dict(fields["model"])
-    if model_new["sha256"] == model_old["sha256"]:
-        # the same weights under another name are the same model
-        for key in MODEL_NAMES:
-            model_old.pop(key), model_new.pop(key)
-    changes = [
-        *_diff("", {"pipeline": fields["pipeline"]}, {"pipeline": PIPELINE}),
-        *_diff("geometry.", geometry, _geometry(request)),
-        *_diff("model.", model_old, model_new),
-        *_diff("store.", stored, store),
-    ]
-    if changes:
-        started = any(commit["rows"] for commit in read_commits(out).values())
-        raise CacheError(
-            f"{out} was planned otherwise, and a cache is never mixed:\n  "
-            + "\n  ".join(changes)
-            + "\nuse the old settings, or "
-            + ("cache into a new OUT" if started else f"delete {out}, which holds no latents yet")
-        )
-
-
-def _diff(prefix: str, old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    lines = []
-    for key in sorted(old.keys() | new.keys()):
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            lines += _diff(f"{prefix}{key}.", a, b)
-        elif a != b:
-            lines.append(f"{prefix}{key} {a} -> {b}")
-    return lines

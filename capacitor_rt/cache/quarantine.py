@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from contextlib import suppress
 
-from .durable import Commit, PendingFile, canonical_json
-from .shards import read_index
+from ..errors import CacheError
+from .commits import Commit
+from .folder import CacheFolder, PendingFile
+from .hashing import canonical_json
+from .plan import CachePlan
+from .store import read_index
 
 QUARANTINE = "quarantine.jsonl"
+MOST_BYTES = 64 << 30
 
 
-def write_quarantine(out: Path, commits: dict[str, Commit]) -> None:
-    """Make `quarantine.jsonl` anew from the index. A file that is right already is left untouched."""
-    data = quarantine_bytes(out, commits)
-    path = out / QUARANTINE
-    if not path.exists() or path.read_bytes() != data:
-        PendingFile(path, [data]).replace()
+def write_quarantine(folder: CacheFolder, plan: CachePlan, commits: dict[int, Commit]) -> None:
+    """Make `quarantine.jsonl` anew from the index. A file that is right already is left untouched. Under the mutex."""
+    data = quarantine_bytes(folder, plan, commits)
+    if read_quarantine(folder) != data:
+        PendingFile(folder, QUARANTINE, [data]).replace()
 
 
-def quarantine_bytes(out: Path, commits: dict[str, Commit]) -> bytes:
+def read_quarantine(folder: CacheFolder) -> bytes | None:
+    """The file as it is; None where it is missing or no regular file."""
+    with suppress(OSError, CacheError):
+        return folder.read(QUARANTINE, MOST_BYTES)
+    return None
+
+
+def quarantine_bytes(folder: CacheFolder, plan: CachePlan, commits: dict[int, Commit]) -> bytes:
     """What `quarantine.jsonl` says by the index: one line per input that is not cached, in the order of the inputs."""
-    lines: list[tuple[int, bytes]] = []
-    for commit in commits.values():
-        if commit["inputs"] == commit["rows"]:
+    lines: list[bytes] = []
+    for _, commit in sorted(commits.items()):
+        if commit.inputs == commit.rows:
             continue
-        table = read_index(out / commit["index"], commit["index_xxh3"])
-        for row in table.select(["input", "id", "status", "reason", "message"]).to_pylist():
+        table = read_index(folder, plan, commit)
+        for row in table.select(["id", "reason", "message"]).to_pylist():
             if row["reason"] is not None:
                 entry = {"path": row["id"], "reason": row["reason"], "message": row["message"]}
-                lines.append((row["input"], canonical_json(entry) + b"\n"))
-    return b"".join(line for _, line in sorted(lines))
+                lines.append(canonical_json(entry) + b"\n")
+    return b"".join(lines)

@@ -5,128 +5,36 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from ..errors import CacheError
-from ..images.geometry import Size
-from ..images.scan import Scan, path_to_id, scan
 from ..model import FullCapacitor
 from ..reference import Autoencoder
-from . import durable
-from .durable import TMP, Commit, CommitLog, Lock, read_commits, require_extra
+from .commits import read_log, rewrite_log
+from .decode_threads import ThreadDecoder
 from .encoder import BatchEncoder
-from .inputs import TABLE, Inputs, changed_inputs, load_inputs, read_headers
-from .model_source import Checkpoint, Loaded, ModelSource, with_whitening
-from .pipeline import Loader, Meters, Pipeline, device_threads
-from .plan import (
-    PLAN,
-    CachePlan,
-    CacheRequest,
-    Part,
-    Shard,
-    UnplannedInputs,
-    check_plan,
-    code_versions,
-    load_plan,
-    make_plan,
-)
-from .quarantine import QUARANTINE, write_quarantine
-from .shards import ShardStore, committed_hashes
+from .folder import CacheFolder, make_dir
+from .leases import Leases
+from .model_source import ModelSource
+from .mutex import Mutex
+from .options import RunOptions
+from .pipeline import Pipeline
+from .plan import CacheRequest, Task
+from .prepare import PreparedRun, as_source, check_folder, outlook, prepare
+from .quarantine import quarantine_bytes, write_quarantine
+from .report import Report
+from .store import TaskStore, repair_hint
+from .task_queue import TaskQueue, remove_stale
 
 _log = logging.getLogger("capacitor_rt")
-
-
-@dataclass
-class Report:
-    """What a cache holds after a run, and what the run did.
-
-    Attributes:
-        inputs, cached, shards, nbytes: numbers of inputs, of rows and of shard files, and the bytes of the latter.
-        quarantined: number of inputs by reason.
-        new_images: inputs that this run has read.
-        seconds: wall time of the run, planning included.
-        meters: what its stages did; None if there was nothing to encode.
-    """
-
-    inputs: int
-    cached: int
-    quarantined: Counter[str]
-    shards: int
-    nbytes: int
-    new_images: int = 0
-    seconds: float = 0.0
-    meters: Meters | None = None
-
-    @property
-    def exit_code(self) -> int:
-        """0: every input is cached; 3: some are quarantined."""
-        return 3 if self.quarantined.total() else 0
-
-
-@dataclass
-class DryRun:
-    """What a run would do.
-
-    Attributes:
-        buckets: number of inputs by bucket.
-        quarantined: number of inputs by the reason seen in their header.
-        shards, nbytes: number of shards in all, and the bytes of their latents if every input can be cached.
-        todo, todo_nbytes: the same of what is still to be written.
-        rows: most inputs per shard.
-        notes: what a user may want to know before the work starts, one line per note.
-    """
-
-    buckets: dict[Size, int]
-    quarantined: Counter[str]
-    shards: int
-    todo: int
-    nbytes: int
-    todo_nbytes: int
-    rows: int
-    notes: list[str] = field(default_factory=list)
-
-
-@dataclass
-class PreparedRun:
-    """All that is known before the work starts: the plan, its inputs, and where they were found.
-
-    Attributes:
-        model: what computes, where it had to be loaded to make the plan.
-        notes: as in `DryRun`.
-    """
-
-    out: Path
-    plan: CachePlan
-    inputs: Inputs
-    scan: Scan
-    model: Autoencoder | None
-    notes: list[str]
-
-    def parts(self) -> list[Part]:
-        return list(self.plan.parts(self.inputs.bucket))
-
-    def nbytes(self, parts: Iterable[Part]) -> int:
-        """Bytes of the latents of `parts` if every input can be cached."""
-        return sum(len(shard.inputs) * self.plan.row_bytes(shard.bucket) for shard in _shards(parts))
-
-
-def _shards(parts: Iterable[Part]) -> list[Shard]:
-    return [part for part in parts if isinstance(part, Shard)]
-
-
-def as_source(model: FullCapacitor | ModelSource | str | os.PathLike[str]) -> ModelSource:
-    """A model, or the name of a checkpoint (computed on the CPU), as a source."""
-    if isinstance(model, FullCapacitor):
-        return Loaded(model)
-    return Checkpoint(os.fspath(model)) if isinstance(model, (str, os.PathLike)) else model
+POLL_SECONDS = 0.5
 
 
 def cache_images(
@@ -138,96 +46,51 @@ def cache_images(
     workers: int | None = None,
     progress: bool = True,
     note: Callable[[str], None] = _log.info,
+    options: RunOptions | None = None,
 ) -> Report:
     """Encode every image of `src` into the latent cache `out`, or go on with it. Originals are only read.
 
+    Any number of processes may do so at once, on any number of machines that share `out`: they share the tasks, and the
+    files are the same whoever writes them.
+
     Args:
-        src: folder (with its subfolders) or file.
+        src: folder (with its subfolders), file, or list of files.
         out: folder of the cache; new, empty, or an unfinished or finished cache of the same plan.
         model: a model, the name of a checkpoint, or a `ModelSource`. It is not loaded when nothing is left to do.
-        workers: threads for reading and decoding; default every core.
-        progress: show a bar on stderr.
+        workers, progress: as in `RunOptions`, whose values they replace.
         note: told, line by line, what a user may want to know before the work starts; default the logger
             `capacitor_rt`.
 
     Raises:
-        CacheError: `out` belongs to another plan, to other inputs or to a running process; a file is damaged; the disk
-            is full.
-        KeyboardInterrupt: all but the open shard are safe, and the same call goes on from there.
+        CacheError: `out` belongs to another plan or to other inputs; a file is damaged; the disk is full.
+        KeyboardInterrupt: all but the open task are safe, and the same call goes on from there.
     """
     begin = time.perf_counter()
+    chosen = options or RunOptions(progress=progress)
+    threads = workers or chosen.workers
     source, out = as_source(model), Path(out)
-    _check_folder(out)
-    with _locked(out):
-        durable.remove_stale(out)
-        prepared = _prepare(Path(src), out, source, request, workers, progress, load=True)
-        if prepared.model is not None:
-            # a new plan is written last: with it the cache exists, without it nothing that lies here counts
-            prepared.inputs.save(out)
-            prepared.plan.save(out)
-        log = CommitLog(out)
+    check_folder(out)
+    with _opened(out) as folder:
+        mutex = Mutex(folder, note)
         try:
-            store = ShardStore(out, prepared.plan, log)
-            parts = prepared.parts()
-            todo = [part for part in parts if not (store.is_done(part) or store.recover(part))]
-            for line in prepared.notes + _outlook(prepared, parts, todo):
-                note(line)
-            try:
-                meters = _write_parts(prepared, store, todo, source, workers, progress, note)
-            except BaseException:
-                # what is done so far; the reason why the run ends matters more than this file
-                with suppress(CacheError, OSError):
-                    write_quarantine(out, log.commits)
-                raise
-            write_quarantine(out, log.commits)
-            report = _account(out, len(prepared.inputs), log.commits)
+            prepared = _plan(Path(src), folder, mutex, source, request, chosen)
+            report = _run(prepared, folder, mutex, source, threads, chosen, note)
         finally:
-            log.close()
-    report.new_images = sum(len(shard.inputs) for shard in _shards(todo))
-    report.meters, report.seconds = meters, time.perf_counter() - begin
+            _clear(folder, mutex)
+    report.seconds = time.perf_counter() - begin
     return report
 
 
-def dry_run(
-    src: str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    model: FullCapacitor | ModelSource | str | os.PathLike[str],
-    request: CacheRequest,
-    *,
-    workers: int | None = None,
-    progress: bool = True,
-) -> DryRun:
-    """What `cache_images` with these arguments would do. It reads headers only, writes nothing and loads no weights."""
-    out = Path(out)
-    _check_folder(out)
-    prepared = _prepare(Path(src), out, as_source(model), request, workers, progress, load=False)
-    parts, committed = prepared.parts(), read_commits(out)
-    todo = [part for part in parts if part.index not in committed]
-    buckets: Counter[Size] = Counter()
-    for shard in _shards(parts):
-        buckets[shard.bucket] += len(shard.inputs)
-    return DryRun(
-        buckets=dict(sorted(buckets.items())),
-        quarantined=Counter(failure.reason for failure in prepared.inputs.failures.values()),
-        shards=len(_shards(parts)),
-        todo=len(_shards(todo)),
-        nbytes=prepared.nbytes(parts),
-        todo_nbytes=prepared.nbytes(todo),
-        rows=prepared.plan.shard_rows,
-        notes=prepared.notes + _outlook(prepared, parts, todo),
-    )
-
-
 @contextmanager
-def _locked(out: Path) -> Iterator[None]:
+def _opened(out: Path) -> Iterator[CacheFolder]:
     new = not out.exists()
     try:
-        durable.make_dir(out)
+        make_dir(out)
     except OSError as e:
         raise CacheError(f"cannot create {out}: {e.strerror}: give an OUT that you may write to") from e
     try:
-        with Lock(out):
-            yield
+        with CacheFolder(out) as folder:
+            yield folder
     finally:
         if new:
             # a run that was refused leaves nothing behind
@@ -235,111 +98,113 @@ def _locked(out: Path) -> Iterator[None]:
                 out.rmdir()
 
 
-def _check_folder(out: Path) -> None:
-    """Refuse a folder that holds something other than a cache, or what a killed planning run has left."""
-    try:
-        names = set(os.listdir(out))
-    except FileNotFoundError:
-        return
-    except OSError as e:
-        raise CacheError(f"cannot use {out}: {e.strerror}: give a folder") from e
-    own = {durable.LOCK, TABLE}
-    foreign = sorted(n for n in names if n not in own and TMP not in n)
-    if PLAN not in names and foreign:
-        raise CacheError(
-            f"{out} is not empty and no latent cache: it holds {foreign[0]!r} and no {PLAN}: give a new or empty folder"
-        )
-
-
-def _prepare(
-    src: Path, out: Path, source: ModelSource, request: CacheRequest, workers: int | None, progress: bool, load: bool
+def _plan(
+    src: Path, folder: CacheFolder, mutex: Mutex, source: ModelSource, request: CacheRequest, options: RunOptions
 ) -> PreparedRun:
-    """Check what can be checked before work starts. The model is loaded only for a new plan, and with `load`."""
-    for extra in ("pyarrow", "xxhash"):
-        require_extra(extra)
-    plan = load_plan(out)
-    identity = source.identity(plan.fields["model"]["compute_dtype"] if plan else None)
-    if plan:
-        check_plan(plan, request, identity, out)
-    elif request.posterior and identity.config["bottleneck_posterior_kind"] != "diagonal_gaussian":
-        raise CacheError(f"{identity.id} is deterministic and has no logsnr to store: leave out posterior")
-    buckets = plan.buckets if plan else request.buckets(identity.multiple)
-    found = scan(src, skip=out)
-    notes = _notes(found)
-    if plan:
-        inputs = load_inputs(out, plan.fields["inputs"]["sha256"])
-        _check_inputs(out, inputs, found)
-        notes += _version_notes(plan)
-        return PreparedRun(out, plan, inputs, found, None, notes)
-    model = source.load(identity) if load else None
-    if model is not None:
-        identity = with_whitening(identity, model)
-    with tqdm(total=len(found.paths), desc="headers", unit="img", disable=not progress, leave=False) as bar:
-        inputs = read_headers(found, buckets, workers or device_threads(identity.device), bar.update)
-    plan = make_plan(request, identity, inputs, buckets)
-    return PreparedRun(out, plan, inputs, found, model, notes)
+    """The plan that is there, or a new one: whoever comes first makes it, and the others wait for it."""
+    with mutex:
+        first = folder.stat("plan.json") is None
+        if first:
+            remove_stale(folder, None, None)
+            prepared = prepare(src, folder.path, folder, source, request, options, load=True)
+            # the plan comes last: with it the cache exists, without it nothing that lies here counts
+            prepared.source.listing.save(folder)
+            prepared.plan.save(folder)
+            return prepared
+    return prepare(src, folder.path, folder, source, request, options, load=True)
 
 
-def _notes(found: Scan) -> list[str]:
+def _run(
+    prepared: PreparedRun,
+    folder: CacheFolder,
+    mutex: Mutex,
+    source: ModelSource,
+    workers: int | None,
+    options: RunOptions,
+    note: Callable[[str], None],
+) -> Report:
+    plan, tasks = prepared.plan, prepared.tasks
+    leases = Leases(folder, mutex, plan.plan8, heartbeat=options.heartbeat, stale=options.stale)
+    with leases:
+        with mutex:
+            remove_stale(folder, plan, leases)
+            if prepared.restore_listing:
+                prepared.source.listing.save(folder)
+        store = TaskStore(folder, plan, mutex, leases)
+        for line in prepared.notes + _check(store, tasks):
+            note(line)
+        todo = [task for task in tasks if task.number not in store.commits]
+        for line in outlook(prepared, folder.path, todo):
+            note(line)
+        pipeline = None
+        try:
+            if todo:
+                pipeline = _write_tasks(prepared, store, todo, source, workers, options, note)
+        except BaseException:
+            # what is done so far; the reason why the run ends matters more than this file
+            with suppress(CacheError, OSError):
+                _account(store, len(tasks))
+            raise
+        report = _account(store, len(tasks))
+    if pipeline is not None:
+        report.new_images, report.meters = pipeline.read, pipeline.meters if pipeline.read else None
+        report.failed = Counter(row["reason"] for row in pipeline.unfinished)
+        listing = prepared.source.listing
+        report.examples = [f"{listing.id(row['input'])}: {row['message']}" for row in pipeline.unfinished[:3]]
+    report.unfinished = len(tasks) - report.tasks
+    return report
+
+
+def _check(store: TaskStore, tasks: list[Task]) -> list[str]:
+    """Refuse to build on damage; forget what is committed and gone. Notes for the user."""
+    log = read_log(store.folder)
     notes = []
-    if found.loops:
-        links = "1 link leads" if len(found.loops) == 1 else f"{len(found.loops)} links lead"
-        notes.append(f"{links} back into a folder above and was not followed: {path_to_id(found.loops[0])!r}")
-    if found.ignored:
-        kinds = ", ".join(f"{ext or 'no extension'} {n}" for ext, n in found.ignored.most_common(5))
-        notes.append(f"left out, as they have no image's extension: {kinds}")
+    if log.bad:
+        lines = ", ".join(map(str, log.bad[:5]))
+        notes.append(f"line {lines} of {store.folder.path / 'commits.jsonl'} is damaged and counts as lost")
+    for number in [n for n in store.commits if n >= len(tasks)]:
+        raise CacheError(
+            f"{store.folder.path / 'commits.jsonl'} has task {number}, and the plan has {len(tasks)} tasks: "
+            + repair_hint(store.folder)
+        )
+    damaged, gone = [], []
+    for task in [task for task in tasks if task.number in store.commits]:
+        if store.is_gone(task):
+            gone.append(task.number)
+        elif problem := store.check(task):
+            damaged.append(problem)
+    if damaged:
+        more = [f"and {len(damaged) - 5} more"] if len(damaged) > 5 else []
+        raise CacheError("\n  ".join([*damaged[:5], *more, repair_hint(store.folder)]))
+    if gone or log.bad:
+        store.forget(gone)
     return notes
 
 
-def _version_notes(plan: CachePlan) -> list[str]:
-    now, planned = code_versions(), plan.fields["code"]
-    changed = [f"{k} {planned.get(k)} -> {v}" for k, v in now.items() if planned.get(k) != v]
-    return [f"other versions than when the cache was planned: {', '.join(changed)}"] if changed else []
-
-
-def _check_inputs(out: Path, inputs: Inputs, found: Scan) -> None:
-    changes = changed_inputs(inputs, found, lambda ordinals: committed_hashes(out, ordinals))
-    if changes:
-        raise CacheError(
-            f"{out} was planned for other inputs, and a finished plan is never changed:\n  "
-            + "\n  ".join(changes)
-            + "\nput the old files back, or cache into a new OUT"
-        )
-
-
-def _write_parts(
+def _write_tasks(
     prepared: PreparedRun,
-    store: ShardStore,
-    todo: list[Part],
+    store: TaskStore,
+    todo: list[Task],
     source: ModelSource,
     workers: int | None,
-    progress: bool,
+    options: RunOptions,
     note: Callable[[str], None],
-) -> Meters | None:
-    """Write the parts `todo`. None if there was nothing to encode."""
-    plan, inputs = prepared.plan, prepared.inputs
-    loader = Loader(prepared.scan, inputs, tuple(plan.fields["geometry"]["background"]))
-    for part in todo:
-        if isinstance(part, UnplannedInputs):
-            store.write_unplanned(part, [loader.describe_unplanned(int(i)) for i in part.inputs])
-    shards = _shards(todo)
-    if not shards:
+) -> Pipeline | None:
+    """Write what is to be done, together with whoever else is at it. None if there was nothing to encode."""
+    plan = prepared.plan
+    rank, size = options.place()
+    queue = TaskQueue(store, todo, rank * len(todo) // size)
+    first = next(iter(queue), None)
+    if first is None and not queue.left():
         return None
-    model = prepared.model or source.load(source.identity(plan.fields["model"]["compute_dtype"]))
-    encoder = BatchEncoder(model, plan.tensors, plan.dtype)
-    sizes = {(shard.bucket.height, shard.bucket.width, min(plan.batch, len(shard.inputs))) for shard in shards}
-    seconds = encoder.warmup(sorted(sizes))
-    if seconds > 1:
-        note(f"kernels for {len(sizes)} sizes of batches were made ready in {seconds:.1f} s")
-    threads = workers or device_threads(str(model.device))
-    total = int((inputs.bucket >= 0).sum())
-    left = sum(len(shard.inputs) for shard in shards)
+    encoder = _encoder(prepared, source, note)
+    threads = workers or device_threads(str(encoder.model.device))
+    left = sum(len(task) for task in todo)
     quarantined = 0
     # a bar for a person, a line now and then for a log
     interval = 0.2 if os.isatty(2) else 30
-    with tqdm(
-        total=total, initial=total - left, desc="cache", unit="img", disable=not progress, mininterval=interval
-    ) as bar:
+    show = {"desc": "cache", "unit": "img", "disable": not options.progress, "mininterval": interval}
+    with tqdm(total=plan.count, initial=plan.count - left, **show) as bar:
 
         def advance(count: int, failed: int) -> None:
             nonlocal quarantined
@@ -348,32 +213,74 @@ def _write_parts(
                 bar.set_postfix(quarantined=quarantined, refresh=False)
             bar.update(count)
 
-        pipeline = Pipeline(store, loader, encoder, threads, advance)
-        pipeline.run(shards)
-    return pipeline.meters
+        with ThreadDecoder(prepared.source, plan.buckets, plan.policy, threads, options.backoff) as decoder:
+            pipeline = Pipeline(store, prepared.source, decoder, encoder, give_up=options.give_up, advance=advance)
+            _until_done(pipeline, queue, first)
+    return pipeline
 
 
-def _outlook(prepared: PreparedRun, parts: list[Part], todo: list[Part]) -> list[str]:
-    lines, out = [], prepared.out
-    if todo and len(todo) < len(parts):
-        lines.append(f"going on: {len(parts) - len(todo)} of {len(parts)} shards are done")
-    existing = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
-    need, free = prepared.nbytes(todo), shutil.disk_usage(existing).free
-    if need > free:
-        lines.append(
-            f"{need / 1e9:.2f} GB are to be written and {out} has {free / 1e9:.2f} GB free: "
-            "the run will stop when it is full, and go on when there is more"
-        )
-    return lines
+def _until_done(pipeline: Pipeline, queue: TaskQueue, first: Task | None) -> None:
+    """Go through the queue until every task is committed, given up, or by turns taken over from the dead."""
+    tasks = iter(queue)
+    while True:
+        pipeline.run(_with(first, tasks))
+        queue.given_up |= pipeline.abandoned
+        first = None
+        if not queue.left():
+            return
+        while first is None and queue.left():
+            tasks = iter(queue)
+            first = next(tasks, None)
+            if first is None:
+                time.sleep(POLL_SECONDS)
+        if first is None:
+            return
 
 
-def _account(out: Path, inputs: int, commits: dict[str, Commit]) -> Report:
-    text = (out / QUARANTINE).read_bytes()
-    reasons = Counter(json.loads(line)["reason"] for line in text.splitlines())
+def _with(first: Task | None, tasks: Iterator[Task]) -> Iterator[Task]:
+    if first is not None:
+        yield first
+    yield from tasks
+
+
+def _encoder(prepared: PreparedRun, source: ModelSource, note: Callable[[str], None]) -> BatchEncoder:
+    plan = prepared.plan
+    model: Autoencoder = prepared.model or source.load(source.identity(plan.fields["model"]["compute_dtype"]))
+    encoder = BatchEncoder(model, plan.tensors, plan.dtype)
+    sizes = {(bucket.height, bucket.width, min(plan.batch, plan.count)) for bucket in plan.buckets}
+    seconds = encoder.warmup(sorted(sizes))
+    if seconds > 1:
+        note(f"kernels for {len(sizes)} sizes of batches were made ready in {seconds:.1f} s")
+    return encoder
+
+
+def _account(store: TaskStore, tasks: int) -> Report:
+    """Put the log in order if all is done, write the quarantine anew, and count."""
+    folder, plan = store.folder, store.plan
+    with store.mutex:
+        log = read_log(folder)
+        commits = log.commits
+        if len(commits) == tasks and not log.sorted:
+            rewrite_log(folder, commits)
+        write_quarantine(folder, plan, commits)
+    text = quarantine_bytes(folder, plan, commits)
     return Report(
-        inputs=inputs,
-        cached=sum(c["rows"] for c in commits.values()),
-        quarantined=reasons,
-        shards=sum(c["shard"] is not None for c in commits.values()),
-        nbytes=sum(c["shard_bytes"] for c in commits.values()),
+        inputs=plan.count,
+        cached=sum(c.rows for c in commits.values()),
+        quarantined=Counter(json.loads(line)["reason"] for line in text.splitlines()),
+        tasks=len(commits),
+        nbytes=sum(c.data_bytes for c in commits.values()),
     )
+
+
+def _clear(folder: CacheFolder, mutex: Mutex) -> None:
+    """Remove the lock's file, unless others are at work."""
+    with suppress(CacheError, OSError), mutex:
+        if not folder.names("leases"):
+            mutex.remove()
+
+
+def device_threads(device: str) -> int:
+    """Threads for reading and decoding unless the caller says otherwise: every core, less one that drives a GPU."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores - (torch.device(device).type == "cuda"))

@@ -7,19 +7,22 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-import numpy as np
+import torch
 
 from ..errors import CacheError
-from .durable import COMMITS, LOCK, TMP, Commit, committed_files, hash_file, read_commits
-from .inputs import TABLE, Inputs, load_inputs
-from .plan import PLAN, CachePlan, Part, load_plan
-from .quarantine import QUARANTINE, quarantine_bytes
-from .shards import OK, disk_row_hashes, read_index, read_shard_header, rebuild_hint
-
-if TYPE_CHECKING:
-    import pyarrow
+from ..extras import require_extra
+from .commits import COMMITS, Commit, Log, read_log
+from .folder import DAMAGED, GENERATIONS, INDEX, LEASES, SUBFOLDERS, TASKS, TMP, CacheFolder
+from .index import cached_counts, is_ok
+from .latent_files import has_header, layout, read_rows, row_hashes
+from .mutex import HELD, LOCK
+from .plan import PLAN, CachePlan, OtherFormat, Task, load_plan, plan_tasks
+from .quarantine import QUARANTINE, quarantine_bytes, read_quarantine
+from .sources.listing import SOURCE, Listing, load_listing
+from .stamps import STAMPS
+from .store import read_index, repair_hint
 
 
 @dataclass
@@ -28,21 +31,27 @@ class Verification:
 
     Attributes:
         inputs: number of inputs of the plan.
-        rows, shards, nbytes: what is committed, in numbers and in bytes of shard files.
-        unfinished: planned parts that are not committed yet, which is no damage.
+        rows, tasks, nbytes: what is committed, in numbers and in bytes of latents.
+        unfinished: planned tasks that are not committed yet, which is no damage.
         files: names of the cache's own files, relative to it: what a copy of it needs.
         problems: damage, one line per problem.
         notes: files that do not belong to the cache, one line per file.
+        damaged: numbers of the damaged tasks.
+        bad_log, bad_plan, bad_list: whether the log, the plan or the list of inputs is damaged.
     """
 
     inputs: int = 0
     rows: int = 0
-    shards: int = 0
+    tasks: int = 0
     nbytes: int = 0
     unfinished: int = 0
     files: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    damaged: list[int] = field(default_factory=list)
+    bad_log: bool = False
+    bad_plan: bool = False
+    bad_list: bool = False
 
 
 def verify(
@@ -53,131 +62,192 @@ def verify(
 ) -> Verification:
     """Read every byte of a cache and compare it with its hash. Nothing is changed.
 
-    Checked: plan.json and inputs.parquet against their hashes; every shard and index file against its commit line,
-    and the rows of a damaged shard one by one against the index; that every shard is one of the plan's and its index
-    lists just the inputs that the plan gives it; quarantine.jsonl against the index.
+    Checked: plan.json and source.parquet against their hashes; every line of the log; every index and every file of
+    latents against its commit line, and the rows of a damaged one one by one against the index; that every task is one
+    of the plan's and its index lists just the inputs that the plan gives it; quarantine.jsonl against the index.
 
     Args:
         workers: threads that read.
-        advance: told (shards checked, shards in all).
+        advance: told (tasks checked, tasks in all).
 
     Raises:
-        CacheError: there is no cache.
+        CacheError: there is no cache, or one of another version.
     """
+    for extra in ("pyarrow", "xxhash"):
+        require_extra(extra)
     root = Path(root)
-    if not root.is_dir() or not any((root / name).exists() for name in (PLAN, COMMITS, TABLE)):
+    if not root.is_dir() or not any(os.path.lexists(root / name) for name in (PLAN, COMMITS, SOURCE)):
         raise CacheError(f"{root} is no latent cache: it has no {PLAN}")
-    found = Verification()
-    plan, inputs = _read_plan(root, found)
-    try:
-        commits = read_commits(root)
-    except CacheError as e:
-        found.problems.append(str(e))
-        return found
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        results = pool.map(lambda commit: _check_files(root, commit), commits.values())
-        listed: dict[str, list[int]] = {}
-        for done, (commit, (problems, ordinals)) in enumerate(zip(commits.values(), results, strict=True), 1):
-            found.problems += problems
-            if ordinals is not None:
-                listed[commit["index"]] = ordinals
-            advance(done, len(commits))
-    found.rows = sum(c["rows"] for c in commits.values())
-    found.shards = sum(c["shard"] is not None for c in commits.values())
-    found.nbytes = sum(c["shard_bytes"] for c in commits.values())
-    if plan is not None and inputs is not None:
-        _check_membership(found, commits, listed, list(plan.parts(inputs.bucket)))
-    if not found.problems:
-        _check_quarantine(root, found, commits)
-    _look_for_strangers(root, found, commits)
-    return found
+    with CacheFolder(root) as folder:
+        return _Check(folder).run(workers, advance)
 
 
-def _read_plan(root: Path, found: Verification) -> tuple[CachePlan | None, Inputs | None]:
-    try:
-        plan = load_plan(root)
+class _Check:
+    def __init__(self, folder: CacheFolder):
+        self.folder = folder
+        self.found = Verification()
+
+    def run(self, workers: int, advance: Callable[[int, int], None]) -> Verification:
+        found, folder = self.found, self.folder
+        plan = self._plan()
+        listing = self._listing(plan) if plan else None
+        log = self._log()
+        found.rows = sum(c.rows for c in log.commits.values())
+        found.tasks = len(log.commits)
+        found.nbytes = sum(c.data_bytes for c in log.commits.values())
         if plan is None:
-            raise CacheError(f"{root / PLAN} is missing: restore it from a copy, or cache into a new OUT")
-        found.inputs = plan.fields["inputs"]["count"]
-        return plan, load_inputs(root, plan.fields["inputs"]["sha256"])
-    except CacheError as e:
-        found.problems.append(str(e))
-        return None, None
+            return found
+        found.inputs = plan.count
+        found.unfinished = sum(n not in log.commits for n in range(plan.task_count))
+        tasks = plan_tasks(plan, listing.tasks(plan.task_inputs)) if listing else None
+        commits = []
+        for number, commit in sorted(log.commits.items()):
+            if number >= plan.task_count:
+                self._problem(f"{folder.path / COMMITS} has task {number}, and the plan has {plan.task_count} tasks")
+                found.bad_log = True
+            else:
+                commits.append(commit)
+        with ThreadPoolExecutor(max(1, workers)) as pool:
+            checks = pool.map(lambda c: _task_problems(folder, plan, c, tasks, listing), commits)
+            for done, (commit, problems) in enumerate(zip(commits, checks, strict=True), 1):
+                if problems:
+                    found.damaged.append(commit.task)
+                    found.problems += problems
+                advance(done, len(commits))
+        if not found.problems:
+            self._quarantine(plan, log)
+        self._strangers(plan, log)
+        return found
+
+    def _problem(self, line: str) -> None:
+        self.found.problems.append(line)
+
+    def _plan(self) -> CachePlan | None:
+        path = self.folder.path / PLAN
+        try:
+            plan = load_plan(self.folder)
+        except OtherFormat:
+            raise
+        except CacheError as e:
+            self._problem(str(e))
+            self.found.bad_plan = True
+            return None
+        if plan is None:
+            hint = f"`capacitor-rt verify --repair {self.folder.path}` restores it from the index"
+            self._problem(f"{path} is missing: {hint}")
+            self.found.bad_plan = True
+        return plan
+
+    def _listing(self, plan: CachePlan) -> Listing | None:
+        try:
+            listing = load_listing(self.folder, plan.fields["source"]["sha256"])
+            fits = len(listing) == plan.count and len(listing.tasks(plan.task_inputs)) == plan.task_count
+            if not fits:
+                raise CacheError(f"{self.folder.path / SOURCE} does not fit plan.json")
+            return listing
+        except CacheError as e:
+            self._problem(str(e))
+            self.found.bad_list = True
+            return None
+
+    def _log(self) -> Log:
+        path = self.folder.path / COMMITS
+        try:
+            log = read_log(self.folder)
+        except CacheError as e:
+            self._problem(str(e))
+            self.found.bad_log = True
+            return Log({}, [], 0, False)
+        if log.bad:
+            numbers = ", ".join(map(str, log.bad[:5])) + (", ..." if len(log.bad) > 5 else "")
+            self._problem(f"{path} is damaged in line {numbers}, which counts as lost: {repair_hint(self.folder)}")
+            self.found.bad_log = True
+        return log
+
+    def _quarantine(self, plan: CachePlan, log: Log) -> None:
+        if self.found.unfinished:
+            return
+        if read_quarantine(self.folder) != quarantine_bytes(self.folder, plan, log.commits):
+            path = self.folder.path / QUARANTINE
+            self._problem(f"{path} is missing or does not match the index: the cache command writes it anew")
+
+    def _strangers(self, plan: CachePlan, log: Log) -> None:
+        parts = {PLAN, SOURCE, COMMITS, QUARANTINE}
+        for number in log.commits:
+            parts |= {plan.index_name(number), plan.data_name(number)}
+        self.found.files = sorted(name for name in parts if self.folder.stat(name) is not None)
+        own = parts | {LOCK, HELD, STAMPS, *SUBFOLDERS}
+        strangers = [name for name in self.folder.names() if name not in own]
+        for sub in (TASKS, INDEX):
+            try:
+                names = [f"{sub}/{base}" for base in self.folder.names(sub)]
+            except CacheError as e:
+                self._problem(str(e))
+                continue
+            strangers += [name for name in names if name not in own]
+        for name in strangers[:5]:
+            kind = "left by a killed run, the next run removes it" if TMP in name else "not committed, or foreign"
+            self.found.notes.append(f"{name}: {kind}")
+        if len(strangers) > 5:
+            self.found.notes.append(f"{len(strangers) - 5} more files that are not of the cache")
+        for sub in (DAMAGED, GENERATIONS, LEASES):
+            if sub != LEASES and (names := self.folder.names(sub)):
+                self.found.notes.append(f"{sub}/ holds {len(names)} files, which `capacitor-rt gc` removes")
 
 
-def _check_files(root: Path, commit: Commit) -> tuple[list[str], list[int] | None]:
-    """Problems of one commit's files, and the ordinals of the inputs that its index lists (None if it is damaged)."""
-    hint = rebuild_hint(commit)
+def _task_problems(
+    folder: CacheFolder, plan: CachePlan, commit: Commit, tasks: list[Task] | None, listing: Listing | None
+) -> list[str]:
+    """What is wrong with a committed task: with its index, and with its latents."""
+    index, data = plan.index_name(commit.task), plan.data_name(commit.task)
+    hint = repair_hint(folder)
     try:
-        table = read_index(root / commit["index"], commit["index_xxh3"])
+        table = read_index(folder, plan, commit)
+    except FileNotFoundError:
+        return [f"index {folder.path / index} cannot be read (No such file or directory): {hint}"]
     except CacheError as e:
-        return [f"{e}: {hint}", *_check_shard(root, commit, None, hint)], None
-    problems = _check_shard(root, commit, table, hint)
-    counts = (table.num_rows, table["status"].to_pylist().count(OK), (root / commit["index"]).stat().st_size)
-    if counts != (commit["inputs"], commit["rows"], commit["index_bytes"]):
-        problems.append(f"{COMMITS} is damaged: its line of {commit['index']} does not agree with that file: {hint}")
-    return problems, table["input"].to_pylist()
-
-
-def _check_shard(root: Path, commit: Commit, index: pyarrow.Table | None, hint: str) -> list[str]:
-    if commit["shard"] is None:
-        return []
-    path = root / commit["shard"]
+        return [f"index {e}: {hint}"]
+    counts = cached_counts(table)
+    placed = layout(plan, commit.task, counts, commit.index_xxh3)
+    problems = []
+    if (table.num_rows, sum(counts.values()), placed.nbytes) != (commit.inputs, commit.rows, commit.data_bytes):
+        problems.append(f"{COMMITS} is damaged: its line of task {commit.task} does not agree with {index}: {hint}")
+    if tasks is not None and listing is not None:
+        task = tasks[commit.task]
+        ids = [listing.id(i) for i in range(task.first, task.stop)]
+        if table["input"].to_pylist() != list(range(task.first, task.stop)) or table["id"].to_pylist() != ids:
+            problems.append(
+                f"index {folder.path / index} does not list the inputs that the plan gives its task: {hint}"
+            )
     try:
-        if path.stat().st_size == commit["shard_bytes"] and hash_file(path) == commit["shard_xxh3"]:
-            return []
-    except OSError as e:
-        return [f"shard {path} cannot be read ({e.strerror}): {hint}"]
-    return [f"shard {path} is damaged: {_damaged_rows(path, index)}: {hint}"]
-
-
-def _damaged_rows(path: Path, index: pyarrow.Table | None) -> str:
-    """Which rows of a shard whose hash is wrong are damaged, in words."""
-    if index is None:
-        return "its hash is not that of its commit line"
-    rows = index.filter(np.array(index["status"].to_pylist()) == OK).select(["id", "row_hash"]).to_pylist()
-    try:
-        hashes = disk_row_hashes(read_shard_header(path))
+        if folder.hash(data) == commit.data_xxh3:
+            with folder.open(data) as file:
+                if not has_header(file.fileno(), placed):
+                    problems.append(f"{folder.path / data} is damaged: its header is not that of its index: {hint}")
+            return problems
+    except FileNotFoundError:
+        return [*problems, f"{folder.path / data} cannot be read (No such file or directory): {hint}"]
     except CacheError as e:
-        return str(e)
-    if len(hashes) != len(rows):
-        return f"it has {len(hashes)} rows, and the index {len(rows)}"
-    bad = [
-        (n, row["id"]) for n, (row, digest) in enumerate(zip(rows, hashes, strict=True)) if digest != row["row_hash"]
-    ]
+        return [*problems, f"{e}: {hint}"]
+    return [*problems, f"{folder.path / data} is damaged: {_damaged_rows(folder, plan, data, placed, table)}: {hint}"]
+
+
+def _damaged_rows(folder: CacheFolder, plan: CachePlan, data: str, placed: Any, table: Any) -> str:
+    """Which rows of a file whose hash is wrong are damaged, in words."""
+    kept = table.filter(is_ok(table)).select(["id", "bucket", "row", "row_hash"]).to_pylist()
+    dtype = getattr(torch, plan.dtype)
+    bad = []
+    try:
+        with folder.open(data) as file:
+            for row in kept:
+                tensors = [placed.tensors[row["bucket"], kind] for kind in plan.tensors]
+                what = folder.path / data
+                values = [read_rows(file.fileno(), t, dtype, row["row"], 1, what) for t in tensors]
+                if row_hashes(values)[0] != row["row_hash"]:
+                    bad.append(f"{row['row']} of {plan.buckets[row['bucket']]} ({row['id']!r})")
+    except CacheError as e:
+        return str(e).partition("is damaged: ")[2] or str(e)
     if not bad:
         return "its header or its commit line; all rows match their hashes"
-    names = ", ".join(f"{n} ({name!r})" for n, name in bad[:3])
-    return f"{len(bad)} of {len(rows)} rows do not match their hashes: {names}{', ...' if len(bad) > 3 else ''}"
-
-
-def _check_membership(
-    found: Verification, commits: dict[str, Commit], listed: dict[str, list[int]], planned: list[Part]
-) -> None:
-    known = {part.index: part for part in planned}
-    found.unfinished = sum(index not in commits for index in known)
-    for index in commits.keys() - known.keys():
-        found.problems.append(f"{COMMITS} has {index}, which is not of this plan: remove its line and its files")
-    for index, ordinals in listed.items():
-        if index in known and ordinals != known[index].inputs.tolist():
-            found.problems.append(f"index {index} does not list the inputs that the plan gives its shard")
-
-
-def _check_quarantine(root: Path, found: Verification, commits: dict[str, Commit]) -> None:
-    path = root / QUARANTINE
-    if not found.unfinished and (not path.exists() or path.read_bytes() != quarantine_bytes(root, commits)):
-        found.problems.append(f"{path} is missing or does not match the index: the cache command writes it anew")
-
-
-def _look_for_strangers(root: Path, found: Verification, commits: dict[str, Commit]) -> None:
-    own = {PLAN, TABLE, COMMITS, QUARANTINE, LOCK}
-    own |= {name for commit in commits.values() for name, _ in committed_files(commit)}
-    files = (p for p in sorted(root.rglob("*")) if p.is_file())
-    names = [p.relative_to(root).as_posix() for p in files]
-    found.files = [name for name in names if name in own and name != LOCK]
-    strangers = [name for name in names if name not in own]
-    for name in strangers[:5]:
-        kind = "left by a killed run, the next run removes it" if TMP in name else "not committed, or foreign"
-        found.notes.append(f"{name}: {kind}")
-    if len(strangers) > 5:
-        found.notes.append(f"{len(strangers) - 5} more files that are not of the cache")
+    shown = ", ".join(bad[:3]) + (", ..." if len(bad) > 3 else "")
+    return f"{len(bad)} of {len(kept)} rows do not match their hashes: {shown}"

@@ -26,7 +26,7 @@ from .options import (
 from .terminal import echo, note
 
 if TYPE_CHECKING:
-    from ..cache.run import DryRun, Report
+    from ..cache.report import DryRun, Report
 
 
 def cache(
@@ -39,14 +39,24 @@ def cache(
         float, typer.Option(min=1, help="Largest ratio of a bucket's longer side to its shorter side.")
     ] = 4.0,
     background: Background = "ffffff",
+    decode: Annotated[
+        str,
+        typer.Option(help="How JPEGs are decoded: exact, or fast, which shrinks large ones on the way.", metavar="HOW"),
+    ] = "exact",
+    icc: Annotated[
+        str, typer.Option(help="Colour profiles: srgb applies them, ignore passes them over.", metavar="HOW")
+    ] = "srgb",
     dtype: Annotated[Dtype, typer.Option(help="Type that the latents are stored in.")] = Dtype.bf16,
     posterior: Annotated[
         bool, typer.Option("--posterior", help="Store logsnr too, so that samples can be drawn.")
     ] = False,
     flip: Annotated[bool, typer.Option("--flip", help="Store the latents of the mirrored images too.")] = False,
     batch: Annotated[int | None, typer.Option(min=1, help="Images per encode call (default: by size).")] = None,
-    shard_rows: Annotated[
-        int | None, typer.Option(min=1, help="Most images per shard (default: as many as make 256 MiB).")
+    task_inputs: Annotated[
+        int | None,
+        typer.Option(
+            "--task-inputs", "--shard-rows", min=1, help="Most images per file of latents (default: 8192, or 512 MiB)."
+        ),
     ] = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Threads that read and decode (default: every core).")
@@ -55,13 +65,20 @@ def cache(
     compute_dtype: ComputeDtype = None,
     backend: Backend = "auto",
     revision: Revision = None,
+    give_up: Annotated[
+        bool,
+        typer.Option(
+            "--give-up",
+            help="Quarantine also what failed for now (I/O errors, timeouts), so that its task is finished.",
+        ),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress bar.")] = False,
 ) -> None:
     """Encode a folder of images into latents on disk, or go on with an unfinished cache.
 
     Ends with 0 if every input is cached, 3 if some are quarantined (OUT/quarantine.jsonl says why), 1 on failure and
-    130 when interrupted; the same command then goes on from the last finished shard.
+    130 when interrupted; the same command then goes on from the last finished task.
     """
     sides = [side for side in (size, area) if side is not None]
     if len(sides) != 1:
@@ -70,9 +87,10 @@ def cache(
         raise InputError(f"{str(src)!r} does not exist: give a folder of images, or one image")
     with interruptible():
         from ..cache.model_source import Checkpoint
+        from ..cache.options import RunOptions
+        from ..cache.outlook import dry_run as describe_run
         from ..cache.plan import CacheRequest
         from ..cache.run import cache_images
-        from ..cache.run import dry_run as describe_run
 
         compute = compute_dtype.full_name if compute_dtype else None
         source = Checkpoint(model, resolve_device(device), compute, revision, backend)
@@ -81,16 +99,19 @@ def cache(
             area=area is not None,
             max_aspect=max_aspect,
             background=parse_background(background),
+            decode=decode,
+            icc=icc,
             dtype=dtype.value,
             posterior=posterior,
             flip=flip,
             batch=batch,
-            shard_rows=shard_rows,
+            task_inputs=task_inputs,
         )
+        options = RunOptions(workers=workers, progress=not quiet, give_up=give_up)
         if dry_run:
-            _print_dry_run(describe_run(src, out, source, request, workers=workers, progress=not quiet))
+            _print_dry_run(describe_run(src, out, source, request, options=options))
             return
-        report = cache_images(src, out, source, request, workers=workers, progress=not quiet, note=_remark)
+        report = cache_images(src, out, source, request, note=_remark, options=options)
     _print_report(report, out)
     if report.exit_code:
         raise typer.Exit(report.exit_code)
@@ -99,6 +120,10 @@ def cache(
 def verify(
     root: Annotated[Path, typer.Argument(help="Folder of the cache.")],
     workers: Annotated[int, typer.Option(min=1, help="Threads that read.")] = 4,
+    repair: Annotated[
+        bool,
+        typer.Option("--repair", help="Move what is damaged to OUT/damaged, so that the cache command makes it anew."),
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress bar.")] = False,
 ) -> None:
     """Compare every byte of a cache with its hashes and name what is damaged.
@@ -110,21 +135,29 @@ def verify(
     with interruptible():
         from ..cache.verify import verify as check
 
-        with tqdm(desc="verify", unit="shard", disable=quiet, leave=False) as bar:
+        with tqdm(desc="verify", unit="task", disable=quiet, leave=False) as bar:
 
             def advance(done: int, total: int) -> None:
                 bar.total = total
                 bar.update(1)
 
             found = check(root, workers=workers, advance=advance)
+        if repair and found.problems:
+            from ..cache.repair import repair as mend
+
+            for line in found.problems:
+                note(f"damaged: {line}")
+            for line in mend(root, found):
+                note(f"repaired: {line}")
+            found = check(root, workers=workers)
     for line in found.notes:
         _remark(line)
     for line in found.problems:
         note(f"damaged: {line}")
     if found.unfinished:
-        note(f"unfinished: {found.unfinished} shards are still to be written: run the cache command again")
+        note(f"unfinished: {found.unfinished} tasks are still to be written: run the cache command again")
     state = f"{len(found.problems)} problems" if found.problems else "no damage"
-    echo(f"{found.rows} rows of {found.inputs} inputs, {found.shards} shards, {bytes_text(found.nbytes)}: {state}")
+    echo(f"{found.rows} rows of {found.inputs} inputs, {found.tasks} tasks, {bytes_text(found.nbytes)}: {state}")
     if found.problems or found.unfinished:
         raise typer.Exit(1)
 
@@ -137,20 +170,30 @@ def _print_dry_run(found: DryRun) -> None:
         echo(f"{bucket!s:>23}  {count:>8}")
     for reason, count in sorted(found.quarantined.items()):
         echo(f"{'quarantined: ' + reason:>23}  {count:>8}")
-    echo(f"{found.shards} shards of at most {found.rows} images, {bytes_text(found.nbytes)} of latents in all")
-    echo(f"to be written: {found.todo} shards, {bytes_text(found.todo_nbytes)}")
+    if found.sampled:
+        note(f"estimated from the headers of {found.sampled} images")
+    echo(f"{found.tasks} tasks of at most {found.inputs} images, {bytes_text(found.nbytes)} of latents in all")
+    echo(f"to be written: {found.todo} tasks, {bytes_text(found.todo_nbytes)}")
 
 
 def _print_report(report: Report, out: Path) -> None:
-    done = f"{report.cached} of {report.inputs} images in {report.shards} shards, {bytes_text(report.nbytes)}"
+    done = f"{report.cached} of {report.inputs} images in {report.tasks} tasks, {bytes_text(report.nbytes)}"
     if report.meters is None:
         echo(f"nothing to do: {out} holds {done}")
     else:
-        rate = report.new_images / max(report.meters.wall, 1e-9)
+        rate = report.new_images / max(report.seconds, 1e-9)
         echo(f"cached {done}; {report.new_images} inputs read at {rate:.1f} images/s; {report.meters}")
     if report.quarantined:
         reasons = ", ".join(f"{reason} {n}" for reason, n in sorted(report.quarantined.items()))
         note(f"{report.quarantined.total()} quarantined ({reasons}): see {out / 'quarantine.jsonl'}")
+    if report.unfinished:
+        reasons = ", ".join(f"{reason} {n}" for reason, n in sorted(report.failed.items()))
+        note(
+            f"{report.unfinished} tasks are not finished, as inputs failed for now ({reasons}): run the same command "
+            "again, or add --give-up to quarantine them"
+        )
+        for line in report.examples:
+            note(f"  {line}")
 
 
 def _remark(line: str) -> None:

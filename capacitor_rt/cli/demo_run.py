@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..cache.dataset import LatentDataset
 from ..cache.plan import CacheRequest
-from ..cache.run import Report, cache_images
+from ..cache.report import Report
+from ..cache.run import cache_images
 from ..config import FullCapacitorInferenceConfig
 from ..errors import InputError
 from ..evaluation.metrics import PsnrTable, psnr

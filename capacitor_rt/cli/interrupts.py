@@ -22,10 +22,10 @@ def interruptible() -> Iterator[None]:
         with _sigterm():
             yield
     except _Terminated as e:
-        note("terminated: finished shards are safe, and the same command goes on from there")
+        note("terminated: finished parts are safe, and the same command goes on from there")
         raise typer.Exit(TERMINATED) from e
     except KeyboardInterrupt as e:
-        note("interrupted: finished shards are safe, and the same command goes on from there")
+        note("interrupted: finished parts are safe, and the same command goes on from there")
         raise typer.Exit(INTERRUPTED) from e
 
 

@@ -153,7 +153,7 @@ def note_space(source: Source, space: str | None, model_space: str, any_space: b
 
 
 def read_latents(path: Path) -> tuple[Tensor, str | None]:
-    """`latents [N,C,h,w]` of a file written by `encode` or of a cache shard, and the name of their space.
+    """`latents [N,C,h,w]` of a file written by `encode`, and the name of their space.
 
     Raises:
         InputError: not a safetensors file, or without `latents` of rank 4.
@@ -164,7 +164,9 @@ def read_latents(path: Path) -> tuple[Tensor, str | None]:
         with safe_open(path, framework="pt") as file:
             if "latents" not in file.keys():  # noqa: SIM118
                 names = ", ".join(file.keys()) or "no tensors"
-                raise InputError(f"{path} holds {names}: expected a tensor named 'latents'")
+                raise InputError(
+                    f"{path} holds {names}: expected a tensor named 'latents' (of a cache give its folder)"
+                )
             latents, metadata = file.get_tensor("latents"), file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} cannot be read as safetensors: {error}") from error

@@ -124,7 +124,8 @@ class _Walk:
         except OSError:
             pass
         extension = os.path.splitext(entry.name)[1].lower()
-        if extension in EXTENSIONS:
+        # what macOS keeps beside a file of another file system has that file's extension and no picture
+        if extension in EXTENSIONS and not entry.name.startswith(b"._"):
             self.add(path, entry.stat)
         else:
             self.ignored[os.fsdecode(extension)] += 1

@@ -19,7 +19,7 @@ def test_rows_are_those_of_the_model_on_the_gpu(tmp_path, flip):
     model = random_model().to("cuda", torch.bfloat16)
     paths = write_images(tmp_path / "src", 37, sizes=((64, 64), (32, 128)))
     (tmp_path / "src" / "bad.png").write_text("no image")
-    request = CacheRequest(64, area=True, dtype="fp32", posterior=True, flip=flip, batch=4, shard_rows=10)
+    request = CacheRequest(64, area=True, dtype="fp32", posterior=True, flip=flip, batch=4, task_inputs=10)
     for name in ("one", "two"):
         report = cache_images(tmp_path / "src", tmp_path / name, model, request, workers=4, progress=False)
     assert report.cached == 37 and report.meters.seconds["encode"] > 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
 import random
 import resource
@@ -16,13 +15,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from cache_cases import snapshot, write_images
+from cache_cases import commits_of, snapshot, task_files, write_images
 from kill_driver import REQUEST
 from models import random_model
 
-from capacitor_rt.cache import CacheRequest, cache_images, durable
-from capacitor_rt.cache import pipeline as pipeline_module
-from capacitor_rt.cache.durable import DiskFull, read_commits
+from capacitor_rt.cache import CacheRequest, cache_images, decode_threads
+from capacitor_rt.cache import folder as folder_module
+from capacitor_rt.cache.decode_threads import ThreadDecoder
+from capacitor_rt.cache.folder import CacheFolder, DiskFull
+from capacitor_rt.cache.mutex import Mutex, me, owner_bytes
 from capacitor_rt.cache.verify import verify
 from capacitor_rt.errors import CacheError
 
@@ -76,7 +77,7 @@ def test_killed_at_random_points_the_cache_ends_up_the_same_byte_for_byte(tmp_pa
     for attempt in range(6):
         seed, out = random.randrange(1 << 30), tmp_path / f"out-{attempt}"
         died = [int(n) for n in drive("kill", src, out, 9, seed).stdout.split()]
-        # no shard is lost
+        # no task is lost
         assert died == sorted(died)
         assert snapshot(out) == snapshot(whole), f"seed {seed}"
         kills += len(died)
@@ -87,129 +88,193 @@ def test_killed_at_random_points_the_cache_ends_up_the_same_byte_for_byte(tmp_pa
 
 def test_what_is_done_is_not_decoded_again(src, out, whole, monkeypatch):
     lines = (out / "commits.jsonl").read_bytes().splitlines(keepends=True)
-    lost = [json.loads(line) for line in lines[-2:]]
+    lost = [commits_of(out)[n] for n in (len(lines) - 2, len(lines) - 1)]
     (out / "commits.jsonl").write_bytes(b"".join(lines[:-2]) + lines[-2][:30])
-    for record in lost:
-        (out / record["shard"]).unlink()
-        (out / record["index"]).unlink()
+    for commit in lost:
+        for path in task_files(out, commit.task):
+            path.unlink()
     decoded = []
-    original = pipeline_module.Loader.__call__
-    monkeypatch.setattr(
-        pipeline_module.Loader, "__call__", lambda self, i, b: decoded.append(i) or original(self, i, b)
-    )
+    original = ThreadDecoder._one
+    monkeypatch.setattr(ThreadDecoder, "_one", lambda self, i: decoded.append(i) or original(self, i))
     run(src, out, random_model())
-    assert len(decoded) == sum(record["inputs"] for record in lost)
+    assert len(decoded) == sum(commit.inputs for commit in lost)
     assert snapshot(out) == snapshot(whole)
 
 
-def test_a_lost_commit_log_is_written_anew_from_the_shards(src, out, whole, monkeypatch):
+def test_a_lost_commit_log_is_written_anew_from_the_tasks(src, out, whole, monkeypatch):
     (out / "commits.jsonl").unlink()
-    monkeypatch.delattr(pipeline_module, "open_image")
+    monkeypatch.delattr(decode_threads, "load_image")
     run(src, out, random_model())
     assert snapshot(out) == snapshot(whole)
 
 
-def test_an_uncommitted_shard_that_does_not_fit_its_index_is_refused(src, out, whole):
-    commit = list(read_commits(out).values())[-1]
+def test_an_uncommitted_task_that_does_not_fit_its_index_is_refused(src, out, whole):
+    last = max(commits_of(out))
+    index, data = task_files(out, last)
     (out / "commits.jsonl").unlink()
-    shard = out / commit["shard"]
-    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
-    with pytest.raises(CacheError, match=r"does not match its index .*delete both"):
+    data.write_bytes(data.read_bytes()[:-1] + b"?")
+    with pytest.raises(CacheError, match=rf"{data.name} is not committed, and does not match its index.*--repair"):
         run(src, out, random_model())
-    shard.unlink()
-    (out / commit["index"]).unlink()
+    data.unlink()
+    index.unlink()
     run(src, out, random_model())
     assert snapshot(out) == snapshot(whole)
 
 
-def test_a_deleted_shard_is_written_again(src, out, whole):
-    commit = list(read_commits(out).values())[2]
-    (out / commit["shard"]).unlink()
-    (out / commit["index"]).unlink()
+def test_an_index_that_is_not_the_one_that_the_latents_name_is_not_parsed(src, out, monkeypatch):
+    """Nothing vouches for an uncommitted index but its latents, and a parser is not fed bytes from nowhere."""
+    index, _ = task_files(out, max(commits_of(out)))
+    (out / "commits.jsonl").unlink()
+    index.write_bytes(index.read_bytes()[:-1] + b"?")
+    with pytest.raises(CacheError, match="is not the one that it names"):
+        run(src, out, random_model())
+
+
+def test_a_deleted_task_is_written_again(src, out, whole):
+    for path in task_files(out, 2):
+        path.unlink()
     run(src, out, random_model())
     assert snapshot(out) == snapshot(whole)
 
 
-def test_a_shard_cut_short_is_refused_before_work_starts(src, out, whole):
-    commit = list(read_commits(out).values())[2]
-    shard = out / commit["shard"]
-    shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(CacheError, match=rf"{shard.name} is damaged: .* bytes.*: delete {commit['shard']} and"):
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_task_of_which_one_file_is_missing_is_refused(src, out, which):
+    task_files(out, 2)[which].unlink()
+    with pytest.raises(CacheError, match=r"is missing\n.*verify --repair"):
         run(src, out, random_model())
+
+
+def test_latents_cut_short_are_refused_before_work_starts(src, out, whole):
+    _, data = task_files(out, 2)
+    data.write_bytes(data.read_bytes()[:-1])
+    with pytest.raises(CacheError, match=rf"{data.name} is damaged: its header or its size .*\n.*verify --repair"):
+        run(src, out, random_model())
+
+
+def test_a_changed_byte_in_latents_is_found_before_work_starts(src, out, whole):
+    """Whatever is not known to be the file that was hashed is hashed again."""
+    _, data = task_files(out, 2)
+    run(src, out, random_model())
+    stat = data.stat()
+    whole_bytes = data.read_bytes()
+    data.write_bytes(whole_bytes[:-1] + bytes([whole_bytes[-1] ^ 1]))
+    os.utime(data, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    with pytest.raises(CacheError, match=rf"{data.name} is damaged: its hash"):
+        run(src, out, random_model())
+
+
+def test_latents_are_hashed_once_by_a_machine(src, out, monkeypatch):
+    hashed = []
+    original = CacheFolder.hash
+    monkeypatch.setattr(CacheFolder, "hash", lambda self, name: hashed.append(name) or original(self, name))
+    run(src, out, random_model())
+    assert len(hashed) == len(commits_of(out))
+    hashed.clear()
+    run(src, out, random_model())
+    assert not hashed
+    (out / ".stamps").write_bytes(b"\0not a stamp\n")
+    run(src, out, random_model())
+    assert len(hashed) == len(commits_of(out))
 
 
 def test_a_file_that_differs_is_never_replaced(src, out, whole):
-    commit = list(read_commits(out).values())[-1]
+    last = max(commits_of(out))
+    index, data = task_files(out, last)
     lines = (out / "commits.jsonl").read_bytes().splitlines(keepends=True)
     (out / "commits.jsonl").write_bytes(b"".join(lines[:-1]))
-    (out / commit["index"]).unlink()
-    (out / commit["shard"]).write_bytes(b"somebody's")
-    with pytest.raises(CacheError, match="exists and differs"):
+    index.unlink()
+    data.write_bytes(b"somebody's")
+    with pytest.raises(CacheError, match=r"is not committed, and its index .* is missing"):
         run(src, out, random_model())
-    assert (out / commit["shard"]).read_bytes() == b"somebody's"
+    assert data.read_bytes() == b"somebody's"
 
 
-def test_a_damaged_commit_line_is_named_and_can_be_dropped(src, out, whole):
+def test_a_damaged_commit_line_counts_as_lost(src, out, whole):
     log = out / "commits.jsonl"
     lines = log.read_bytes().splitlines(keepends=True)
-    log.write_bytes(lines[0] + b"\0\0\0\n" + b"".join(lines[2:]))
-    with pytest.raises(CacheError, match=r"commits\.jsonl line 2 is damaged: delete that line"):
-        run(src, out, random_model())
-    log.write_bytes(lines[0] + b"".join(lines[2:]))
-    run(src, out, random_model())
-    assert sorted(log.read_bytes().splitlines(keepends=True)) == sorted(lines)
+    log.write_bytes(
+        lines[0] + b"\0\0\0\n" + b"".join(lines[2:3]) + lines[3].replace(b'"rows":3', b'"rows":2') + b"".join(lines[4:])
+    )
+    assert "damaged in line 2" in verify(out).problems[0]
+    told: list[str] = []
+    cache_images(src, out, random_model(), REQUEST, progress=False, note=told.append)
+    assert any("damaged and counts as lost" in line for line in told)
+    assert snapshot(out) == snapshot(whole)
     assert verify(out).problems == []
 
 
-def test_two_processes_cannot_write_one_cache(src, out, whole):
-    hold = (
-        "import sys, time; from pathlib import Path; from capacitor_rt.cache.durable import Lock\n"
-        "with Lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
-    )
-    holder = subprocess.Popen([sys.executable, "-c", hold, str(out)], stdout=subprocess.PIPE, text=True, env=ENV)
+def test_a_line_is_known_to_be_damaged_by_itself(out):
+    """Each byte of a line is vouched for by the line's own hash."""
+    log = out / "commits.jsonl"
+    line = log.read_bytes().splitlines()[0]
+    for at in range(len(line)):
+        log.write_bytes(line[:at] + bytes([line[at] ^ 1]) + line[at + 1 :] + b"\n")
+        assert commits_of(out) == {}, at
+
+
+HOLD = (
+    "import sys, time; from capacitor_rt.cache.folder import CacheFolder; from capacitor_rt.cache.mutex import Mutex\n"
+    "with Mutex(CacheFolder(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+)
+
+
+def test_the_lock_of_a_dead_process_is_no_lock(src, out, whole):
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(out)], stdout=subprocess.PIPE, text=True, env=ENV)
     try:
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(CacheError, match=f"is being written by process {holder.pid} on .*: wait for it to end"):
-            run(src, out, random_model())
+        with CacheFolder(out) as folder:
+            assert Mutex(folder)._try() is None
     finally:
         holder.kill()
         holder.wait()
-    # the kernel has dropped the lock of the dead holder
     run(src, out, random_model())
     assert snapshot(out) == snapshot(whole)
 
 
-def test_without_kernel_locks_the_file_itself_is_the_lock(tmp_path, monkeypatch):
+def test_whoever_waits_is_told_for_whom(out, monkeypatch):
+    monkeypatch.setattr("capacitor_rt.cache.mutex.PATIENCE", 0.1)
+    told: list[str] = []
+
+    def tell(line):
+        told.append(line)
+        holder.kill()
+
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(out)], stdout=subprocess.PIPE, text=True, env=ENV)
+    assert holder.stdout.readline() == "held\n"
+    with CacheFolder(out) as folder, Mutex(folder, tell):
+        pass
+    holder.wait()
+    assert told == [f"waiting for process {holder.pid} on {socket.gethostname()}, which is writing to {out}"]
+
+
+def test_without_kernel_locks_a_file_is_the_lock(tmp_path, monkeypatch):
     def unsupported(*_):
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
-    with (
-        durable.Lock(tmp_path),
-        pytest.raises(CacheError, match="if that process is gone, delete"),
-        durable.Lock(tmp_path),
-    ):
-        pass
-    dead = subprocess.Popen(["true"])
-    dead.wait()
-    host = socket.gethostname()
-    (tmp_path / ".lock").write_text(f'{{"host":"{host}","pid":{dead.pid}}}')
-    with durable.Lock(tmp_path):
-        pass
+    with CacheFolder(tmp_path) as folder:
+        with Mutex(folder):
+            assert Mutex(folder)._try() is None
+        dead = subprocess.Popen(["true"])
+        dead.wait()
+        (tmp_path / ".lock.held").write_bytes(owner_bytes(me()._replace(pid=dead.pid)))
+        with Mutex(folder):
+            pass
+        assert not (tmp_path / ".lock.held").exists()
 
 
 def test_a_file_that_outgrows_the_disk_leaves_nothing(tmp_path, src):
     out = tmp_path / "new"
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    # enough for every file but a shard: a header of 4 KiB and 30 rows of 1 KiB
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
+    # enough for every file but the latents: a header of 4 KiB and 30 rows of 1 KiB
+    resource.setrlimit(resource.RLIMIT_FSIZE, (25_000, limit[1]))
     try:
-        with pytest.raises(DiskFull, match=r"no space left for .*safetensors.*finished shards are safe"):
-            run(src, out, random_model(), CacheRequest(64, dtype="fp32", posterior=True, shard_rows=30))
+        with pytest.raises(DiskFull, match=r"no space left for .*safetensors.*finished tasks are safe"):
+            run(src, out, random_model(), CacheRequest(64, dtype="fp32", posterior=True, task_inputs=30))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert not list(out.rglob("*.tmp-*")) and not list(out.rglob("*.safetensors"))
-    assert len(read_commits(out)) == 1
+    assert len(commits_of(out)) == 0
 
 
 def test_after_a_full_disk_the_same_command_goes_on(tmp_path, src, whole, monkeypatch):
@@ -223,15 +288,15 @@ def test_after_a_full_disk_the_same_command_goes_on(tmp_path, src, whole, monkey
         left[0] -= len(data)
         return write(fd, data)
 
-    monkeypatch.setattr(durable.os, "write", limited)
+    monkeypatch.setattr(folder_module.os, "write", limited)
     done: list[int] = []
     while True:
         try:
             run(src, out, random_model())
             break
         except DiskFull:
-            left[0] = 60 << 10
-            done.append(len(read_commits(out)) if out.exists() else 0)
+            left[0] = 80 << 10
+            done.append(len(commits_of(out)))
             assert not list(out.rglob("*.tmp-*"))
             assert len(done) < 100
     assert len(done) > 3 and done == sorted(done)
@@ -250,13 +315,13 @@ def test_an_interrupted_command_says_so_and_goes_on(tmp_path):
     assert driver.stderr.count("the same command goes on from there") == 2
     assert "Traceback" not in driver.stderr
     for out in outs:
-        assert 0 < len(read_commits(out)) < 60
+        assert 0 < len(commits_of(out)) < 60
         assert {p.name for p in out.iterdir()} >= {"plan.json", "quarantine.jsonl"}
         assert not list(out.rglob("*.tmp-*")) and not (out / ".lock").exists()
-    done = len(read_commits(outs[0]))
+    done = len(commits_of(outs[0]))
     lines: list[str] = []
     report = cache_images(
-        src, outs[0], tmp_path / "model", CacheRequest(32, shard_rows=2), progress=False, note=lines.append
+        src, outs[0], tmp_path / "model", CacheRequest(32, task_inputs=2), progress=False, note=lines.append
     )
     assert (report.cached, report.new_images) == (120, 120 - 2 * done)
-    assert lines == [f"going on: {done} of 60 shards are done"]
+    assert lines == [f"going on: {done} of 60 tasks are done"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ import textwrap
 import numpy as np
 import pytest
 import torch
-from cache_cases import Forbidden, flip_byte, snapshot, stamps, write_images
+from cache_cases import Forbidden, flip_byte, open_cache, snapshot, stamps, write_images
 from hypothesis import given
 from hypothesis import strategies as st
 from models import random_model
@@ -20,14 +21,16 @@ from PIL import Image
 
 import capacitor_rt.cache
 from capacitor_rt import FullCapacitor
-from capacitor_rt.cache import CacheRequest, cache_images, dry_run
+from capacitor_rt.cache import CacheRequest, LatentDataset, cache_images, dry_run
+from capacitor_rt.cache.decode_threads import ThreadDecoder
+from capacitor_rt.cache.hashing import canonical_json
+from capacitor_rt.cache.meters import Meters
 from capacitor_rt.cache.model_source import Loaded
-from capacitor_rt.cache.pipeline import Meters, batches
-from capacitor_rt.cache.plan import CachePlan, Shard, UnplannedInputs, load_plan
+from capacitor_rt.cache.sources import Listing
+from capacitor_rt.cache.verify import verify
 from capacitor_rt.errors import CacheError, InputError
-from capacitor_rt.images.geometry import Size
 
-REQUEST = CacheRequest(64, area=True, shard_rows=3, batch=2)
+REQUEST = CacheRequest(64, area=True, task_inputs=3, batch=2)
 
 
 def run(src, out, model, request=REQUEST, **options):
@@ -45,58 +48,40 @@ def cached(tmp_path):
 
 def test_layout_of_a_finished_cache(cached):
     _, out, _ = cached
-    plan = load_plan(out)
+    _, plan = open_cache(out)
     assert sorted(p.name for p in out.iterdir()) == [
-        "commits.jsonl", "index", "inputs.parquet", "plan.json", "quarantine.jsonl", "shards",
+        ".stamps", "commits.jsonl", "index", "plan.json", "quarantine.jsonl", "source.parquet", "tasks",
     ]  # fmt: skip
-    for folder in (out / "shards").iterdir():
-        height, width = map(int, folder.name.split("x"))
-        assert Size(height, width) in plan.buckets
-        names = sorted(p.name for p in folder.iterdir())
-        assert names == [f"{plan.id[:8]}-{n:06d}.safetensors" for n in range(len(names))]
-    assert plan.fields["format"] == "capacitor-latents/1"
-    assert plan.fields["inputs"]["count"] == 8
+    for folder, kind in (("tasks", "safetensors"), ("index", "parquet")):
+        names = sorted(p.name for p in (out / folder).iterdir())
+        assert names == [f"{plan.id[:8]}-{n:06d}.{kind}" for n in range(3)]
+    assert plan.fields["format"] == "capacitor-latents/2"
+    assert plan.fields["source"]["count"] == 8 and plan.fields["source"]["tasks"] == 3
     assert plan.fields["model"]["latent_space"].startswith("full_capacitor/whitened@")
     assert (out / "quarantine.jsonl").read_bytes() == b""
 
 
-def plan_of(shard_rows: int, buckets) -> CachePlan:
-    fixed = {"format": "", "pipeline": 1, "inputs": {}, "model": {"sha256": ""}}
-    return CachePlan({**fixed, "geometry": {"buckets": buckets}, "store": {"shard_rows": shard_rows}})
+def listing_of(containers: list[int]) -> Listing:
+    n = len(containers)
+    numbers = np.zeros(n, np.int64)
+    names = [b"%d" % c for c in sorted(set(containers) - {-1})]
+    return Listing([b"%d" % i for i in range(n)], numbers, numbers, numbers, np.array(containers, np.int32), names)
 
 
-def test_shards_are_contiguous_slices_of_each_bucket():
-    plan = plan_of(2, [[32, 64], [64, 32]])
-    unplanned, *shards = plan.parts(np.array([1, 0, -1, 0, 0, 1]))
-    assert isinstance(unplanned, UnplannedInputs) and unplanned.inputs.tolist() == [2]
-    assert unplanned.index == f"index/unplanned-{plan.id[:8]}.parquet"
-    assert [(s.bucket, s.inputs.tolist()) for s in shards] == [
-        (Size(32, 64), [1, 3]),
-        (Size(32, 64), [4]),
-        (Size(64, 32), [0, 5]),
-    ]
-    assert shards[1].name == f"shards/32x64/{plan.id[:8]}-000001.safetensors"
-    assert shards[1].index == f"index/32x64-{plan.id[:8]}-000001.parquet"
+@given(st.lists(st.integers(1, 30), max_size=6), st.integers(1, 9))
+def test_tasks_are_slices_of_the_inputs_within_their_containers(counts, most):
+    containers = [c for c, n in enumerate(counts) for _ in range(n)]
+    bounds = listing_of(containers).tasks(most) if containers else []
+    assert [i for first, stop in bounds for i in range(first, stop)] == list(range(len(containers)))
+    for first, stop in bounds:
+        assert 0 < stop - first <= most
+        assert len(set(containers[first:stop])) == 1
+    # no more than it takes
+    assert len(bounds) == sum(-(-n // most) for n in counts)
 
 
-@given(st.lists(st.integers(-1, 3), max_size=60), st.integers(1, 9), st.integers(1, 9))
-def test_shards_and_batches_partition_the_inputs(bucket_of, shard_rows, batch):
-    plan = plan_of(shard_rows, [[32, 32 * n] for n in range(1, 5)])
-    written = list(plan.parts(np.array(bucket_of, dtype=np.int32)))
-    assert sorted(i for part in written for i in part.inputs) == list(range(len(bucket_of)))
-    assert len({part.index for part in written}) == len(written)
-    shards = [part for part in written if isinstance(part, Shard)]
-    assert len({shard.name for shard in shards}) == len(shards)
-    for shard in shards:
-        assert 0 < len(shard.inputs) <= shard_rows
-        assert all(plan.buckets[bucket_of[i]] == shard.bucket for i in shard.inputs)
-        assert shard.inputs.tolist() == sorted(shard.inputs.tolist())
-    calls = list(batches(shards, batch))
-    for shard in shards:
-        own = [call for call in calls if call.shard is shard]
-        assert [i for call in own for i in call.inputs] == shard.inputs.tolist()
-        assert all(len(call.inputs) == batch for call in own[:-1])
-        assert [call.last for call in own] == [False] * (len(own) - 1) + [True]
+def test_files_of_their_own_are_cut_by_number_alone():
+    assert listing_of([-1] * 7).tasks(3) == [(0, 3), (3, 6), (6, 7)]
 
 
 def test_the_busiest_stage_limits():
@@ -110,8 +95,7 @@ def test_the_busiest_stage_limits():
 def test_a_second_run_writes_nothing_and_does_not_load_the_model(cached, monkeypatch):
     src, out, model = cached
     before = stamps(out)
-    for name in ("inputs.probe", "inputs.read_bytes", "pipeline.read_bytes", "pipeline.open_image"):
-        monkeypatch.delattr(f"capacitor_rt.cache.{name}")
+    monkeypatch.delattr(ThreadDecoder, "_one")
     report = run(src, out, Forbidden(model))
     assert (report.inputs, report.cached, report.new_images, report.exit_code) == (8, 8, 0, 0)
     assert stamps(out) == before
@@ -124,8 +108,8 @@ def test_the_same_images_elsewhere_give_the_same_files(cached, tmp_path):
     run(moved, tmp_path / "out2", model)
     a, b = snapshot(out), snapshot(tmp_path / "out2")
     # times of the input files are the one thing that is this machine's own
-    assert {k: v for k, v in a.items() if k != "inputs.parquet"} == {
-        k: v for k, v in b.items() if k != "inputs.parquet"
+    assert {k: v for k, v in a.items() if k != "source.parquet"} == {
+        k: v for k, v in b.items() if k != "source.parquet"
     }
     assert run(moved, out, Forbidden(model)).cached == 8
 
@@ -136,18 +120,18 @@ def test_the_same_images_elsewhere_give_the_same_files(cached, tmp_path):
         ({"side": 96}, r"geometry\.side 64 -> 96"),
         ({"area": False}, r"geometry\.mode area -> size"),
         ({"max_aspect": 2.0}, r"geometry\.max_aspect 4\.0 -> 2\.0"),
-        ({"background": (0, 0, 0)}, r"geometry\.background \[255, 255, 255\] -> \[0, 0, 0\]"),
+        ({"background": (0, 0, 0)}, r"pixels\.background \[255, 255, 255\] -> \[0, 0, 0\]"),
         ({"dtype": "fp32"}, r"store\.dtype bfloat16 -> float32"),
         ({"posterior": True}, r"store\.posterior False -> True"),
         ({"flip": True}, r"store\.flip False -> True"),
         ({"batch": 4}, r"store\.batch 2 -> 4"),
-        ({"shard_rows": 5}, r"store\.shard_rows 3 -> 5"),
+        ({"task_inputs": 5}, r"store\.task_inputs 3 -> 5"),
     ],
 )
 def test_other_settings_are_refused_by_field(cached, change, message):
     src, out, model = cached
     before = snapshot(out)
-    settings = {"side": 64, "area": True, "shard_rows": 3, "batch": 2} | change
+    settings = {"side": 64, "area": True, "task_inputs": 3, "batch": 2} | change
     with pytest.raises(CacheError, match=message) as error:
         run(src, out, model, CacheRequest(**settings))
     # an aspect is a matter of areas alone
@@ -176,7 +160,7 @@ def test_checkpoints_are_identified_by_content_not_by_name(tmp_path):
     assert snapshot(tmp_path / "out") == before
 
 
-def test_left_out_batch_and_shard_rows_are_those_of_the_plan(cached):
+def test_left_out_batch_and_task_inputs_are_those_of_the_plan(cached):
     src, out, model = cached
     assert run(src, out, Forbidden(model), CacheRequest(64, area=True)).new_images == 0
 
@@ -208,31 +192,79 @@ def test_an_edited_file_of_the_same_size_is_found_by_its_bytes(cached):
         run(src, out, model)
 
 
-def test_damaged_plan_and_input_table_are_named(cached):
+def test_a_damaged_plan_is_named(cached):
     src, out, model = cached
     plan = (out / "plan.json").read_text()
-    for bad in ("", plan[: len(plan) // 2], plan.replace('"side": 64', '"side": 96'), "[]", "{}"):
+    for bad in ("", plan[: len(plan) // 2], plan.replace('"side": 64', '"side": 96'), "[]", "{}", "[" * 9000):
         (out / "plan.json").write_text(bad)
-        with pytest.raises(CacheError, match=r"plan\.json is damaged .*new OUT"):
+        with pytest.raises(CacheError, match=r"plan\.json is damaged .*--repair .*new OUT"):
             run(src, out, model)
     (out / "plan.json").write_text(json.dumps({**json.loads(plan), "format": "capacitor-latents/9"}))
     with pytest.raises(CacheError, match="capacitor-latents/9"):
         run(src, out, model)
-    (out / "plan.json").write_text(plan)
-    flip_byte(out / "inputs.parquet", 200)
-    with pytest.raises(CacheError, match=r"inputs\.parquet is .*damaged"):
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: f["store"].update(batch=True), r"store\.batch is True, not a number"),
+        (lambda f: f["store"].update(batch=10**15), r"store\.batch"),
+        (lambda f: f["store"].update(tensors=["logsnr"]), r"store\.tensors are not latents"),
+        (lambda f: f["geometry"].update(buckets=[[-1, 2]]), r"geometry\.buckets\[0\]\[0\] is -1"),
+        (lambda f: f["geometry"].update(buckets=[[7, 9]]), r"no multiple of the model's stride"),
+        (lambda f: f["model"].update(channels=0), r"model\.channels is 0"),
+        (lambda f: f.update(whitening={"mean": [0.0], "std": [1.0]}), r"one number per channel"),
+        (lambda f: f.update(surprise=1), r"has an unknown 'surprise'"),
+        (lambda f: f.pop("code"), r"lacks 'code'"),
+        (lambda f: f["source"].update(tasks=99), r"source\.tasks does not fit"),
+    ],
+)
+def test_a_plan_that_no_one_wrote_is_refused_although_its_hash_is_right(cached, change, message):
+    src, out, model = cached
+    fields = json.loads((out / "plan.json").read_bytes())
+    del fields["sha256"]
+    change(fields)
+    fields["sha256"] = hashlib.sha256(canonical_json(fields)).hexdigest()
+    (out / "plan.json").write_text(json.dumps(fields))
+    for use in (lambda: run(src, out, model), lambda: LatentDataset(out)):
+        with pytest.raises(CacheError, match=rf"plan\.json is damaged .*{message}"):
+            use()
+    assert any("plan.json is damaged" in problem for problem in verify(out).problems)
+
+
+def test_a_cache_of_version_0_2_is_left_as_it_is(cached):
+    src, out, model = cached
+    (out / "plan.json").write_text('{"format": "capacitor-latents/1"}')
+    before = snapshot(out)
+    for use in (lambda: run(src, out, model), lambda: LatentDataset(out), lambda: verify(out)):
+        with pytest.raises(CacheError, match=r"capacitor-latents/1, which version 0\.2 wrote .*left as it is"):
+            use()
+    assert snapshot(out) == before
+
+
+def test_a_damaged_list_of_inputs_is_written_anew_from_the_same_inputs(cached):
+    src, out, model = cached
+    before = snapshot(out)
+    flip_byte(out / "source.parquet", 200)
+    assert any("source.parquet is damaged" in problem for problem in verify(out).problems)
+    assert run(src, out, Forbidden(model)).new_images == 0
+    assert snapshot(out) == before
+    # but not from others
+    flip_byte(out / "source.parquet", 200)
+    (src / "000.png").unlink()
+    with pytest.raises(CacheError, match=r"source\.parquet is damaged"):
         run(src, out, model)
 
 
 def test_a_plan_that_was_never_finished_is_made_anew(cached):
     src, out, model = cached
     whole = snapshot(out)
-    for name in ("index", "shards"):
+    for name in ("index", "tasks"):
         shutil.rmtree(out / name)
     for name in ("plan.json", "commits.jsonl", "quarantine.jsonl"):
         (out / name).unlink()
-    (out / "inputs.parquet").write_bytes(b"half a table")
-    (out / "plan.json.tmp-0123").write_text("half a plan")
+    (out / "source.parquet").write_bytes(b"half a table")
+    (out / f"plan.json.tmp-{'0' * 32}").write_text("half a plan")
     run(src, out, model)
     assert snapshot(out) == whole
 
@@ -280,13 +312,13 @@ def test_a_plan_without_latents_may_be_deleted_and_says_so(cached):
     src, out, model = cached
     (out / "commits.jsonl").write_text("")
     with pytest.raises(CacheError, match=r"batch 2 -> 4\n.*or delete .*, which holds no latents yet"):
-        run(src, out, model, CacheRequest(64, area=True, shard_rows=3, batch=4))
+        run(src, out, model, CacheRequest(64, area=True, task_inputs=3, batch=4))
 
 
 def test_too_little_space_is_said_beforehand(tmp_path, monkeypatch):
     write_images(tmp_path / "src", 3)
     usage = type(shutil.disk_usage(tmp_path))
-    monkeypatch.setattr("capacitor_rt.cache.run.shutil.disk_usage", lambda path: usage(1000, 990, 10))
+    monkeypatch.setattr("capacitor_rt.cache.prepare.shutil.disk_usage", lambda path: usage(1000, 990, 10))
     lines: list[str] = []
     assert run(tmp_path / "src", tmp_path / "out", random_model(), note=lines.append).cached == 3
     assert "are to be written and" in lines[0] and "0.00 GB free" in lines[0]
@@ -297,15 +329,17 @@ def test_too_little_space_is_said_beforehand(tmp_path, monkeypatch):
 def test_a_dry_run_counts_and_writes_nothing(cached, tmp_path):
     src, out, model = cached
     (src / "broken.png").write_text("no image")
+    (src / "._003.png").write_text("what a Mac leaves beside a picture")
     new = dry_run(src, tmp_path / "new", Forbidden(model), REQUEST, progress=False)
     assert sum(new.buckets.values()) == 8
     assert new.quarantined == {"not_an_image": 1}
     # 8 channels of 2 bytes on a grid of 1/16: 8 rows of 64^2 pixels
     assert new.nbytes == new.todo_nbytes == 8 * 8 * 16 * 2
     assert not (tmp_path / "new").exists()
-    (src / "broken.png").unlink()
+    for name in ("broken.png", "._003.png"):
+        (src / name).unlink()
     old = dry_run(src, out, Forbidden(model), REQUEST, progress=False)
-    assert (old.shards, old.todo, old.todo_nbytes) == (new.shards, 0, 0)
+    assert (old.tasks, old.todo, old.todo_nbytes) == (new.tasks, 0, 0)
 
 
 def test_the_cache_may_lie_among_its_inputs(tmp_path):

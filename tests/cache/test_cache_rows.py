@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -11,15 +12,15 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from cache_cases import pixels, snapshot, stamps, write_images
+from cache_cases import index_rows, pixels, snapshot, stamps, task_files, task_layout, write_images
 from models import random_model
 from PIL import Image
 from safetensors.torch import load_file
 
-from capacitor_rt.cache import CacheRequest, LatentDataset, LatentRow, cache_images
+from capacitor_rt.cache import CacheRequest, LatentDataset, LatentRow, RunOptions, cache_images
 from capacitor_rt.cache import pipeline as pipeline_module
-from capacitor_rt.cache.inputs import MAX_FILE_BYTES
-from capacitor_rt.cache.shards import read_index, read_shard_header
+from capacitor_rt.cache.sources import files as files_module
+from capacitor_rt.cache.sources.files import MAX_FILE_BYTES
 from capacitor_rt.cache.verify import verify
 from capacitor_rt.errors import CacheError
 from capacitor_rt.images.decode import decode_image
@@ -27,8 +28,9 @@ from capacitor_rt.images.geometry import Size, apply, place
 from capacitor_rt.images.scan import path_to_id
 
 
-def run(src, out, model, request, workers=2):
-    return cache_images(src, out, model, request, workers=workers, progress=False)
+def run(src, out, model, request, workers=2, **options):
+    chosen = RunOptions(workers=workers, progress=False, backoff=(0.0,), **options)
+    return cache_images(src, out, model, request, options=chosen)
 
 
 def quarantine(out):
@@ -36,15 +38,14 @@ def quarantine(out):
 
 
 def index(out):
-    rows = [row for path in sorted((out / "index").iterdir()) for row in read_index(path).to_pylist()]
-    return {row["id"]: row for row in rows}
+    return {row["id"]: row for row in index_rows(out)}
 
 
 @pytest.mark.parametrize(("dtype", "torch_dtype"), [("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", "float32")])
 def test_rows_are_the_models_latents_of_the_resized_pixels(tmp_path, dtype, torch_dtype):
     model = random_model()
     paths = write_images(tmp_path / "src", 7)
-    run(tmp_path / "src", tmp_path / "out", model, CacheRequest(64, area=True, dtype=dtype, shard_rows=3, batch=1))
+    run(tmp_path / "src", tmp_path / "out", model, CacheRequest(64, area=True, dtype=dtype, task_inputs=3, batch=1))
     rows = LatentDataset(tmp_path / "out", verify=True)
     assert [rows[i]["id"] for i in range(7)] == [p.name for p in paths]
     for i, path in enumerate(paths):
@@ -62,7 +63,8 @@ def test_posterior_and_mirror_images(tmp_path):
     request = CacheRequest(64, dtype="fp32", posterior=True, flip=True, batch=3)
     run(tmp_path / "src", tmp_path / "out", model, request)
     rows = LatentDataset(tmp_path / "out", verify=True)
-    assert set(rows[0]) == LatentRow.__required_keys__ | LatentRow.__optional_keys__
+    beside = {"label", "caption"}
+    assert set(rows[0]) == (LatentRow.__required_keys__ | LatentRow.__optional_keys__) - beside
     batch = torch.from_numpy(np.stack([np.array(Image.open(p)) for p in paths]))
     for suffix, images in (("", batch), ("_flip", batch.flip(2))):
         stored = {k: torch.stack([rows[i][k + suffix] for i in range(3)]) for k in ("latents", "logsnr")}
@@ -91,17 +93,25 @@ def test_draws_have_the_posteriors_mean_and_spread(tmp_path, latent_patch):
     assert torch.allclose(draws.std(0), expected.std(0), rtol=0.1)
 
 
-def test_shards_are_plain_safetensors_with_aligned_data(tmp_path):
-    write_images(tmp_path / "src", 5, sizes=((64, 64),))
-    request = CacheRequest(64, posterior=True, flip=True, shard_rows=3)
-    run(tmp_path / "src", tmp_path / "out", random_model(), request)
-    for path in (tmp_path / "out" / "shards" / "64x64").iterdir():
-        tensors = load_file(path)
-        assert set(tensors) == {"latents", "logsnr", "latents_flip", "logsnr_flip"}
-        header = read_shard_header(path)
-        assert header.offsets["latents"] % 4096 == 0
-        assert all(t.shape == (header.rows, 8, 4, 4) and t.dtype == torch.bfloat16 for t in tensors.values())
-        assert path.stat().st_size == header.nbytes
+def test_tasks_are_plain_safetensors_with_aligned_data(tmp_path):
+    """Every tensor on a 4 KiB boundary, which padding between them makes, and one for each bucket and kind."""
+    src, out = tmp_path / "src", tmp_path / "out"
+    write_images(src, 7, sizes=((64, 64), (32, 128), (128, 32)))
+    run(src, out, random_model(), CacheRequest(64, area=True, posterior=True, flip=True, task_inputs=4))
+    for task, rows in ((0, {"64x64": 2, "32x128": 1, "128x32": 1}), (1, {"64x64": 1, "32x128": 1, "128x32": 1})):
+        tensors = load_file(task_files(out, task)[1])
+        kinds = ("latents", "logsnr", "latents_flip", "logsnr_flip")
+        padding = {name for name in tensors if name.startswith("padding/")}
+        assert set(tensors) - padding == {f"{kind}/{bucket}" for kind in kinds for bucket in rows}
+        for name, t in tensors.items():
+            if name in padding:
+                assert t.dtype == torch.uint8 and not t.any() and len(t) < 4096
+                continue
+            height, width = map(int, name.partition("/")[2].split("x"))
+            assert t.shape == (rows[f"{height}x{width}"], 8, height // 16, width // 16) and t.dtype == torch.bfloat16
+        placed = task_layout(out, task)
+        assert all(t.begin % 4096 == 0 for t in placed.tensors.values())
+        assert task_files(out, task)[1].stat().st_size == placed.nbytes
 
 
 def test_index_says_what_became_of_each_input(tmp_path):
@@ -195,7 +205,7 @@ def test_difficult_files_are_cached_right_or_quarantined_with_a_reason(tmp_path,
     work.chmod(0o777)
     before = stamps(src)
     with as_nobody(tmp_path):
-        report = run(src, work / "out", model, CacheRequest(64, dtype="fp32", shard_rows=4, batch=1))
+        report = run(src, work / "out", model, CacheRequest(64, dtype="fp32", task_inputs=4, batch=1))
     assert report.exit_code == 3
     assert stamps(src) == before
     rows = index(work / "out")
@@ -225,7 +235,7 @@ def test_messages_do_not_depend_on_the_place(tmp_path, as_nobody):
     one, two = snapshot(tmp_path / "one-out"), snapshot(tmp_path / "two-out")
     assert one["quarantine.jsonl"] == two["quarantine.jsonl"]
     assert len(one["quarantine.jsonl"].splitlines()) >= sum(r is not None for r in expected.values()) - 3
-    del one["inputs.parquet"], two["inputs.parquet"]
+    del one["source.parquet"], two["source.parquet"]
     assert one == two
 
 
@@ -259,45 +269,110 @@ def test_only_the_image_whose_latent_overflows_is_quarantined(tmp_path):
     assert all(rows[i]["latents"].isfinite().all() for i in range(2))
 
 
-def test_a_model_of_nans_writes_no_shard(tmp_path):
+def test_a_model_of_nans_writes_no_rows(tmp_path):
     model = random_model()
     model.encoder.to_bottleneck.bias.fill_(float("nan"))
     write_images(tmp_path / "src", 3)
     report = run(tmp_path / "src", tmp_path / "out", model, CacheRequest(32))
     assert (report.cached, report.quarantined) == (0, {"nan_latent": 3})
-    assert not (tmp_path / "out" / "shards").exists()
+    assert set(load_file(task_files(tmp_path / "out", 0)[1])) == set()
     assert verify(tmp_path / "out").problems == []
     with pytest.raises(CacheError, match="none of its 3 inputs could be cached"):
         LatentDataset(tmp_path / "out")
 
 
-def run_with_change(monkeypatch, change, *args):
-    """`run`, where `change` is called after the headers have been read and before the files are."""
+def run_with_change(monkeypatch, change, *args, **options):
+    """`run`, where `change` is called after the inputs have been listed and before they are read."""
     original = pipeline_module.Pipeline.run
 
-    def changed(self, shards):
+    def changed(self, tasks):
         change()
-        original(self, shards)
+        original(self, tasks)
 
     with monkeypatch.context() as patch:
         patch.setattr(pipeline_module.Pipeline, "run", changed)
-        return run(*args)
+        return run(*args, **options)
 
 
-def test_files_that_change_after_planning_are_quarantined(tmp_path, monkeypatch):
-    src = tmp_path / "src"
-    paths = write_images(src, 4, sizes=((40, 40),), suffix=".bmp")
-    size = paths[0].stat().st_size
+def test_files_that_change_after_planning_keep_their_task_from_being_finished(tmp_path, monkeypatch):
+    src, out, model, request = tmp_path / "src", tmp_path / "out", random_model(), CacheRequest(32, task_inputs=2)
+    paths = write_images(src, 6, sizes=((40, 40),), suffix=".bmp")
+    before = paths[0].read_bytes(), paths[2].read_bytes()
 
     def change():
-        paths[0].write_bytes(paths[0].read_bytes() + b"more")
-        Image.fromarray(pixels(20, 80)).save(paths[1])
-        paths[1].write_bytes(paths[1].read_bytes().ljust(size, b"\0"))
+        paths[0].write_bytes(before[0] + b"more")
         paths[2].unlink()
 
-    report = run_with_change(monkeypatch, change, src, tmp_path / "out", random_model(), CacheRequest(32))
-    assert report.cached == 1
-    assert quarantine(tmp_path / "out") == {"000.bmp": "changed", "001.bmp": "changed", "002.bmp": "unreadable"}
+    report = run_with_change(monkeypatch, change, src, out, model, request)
+    assert (report.cached, report.unfinished, report.failed, report.exit_code) == (2, 2, {"changed": 2}, 1)
+    assert quarantine(out) == {}
+    with pytest.raises(CacheError, match=r"1 removed: '002\.bmp'"):
+        run(src, out, model, request)
+    for path, data in zip((paths[0], paths[2]), before, strict=True):
+        path.write_bytes(data)
+    assert run(src, out, model, request).cached == 6
+    run(src, tmp_path / "undisturbed", model, request)
+    one, two = snapshot(out), snapshot(tmp_path / "undisturbed")
+    assert {k for k in two if one[k] != two[k]} == {"source.parquet"} and one.keys() == two.keys()
+
+
+def fail_reading(monkeypatch, failures: dict[bytes, list[OSError]]) -> list[bytes]:
+    """Let reads of these files fail, each error once; the names of the files that are read."""
+    original, read = files_module._read_all, []
+    opened: dict[int, bytes] = {}
+    real_open = os.open
+
+    def opening(path, *args, **options):
+        fd = real_open(path, *args, **options)
+        opened[fd] = os.path.basename(path) if isinstance(path, bytes) else b""
+        return fd
+
+    def reading(fd, size):
+        name = opened.get(fd, b"")
+        read.append(name)
+        if failures.get(name):
+            raise failures[name].pop(0)
+        return original(fd, size)
+
+    monkeypatch.setattr(files_module.os, "open", opening)
+    monkeypatch.setattr(files_module, "_read_all", reading)
+    return read
+
+
+def test_an_io_error_that_passes_leaves_no_trace(tmp_path, monkeypatch):
+    src, model = tmp_path / "src", random_model()
+    write_images(src, 4)
+    run(src, tmp_path / "undisturbed", model, CacheRequest(32))
+    with monkeypatch.context() as patch:
+        read = fail_reading(patch, {b"002.png": [OSError(errno.EIO, "I/O error")]})
+        report = run(src, tmp_path / "out", model, CacheRequest(32), workers=1)
+    assert (report.cached, report.exit_code) == (4, 0) and read.count(b"002.png") == 2
+    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "undisturbed")
+
+
+def test_an_io_error_that_stays_is_tried_again_by_the_next_run(tmp_path, monkeypatch):
+    src, out, model, request = tmp_path / "src", tmp_path / "out", random_model(), CacheRequest(32, task_inputs=2)
+    write_images(src, 6)
+    with monkeypatch.context() as patch:
+        fail_reading(patch, {b"002.png": [OSError(errno.EIO, "I/O error")] * 9})
+        report = run(src, out, model, request, workers=1)
+    assert (report.cached, report.unfinished, report.failed, report.exit_code) == (4, 1, {"io_error": 1}, 1)
+    assert report.examples == ["002.png: Input/output error"]
+    found = verify(out)
+    assert (found.problems, found.unfinished, quarantine(out)) == ([], 1, {})
+    report = run(src, out, model, request)
+    assert (report.cached, report.new_images, report.exit_code) == (6, 2, 0)
+    run(src, tmp_path / "undisturbed", model, request)
+    assert snapshot(out) == snapshot(tmp_path / "undisturbed")
+
+
+def test_giving_up_quarantines_what_keeps_failing(tmp_path, monkeypatch):
+    src, out, model, request = tmp_path / "src", tmp_path / "out", random_model(), CacheRequest(32, task_inputs=2)
+    write_images(src, 4)
+    fail_reading(monkeypatch, {b"002.png": [OSError(errno.EIO, "I/O error")] * 9})
+    report = run(src, out, model, request, workers=1, give_up=True)
+    assert (report.cached, report.quarantined, report.exit_code) == (3, {"io_error": 1}, 3)
+    assert quarantine(out) == {"002.png": "io_error"}
 
 
 def test_a_source_that_goes_away_stops_the_run_and_quarantines_nothing(tmp_path, monkeypatch):

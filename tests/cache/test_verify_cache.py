@@ -6,15 +6,14 @@ import shutil
 from pathlib import Path
 
 import pytest
-from cache_cases import flip_byte, snapshot, write_images
+from cache_cases import flip_byte, index_rows, snapshot, task_files, task_layout, write_images
 from models import random_model
 
 from capacitor_rt.cache import CacheRequest, cache_images
-from capacitor_rt.cache.shards import read_index, read_shard_header
 from capacitor_rt.cache.verify import verify
 from capacitor_rt.errors import CacheError
 
-REQUEST = CacheRequest(32, dtype="fp32", flip=True, shard_rows=4)
+REQUEST = CacheRequest(32, dtype="fp32", flip=True, task_inputs=4)
 
 
 @pytest.fixture(scope="module")
@@ -31,57 +30,52 @@ def cache(made, tmp_path):
     return Path(shutil.copytree(made / "out", tmp_path / "out"))
 
 
-def shards(cache):
-    return sorted((cache / "shards" / "32x32").iterdir())
+def tasks(cache):
+    return sorted((cache / "tasks").iterdir())
 
 
 def test_a_sound_cache_has_no_problems(cache):
     before, seen = snapshot(cache), []
     found = verify(cache, advance=lambda done, total: seen.append((done, total)))
     assert found.problems == [] and found.notes == [] and found.unfinished == 0
-    assert (found.inputs, found.rows, found.shards) == (11, 10, 3)
-    assert found.nbytes == sum(p.stat().st_size for p in shards(cache))
-    assert seen == [(n, 4) for n in range(1, 5)]
+    assert (found.inputs, found.rows, found.tasks) == (11, 10, 3)
+    assert found.nbytes == sum(p.stat().st_size for p in tasks(cache))
+    assert seen == [(n, 3) for n in range(1, 4)]
     assert snapshot(cache) == before
 
 
 def test_every_byte_counts(cache):
     """A changed byte in any file is found, in a problem that names the file or what it belongs to."""
-    for path in [p for p in sorted(cache.rglob("*")) if p.is_file()]:
+    for path in [p for p in sorted(cache.rglob("*")) if p.is_file() and p.name != ".stamps"]:
         whole = path.read_bytes()
         few = {0, len(whole) // 3, len(whole) // 2, len(whole) - 1}
         for at in range(0, len(whole), 9) if path.name == "commits.jsonl" else few:
             path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x15]) + whole[at + 1 :])
             found = verify(cache)
-            # of the table of inputs, times are not part of the plan; a last line cut off is the trace of a crash
-            assert found.problems or found.unfinished or path.name == "inputs.parquet", (path, at)
+            # of the list of inputs, times are not part of the plan; a last line cut off is the trace of a crash
+            assert found.problems or found.unfinished or path.name == "source.parquet", (path, at)
             if path.suffix in (".safetensors", ".json"):
                 assert any(path.name in p for p in found.problems)
         path.write_bytes(whole)
     assert verify(cache).problems == []
 
 
-def test_damaged_rows_are_named_with_the_way_out(cache, made):
-    path = shards(cache)[1]
-    shard = read_shard_header(path)
-    for row, name in ((0, "latents"), (2, "latents_flip")):
-        flip_byte(path, shard.offsets[name] + row * shard.row_nbytes + 5)
+def test_damaged_rows_are_named_with_the_way_out(cache):
+    path = tasks(cache)[1]
+    placed = task_layout(cache, 1)
+    for row, kind in ((0, "latents"), (2, "latents_flip")):
+        tensor = placed.tensors[0, kind]
+        flip_byte(path, tensor.begin + row * tensor.row_nbytes + 5)
     (problem,) = verify(cache).problems
-    assert f"{path} is damaged: 2 of 4 rows do not match their hashes: 0 ('004.png'), 2 ('006.png')" in problem
-    stem = path.name.removesuffix(".safetensors")
-    assert problem.endswith(
-        f"delete shards/32x32/{path.name} and index/32x32-{stem}.parquet, and run the cache command again"
-    )
-    path.unlink()
-    (cache / "index" / f"32x32-{stem}.parquet").unlink()
-    cache_images(made / "src", cache, random_model(), REQUEST, progress=False)
-    assert snapshot(cache) == snapshot(made / "out")
+    assert f"{path} is damaged: 2 of 4 rows do not match their hashes" in problem
+    assert "0 of 32x32 ('004.png'), 2 of 32x32 ('006.png')" in problem
+    assert problem.endswith(f"run `capacitor-rt verify --repair {cache}`, then the cache command again")
 
 
 def test_damage_outside_the_rows_is_told_apart(cache):
-    path = shards(cache)[0]
+    path = tasks(cache)[0]
     data = path.read_bytes()
-    path.write_bytes(data.replace(b'"bucket":"32x32"', b'"bucket":"32x33"'))
+    path.write_bytes(data.replace(b'"task":"0"', b'"task":"1"'))
     assert "its header or its commit line; all rows match" in verify(cache).problems[0]
     path.write_bytes(data[:-10])
     assert "it ends before row" in verify(cache).problems[0]
@@ -99,11 +93,12 @@ def test_missing_and_damaged_indexes_are_named(cache):
     assert index[1].name in problems[1] and "cannot be read" in problems[1]
 
 
-def test_swapped_shards_are_found(cache):
-    a, b = shards(cache)[:2]
-    a.rename(cache / "x")
-    b.rename(a)
-    (cache / "x").rename(b)
+def test_swapped_tasks_are_found(cache):
+    for folder in ("tasks", "index"):
+        a, b = sorted((cache / folder).iterdir())[:2]
+        a.rename(cache / "x")
+        b.rename(a)
+        (cache / "x").rename(b)
     assert len(verify(cache).problems) == 2
 
 
@@ -117,7 +112,7 @@ def test_quarantine_log_and_plan_are_checked(cache):
 def test_unfinished_is_no_damage_and_strangers_are_noted(cache):
     lines = (cache / "commits.jsonl").read_bytes().splitlines(keepends=True)
     (cache / "commits.jsonl").write_bytes(b"".join(lines[:-1]) + lines[-1][:20])
-    (cache / "shards" / "half.safetensors.tmp-12").write_text("x")
+    (cache / "tasks" / "half.safetensors.tmp-12").write_text("x")
     found = verify(cache)
     assert found.problems == [] and found.unfinished == 1
     assert any("left by a killed run" in note for note in found.notes)
@@ -131,6 +126,5 @@ def test_a_folder_without_a_cache_is_refused(tmp_path):
 
 
 def test_index_rows_add_up(cache):
-    tables = [read_index(p) for p in (cache / "index").iterdir()]
-    inputs = sorted(i for t in tables for i in t["input"].to_pylist())
-    assert inputs == list(range(11))
+    assert [row["input"] for row in index_rows(cache)] == list(range(11))
+    assert all(path.exists() for n in range(3) for path in task_files(cache, n))

@@ -38,10 +38,10 @@ def options(tmp_path, *more):
 
 
 def test_caches_verifies_and_does_nothing_the_second_time(cli, tmp_path):
-    args = options(tmp_path, "--area", 64, "--dtype", "fp16", "--posterior", "--flip", "--batch", 2, "--shard-rows", 2)
+    args = options(tmp_path, "--area", 64, "--dtype", "fp16", "--posterior", "--flip", "--batch", 2, "--task-inputs", 2)
     first = cli("cache", *args, "--workers", 2)
     assert first.exit_code == 0, first.output
-    assert "cached 6 of 6 images in 4 shards" in first.stdout
+    assert "cached 6 of 6 images in 3 tasks" in first.stdout
     for word in ("images/s", "read", "decode", "of 2 threads", "encode", "write", "limited by"):
         assert word in first.stdout
     assert "img/s" in first.stderr or "6/6" in first.stderr
@@ -52,19 +52,19 @@ def test_caches_verifies_and_does_nothing_the_second_time(cli, tmp_path):
     assert again.stdout.startswith("nothing to do")
     checked = cli("verify", tmp_path / "out")
     assert checked.exit_code == 0
-    assert "6 rows of 6 inputs, 4 shards" in checked.stdout and "no damage" in checked.stdout
+    assert "6 rows of 6 inputs, 3 tasks" in checked.stdout and "no damage" in checked.stdout
 
 
 def test_dry_run_counts_and_writes_nothing(cli, tmp_path):
     (tmp_path / "src" / "bad.png").write_text("no image")
     (tmp_path / "src" / "notes.txt").write_text("")
-    result = cli("cache", *options(tmp_path, "--area", 64, "--shard-rows", 2, "--dry-run"))
+    result = cli("cache", *options(tmp_path, "--area", 64, "--task-inputs", 2, "--dry-run"))
     assert result.exit_code == 0
     lines = [line.split() for line in result.stdout.splitlines()]
     assert ["64x64", "3"] in lines and ["32x128", "3"] in lines
     assert ["quarantined:", "not_an_image", "1"] in lines
     # 6 rows of 8 channels, 16 positions, 2 bytes
-    assert "4 shards of at most 2 images, 1.536 kB of latents in all" in result.stdout
+    assert "4 tasks of at most 2 images, 1.536 kB of latents in all" in result.stdout
     assert "left out, as they have no image's extension: .txt 1" in result.stderr
     assert not (tmp_path / "out").exists()
 
@@ -124,13 +124,13 @@ def test_failures_are_typed_and_change_nothing(cli, tmp_path):
 
 def test_damage_ends_verify_with_1_and_is_named(cli, tmp_path):
     cli("cache", *options(tmp_path, "--size", 64))
-    (shard,) = (tmp_path / "out" / "shards" / "64x64").iterdir()
-    flip_byte(shard, -1)
+    (data,) = (tmp_path / "out" / "tasks").iterdir()
+    flip_byte(data, -1)
     result = cli("verify", tmp_path / "out")
     assert result.exit_code == 1
-    assert f"damaged: shard {shard} is damaged: 1 of 6 rows" in result.stderr
-    flip_byte(shard, -1)
+    assert f"damaged: {data} is damaged: 1 of 6 rows" in result.stderr
+    flip_byte(data, -1)
     (tmp_path / "out" / "commits.jsonl").write_text("")
     result = cli("verify", tmp_path / "out")
     assert result.exit_code == 1
-    assert "unfinished: 1 shards" in result.stderr
+    assert "unfinished: 1 tasks" in result.stderr

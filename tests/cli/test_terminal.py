@@ -112,8 +112,8 @@ def test_cache_and_verify(run, photos, tmp_path):
     code, text, err = run(*args)
     assert code == 3 and "nothing to do" in text and SHOWN_UTF8 in text
     assert run("verify", out, "--quiet")[0] == 0
-    (shard,) = (out / "shards" / "64x64").iterdir()
-    flip_byte(shard, -1)
+    (data,) = (out / "tasks").iterdir()
+    flip_byte(data, -1)
     code, _, err = run("verify", out, "--quiet")
     assert code == 1 and SHOWN_UTF8 in err
     code, _, err = run("verify", f"gone{EVIL}")

@@ -135,7 +135,7 @@ def test_a_push_that_was_cut_short_goes_on(hub, cache, tmp_path, monkeypatch):
 
 
 def test_damaged_and_unfinished_caches_are_refused(hub, cache):
-    shard = next((cache / "shards").rglob("*.safetensors"))
+    shard = next((cache / "tasks").iterdir())
     flip_byte(shard, -1)
     with pytest.raises(CacheError, match="is damaged, and is not pushed"):
         push_to_hub(cache, ME, token=TOKEN)
@@ -150,10 +150,10 @@ def test_damaged_and_unfinished_caches_are_refused(hub, cache):
 
 def test_only_its_own_files_go_up(hub, cache):
     (cache / "notes.txt").write_text("mine")
-    (cache / "shards" / "x.safetensors.tmp-1").write_text("torn")
+    (cache / "tasks" / "x.safetensors.tmp-1").write_text("torn")
     push_to_hub(cache, ME, token=TOKEN)
     files = hub.repos["dataset", ME].branches["main"]
-    assert not {"notes.txt", "shards/x.safetensors.tmp-1", ".lock"} & set(files)
+    assert not {"notes.txt", "tasks/x.safetensors.tmp-1", ".lock"} & set(files)
 
 
 def test_nothing_is_overwritten_unasked(hub, cache, tmp_path, made):

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from capacitor_rt import FullCapacitor
+from capacitor_rt.cache.commits import Commit, read_log
+from capacitor_rt.cache.folder import CacheFolder
+from capacitor_rt.cache.index import cached_counts
+from capacitor_rt.cache.latent_files import Layout, layout
+from capacitor_rt.cache.plan import CachePlan, load_plan
+from capacitor_rt.cache.store import read_index
 
 
 class Forbidden:
@@ -43,11 +50,13 @@ def write_images(folder: Path, count: int, sizes=((48, 64), (64, 48), (40, 40)),
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
-    """Every file under `folder`: relative name -> bytes."""
+    """Every file under `folder`: relative name -> bytes. A cache's stamps are this machine's own and left out."""
     root = os.fsencode(folder)
     files = {}
     for where, _, names in os.walk(root):
         for name in names:
+            if name == b".stamps":
+                continue
             path = os.path.join(where, name)
             with open(path, "rb") as f:
                 files[os.fsdecode(os.path.relpath(path, root))] = f.read()
@@ -61,6 +70,45 @@ def stamps(folder: Path) -> dict[str, tuple[int, int, int]]:
         info = path.lstat()
         found[str(path.relative_to(folder))] = (info.st_ino, info.st_size, info.st_mtime_ns)
     return found
+
+
+def open_cache(out: Path) -> tuple[CacheFolder, CachePlan]:
+    """The folder and the plan of a cache."""
+    folder = CacheFolder(out)
+    plan = load_plan(folder)
+    assert plan is not None
+    return folder, plan
+
+
+def commits_of(out: Path) -> dict[int, Commit]:
+    """The commit lines of a cache by task; none where there is no cache."""
+    if not out.exists():
+        return {}
+    with CacheFolder(out) as folder:
+        return read_log(folder).commits
+
+
+def task_files(out: Path, task: int) -> tuple[Path, Path]:
+    """Index and latents of a task."""
+    folder, plan = open_cache(out)
+    folder.close()
+    return out / plan.index_name(task), out / plan.data_name(task)
+
+
+def index_rows(out: Path) -> list[dict[str, Any]]:
+    """Every row of the index, in the order of the inputs."""
+    folder, plan = open_cache(out)
+    with folder:
+        commits = sorted(read_log(folder).commits.items())
+        return [row for _, commit in commits for row in read_index(folder, plan, commit).to_pylist()]
+
+
+def task_layout(out: Path, task: int) -> Layout:
+    """Where everything lies in a task's file of latents."""
+    folder, plan = open_cache(out)
+    with folder:
+        commit = read_log(folder).commits[task]
+        return layout(plan, task, cached_counts(read_index(folder, plan, commit)), commit.index_xxh3)
 
 
 def flip_byte(path: Path, at: int) -> None:

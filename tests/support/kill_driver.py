@@ -1,9 +1,9 @@
 """Run as a script, for the tests of interrupted runs: children are forked after the imports, so they start at once.
 
 `kill SRC OUT COUNT SEED` caches SRC into OUT in a child, kills it at a random moment, and so on until one ends by
-itself. Prints how far the cache was (committed shards) when each died.
+itself. Prints how far the cache was (committed tasks) when each died.
 `signal SRC MODEL OUT NUMBER [OUT NUMBER ...]` runs the command in a child for each OUT, sends it a signal after its
-first shard, and prints the exit codes.
+first task, and prints the exit codes.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from models import random_model
 
 from capacitor_rt import FullCapacitor
 from capacitor_rt.cache import CacheRequest, cache_images
-from capacitor_rt.cache.durable import require_extra
 from capacitor_rt.cli.cache import cache, verify
+from capacitor_rt.extras import require_extra
 
-REQUEST = CacheRequest(32, area=True, dtype="fp32", posterior=True, flip=True, shard_rows=3, batch=2)
+REQUEST = CacheRequest(32, area=True, dtype="fp32", posterior=True, flip=True, task_inputs=3, batch=2)
 
 
 def commits(out: Path) -> int:
@@ -66,7 +66,7 @@ def kill_until_done(src: Path, out: Path, kills: int, seed: int) -> list[int]:
         before = commits(out)
         child = in_child(lambda: cache_at_leisure(src, out, model))
         if len(died) < kills:
-            # let it finish between none and three more shards, then strike within the next one
+            # let it finish between none and three more tasks, then strike within the next one
             wait_for_commits(out, before + rng.randint(0, 3))
             time.sleep(rng.uniform(0, 0.02))
             os.kill(child, signal.SIGKILL)
@@ -91,7 +91,7 @@ def command(*args: str) -> int:
 
 
 def signal_command(src: Path, out: Path, model: Path, number: int) -> int:
-    sizes = ("--size", "32", "--shard-rows", "2", "--workers", "1", "--device", "cpu")
+    sizes = ("--size", "32", "--task-inputs", "2", "--workers", "1", "--device", "cpu")
     child = in_child(lambda: command("cache", str(src), str(out), "--model", str(model), *sizes))
     wait_for_commits(out, 1)
     os.kill(child, number)

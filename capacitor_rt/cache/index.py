@@ -1,0 +1,167 @@
+"""The index of a task: a Parquet table with one row per input, cached or not, and the plan in its metadata."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..errors import CacheError
+from ..extras import require_extra
+from .parquet_files import MOST_BYTES, parquet_bytes, parse_table
+from .plan import FORMAT, CachePlan, Task
+
+OK, QUARANTINED = "ok", "quarantined"
+DECODED = (
+    "bytes_hash",
+    "width",
+    "height",
+    "orientation",
+    "bucket",
+    "resize_height",
+    "resize_width",
+    "crop_top",
+    "crop_left",
+)
+"""Columns that are known once an input has been decoded."""
+STORED = ("row", "row_hash", "min", "max", "mean", "std")
+"""Columns of inputs with latents alone."""
+
+
+def index_schema(columns: Sequence[dict[str, str]] = ()) -> Any:
+    """Columns of `index/*.parquet`.
+
+    Args:
+        columns: those that are kept from the source, as `plan.columns` has them.
+    """
+    pa = require_extra("pyarrow")
+    int32, float32, digest = pa.int32(), pa.float32(), pa.binary(16)
+    required = [("input", pa.int64()), ("id", pa.string()), ("status", pa.string())]
+    optional = [
+        ("reason", pa.string()),
+        ("message", pa.string()),
+        ("bytes_hash", digest),
+        ("width", int32),
+        ("height", int32),
+        ("orientation", int32),
+        ("bucket", int32),
+        ("resize_height", int32),
+        ("resize_width", int32),
+        ("crop_top", int32),
+        ("crop_left", int32),
+        ("row", int32),
+        ("row_hash", digest),
+        ("min", float32),
+        ("max", float32),
+        ("mean", float32),
+        ("std", float32),
+    ]
+    kinds = {"int64": pa.int64(), "float64": pa.float64(), "string": pa.string(), "bool": pa.bool_()}
+    kept = [(column["name"], kinds[column["type"]]) for column in columns]
+    return pa.schema(
+        [pa.field(*f, nullable=False) for f in required] + [pa.field(*f) for f in [*optional, *kept]],
+    )
+
+
+def index_bytes(plan: CachePlan, task: Task, columns: dict[str, Any]) -> memoryview:
+    """The file of an index. `columns`: an Arrow array or a list for each column."""
+    pa = require_extra("pyarrow")
+    schema = index_schema(plan.columns)
+    metadata = {"format": FORMAT, "task": str(task.number), "plan": plan.text().decode()}
+    arrays = [_array(columns[field.name], field.type) for field in schema]
+    return parquet_bytes(pa.Table.from_arrays(arrays, schema=schema.with_metadata(metadata)))
+
+
+def _array(values: Any, kind: Any) -> Any:
+    pa = require_extra("pyarrow")
+    if isinstance(values, pa.ChunkedArray):
+        values = values.combine_chunks()
+    return values if isinstance(values, pa.Array) and values.type == kind else pa.array(values, kind)
+
+
+def parse_index(data: bytes, what: object, plan: CachePlan, task: int) -> Any:
+    """The table of an index, checked: what it says is possible under the plan, and agrees with itself.
+
+    Args:
+        data: bytes of the file, whose hash has been compared with the one that vouches for it.
+        what: the file's name in messages.
+
+    Raises:
+        CacheError: it is damaged, or another plan's or task's.
+    """
+    table = parse_table(data, what, index_schema(plan.columns))
+    metadata = table.schema.metadata or {}
+    if metadata.get(b"format") != FORMAT.encode() or metadata.get(b"task") != str(task).encode():
+        raise CacheError(f"{what} is damaged: it is not the index of task {task}")
+    if metadata.get(b"plan") != plan.text():
+        raise CacheError(f"{what} is damaged: it is of another plan than plan.json")
+    problem = _problem(table, plan)
+    if problem:
+        raise CacheError(f"{what} is damaged: {problem}")
+    return table
+
+
+def plan_in_index(data: bytes) -> bytes | None:
+    """The bytes of `plan.json` that an index holds, None where there are none."""
+    pa, pq = require_extra("pyarrow"), require_extra("pyarrow.parquet")
+    try:
+        return (pq.read_schema(pa.BufferReader(data)).metadata or {}).get(b"plan")
+    except (OSError, pa.ArrowException, ValueError, MemoryError):
+        return None
+
+
+def _problem(table: Any, plan: CachePlan) -> str | None:
+    pc = require_extra("pyarrow.compute")
+    n = table.num_rows
+    if any(table[name].null_count for name in ("input", "id", "status")):
+        return "a row is not named"
+    inputs = table["input"].to_numpy()
+    if not n or inputs[0] < 0 or (inputs != inputs[0] + np.arange(n)).any() or inputs[-1] >= plan.count:
+        return "its inputs are no slice of the plan's"
+    ok = is_ok(table)
+    if not (ok | pc.equal(table["status"], QUARANTINED).to_numpy()).all():
+        return f"a status is neither {OK} nor {QUARANTINED}"
+    for name, wanted in (("reason", ~ok), ("row", ok), ("row_hash", ok)):
+        if (table[name].is_valid().to_numpy() != wanted).any():
+            return f"{name} and status do not agree"
+    kept = table.filter(ok)
+    if any(kept[name].null_count for name in (*DECODED, *STORED)):
+        return "a cached row is not described"
+    bucket = kept["bucket"].to_numpy()
+    if len(bucket) and (bucket.min() < 0 or bucket.max() >= len(plan.buckets)):
+        return "a bucket is not of the plan"
+    if (kept["row"].to_numpy() != rows_within(bucket)).any():
+        return "its rows are not numbered in their order"
+    return None
+
+
+def is_ok(table: Any) -> np.ndarray:
+    """Which rows have latents, bool `[N]`."""
+    pc = require_extra("pyarrow.compute")
+    return pc.equal(table["status"], OK).to_numpy()
+
+
+def rows_within(bucket: np.ndarray) -> np.ndarray:
+    """How many earlier ones are of the same bucket, int32 `[N]`: the number of the row in its bucket's tensors."""
+    order = np.argsort(bucket, kind="stable")
+    ranked = bucket[order]
+    starts = np.flatnonzero(np.r_[True, ranked[1:] != ranked[:-1]]) if len(ranked) else np.zeros(0, np.int64)
+    counts = np.diff(np.r_[starts, len(ranked)])
+    rows = np.empty(len(bucket), np.int32)
+    rows[order] = np.arange(len(ranked)) - np.repeat(starts, counts)
+    return rows
+
+
+def bucket_counts(bucket: np.ndarray) -> dict[int, int]:
+    """Rows of each bucket that has any, in the order of the buckets."""
+    numbers, counts = np.unique(bucket, return_counts=True)
+    return dict(zip(numbers.tolist(), counts.tolist(), strict=True))
+
+
+def cached_counts(table: Any) -> dict[int, int]:
+    """Rows with latents of each bucket, by an index."""
+    return bucket_counts(table["bucket"].to_numpy(zero_copy_only=False)[is_ok(table)].astype(np.int64))
+
+
+INDEX_BYTES = MOST_BYTES

@@ -1,0 +1,200 @@
+"""The latents of a task: a safetensors file with a tensor per bucket and kind, data on 4 KiB boundaries.
+
+The header follows from the plan, the number of rows of each bucket, and the hash of the index: whoever knows these
+compares bytes and parses nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import CacheError
+from .folder import CacheFolder
+from .hashing import byte_view, xxh3
+from .plan import FORMAT, CachePlan
+
+ALIGN = 4096
+CODES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+PADDING = "padding"
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A tensor of a file: `[rows, *shape]`, whose data begins at byte `begin` of the file."""
+
+    bucket: int
+    kind: str
+    rows: int
+    shape: tuple[int, int, int]
+    begin: int
+    row_nbytes: int
+
+    @property
+    def end(self) -> int:
+        return self.begin + self.rows * self.row_nbytes
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where everything lies in a task's file.
+
+    Attributes:
+        header: the bytes before the data, a multiple of 4 KiB.
+        tensors: by (number of the bucket, kind), in the order of their data.
+        nbytes: size of the file.
+    """
+
+    header: bytes
+    tensors: dict[tuple[int, str], Placed]
+    nbytes: int
+
+    def gaps(self) -> Iterator[tuple[Placed, int]]:
+        """The tensors in order, each with the bytes of padding behind it."""
+        placed = list(self.tensors.values())
+        for tensor, stop in zip(placed, [*(t.begin for t in placed[1:]), self.nbytes], strict=False):
+            yield tensor, stop - tensor.end
+
+
+def layout(plan: CachePlan, task: int, counts: dict[int, int], index_xxh3: str) -> Layout:
+    """The layout of a task's file.
+
+    Args:
+        counts: rows of each bucket that has any, by its number.
+        index_xxh3: hash of the task's index.
+    """
+    entries: dict[str, Any] = {
+        "__metadata__": {
+            "format": FORMAT,
+            "plan": plan.id,
+            "task": str(task),
+            "index_xxh3": index_xxh3,
+            "latent_space": plan.fields["model"]["latent_space"],
+        }
+    }
+    places: list[tuple[int, str, int, tuple[int, int, int], int, int]] = []
+    at = 0
+    order = [(number, kind) for number in sorted(counts) for kind in plan.tensors]
+    for number, kind in order:
+        bucket, rows = plan.buckets[number], counts[number]
+        shape, row_nbytes = plan.row_shape(bucket), plan.row_bytes(bucket) // len(plan.tensors)
+        stop = at + rows * row_nbytes
+        entries[f"{kind}/{bucket}"] = {
+            "dtype": CODES[plan.dtype],
+            "shape": [rows, *shape],
+            "data_offsets": [at, stop],
+        }
+        places.append((number, kind, rows, shape, at, row_nbytes))
+        at = stop
+        gap = -at % ALIGN
+        if gap and (number, kind) != order[-1]:
+            # a hole would be no safetensors file
+            entries[f"{PADDING}/{len(places) - 1}"] = {"dtype": "U8", "shape": [gap], "data_offsets": [at, at + gap]}
+            at += gap
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGN)
+    header = len(text).to_bytes(8, "little") + text
+    tensors = {
+        (number, kind): Placed(number, kind, rows, shape, len(header) + begin, nbytes)
+        for number, kind, rows, shape, begin, nbytes in places
+    }
+    return Layout(header, tensors, len(header) + at)
+
+
+def file_chunks(placed: Layout, pieces: Mapping[tuple[int, str], Sequence[Tensor]]) -> Iterator[bytes | memoryview]:
+    """The bytes of a task's file. `pieces`: rows of each tensor in order, contiguous `[n,C,h,w]` on the CPU."""
+    yield placed.header
+    for tensor, gap in placed.gaps():
+        yield from (byte_view(piece).data for piece in pieces[tensor.bucket, tensor.kind])
+        if gap:
+            yield bytes(gap)
+
+
+def row_hashes(tensors: Sequence[Tensor]) -> list[bytes]:
+    """XXH3-128 of each row: its tensors' bytes one after the other. `tensors`: contiguous `[N,...]` on the CPU."""
+    digests = [xxh3() for _ in range(len(tensors[0]))]
+    for t in tensors:
+        for digest, row in zip(digests, byte_view(t).reshape(len(t), -1), strict=True):
+            digest.update(row.data)
+    return [d.digest() for d in digests]
+
+
+def read_rows(fd: int, tensor: Placed, dtype: torch.dtype, start: int, count: int, what: object) -> Tensor:
+    """Rows `start` to `start + count` of a tensor, `[count,C,h,w]`, in memory of their own.
+
+    Plain reads, not a memory map: safe from any number of threads, quick on network file systems, and a file cut
+    short is an error rather than a signal.
+    """
+    rows = torch.empty(count, *tensor.shape, dtype=dtype)
+    view = byte_view(rows).data
+    at = tensor.begin + start * tensor.row_nbytes
+    while view:
+        try:
+            n = os.preadv(fd, [view], at)
+        except OSError as e:
+            raise CacheError(f"{what} cannot be read: {e.strerror}") from e
+        if n == 0:
+            raise CacheError(f"{what} is damaged: it ends before row {start + count - 1} of {tensor.kind}")
+        view, at = view[n:], at + n
+    return rows
+
+
+def has_header(fd: int, placed: Layout) -> bool:
+    """Whether a file begins as the layout says and is as long."""
+    if os.fstat(fd).st_size != placed.nbytes:
+        return False
+    return os.pread(fd, len(placed.header), 0) == placed.header
+
+
+def disk_row_hashes(
+    folder: CacheFolder, name: str, plan: CachePlan, placed: Layout, block: int = 64
+) -> dict[int, list[bytes]]:
+    """Hash of every row of a file as it lies on disk, by bucket.
+
+    Raises:
+        FileNotFoundError; CacheError: it cannot be read, or is cut short.
+    """
+    dtype = getattr(torch, plan.dtype)
+    hashes: dict[int, list[bytes]] = {}
+    with folder.open(name) as file:
+        for number in dict.fromkeys(bucket for bucket, _ in placed.tensors):
+            tensors = [placed.tensors[number, kind] for kind in plan.tensors]
+            hashes[number] = []
+            for start in range(0, tensors[0].rows, block):
+                count = min(block, tensors[0].rows - start)
+                rows = [read_rows(file.fileno(), t, dtype, start, count, folder.path / name) for t in tensors]
+                hashes[number] += row_hashes(rows)
+    return hashes
+
+
+def index_hash_in_header(fd: int) -> str | None:
+    """The hash of the index that a file's header names; None where the header is none.
+
+    For a task whose commit line was lost. The header itself is then compared with the one that follows from that index.
+    """
+    from ..strict_json import StrictJSONError, parse
+
+    length = int.from_bytes(os.pread(fd, 8, 0), "little")
+    if not 0 < length <= 1 << 27 or length > os.fstat(fd).st_size - 8:
+        return None
+    try:
+        header = parse(os.pread(fd, length, 8).rstrip(b" "))
+        digest = header["__metadata__"]["index_xxh3"]
+    except (StrictJSONError, KeyError, TypeError):
+        return None
+    return digest if isinstance(digest, str) else None
+
+
+def expected_hashes(bucket: np.ndarray, row_hash: list[bytes]) -> dict[int, list[bytes]]:
+    """The hashes that an index has of each bucket's rows, in their order."""
+    found: dict[int, list[bytes]] = {}
+    for number, digest in zip(bucket.tolist(), row_hash, strict=True):
+        found.setdefault(number, []).append(digest)
+    return dict(sorted(found.items()))

@@ -1,0 +1,143 @@
+"""Leases: which process works on which task. A file per task that its holder touches; a dead holder's is taken over."""
+
+from __future__ import annotations
+
+import os
+import threading
+import uuid
+from contextlib import suppress
+from io import FileIO
+
+from ..errors import CacheError
+from .folder import LEASES, CacheFolder
+from .hashing import canonical_json
+from .mutex import Mutex, Owner, me, parse_owner
+
+HEARTBEAT_SECONDS = 10.0
+CLOCK = ".clock"
+STALE_SECONDS = 90.0
+"""A lease that has not been touched for so long is dead: nine heartbeats, by the file server's clock."""
+
+
+class Leases:
+    """The leases that this process holds. While it is open a thread touches them.
+
+    Args:
+        plan8: first digits of the plan's identity.
+    """
+
+    def __init__(
+        self,
+        folder: CacheFolder,
+        mutex: Mutex,
+        plan8: str,
+        *,
+        heartbeat: float = HEARTBEAT_SECONDS,
+        stale: float = STALE_SECONDS,
+    ):
+        self.folder = folder
+        self.mutex = mutex
+        self.plan8 = plan8
+        self.heartbeat = heartbeat
+        self.stale = stale
+        self._held: dict[int, FileIO] = {}
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Leases:
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._closing.set()
+        if self._thread is not None:
+            self._thread.join()
+        with suppress(CacheError, OSError), self.mutex:
+            for task in list(self._held):
+                self.release(task)
+            for base in self.folder.names(LEASES):
+                if base != CLOCK and self._is_dead(f"{LEASES}/{base}"):
+                    self.folder.unlink(f"{LEASES}/{base}")
+            self.folder.remove_folder(LEASES)
+
+    def name(self, task: int) -> str:
+        return f"{LEASES}/{self.plan8}-{task:06d}"
+
+    def take(self, task: int) -> bool:
+        """Take the lease of a task, unless a living process has it. Under the mutex.
+
+        Raises:
+            CacheError: it cannot be written.
+        """
+        name = self.name(task)
+        if self.folder.stat(name) is not None:
+            if not self._is_dead(name):
+                return False
+            self.folder.unlink(name)
+        file = self.folder.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        with suppress(OSError):
+            # without its contents, on a full disk, a lease is dead when it is stale
+            os.pwrite(file.fileno(), canonical_json({**me()._asdict(), "token": uuid.uuid4().hex}) + b"\n", 0)
+        with self._lock:
+            self._held[task] = file
+        return True
+
+    def holds(self, task: int) -> bool:
+        """Whether the lease is still this process's: another may have thought it dead and taken it over."""
+        file = self._held.get(task)
+        now = self.folder.stat(self.name(task))
+        return file is not None and now is not None and os.path.samestat(now, os.fstat(file.fileno()))
+
+    def release(self, task: int) -> None:
+        """Give a lease back. Under the mutex."""
+        mine = self.holds(task)
+        with self._lock:
+            file = self._held.pop(task, None)
+        if file is not None:
+            file.close()
+        if mine:
+            with suppress(OSError):
+                self.folder.unlink(self.name(task))
+
+    def living(self) -> dict[int, str]:
+        """The tasks that living processes, this one included, have, and who has them."""
+        found = {}
+        prefix = f"{self.plan8}-"
+        for base in self.folder.names(LEASES):
+            if base.startswith(prefix) and base[len(prefix) :].isdecimal() and not self._is_dead(f"{LEASES}/{base}"):
+                owner = self._owner(f"{LEASES}/{base}")
+                found[int(base[len(prefix) :])] = f"process {owner.pid} on {owner.host}" if owner else "?"
+        return found
+
+    def _owner(self, name: str) -> Owner | None:
+        try:
+            return parse_owner(self.folder.read(name, 4096))
+        except OSError:
+            return None
+
+    def _is_dead(self, name: str) -> bool:
+        info = self.folder.stat(name)
+        if info is None:
+            return True
+        owner = self._owner(name)
+        return (owner is not None and owner.is_dead()) or self._now() - info.st_mtime > self.stale
+
+    def _now(self) -> float:
+        """The file server's clock: the clocks of two machines differ."""
+        name = f"{LEASES}/{CLOCK}"
+        with self.folder.open(name, os.O_WRONLY | os.O_CREAT) as file:
+            os.utime(file.fileno())
+            now = os.fstat(file.fileno()).st_mtime
+        with suppress(OSError):
+            self.folder.unlink(name)
+        return now
+
+    def _beat(self) -> None:
+        while not self._closing.wait(self.heartbeat):
+            with self._lock:
+                for file in self._held.values():
+                    # by descriptor: a lease that was taken over is another file
+                    with suppress(OSError):
+                        os.utime(file.fileno())

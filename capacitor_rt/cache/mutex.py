@@ -1,0 +1,183 @@
+"""The lock that the processes of one cache share: held while a plan is made and while a task is published."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from io import FileIO
+from typing import NamedTuple
+
+from ..errors import CacheError
+from .folder import CacheFolder, write_error
+from .hashing import canonical_json
+
+LOCK, HELD = ".lock", ".lock.held"
+PATIENCE = 2.0
+"""Seconds after which whoever waits is told for whom."""
+_NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
+
+
+class Owner(NamedTuple):
+    """A process. `start` tells it from a later one of the same number."""
+
+    host: str
+    pid: int
+    start: int
+
+    def is_dead(self) -> bool:
+        """Whether it ran on this host and is gone; of other hosts nothing is known."""
+        return self.host == socket.gethostname() and _start(self.pid) not in (self.start, None)
+
+
+def me() -> Owner:
+    """This process."""
+    return Owner(socket.gethostname(), os.getpid(), _start(os.getpid()) or 0)
+
+
+def owner_bytes(owner: Owner) -> bytes:
+    return canonical_json(owner._asdict()) + b"\n"
+
+
+def parse_owner(data: bytes) -> Owner | None:
+    """The process that a lock file names, None where it is damaged."""
+    try:
+        fields = json.loads(data)
+        return Owner(str(fields["host"]), int(fields["pid"]), int(fields["start"]))
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _start(pid: int) -> int | None:
+    """When a process was started, in ticks since boot; -1 where there is none, None where that cannot be known."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return -1
+    except PermissionError:
+        pass
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+    except OSError:
+        return None
+    # a process that has ended and was not waited for
+    return -1 if fields[0] == b"Z" else int(fields[19])
+
+
+class Mutex:
+    """One holder at a time among all threads and processes: a lock on OUT/.lock that the kernel drops with its process.
+
+    The file is gone when no run is going on. On a file system without locks a file `.lock.held` that names its holder
+    takes the lock's place: it is taken over if its holder ran on this host and is dead.
+
+    Args:
+        note: told for whom one waits, after a while.
+    """
+
+    def __init__(self, folder: CacheFolder, note: Callable[[str], None] = lambda line: None):
+        self.folder = folder
+        self.note = note
+        self._threads = threading.RLock()
+        self._depth = 0
+        self._file: FileIO | None = None
+        self._by_file = False
+        self._told = False
+
+    def __enter__(self) -> Mutex:
+        self._threads.acquire()
+        try:
+            if not self._depth:
+                self._file = self._wait()
+            self._depth += 1
+        except BaseException:
+            self._threads.release()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._depth -= 1
+        if not self._depth and self._file is not None:
+            if self._by_file:
+                with suppress(OSError):
+                    self.folder.unlink(HELD)
+            self._file.close()
+            self._file = None
+        self._threads.release()
+
+    def remove(self) -> None:
+        """Remove the file, while it is held: whoever waits on it sees that the name is gone and starts over."""
+        assert self._depth
+        with suppress(OSError):
+            self.folder.unlink(LOCK)
+
+    def _wait(self) -> FileIO:
+        begin, pause = time.monotonic(), 0.001
+        while True:
+            file = self._try()
+            if file is not None:
+                return file
+            if time.monotonic() - begin > PATIENCE and not self._told:
+                self._told = True
+                self._say()
+            time.sleep(pause)
+            pause = min(2 * pause, 0.1)
+
+    def _try(self) -> FileIO | None:
+        try:
+            file = self.folder.open(LOCK, os.O_RDWR | os.O_CREAT)
+        except CacheError as e:
+            if isinstance(e.__cause__, OSError) and e.__cause__.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                why = e.__cause__.strerror
+                raise CacheError(f"cannot write to {self.folder.path}: {why}: give an OUT that you may write to") from e
+            raise
+        try:
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            return None
+        except OSError as e:
+            file.close()
+            if e.errno not in _NO_LOCKS:
+                raise write_error(self.folder.path / LOCK, e) from e
+            return self._take_file()
+        now = self.folder.stat(LOCK)
+        if now is None or not os.path.samestat(now, os.fstat(file.fileno())):
+            file.close()
+            return None
+        # on a full disk the lock still holds; who holds it is only for messages
+        with suppress(OSError):
+            os.ftruncate(file.fileno(), 0)
+            os.pwrite(file.fileno(), owner_bytes(me()), 0)
+        return file
+
+    def _take_file(self) -> FileIO | None:
+        self._by_file = True
+        try:
+            file = self.folder.open(HELD, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        except FileExistsError:
+            owner = self._owner(HELD)
+            if owner is not None and owner.is_dead():
+                with suppress(OSError):
+                    self.folder.unlink(HELD)
+            return None
+        os.pwrite(file.fileno(), owner_bytes(me()), 0)
+        return file
+
+    def _owner(self, name: str) -> Owner | None:
+        try:
+            return parse_owner(self.folder.read(name, 4096))
+        except (OSError, CacheError):
+            return None
+
+    def _say(self) -> None:
+        owner = self._owner(HELD if self._by_file else LOCK)
+        who = f"process {owner.pid} on {owner.host}" if owner else "another process"
+        way_out = f"; if that process is gone, delete {self.folder.path / HELD}" if self._by_file else ""
+        self.note(f"waiting for {who}, which is writing to {self.folder.path}{way_out}")

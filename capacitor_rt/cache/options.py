@@ -1,0 +1,52 @@
+"""How a run works: what a caller may choose without changing a byte of the latents."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+from .decode_threads import BACKOFF_SECONDS
+from .leases import HEARTBEAT_SECONDS, STALE_SECONDS
+from .sources import ColumnsRequest
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run works, and where the inputs are and what is kept beside them.
+
+    Attributes:
+        workers: threads for reading and decoding; None: every core.
+        progress: show a bar on stderr.
+        give_up: finish tasks in spite of inputs that failed for now (I/O errors and the like): they are quarantined.
+        rank, world_size: of several processes that write one cache; they only choose where each one begins. None: the
+            environment's RANK and WORLD_SIZE, or those of a Slurm array.
+        backoff: seconds to wait before each further attempt at an input that failed for now.
+        heartbeat, stale: seconds between touches of a lease, and after which an untouched one is taken over.
+        source: what kind of source the inputs are, one of `sources.open.KINDS`.
+        columns: labels, captions and other columns to be kept.
+    """
+
+    workers: int | None = None
+    progress: bool = True
+    give_up: bool = False
+    rank: int | None = None
+    world_size: int | None = None
+    backoff: tuple[float, ...] = BACKOFF_SECONDS
+    heartbeat: float = HEARTBEAT_SECONDS
+    stale: float = STALE_SECONDS
+    source: str = "auto"
+    columns: ColumnsRequest = field(default_factory=ColumnsRequest)
+
+    def place(self) -> tuple[int, int]:
+        """Rank and world size."""
+        env = os.environ
+        slurm = "SLURM_ARRAY_TASK_ID" in env and "SLURM_ARRAY_TASK_COUNT" in env
+        try:
+            rank = int(env.get("RANK", env["SLURM_ARRAY_TASK_ID"] if slurm else 0))
+            first = int(env.get("SLURM_ARRAY_TASK_MIN", 0)) if slurm and "RANK" not in env else 0
+            size = int(env.get("WORLD_SIZE", env["SLURM_ARRAY_TASK_COUNT"] if slurm else 1))
+        except ValueError:
+            return 0, 1
+        rank = rank - first if self.rank is None else self.rank
+        size = size if self.world_size is None else self.world_size
+        return rank % max(size, 1), max(size, 1)

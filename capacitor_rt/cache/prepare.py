@@ -1,0 +1,184 @@
+"""All that is known before the work of a run starts."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..errors import CacheError
+from ..extras import require_extra
+from ..model import FullCapacitor
+from ..reference import Autoencoder
+from .commits import read_log
+from .folder import LEASES, TMP, CacheFolder
+from .model_source import Checkpoint, Loaded, ModelSource, with_whitening
+from .mutex import HELD, LOCK
+from .options import RunOptions
+from .plan import PLAN, CachePlan, CacheRequest, Task, load_plan, make_plan, plan_tasks
+from .plan_changes import check_plan, version_notes
+from .sources import Source, load_listing
+from .sources.changes import changed_inputs
+from .sources.listing import SOURCE
+from .sources.open import open_source
+from .stamps import STAMPS
+from .store import read_index
+
+_BEFORE_A_PLAN = {LOCK, HELD, SOURCE, STAMPS, LEASES}
+
+
+@dataclass
+class PreparedRun:
+    """The plan, its tasks, and its inputs as they were found.
+
+    Attributes:
+        model: what computes, where it had to be loaded to make the plan.
+        notes: what a user may want to know before the work starts.
+        restore_listing: whether `source.parquet` is damaged and is to be written anew.
+    """
+
+    plan: CachePlan
+    tasks: list[Task]
+    source: Source
+    model: Autoencoder | None = None
+    notes: list[str] = field(default_factory=list)
+    restore_listing: bool = False
+
+    def nbytes(self, tasks: Iterable[Task]) -> int:
+        """Most bytes of the latents of `tasks`."""
+        largest = max(self.plan.row_bytes(bucket) for bucket in self.plan.buckets)
+        return sum(len(task) for task in tasks) * largest
+
+
+def as_source(model: FullCapacitor | ModelSource | str | os.PathLike[str]) -> ModelSource:
+    """A model, or the name of a checkpoint (computed on the CPU), as a source."""
+    if isinstance(model, FullCapacitor):
+        return Loaded(model)
+    return Checkpoint(os.fspath(model)) if isinstance(model, (str, os.PathLike)) else model
+
+
+def check_folder(out: Path) -> None:
+    """Refuse a folder that holds something other than a cache, or what a killed planning run has left."""
+    try:
+        names = set(os.listdir(out))
+    except FileNotFoundError:
+        return
+    except OSError as e:
+        raise CacheError(f"cannot use {out}: {e.strerror}: give a folder") from e
+    foreign = sorted(n for n in names if n not in _BEFORE_A_PLAN and TMP not in n)
+    if PLAN not in names and foreign:
+        raise CacheError(
+            f"{out} is not empty and no latent cache: it holds {foreign[0]!r} and no {PLAN}: give a new or empty folder"
+        )
+
+
+def prepare(
+    src: str | Path,
+    out: Path,
+    folder: CacheFolder | None,
+    model_source: ModelSource,
+    request: CacheRequest,
+    options: RunOptions,
+    load: bool,
+) -> PreparedRun:
+    """Check what can be checked before work starts. The model is loaded only for a new plan, and with `load`.
+
+    Args:
+        folder: the cache `out`, None where there is none yet.
+
+    Raises:
+        CacheError: other settings, another model or other inputs than those of the plan that is there.
+    """
+    for extra in ("pyarrow", "xxhash"):
+        require_extra(extra)
+    plan = load_plan(folder) if folder else None
+    identity = model_source.identity(plan.fields["model"]["compute_dtype"] if plan else None)
+    if plan and folder:
+        check_plan(plan, request, identity, folder)
+    elif request.posterior and identity.config["bottleneck_posterior_kind"] != "diagonal_gaussian":
+        raise CacheError(f"{identity.id} is deterministic and has no logsnr to store: leave out posterior")
+    buckets = plan.buckets if plan else request.buckets(identity.multiple)
+    source = open_source(src, out, options.source, options.columns)
+    if plan and folder:
+        restore = _check_inputs(folder, plan, source)
+        notes = source.notes + version_notes(plan)
+        return PreparedRun(plan, tasks_of(plan, source), source, None, notes, restore)
+    model = model_source.load(identity) if load else None
+    if model is not None:
+        identity = with_whitening(identity, model)
+    plan = make_plan(request, identity, source, buckets)
+    return PreparedRun(plan, tasks_of(plan, source), source, model, source.notes)
+
+
+def tasks_of(plan: CachePlan, source: Source) -> list[Task]:
+    """The tasks of a plan whose inputs these are."""
+    return plan_tasks(plan, source.listing.tasks(plan.task_inputs))
+
+
+def _check_inputs(folder: CacheFolder, plan: CachePlan, source: Source) -> bool:
+    """Refuse other inputs, or other columns of them. Whether the list on disk is damaged and can be restored."""
+    fields = source.fields()
+    planned = {k: v for k, v in plan.fields["source"].items() if k != "tasks"}
+    if (source.columns.fields(), source.columns.label_names) != (plan.columns, plan.fields["label_names"]):
+        before, now = (
+            [f"{c['name']} from {c['from'][:24]}" for c in x] for x in (plan.columns, source.columns.fields())
+        )
+        raise CacheError(
+            f"{folder.path} was planned with other labels, captions or columns: {', '.join(before) or 'none'} -> "
+            f"{', '.join(now) or 'none'}\nuse the old ones, or cache into a new OUT"
+        )
+    try:
+        listing = load_listing(folder, planned["sha256"])
+    except CacheError:
+        if fields == planned:
+            return True
+        raise
+    changes = changed_inputs(listing, source, lambda ordinals: _committed_hashes(folder, plan, ordinals))
+    if fields["kind"] != planned["kind"]:
+        changes = [f"source {planned['kind']} -> {fields['kind']}"]
+    if changes:
+        raise CacheError(
+            f"{folder.path} was planned for other inputs, and a finished plan is never changed:\n  "
+            + "\n  ".join(changes)
+            + "\nput the old files back, or cache into a new OUT"
+        )
+    return False
+
+
+def _committed_hashes(folder: CacheFolder, plan: CachePlan, ordinals: list[int]) -> dict[int, bytes]:
+    """`bytes_hash` of those of the inputs that have been read for what is committed."""
+    wanted, hashes = set(ordinals), {}
+    for commit in read_log(folder).commits.values():
+        try:
+            table = read_index(folder, plan, commit)
+        except (CacheError, FileNotFoundError):
+            # whoever builds on it will say so
+            continue
+        for ordinal, digest in zip(table["input"].to_pylist(), table["bytes_hash"].to_pylist(), strict=True):
+            if ordinal in wanted and digest is not None:
+                hashes[ordinal] = digest
+    return hashes
+
+
+def outlook(prepared: PreparedRun, out: Path, todo: list[Task]) -> list[str]:
+    """What may be said before the work begins: how much is done, and whether there is room for the rest."""
+    return [*_progress(prepared, todo), *room(out, prepared.nbytes(todo))]
+
+
+def _progress(prepared: PreparedRun, todo: list[Task]) -> list[str]:
+    done, tasks = len(prepared.tasks) - len(todo), len(prepared.tasks)
+    return [f"going on: {done} of {tasks} tasks are done"] if todo and done else []
+
+
+def room(out: Path, need: int) -> list[str]:
+    """A line if the disk is too full for `need` bytes."""
+    existing = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if need <= free:
+        return []
+    return [
+        f"up to {need / 1e9:.2f} GB are to be written and {out} has {free / 1e9:.2f} GB free: "
+        "the run will stop when it is full, and go on when there is more"
+    ]

@@ -1,0 +1,142 @@
+"""`verify --repair`: what is damaged is moved to `damaged/`, so that the next run makes it anew and nothing else."""
+
+from __future__ import annotations
+
+import os
+import re
+from contextlib import suppress
+
+from ..errors import CacheError
+from .commits import COMMITS, read_log, rewrite_log
+from .folder import INDEX, CacheFolder
+from .hashing import xxh3
+from .index import INDEX_BYTES, plan_in_index
+from .latent_files import index_hash_in_header
+from .leases import Leases
+from .mutex import Mutex
+from .plan import PLAN, CachePlan, load_plan, parse_plan, plan_tasks
+from .quarantine import QUARANTINE, read_quarantine, write_quarantine
+from .sources import load_listing
+from .store import TaskStore
+from .verify import Verification, verify
+
+
+def repair(root: str | os.PathLike[str], found: Verification) -> list[str]:
+    """Make a cache that `verify` found damaged one that a run can go on with.
+
+    The plan is restored from an index that holds it and that the log or its latents vouch for. Damaged lines of the log
+    are dropped. The files of damaged tasks, and of tasks without a line whose files do not fit each other, are moved
+    to `damaged/`. Nothing is deleted.
+
+    Args:
+        found: what `verify` has just said of it.
+
+    Returns:
+        What was done, one line each.
+
+    Raises:
+        CacheError: another process is at work on it, or no sound copy of the plan is left.
+    """
+    with CacheFolder(root) as folder, Mutex(folder) as mutex:
+        done: list[str] = []
+        plan = _plan(folder, done)
+        leases = Leases(folder, mutex, plan.plan8)
+        living = leases.living()
+        if living:
+            raise CacheError(
+                f"{root} is being written by {next(iter(living.values()))}: wait for it to end, and run this again"
+            )
+        if found.bad_plan:
+            # what hangs on the plan could not be looked at before
+            found = verify(root)
+        _set_aside(folder, plan, found.damaged, done)
+        log = read_log(folder) if _is_regular(folder) else None
+        commits = dict(log.commits) if log else {}
+        sound = {n: c for n, c in commits.items() if n not in found.damaged and n < plan.task_count}
+        if found.bad_log or sound.keys() != commits.keys():
+            rewrite_log(folder, sound)
+            done.append(f"{COMMITS}: {len(sound)} sound lines kept")
+        _uncommitted(folder, plan, mutex, leases, done)
+        with suppress(OSError):
+            if read_quarantine(folder) is None and folder.stat(QUARANTINE) is not None:
+                folder.set_aside(QUARANTINE)
+            write_quarantine(folder, plan, read_log(folder).commits)
+        mutex.remove()
+    return done
+
+
+def _plan(folder: CacheFolder, done: list[str]) -> CachePlan:
+    try:
+        plan = load_plan(folder)
+    except CacheError:
+        plan = None
+    if plan is not None:
+        return plan
+    plan = _plan_of_an_index(folder)
+    folder.set_aside(PLAN)
+    plan.save(folder)
+    done.append(f"{PLAN}: restored from the index")
+    return plan
+
+
+def _plan_of_an_index(folder: CacheFolder) -> CachePlan:
+    """The plan that an index holds. Only an index whose hash its commit line or its latents have is opened."""
+    commits = read_log(folder).commits if _is_regular(folder) else {}
+    for base in folder.names(INDEX):
+        named = re.fullmatch(r"([0-9a-f]{8})-(\d{6,12})\.parquet", base)
+        if not named:
+            continue
+        with suppress(OSError, CacheError):
+            body = folder.read(f"{INDEX}/{base}", INDEX_BYTES)
+            commit = commits.get(int(named[2]))
+            hashes = {commit.index_xxh3 if commit else None, _named_by_latents(folder, base)}
+            if xxh3(body).hexdigest() not in hashes:
+                continue
+            plan = parse_plan(plan_in_index(body) or b"", folder)
+            if plan.plan8 == named[1]:
+                return plan
+    raise CacheError(
+        f"{folder.path / PLAN} is damaged, and no index holds a sound copy of it: restore it from a copy, or cache "
+        "into a new OUT"
+    )
+
+
+def _named_by_latents(folder: CacheFolder, base: str) -> str | None:
+    with suppress(OSError, CacheError), folder.open(f"tasks/{base.removesuffix('.parquet')}.safetensors") as file:
+        return index_hash_in_header(file.fileno())
+    return None
+
+
+def _is_regular(folder: CacheFolder) -> bool:
+    """Whether the log can be read; something else under its name is moved away."""
+    try:
+        read_log(folder)
+    except CacheError:
+        folder.set_aside(COMMITS)
+        return False
+    return True
+
+
+def _set_aside(folder: CacheFolder, plan: CachePlan, tasks: list[int], done: list[str]) -> None:
+    for number in tasks:
+        for name in (plan.index_name(number), plan.data_name(number)):
+            moved = folder.set_aside(name)
+            if moved:
+                done.append(f"{name}: moved to {moved}")
+
+
+def _uncommitted(folder: CacheFolder, plan: CachePlan, mutex: Mutex, leases: Leases, done: list[str]) -> None:
+    """Commit what is whole, and move away what is not."""
+    try:
+        listing = load_listing(folder, plan.fields["source"]["sha256"])
+    except CacheError:
+        return
+    store = TaskStore(folder, plan, mutex, leases)
+    for task in plan_tasks(plan, listing.tasks(plan.task_inputs)):
+        if task.number in store.commits or store.is_gone(task):
+            continue
+        try:
+            if store.recover(task):
+                done.append(f"task {task.number}: its line of {COMMITS} was lost and is written anew")
+        except (CacheError, OSError):
+            _set_aside(folder, plan, [task.number], done)

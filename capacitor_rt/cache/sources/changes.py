@@ -1,0 +1,48 @@
+"""Whether the inputs that are found now are those that a cache was planned for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from ...errors import ImageError
+from ...images.scan import path_to_id
+from ..hashing import xxh3
+from . import Source
+from .listing import Listing, examples
+
+
+def changed_inputs(
+    planned: Listing, source: Source, known_hashes: Callable[[list[int]], dict[int, bytes]]
+) -> list[str]:
+    """What differs between the planned inputs and those found now, one line per kind; empty if nothing does.
+
+    A file whose time alone differs is read again, if its bytes are known.
+
+    Args:
+        known_hashes: XXH3-128 of those of the given inputs that have been read before, by ordinal.
+    """
+    now = source.listing
+    if planned.locators == now.locators:
+        resized = np.flatnonzero((planned.sizes != now.sizes) | (planned.offsets != now.offsets)).tolist()
+        touched = np.flatnonzero((planned.mtimes != now.mtimes) & (planned.sizes == now.sizes)).tolist()
+        known = known_hashes(touched) if touched else {}
+        edited = [i for i in touched if i in known and not _has_bytes(source, i, known[i])]
+        return examples("changed", [planned.id(i) for i in sorted(resized + edited)])
+    before = dict(zip(planned.locators, planned.sizes.tolist(), strict=True))
+    after = dict(zip(now.locators, now.sizes.tolist(), strict=True))
+    found = {
+        "added": sorted(after.keys() - before.keys()),
+        "removed": sorted(before.keys() - after.keys()),
+        "changed": sorted(p for p in before.keys() & after.keys() if before[p] != after[p]),
+    }
+    lines = [line for kind, names in found.items() for line in examples(kind, [path_to_id(n) for n in names])]
+    return lines or ["the same inputs in another order"]
+
+
+def _has_bytes(source: Source, i: int, digest: bytes) -> bool:
+    try:
+        return xxh3(source.open().read(i)).digest() == digest
+    except ImageError:
+        return False

@@ -1,0 +1,301 @@
+"""Columns beside the images: labels, captions, and whatever else of the source is to be kept."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...errors import CacheError, InputError
+from ...extras import require_extra
+from ...images.scan import path_to_id
+from .listing import Listing, examples
+
+LABEL, CAPTION = "label", "caption"
+KEYS = ("file_name", "id", "path", "key", "image", "filename")
+"""Names of the column of a table that says which input a row is about."""
+LABELS = ("label", "class", "cls", "class_id", "category")
+CAPTIONS = ("caption", "text", "prompt")
+MAX_CAPTION = 1 << 20
+RESERVED = frozenset(
+    (
+        *("input", "id", "status", "reason", "message", "bytes_hash", "width", "height", "orientation", "bucket"),
+        *("resize_height", "resize_width", "crop_top", "crop_left", "row", "row_hash", "min", "max", "mean", "std"),
+        *("latents", "logsnr", "latents_flip", "logsnr_flip", LABEL, CAPTION),
+    )
+)
+
+
+@dataclass(frozen=True)
+class ColumnsRequest:
+    """What is to be kept beside the images.
+
+    Attributes:
+        labels: "folder" (the first folder of the path), a table by its path, or in tar and Parquet sources the name of
+            a member's extension or of a column; None for none.
+        captions: "txt" or "json" (a file of the same stem), a table by its path, or a column; None for none.
+        keep: more columns, of the tables or of the source itself.
+    """
+
+    labels: str | None = None
+    captions: str | None = None
+    keep: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in self.keep:
+            if name in RESERVED or "/" in name or not name.isprintable() or not 0 < len(name) <= 200:
+                raise InputError(f"column {name!r} cannot be kept under that name: rename it in the source")
+        if len(set(self.keep)) < len(self.keep):
+            raise InputError(f"keep names a column twice: {', '.join(self.keep)}")
+
+    def __bool__(self) -> bool:
+        return bool(self.labels or self.captions or self.keep)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the index: `kind` is one of `plan.COLUMN_TYPES`, `origin` where it comes from."""
+
+    name: str
+    kind: str
+    origin: str
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns that are kept, and how to read them.
+
+    Attributes:
+        label_names: names of the labels 0, 1, ...; None where labels are numbers in the source already.
+        read: values of the inputs `first` to `stop - 1`, a list for each column's name.
+    """
+
+    columns: tuple[Column, ...] = ()
+    label_names: list[str] | None = None
+    read: Callable[[int, int], dict[str, list[Any]]] = field(default=lambda first, stop: {}, compare=False)
+
+    def fields(self) -> list[dict[str, str]]:
+        """Its entry in `plan.json`."""
+        return [{"name": c.name, "type": c.kind, "from": c.origin} for c in self.columns]
+
+
+def file_columns(root: bytes, listing: Listing, request: ColumnsRequest) -> Columns:
+    """The columns of a source of files.
+
+    Raises:
+        CacheError, InputError: a table cannot be read, lacks a column, or labels no row of it.
+    """
+    if not request:
+        return Columns()
+    return _FileColumns(root, listing, request).columns()
+
+
+class _FileColumns:
+    def __init__(self, root: bytes, listing: Listing, request: ColumnsRequest):
+        self.root, self.listing, self.request = root, listing, request
+        self.ids = [listing.id(i) for i in range(len(listing))]
+        self.fixed: dict[str, list[Any]] = {}
+        self.found: list[Column] = []
+        self.names: list[str] | None = None
+        self.lazy: str | None = None
+
+    def columns(self) -> Columns:
+        labels, captions = self.request.labels, self.request.captions
+        tables = {name: Table(Path(name)) for name in (labels, captions) if name and name not in _WORDS}
+        if labels == "folder":
+            self._label(self._folders(), "folder")
+        elif labels in ("txt", "json"):
+            raise InputError(f"labels {labels!r} is for captions: give 'folder', or a table with a column 'label'")
+        elif labels:
+            self._label(self._of(tables[labels], LABELS, whole=True), tables[labels].origin)
+        if captions == "folder":
+            raise InputError("captions 'folder' is for labels: give 'txt', 'json', or a table with a column 'caption'")
+        if captions in ("txt", "json"):
+            self.lazy = captions
+            self.found.append(Column(CAPTION, "string", captions))
+        elif captions:
+            values = [None if v is None else _text(v) for v in self._of(tables[captions], CAPTIONS)]
+            self._add(CAPTION, "string", tables[captions].origin, values)
+        for name in self.request.keep:
+            self._keep(name, list(tables.values()))
+        return Columns(tuple(self.found), self.names, self.read)
+
+    def read(self, first: int, stop: int) -> dict[str, list[Any]]:
+        values = {name: column[first:stop] for name, column in self.fixed.items()}
+        if self.lazy:
+            values[CAPTION] = [self._beside(i) for i in range(first, stop)]
+        return {column.name: values[column.name] for column in self.found}
+
+    def _add(self, name: str, kind: str, origin: str, values: list[Any]) -> None:
+        self.fixed[name] = values
+        self.found.append(Column(name, kind, origin))
+
+    def _folders(self) -> list[str | None]:
+        return [id.partition("/")[0] if "/" in id else None for id in self.ids]
+
+    def _label(self, values: list[Any], origin: str) -> None:
+        kept, self.names = numbered(values)
+        missing = [id for id, value in zip(self.ids, kept, strict=True) if value is None]
+        if missing:
+            raise CacheError("; ".join(examples("inputs have no label", missing)) + ": label every image")
+        self._add(LABEL, "int64", origin, kept)
+
+    def _of(self, table: Table, names: Sequence[str], whole: bool = False) -> list[Any]:
+        if table.is_mapping:
+            return table.column(self.ids, "")
+        name = next((n for n in names if n in table.names), None)
+        if name is None:
+            raise CacheError(f"{table.path} has no column {' or '.join(map(repr, names[:2]))}: name one so")
+        return table.column(self.ids, name)
+
+    def _keep(self, name: str, tables: list[Table]) -> None:
+        table = next((t for t in tables if name in t.names), None)
+        if table is None:
+            where = " or ".join(str(t.path) for t in tables) or "a table of --labels or --captions"
+            raise InputError(f"column {name!r} cannot be kept: it is not in {where}")
+        kind, values = typed(table.column(self.ids, name))
+        self._add(name, kind, table.origin, values)
+
+    def _beside(self, i: int) -> str | None:
+        """The caption in the file beside an input; None where there is none."""
+        path = (
+            os.path.splitext(os.path.join(self.root, self.listing.locators[i]))[0] + b"." + os.fsencode(self.lazy or "")
+        )
+        try:
+            with open(path, "rb") as file:
+                data = file.read(MAX_CAPTION + 1)
+        except FileNotFoundError:
+            return None
+        except OSError as e:
+            raise CacheError(f"caption {path_to_id(path)} cannot be read: {e.strerror}") from e
+        return caption_text(data, self.lazy or "", path_to_id(path))
+
+
+def caption_text(data: bytes, kind: str, where: str) -> str | None:
+    """The caption in the bytes of a `txt` or `json` file, where it may be the whole or an entry `caption` or `text`.
+
+    Raises:
+        CacheError: it is not UTF-8, too long, or JSON without a caption.
+    """
+    if len(data) > MAX_CAPTION:
+        raise CacheError(f"caption {where} has more than {MAX_CAPTION} bytes: shorten it")
+    try:
+        text = data.decode("utf-8-sig")
+        value = json.loads(text) if kind == "json" else text.strip()
+    except (ValueError, RecursionError) as e:
+        raise CacheError(f"caption {where} is not {'JSON' if kind == 'json' else 'UTF-8'}: {e}") from e
+    if isinstance(value, dict):
+        value = next((value[name] for name in CAPTIONS if isinstance(value.get(name), str)), None)
+    return value if isinstance(value, str) else None
+
+
+class Table:
+    """A table of a file: CSV, JSON lines, JSON, or Parquet, found by its extension.
+
+    Attributes:
+        names: of its columns; none for a JSON object of ids and values.
+        origin: the kind of file and the hash of its bytes.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            data = path.read_bytes()
+        except OSError as e:
+            raise CacheError(f"cannot read {path}: {e.strerror}: give a .csv, .jsonl, .json or .parquet file") from e
+        kind = path.suffix.lower().lstrip(".")
+        self.origin = f"{kind}:{hashlib.sha256(data).hexdigest()}"
+        self.is_mapping = False
+        try:
+            rows = self._rows(data, kind)
+        except (ValueError, RecursionError, KeyError) as e:
+            raise CacheError(f"{path} cannot be read as a table: {str(e)[:200]}") from e
+        if self.is_mapping:
+            self.names: list[str] = []
+            self.by_key: dict[str, Any] = {str(k): {"": v} for k, v in rows.items()}
+            return
+        self.names = list(dict.fromkeys(name for row in rows[:1000] for name in row))
+        key = next((name for name in KEYS if name in self.names), None)
+        if key is None:
+            raise CacheError(f"{path} has no column that names the images: call it 'file_name'")
+        self.by_key = {str(row.get(key)): row for row in rows}
+
+    def column(self, ids: list[str], name: str) -> list[Any]:
+        """Values of a column for inputs, found by their id, or by it without extension; None where there is none."""
+        found = []
+        for id in ids:
+            row = self.by_key.get(id)
+            if row is None:
+                row = self.by_key.get(re.sub(r"\.[^./]*$", "", id), {})
+            found.append(row.get(name))
+        return found
+
+    def _rows(self, data: bytes, kind: str) -> Any:
+        if kind == "parquet":
+            pa, pq = require_extra("pyarrow"), require_extra("pyarrow.parquet")
+            try:
+                return pq.read_table(pa.BufferReader(data)).to_pylist()
+            except (OSError, pa.ArrowException) as e:
+                raise ValueError(e) from e
+        text = data.decode("utf-8-sig")
+        if kind in ("csv", "tsv"):
+            return list(csv.DictReader(io.StringIO(text), delimiter="\t" if kind == "tsv" else ","))
+        if kind in ("jsonl", "ndjson"):
+            return self._objects([json.loads(line) for line in text.splitlines() if line.strip()])
+        if kind == "json":
+            value = json.loads(text)
+            self.is_mapping = isinstance(value, dict) and not any(isinstance(v, dict) for v in value.values())
+            if self.is_mapping:
+                return value
+            if isinstance(value, dict):
+                value = [{"id": key, **row} for key, row in value.items() if isinstance(row, dict)]
+            return self._objects(value)
+        raise ValueError(f"its extension {kind!r} is none of csv, tsv, jsonl, json, parquet")
+
+    def _objects(self, rows: Any) -> list[dict[str, Any]]:
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise ValueError("its rows are no JSON objects")
+        return rows
+
+
+_WORDS = ("folder", "txt", "json")
+
+
+def numbered(values: list[Any]) -> tuple[list[int | None], list[str] | None]:
+    """Labels as numbers: as they are where all are whole numbers, else by the sorted order of their names."""
+    present = [v for v in values if v is not None and v != ""]
+    try:
+        if all(isinstance(v, (int, str)) and not isinstance(v, bool) for v in present):
+            return [None if v is None or v == "" else int(v) for v in values], None
+    except ValueError:
+        pass
+    names = sorted({_text(v) for v in present})
+    number = {name: i for i, name in enumerate(names)}
+    return [None if v is None or v == "" else number[_text(v)] for v in values], names
+
+
+def typed(values: list[Any]) -> tuple[str, list[Any]]:
+    """The narrowest of the column types that takes all values, and the values so."""
+    present = [v for v in values if v is not None]
+    if present and all(isinstance(v, bool) for v in present):
+        return "bool", values
+    if present and all(isinstance(v, int) and not isinstance(v, bool) and -(2**63) <= v < 2**63 for v in present):
+        return "int64", values
+    if present and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in present):
+        return "float64", [None if v is None else float(v) for v in values]
+    return "string", [None if v is None else _text(v) for v in values]
+
+
+def _text(value: Any) -> str:
+    """A value as a text that UTF-8 can say; what is no text in JSON."""
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "backslashreplace")
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return text.encode("utf-8", "backslashreplace").decode()

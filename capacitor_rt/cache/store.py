@@ -1,0 +1,222 @@
+"""Writes the tasks of a cache, knows which are done, and checks what a run builds on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ..errors import CacheError
+from .commits import Commit, LogFollower, append_commit, rewrite_log
+from .folder import CacheFolder, PendingFile
+from .hashing import xxh3
+from .index import INDEX_BYTES, bucket_counts, cached_counts, index_bytes, is_ok, parse_index
+from .latent_files import (
+    disk_row_hashes,
+    expected_hashes,
+    file_chunks,
+    has_header,
+    index_hash_in_header,
+    layout,
+    row_hashes,
+)
+from .leases import Leases
+from .mutex import Mutex
+from .plan import CachePlan, Task
+from .stamps import Stamps
+
+
+@dataclass
+class TaskData:
+    """All that a finished task holds.
+
+    Attributes:
+        columns: of the index without `row` and `row_hash`, over all inputs; an Arrow array or a list each.
+        bucket: number of the bucket of each input with latents, in the order of the inputs, int `[R]`.
+        cached: positions of these inputs in the task, int `[R]`.
+        pieces: of each (bucket, kind) the rows in order, contiguous `[n,C,h,w]` on the CPU.
+    """
+
+    columns: dict[str, Any]
+    bucket: np.ndarray
+    cached: np.ndarray
+    pieces: dict[tuple[int, str], list[Tensor]]
+
+
+class TaskStore:
+    """The tasks of a cache on disk, for a run that writes.
+
+    Attributes:
+        commits: of the tasks that are part of the cache, as far as this process knows.
+    """
+
+    def __init__(self, folder: CacheFolder, plan: CachePlan, mutex: Mutex, leases: Leases):
+        self.folder = folder
+        self.plan = plan
+        self.mutex = mutex
+        self.leases = leases
+        self.stamps = Stamps(folder)
+        self._log = LogFollower(folder)
+
+    @property
+    def commits(self) -> dict[int, Commit]:
+        return self._log.commits
+
+    def refresh(self) -> None:
+        """Read what other processes have committed meanwhile."""
+        self._log.refresh()
+
+    def forget(self, tasks: Sequence[int]) -> None:
+        """Drop commit lines, and with them whatever is damaged in the log."""
+        with self.mutex:
+            self.refresh()
+            rewrite_log(self.folder, {n: commit for n, commit in self.commits.items() if n not in tasks})
+            self.refresh()
+
+    def check(self, task: Task) -> str | None:
+        """What is wrong with a committed task, None if it is sound.
+
+        The index is hashed. So are the latents, unless they are, by inode, size and times, the file that this machine
+        has hashed or written before.
+        """
+        commit = self.commits[task.number]
+        index, data = self.plan.index_name(task.number), self.plan.data_name(task.number)
+        try:
+            table = read_index(self.folder, self.plan, commit)
+            if (table.num_rows, table["input"][0].as_py()) != (len(task), task.first) or commit.inputs != len(task):
+                return f"{self.folder.path / index} does not list the inputs of its task"
+            counts = cached_counts(table)
+            placed = layout(self.plan, task.number, counts, commit.index_xxh3)
+            if sum(counts.values()) != commit.rows or commit.data_bytes != placed.nbytes:
+                return f"the commit line of task {task.number} does not agree with {self.folder.path / index}"
+            with self.folder.open(data) as file:
+                if not has_header(file.fileno(), placed):
+                    return f"{self.folder.path / data} is damaged: its header or its size is not that of its index"
+            if not self.stamps.vouch(data, commit.data_xxh3):
+                if self.folder.hash(data) != commit.data_xxh3:
+                    return f"{self.folder.path / data} is damaged: its hash is not that of its commit line"
+                self.stamps.add(data, commit.data_xxh3)
+        except FileNotFoundError:
+            missing = next((n for n in (index, data) if self.folder.stat(n) is None), data)
+            return f"{self.folder.path / missing} is missing"
+        except CacheError as e:
+            return str(e)
+        return None
+
+    def is_gone(self, task: Task) -> bool:
+        """Whether both files of a task are missing, so that it is simply to be done again."""
+        names = self.plan.index_name(task.number), self.plan.data_name(task.number)
+        return all(self.folder.stat(name) is None for name in names)
+
+    def recover(self, task: Task) -> bool:
+        """Commit a task whose files are whole but have no commit line: a crash came between, or the log was lost.
+
+        An index without latents was published for latents that never were, and is removed. Under the task's lease.
+
+        Raises:
+            CacheError: both are there and do not vouch for each other, or there are latents alone.
+        """
+        index, data = self.plan.index_name(task.number), self.plan.data_name(task.number)
+        has_index, has_data = (self.folder.stat(name) is not None for name in (index, data))
+        if not has_data:
+            if has_index:
+                self.folder.unlink(index)
+            return False
+        problem = f"{self.folder.path / data} is not committed, and "
+        if not has_index:
+            raise CacheError(problem + f"its index {index} is missing: {repair_hint(self.folder)}")
+        with self.folder.open(data) as file:
+            named = index_hash_in_header(file.fileno())
+        body = self.folder.read(index, INDEX_BYTES)
+        if named is None or xxh3(body).hexdigest() != named:
+            raise CacheError(problem + f"its index {index} is not the one that it names: {repair_hint(self.folder)}")
+        table = parse_index(body, self.folder.path / index, self.plan, task.number)
+        counts = cached_counts(table)
+        placed = layout(self.plan, task.number, counts, named)
+        with self.folder.open(data) as file:
+            whole = has_header(file.fileno(), placed)
+        ok = is_ok(table)
+        wanted = expected_hashes(
+            table["bucket"].to_numpy(zero_copy_only=False)[ok].astype(np.int64),
+            table.filter(ok)["row_hash"].to_pylist(),
+        )
+        if (table.num_rows, table["input"][0].as_py()) != (len(task), task.first):
+            whole = False
+        if not whole or disk_row_hashes(self.folder, data, self.plan, placed) != wanted:
+            raise CacheError(problem + f"does not match its index: {repair_hint(self.folder)}")
+        rows = sum(counts.values())
+        commit = Commit(task.number, len(task), rows, len(body), named, placed.nbytes, self.folder.hash(data))
+        with self.mutex:
+            self._commit(commit)
+        return True
+
+    def write(self, task: Task, found: TaskData) -> None:
+        """Write, publish and commit a task. A task that another process has committed meanwhile is left to it.
+
+        Raises:
+            DiskFull: no space left; nothing of this task remains.
+            CacheError: a file of that name and other contents is there.
+        """
+        counts = bucket_counts(found.bucket)
+        n = len(task)
+        rows: list[int | None] = [None] * n
+        hashes: list[bytes | None] = [None] * n
+        seen: dict[int, int] = {}
+        digests = {number: self._hashes(number, found) for number in counts}
+        for at, number in zip(found.cached.tolist(), found.bucket.tolist(), strict=True):
+            rows[at] = seen.get(number, 0)
+            hashes[at] = digests[number][seen.get(number, 0)]
+            seen[number] = seen.get(number, 0) + 1
+        body = index_bytes(self.plan, task, {**found.columns, "row": rows, "row_hash": hashes})
+        index_name, data_name = self.plan.index_name(task.number), self.plan.data_name(task.number)
+        placed = layout(self.plan, task.number, counts, xxh3(body).hexdigest())
+        data = PendingFile(self.folder, data_name, file_chunks(placed, found.pieces))
+        try:
+            index = PendingFile(self.folder, index_name, [body])
+        except BaseException:
+            data.discard()
+            raise
+        try:
+            with self.mutex:
+                self.refresh()
+                if task.number in self.commits or not self.leases.holds(task.number):
+                    return
+                # the index first: latents without one would be rows that nobody can name
+                index.publish()
+                data.publish()
+                sizes = (index.size, index.digest, data.size, data.digest)
+                self._commit(Commit(task.number, n, len(found.cached), *sizes))
+        finally:
+            index.discard()
+            data.discard()
+
+    def _commit(self, commit: Commit) -> None:
+        append_commit(self.folder, commit)
+        self.refresh()
+        self.stamps.add(self.plan.data_name(commit.task), commit.data_xxh3)
+
+    def _hashes(self, number: int, found: TaskData) -> list[bytes]:
+        """Row hashes of a bucket, piece by piece."""
+        kinds: list[Sequence[Tensor]] = [found.pieces[number, kind] for kind in self.plan.tensors]
+        return [digest for pieces in zip(*kinds, strict=True) for digest in row_hashes(pieces)]
+
+
+def read_index(folder: CacheFolder, plan: CachePlan, commit: Commit) -> Any:
+    """The index of a committed task, compared with its commit line and checked.
+
+    Raises:
+        FileNotFoundError; CacheError: it is damaged.
+    """
+    name = plan.index_name(commit.task)
+    body = folder.read(name, INDEX_BYTES)
+    if len(body) != commit.index_bytes or xxh3(body).hexdigest() != commit.index_xxh3:
+        raise CacheError(f"{folder.path / name} is damaged: its hash is not that of its commit line")
+    return parse_index(body, folder.path / name, plan, commit.task)
+
+
+def repair_hint(folder: CacheFolder) -> str:
+    """How to have damaged tasks made anew."""
+    return f"run `capacitor-rt verify --repair {folder.path}`, then the cache command again"
