@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
@@ -35,11 +35,13 @@ CORRUPT = "corrupt"
 """It has the form of an image and cannot be decoded. JPEG has no checksum: damage that still decodes is not seen."""
 TOO_LARGE = "too_large"
 """More pixels than allowed; found in the header, before memory is taken."""
+OUT_OF_MEMORY = "out_of_memory"
+"""There was no memory to decode it, which says nothing of the file."""
 UNREADABLE = "unreadable"
 """The file cannot be opened or read: permission, I/O error, missing, not a regular file."""
 UNSUPPORTED = "unsupported"
 """An image, of a format or sample type that is not decoded here."""
-REASONS = (EMPTY, NOT_AN_IMAGE, TRUNCATED, CORRUPT, TOO_LARGE, UNREADABLE, UNSUPPORTED)
+REASONS = (EMPTY, NOT_AN_IMAGE, TRUNCATED, CORRUPT, TOO_LARGE, OUT_OF_MEMORY, UNREADABLE, UNSUPPORTED)
 
 DEFAULT_MAX_PIXELS = 178_956_970
 """Pillow's own hard limit, 512 MiB of RGB; beyond it a file counts as a decompression bomb."""
@@ -69,6 +71,9 @@ _OTHERS = (
 )
 _BEYOND_PILLOW = ("unknown pixel mode", "cannot handle", "not supported", "unsupported")
 _END_MARKS = {"JPEG": b"\xff\xd9", "PNG": b"IEND", "GIF": b";"}
+
+Buffer = Callable[[int], bytearray]
+"""Gives memory of at least so many bytes."""
 
 Image.init()
 _KNOWN_FORMATS = tuple(f for f in FORMATS if f in Image.OPEN)
@@ -199,19 +204,21 @@ class OpenedImage:
         return self.header.format in _SHRUNK
 
     def stored_pixels(
-        self, background: tuple[int, int, int], *, icc: str = "srgb", shrink: int = 0, buffer: bytearray | None = None
+        self, background: tuple[int, int, int], *, icc: str = "srgb", shrink: int = 0, buffer: Buffer | None = None
     ) -> np.ndarray:
         """uint8 `[H,W,3]`, writable, as it is stored: neither turned upright nor, but for CMYK, brought to sRGB.
 
         Args:
             shrink: decode a JPEG at 1/2^shrink of its size, rounded up.
-            buffer: memory that the pixels may lie in.
+            buffer: gives memory of so many bytes, which the pixels may lie in.
 
         Raises:
             ImageError: with one of `REASONS`.
         """
         if self._jpeg is not None:
-            pixels = jpeg.decode(self._data, self._jpeg, shrink, buffer)
+            height, width = (jpeg.shrunk(side, shrink) for side in (self._jpeg.height, self._jpeg.width))
+            memory = None if buffer is None else buffer(height * width * 3)
+            pixels = jpeg.decode(self._data, self._jpeg, shrink, memory)
             if pixels is not None:
                 return pixels
         with _decoder_errors(io.BytesIO(self._data), self._name):
@@ -313,8 +320,10 @@ def _decoder_errors(stream: BinaryIO, name: str, opening: str | None = None) -> 
         yield
     except ImageError:
         raise
-    except (Image.DecompressionBombError, MemoryError) as error:
-        raise ImageError(TOO_LARGE, f"{name} needs more memory than there is: {error}") from error
+    except MemoryError as error:
+        raise ImageError(OUT_OF_MEMORY, f"{name} needs more memory than there is") from error
+    except Image.DecompressionBombError as error:
+        raise ImageError(TOO_LARGE, f"{name} is too large to be decoded: {error}") from error
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise ImageError(UNREADABLE, f"{name}: {os.strerror(error.errno)}") from error

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..errors import ImageError, InputError
 from .color import ICC_POLICIES
-from .decode import CORRUPT, DEFAULT_MAX_PIXELS, ImageHeader, OpenedImage, check_background, open_image
+from .decode import CORRUPT, DEFAULT_MAX_PIXELS, Buffer, ImageHeader, OpenedImage, check_background, open_image
 from .geometry import UPSCALE_POLICIES, Placement, Size, apply, assign, place
 from .jpeg import MOST_SHRINK, shrunk
 from .resample import MOST_WASTE
@@ -88,7 +88,7 @@ def load_image(
     *,
     name: str = "image",
     admit: Admit = nullcontext,
-    buffer: bytearray | None = None,
+    buffer: Buffer | None = None,
 ) -> LoadedImage:
     """Decode an image file and bring it into the bucket nearest in aspect.
 
@@ -97,7 +97,7 @@ def load_image(
         buckets: to choose from.
         out: uint8 `[N]`, contiguous, with room for the pixels of any of them; `pixels` is then a view of its begin.
         name: what messages call the image.
-        buffer: memory that a decoded picture may lie in, to be used again.
+        buffer: gives memory of so many bytes that the decoded picture may lie in, to be used again.
 
     Raises:
         ImageError: with one of `REASONS`, or "too_small" by the policy.
@@ -115,7 +115,7 @@ def load_image(
     return LoadedImage(image.header, buckets.index(bucket), placement, pixels)
 
 
-def frame(image: OpenedImage, policy: PixelPolicy, placement: Placement, buffer: bytearray | None = None) -> np.ndarray:
+def frame(image: OpenedImage, policy: PixelPolicy, placement: Placement, buffer: Buffer | None = None) -> np.ndarray:
     """The pixels of an opened image as placed: uint8 `[H,W,3]`, contiguous and writable.
 
     Raises:

@@ -41,7 +41,7 @@ def test_is_the_decoded_image_placed_in_its_bucket(format, orientation):
 
 def test_pixels_lie_where_they_are_wanted():
     out = np.full(64 * 64 * 3 + 100, 7, np.uint8)
-    loaded = load_image(jpeg_of(PHOTO), PixelPolicy(), BUCKETS, out, buffer=bytearray(PHOTO.size))
+    loaded = load_image(jpeg_of(PHOTO), PixelPolicy(), BUCKETS, out, buffer=bytearray)
     assert np.shares_memory(loaded.pixels, out)
     np.testing.assert_array_equal(loaded.pixels, load_image(jpeg_of(PHOTO), PixelPolicy(), BUCKETS).pixels)
     assert (out[loaded.pixels.size :] == 7).all()

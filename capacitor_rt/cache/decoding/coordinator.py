@@ -1,0 +1,419 @@
+"""The side of a pool that has the work: gives chunks to workers, replaces those that die, and keeps time."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter, deque
+from contextlib import suppress
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ...errors import CacheError, CapacitorError, InputError
+from ...extras import require_extra
+from .ring import Allocator, SharedMemory, Span
+from .server import BROKEN, DIED, FORK, KILL, MESSAGE_BYTES, READY, Done, Failure, Setup, Task
+from .work import CRASHED, TIMEOUT, Job, Meter, chunk_schema, to_batch
+
+# chunks that a worker has at a time, so that it reads the next while it decodes one
+_DEPTH = 2
+# workers that an image may take with it: the first may have been ended by someone else
+_DEATHS = 3
+# of workers or helpers in a row, with nothing decoded between and no image to blame
+_MOST_DEATHS = 8
+_TICK_SECONDS = 0.25
+_CLOSE_SECONDS = 5.0
+# the path comes first, and from the coordinator: no file beside the user's is taken for a module
+_COMMAND = (
+    "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
+    "from capacitor_rt.cache.decoding.server import main; main(int(sys.argv[2]), int(sys.argv[3]))"
+)
+_ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+
+
+class Result(NamedTuple):
+    """A decoded chunk: Arrow columns, its part of the ring, and where in it the pixels of each row begin."""
+
+    columns: Any
+    pixels: np.ndarray
+    offsets: np.ndarray
+    meter: Meter
+
+
+@dataclass
+class Order:
+    """A chunk that was ordered.
+
+    Attributes:
+        failed: reason and message of inputs that are given up.
+        deaths: of workers, by the input that they were at.
+        is_doubted: whether a worker has died with it between two inputs, so perhaps while it read ahead.
+    """
+
+    number: int
+    ordinals: range
+    span: Span
+    result: Result | None = None
+    failed: dict[int, tuple[str, str]] = field(default_factory=dict)
+    deaths: Counter[int] = field(default_factory=Counter)
+    is_abandoned: bool = False
+    is_doubted: bool = False
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether a worker has died or hung with it."""
+        return bool(self.failed or self.deaths or self.is_doubted)
+
+
+@dataclass
+class _Seat:
+    """A worker's place: who dies is replaced in it."""
+
+    connection: Connection | None = None
+    orders: list[Order] = field(default_factory=list)
+    # the input for which its worker is being ended
+    late: int | None = None
+
+    def takes(self, order: Order) -> bool:
+        """Whether its worker may have the chunk: those that killed one, and those in doubt, alone."""
+        if self.connection is None or len(self.orders) >= _DEPTH:
+            return False
+        return not self.orders or not (order.is_suspect or self.orders[0].is_suspect)
+
+
+class Coordinator:
+    """Starts helper and workers, and a thread that looks after them.
+
+    Raises:
+        CacheError: no shared memory; it cannot be page-locked.
+    """
+
+    def __init__(self, job: Job, workers: int, ring_bytes: int, image_timeout: float, *, pin: bool):
+        require_extra("pyarrow")
+        self._job, self._image_timeout = job, image_timeout
+        self._schema = chunk_schema()
+        self._memory = SharedMemory(workers, ring_bytes)
+        self._allocator = Allocator(ring_bytes)
+        self._setup = Setup(job, workers, ring_bytes, self._memory.fd)
+        self._pinned = _pin(self._memory.ring) if pin else False
+        self._seats = [_Seat() for _ in range(workers)]
+        self._queue: deque[Order] = deque()
+        self._count = 0
+        self._deaths_in_vain = 0
+        self._error: CapacitorError | None = None
+        self._closing = False
+        self._changed = threading.Condition()
+        self._woken, self._waker = os.pipe()
+        os.set_blocking(self._waker, False)
+        self._is_ready = False
+        self._helper, self._control = self._start()
+        self._thread = threading.Thread(target=self._run, name="decode-pool", daemon=True)
+        self._thread.start()
+
+    def place(self, ordinals: range) -> Order | None:
+        """Order a chunk; None while the ring has no room.
+
+        Raises:
+            InputError: it never will.
+        """
+        nbytes = len(ordinals) * self._job.slot
+        if nbytes > self._allocator.nbytes:
+            raise InputError(
+                f"{len(ordinals)} inputs do not fit into a ring of {self._allocator.nbytes} bytes: use shorter ranges"
+            )
+        with self._changed:
+            span = self._allocator.take(nbytes) if nbytes else Span(0, 0)
+            if span is None:
+                return None
+            self._count += 1
+            order = Order(self._count, ordinals, span)
+            if len(ordinals):
+                self._queue.append(order)
+            else:
+                order.result = Result(to_batch([]), self._memory.ring[:0], np.empty(0, np.int64), Meter())
+        self._wake()
+        return order
+
+    def wait(self, order: Order) -> tuple[Result, float]:
+        """The chunk, and the seconds that it was waited for.
+
+        Raises:
+            CacheError: it will never come.
+        """
+        begin = time.perf_counter()
+        with self._changed:
+            while order.result is None:
+                if self._error is not None:
+                    raise self._error
+                self._changed.wait()
+            return order.result, time.perf_counter() - begin
+
+    def release(self, order: Order) -> None:
+        """Its pixels are no longer needed."""
+        with self._changed:
+            self._allocator.give(order.span)
+            order.span = Span(0, 0)
+
+    def abandon(self, order: Order) -> None:
+        """Nobody will wait for it."""
+        with self._changed:
+            order.is_abandoned = True
+            if order in self._queue:
+                self._queue.remove(order)
+            elif order.result is None and any(order in seat.orders for seat in self._seats):
+                # its worker still writes there
+                return
+        self.release(order)
+
+    def close(self) -> None:
+        """End helper and workers."""
+        self._closing = True
+        self._wake()
+        self._thread.join()
+        self._end_helper()
+        for seat in self._seats:
+            if seat.connection is not None:
+                seat.connection.close()
+        if self._pinned:
+            _unpin(self._memory.ring)
+        self._memory.close()
+        os.close(self._woken)
+        os.close(self._waker)
+
+    def _start(self) -> tuple[subprocess.Popen[bytes], socket.socket]:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        setup = os.memfd_create("capacitor-setup") if hasattr(os, "memfd_create") else _temporary_fd()
+        try:
+            with os.fdopen(os.dup(setup), "wb") as file:
+                try:
+                    pickle.dump(self._setup, file)
+                except (pickle.PicklingError, AttributeError, TypeError) as e:
+                    raise CacheError(f"the source cannot be sent to the workers: {e}: define it in a module") from e
+            os.lseek(setup, 0, os.SEEK_SET)
+            fds = (theirs.fileno(), setup, self._memory.fd)
+            command = [sys.executable, "-I", "-c", _COMMAND, json.dumps(sys.path), str(fds[0]), str(fds[1])]
+            helper = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=fds, env=os.environ | _ONE_THREAD)
+        except OSError as e:
+            ours.close()
+            raise CacheError(f"decoding workers cannot be started: {e}: use workers=0") from e
+        finally:
+            theirs.close()
+            os.close(setup)
+        self._is_ready = False
+        return helper, ours
+
+    def _end_helper(self) -> None:
+        self._control.close()
+        try:
+            self._helper.wait(_CLOSE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._helper.kill()
+            self._helper.wait()
+
+    def _wake(self) -> None:
+        with suppress(BlockingIOError, OSError):
+            os.write(self._waker, b"\0")
+
+    def _run(self) -> None:
+        try:
+            while not self._closing:
+                self._hand_out()
+                connections = [seat.connection for seat in self._seats if seat.connection is not None]
+                ready = wait([*connections, self._control, self._woken], _TICK_SECONDS)
+                if self._woken in ready:
+                    os.read(self._woken, 4096)
+                for seat in self._seats:
+                    if seat.connection in ready:
+                        self._receive(seat)
+                if self._control in ready:
+                    self._hear()
+                self._look_at_the_clock()
+        except CapacitorError as e:
+            self._fail(e)
+        except BaseException as e:
+            self._fail(CacheError(f"decoding stopped: {type(e).__name__}: {e}"))
+
+    def _fail(self, error: CapacitorError) -> None:
+        with self._changed:
+            self._error = error
+            self._changed.notify_all()
+
+    def _hand_out(self) -> None:
+        with self._changed:
+            while self._queue:
+                free = [s for s in self._seats if s.takes(self._queue[0])]
+                if not free:
+                    return
+                seat = min(free, key=lambda s: len(s.orders))
+                order = self._queue.popleft()
+                seat.orders.append(order)
+                span, careful = order.span, order.is_suspect
+                task = Task(order.number, order.ordinals, span.begin, span.end, order.failed, careful)
+                # who is dead will be seen to be
+                with suppress(OSError):
+                    assert seat.connection is not None
+                    seat.connection.send_bytes(pickle.dumps(task))
+
+    def _receive(self, seat: _Seat) -> None:
+        """Take one message; a worker that is gone loses its connection."""
+        assert seat.connection is not None
+        try:
+            message = pickle.loads(seat.connection.recv_bytes())
+        except (EOFError, OSError):
+            seat.connection.close()
+            seat.connection = None
+            return
+        if isinstance(message, Failure):
+            if isinstance(message.error, CapacitorError):
+                raise message.error
+            raise CacheError(f"a decoding worker failed: {message.text.strip().splitlines()[-1]}\n{message.text}")
+        done: Done = message
+        columns = require_extra("pyarrow").ipc.read_record_batch(
+            require_extra("pyarrow").py_buffer(done.rows), self._schema
+        )
+        with self._changed:
+            order = next(o for o in seat.orders if o.number == done.number)
+            seat.orders.remove(order)
+            self._deaths_in_vain = 0
+            pixels = self._memory.ring[order.span.begin : order.span.end]
+            order.result = Result(columns, pixels, np.frombuffer(done.offsets, np.int64), done.meter)
+            self._changed.notify_all()
+        if order.is_abandoned:
+            self.release(order)
+
+    def _hear(self) -> None:
+        """A message of the helper."""
+        try:
+            message = self._control.recv(MESSAGE_BYTES)
+        except OSError:
+            message = b""
+        if not message:
+            self._replace_helper()
+            return
+        word, number, detail = pickle.loads(message)
+        if word == BROKEN:
+            raise CacheError(f"decoding workers cannot be started: {detail.strip().splitlines()[-1]}\n{detail}")
+        if word == READY:
+            self._is_ready = True
+            for i in range(len(self._seats)):
+                self._fork(i)
+        elif word == DIED:
+            self._bury(number, detail)
+            self._fork(number)
+
+    def _fork(self, number: int) -> None:
+        ours, theirs = socket.socketpair()
+        self._memory.inputs[number], self._memory.since[number] = -1, 0.0
+        try:
+            socket.send_fds(self._control, [pickle.dumps((FORK, number))], [theirs.fileno()])
+            self._seats[number].connection = Connection(ours.detach())
+        except OSError:
+            # the helper is gone: it will be replaced, and then there will be workers
+            ours.close()
+        finally:
+            theirs.close()
+
+    def _bury(self, number: int, code: int) -> None:
+        """Order anew what a dead worker has left, without the image that it died of."""
+        seat = self._seats[number]
+        while seat.connection is not None:
+            # what it had sent before
+            self._receive(seat)
+        ordinal = int(self._memory.inputs[number])
+        blamed = next((o for o in seat.orders if ordinal in o.ordinals), None)
+        if not self._is_ready:
+            # it went with the helper
+            pass
+        elif blamed is None:
+            self._count_in_vain(f"a worker {_ended(code)}")
+            for order in seat.orders:
+                order.is_doubted = True
+        elif seat.late is not None and seat.late != ordinal:
+            # it was done with the late one after all
+            pass
+        elif seat.late is not None:
+            blamed.failed[ordinal] = (TIMEOUT, f"reading and decoding took longer than {self._image_timeout:g} s")
+        else:
+            blamed.deaths[ordinal] += 1
+            if blamed.deaths[ordinal] >= _DEATHS:
+                blamed.failed[ordinal] = (CRASHED, f"its decoding {_ended(code)}, {_DEATHS} times")
+        with self._changed:
+            left = [o for o in seat.orders if not o.is_abandoned]
+            dropped = [o for o in seat.orders if o.is_abandoned]
+            self._queue.extendleft(reversed(left))
+            seat.orders, seat.late = [], None
+        for order in dropped:
+            self.release(order)
+
+    def _replace_helper(self) -> None:
+        """Whoever ended the helper has ended its workers."""
+        self._end_helper()
+        self._is_ready = False
+        self._count_in_vain(f"the helper {_ended(self._helper.returncode)}")
+        for number in range(len(self._seats)):
+            self._bury(number, -signal.SIGKILL)
+        self._helper, self._control = self._start()
+
+    def _count_in_vain(self, what: str) -> None:
+        self._deaths_in_vain += 1
+        if self._deaths_in_vain > _MOST_DEATHS + len(self._seats):
+            raise CacheError(
+                f"decoding workers end before they decode anything ({what}): is there enough memory? "
+                "Use fewer workers, or a smaller pixel budget"
+            )
+
+    def _look_at_the_clock(self) -> None:
+        now = time.monotonic()
+        for number, seat in enumerate(self._seats):
+            since = float(self._memory.since[number])
+            ordinal = int(self._memory.inputs[number])
+            if ordinal >= 0 and since > 0 and seat.late is None and now - since > self._image_timeout:
+                seat.late = ordinal
+                with suppress(OSError):
+                    self._control.send(pickle.dumps((KILL, number)))
+
+
+def _ended(code: int) -> str:
+    if code >= 0:
+        return f"ended with {code}"
+    try:
+        return f"was ended by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"was ended by signal {-code}"
+
+
+def _temporary_fd() -> int:
+    import tempfile
+
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+def _pin(memory: np.ndarray) -> bool:
+    """Page-lock memory, so that a GPU reads it directly; False where there is no GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return False
+    cudart: Any = torch.cuda.cudart()
+    code = int(cudart.cudaHostRegister(memory.ctypes.data, memory.nbytes, 0))
+    if code:
+        raise CacheError(f"{memory.nbytes} bytes cannot be page-locked (CUDA error {code}): use a smaller ring")
+    return True
+
+
+def _unpin(memory: np.ndarray) -> None:
+    import torch
+
+    cudart: Any = torch.cuda.cudart()
+    cudart.cudaHostUnregister(memory.ctypes.data)

@@ -1,0 +1,192 @@
+"""Workers that decode chunks of inputs side by side, and whoever reads the chunks in order."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from ...errors import CacheError, InputError
+from ...images.geometry import Size
+from ...images.load import PixelPolicy
+from .coordinator import Coordinator, Order
+from .work import Job, Meter, Source, Worker, to_batch
+
+CHUNK = 32
+"""Inputs of a chunk, if they are small."""
+
+
+@dataclass
+class DecodedChunk:
+    """Consecutive inputs after decoding.
+
+    Attributes:
+        columns: Arrow record batch of `chunk_schema`, a row for each input.
+        meter: what it took.
+    """
+
+    columns: Any
+    meter: Meter
+    _pixels: np.ndarray
+    _offsets: np.ndarray
+    _buckets: Sequence[Size]
+    _order: Order | None = None
+    _owner: Coordinator | None = None
+    _bucket_of: list[int | None] = field(default_factory=list)
+
+    def pixels(self, row: int) -> np.ndarray:
+        """uint8 `[H,W,3]` of a row with status "ok": a view, to be used before `release`."""
+        if not self._bucket_of:
+            self._bucket_of = self.columns["bucket"].to_pylist()
+        number = self._bucket_of[row]
+        if number is None:
+            raise InputError(f"row {row} has no pixels: it was not decoded")
+        bucket, begin = self._buckets[number], int(self._offsets[row])
+        return self._pixels[begin : begin + 3 * bucket.area].reshape(bucket.height, bucket.width, 3)
+
+    def release(self) -> None:
+        """The pixels are no longer needed: others may take their place."""
+        if self._owner is not None and self._order is not None:
+            self._owner.release(self._order)
+        self._owner = None
+
+
+class DecodePool:
+    """Decodes inputs in worker processes. A context manager; the workers start with it and end with it.
+
+    An image is `crashed` if three workers died of it, one after the other, and `timeout` if it took too long; in both
+    cases the other images of its chunk are decoded as if nothing had been. So a worker that is killed costs nothing.
+
+    Attributes:
+        chunk: how long ranges are best.
+        meter: what all chunks took so far.
+
+    Args:
+        source: of the inputs.
+        policy: of the pixels.
+        buckets: an image comes to the nearest of them.
+        workers: processes; 0 decodes in this one, without a limit of time and without its safety.
+        image_timeout: seconds that reading and decoding one image may take.
+        pixel_budget: bytes that all workers together may take to decode images: half of them shared out, half for one
+            large image at a time, which may need more.
+        ring_bytes: of shared memory for pixels; more where `workers` could not be kept busy otherwise.
+        pin: page-lock it for a GPU.
+        readers: threads per worker that read ahead.
+        backoff: seconds to wait before each further attempt to read an input that failed for now.
+
+    Raises:
+        InputError: an argument out of range.
+        CacheError: no shared memory, or the workers cannot be started.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        policy: PixelPolicy,
+        buckets: Sequence[Size],
+        *,
+        workers: int,
+        image_timeout: float = 60.0,
+        pixel_budget: int = 2 << 30,
+        ring_bytes: int = 512 << 20,
+        pin: bool = False,
+        readers: int = 4,
+        backoff: Sequence[float] = (0.2, 1.0, 3.0),
+    ):
+        checks: dict[str, bool] = {"workers": workers >= 0, "image_timeout": image_timeout > 0, "readers": readers >= 1}
+        checks |= {"pixel_budget": pixel_budget > 0, "ring_bytes": ring_bytes > 0, "buckets": len(buckets) > 0}
+        values: dict[str, Any] = {"workers": workers, "image_timeout": image_timeout, "readers": readers}
+        values |= {"pixel_budget": pixel_budget, "ring_bytes": ring_bytes, "buckets": list(buckets)}
+        for name, fine in checks.items():
+            if not fine:
+                raise InputError(f"{name} {values[name]} is too small")
+        self.workers = workers
+        self.meter = Meter()
+        self.waited = 0.0
+        self._job = Job(source, policy, tuple(buckets), readers, tuple(backoff), pixel_budget)
+        # of a ring as asked for, everyone has two chunks at least
+        self.chunk = max(1, min(CHUNK, ring_bytes // (self._job.slot * (2 * workers + 2))))
+        self._ring_bytes = max(ring_bytes, self._job.slot * self.chunk * (2 * workers + 2))
+        self._image_timeout, self._pin = image_timeout, pin
+        self._coordinator: Coordinator | None = None
+        self._here: Worker | None = None
+
+    def __enter__(self) -> DecodePool:
+        if self.workers == 0:
+            self._here = Worker(self._job)
+        else:
+            self._coordinator = Coordinator(
+                self._job, self.workers, self._ring_bytes, self._image_timeout, pin=self._pin
+            )
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self._here is not None:
+            self._here.close()
+        if self._coordinator is not None:
+            self._coordinator.close()
+        self._here = self._coordinator = None
+
+    def decode(self, ordinals: Iterable[range]) -> Iterator[DecodedChunk]:
+        """A chunk for each range of inputs, in the order given, whichever worker is done first.
+
+        Ranges are taken, in the calling thread, as far ahead as the ring has room. Chunks are to be released, or the
+        ring fills up.
+
+        Raises:
+            InputError: a range longer than the ring.
+            CacheError: no worker lives long enough to decode anything; all of the ring is held by the caller.
+        """
+        if self._here is not None:
+            yield from self._decode_here(self._here, ordinals)
+            return
+        if self._coordinator is None:
+            raise InputError("the pool is closed: use it in a with statement")
+        coordinator = self._coordinator
+        orders: deque[Order] = deque()
+        todo = iter(ordinals)
+        held: range | None = None
+        try:
+            while True:
+                while held is not None or (held := next(todo, None)) is not None:
+                    order = coordinator.place(held)
+                    if order is None:
+                        break
+                    orders.append(order)
+                    held = None
+                if not orders:
+                    if held is None:
+                        return
+                    raise CacheError(
+                        f"no room for {len(held)} inputs in a ring of {self._ring_bytes} bytes, all of which is held: "
+                        "release chunks, or use a larger ring"
+                    )
+                result, waited = coordinator.wait(orders[0])
+                order = orders.popleft()
+                self.waited += waited
+                self.meter = self.meter.plus(result.meter)
+                yield DecodedChunk(
+                    result.columns, result.meter, result.pixels, result.offsets, self._job.buckets, order, coordinator
+                )
+        finally:
+            for order in orders:
+                coordinator.abandon(order)
+
+    def _decode_here(self, worker: Worker, ordinals: Iterable[range]) -> Iterator[DecodedChunk]:
+        for chosen in ordinals:
+            pixels = np.empty(len(chosen) * self._job.slot, np.uint8)
+            worker.push(chosen)
+            rows, meter = worker.chunk(len(chosen), pixels)
+            self.meter = self.meter.plus(meter)
+            offsets = np.array([row.offset for row in rows], np.int64)
+            yield DecodedChunk(to_batch(rows), meter, pixels, offsets, self._job.buckets)
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

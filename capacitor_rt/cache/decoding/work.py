@@ -1,0 +1,296 @@
+"""What a worker does with a chunk of inputs: read ahead, decode, and describe each in a row of an Arrow batch."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from ...errors import CapacitorError, ImageError
+from ...extras import require_extra
+from ...images.decode import OUT_OF_MEMORY
+from ...images.geometry import Size
+from ...images.load import Admit, PixelPolicy, load_image
+
+OK, QUARANTINED = "ok", "quarantined"
+CRASHED = "crashed"
+"""Reason of an input that took its process with it, or raised what no decoder should."""
+TIMEOUT = "timeout"
+"""Reason of an input that took longer than an image may."""
+RETRYABLE = frozenset({"io_error", "changed", OUT_OF_MEMORY, TIMEOUT, CRASHED})
+"""Reasons that say something of the moment rather than of the input."""
+
+# bytes of files that a worker holds which are not decoded yet, beyond the one that is next
+_AHEAD_BYTES = 64 << 20
+_SCRATCH_BYTES = 64 << 20
+_DECODED = (
+    "bytes_hash", "width", "height", "orientation", "bucket", "resize_height", "resize_width", "crop_top", "crop_left"
+)  # fmt: skip
+
+
+class Reader(Protocol):
+    """An open source. Threads may share it."""
+
+    def read(self, ordinal: int) -> bytes:
+        """The bytes of an input; ImageError if it cannot be read."""
+
+    def name(self, ordinal: int) -> str:
+        """What messages call the input."""
+
+
+class Source(Protocol):
+    """Inputs by number. Picklable: it is opened again in every worker."""
+
+    def open(self) -> Reader:
+        """Open it in the process that reads."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a pool does with every input.
+
+    Attributes:
+        source: of the inputs.
+        policy: of the pixels.
+        buckets: an image comes to the nearest of them.
+        readers: threads per worker that read ahead.
+        backoff: seconds to wait before each further attempt at an input that failed for now.
+        pixel_budget: bytes that all workers together may take to decode images, unless one image needs more alone.
+    """
+
+    source: Source
+    policy: PixelPolicy
+    buckets: tuple[Size, ...]
+    readers: int = 4
+    backoff: tuple[float, ...] = (0.2, 1.0, 3.0)
+    pixel_budget: int = 2 << 30
+
+    @property
+    def slot(self) -> int:
+        """Bytes of the pixels of the largest bucket."""
+        return 3 * max(bucket.area for bucket in self.buckets)
+
+
+class Meter(NamedTuple):
+    """Seconds of one or more chunks.
+
+    Attributes:
+        read: waiting for storage and copying, in the reading threads.
+        decode: CPU time of the decoding thread.
+        starved: of the decoding thread, waiting for bytes.
+        queued: of the decoding thread, waiting for its turn at the pixel budget.
+        idle: of the decoding thread, waiting for work.
+    """
+
+    read: float = 0.0
+    decode: float = 0.0
+    starved: float = 0.0
+    queued: float = 0.0
+    idle: float = 0.0
+
+    def plus(self, other: Meter) -> Meter:
+        return Meter(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+@dataclass
+class Row:
+    """One input: its columns, and where its pixels begin among those of its chunk."""
+
+    values: dict[str, Any]
+    offset: int = -1
+
+
+@dataclass
+class _Read:
+    data: bytes | None = None
+    error: ImageError | None = None
+    digest: bytes | None = None
+    seconds: float = 0.0
+
+
+def chunk_schema() -> Any:
+    """Columns of a decoded chunk, one row per input."""
+    pa = require_extra("pyarrow")
+    kinds = {"bytes_hash": pa.binary(16)}
+    fields = [
+        pa.field("input", pa.int64(), nullable=False),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("reason", pa.string()),
+        pa.field("message", pa.string()),
+        pa.field("retryable", pa.bool_()),
+    ]
+    return pa.schema([*fields, *(pa.field(name, kinds.get(name, pa.int32())) for name in _DECODED)])
+
+
+def to_batch(rows: Sequence[Row]) -> Any:
+    """Arrow record batch of `chunk_schema`."""
+    pa = require_extra("pyarrow")
+    schema = chunk_schema()
+    arrays = [pa.array([row.values.get(f.name) for row in rows], f.type) for f in schema]
+    return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+@dataclass
+class Worker:
+    """Decodes inputs in the order in which they are pushed.
+
+    Args:
+        mark: told the input that is being decoded, or None between two.
+        admit: entered while an image of so many bytes is decoded.
+        share: bytes that it may keep.
+    """
+
+    job: Job
+    mark: Callable[[int | None], None] = lambda ordinal: None
+    admit: Admit = nullcontext
+    share: int = _SCRATCH_BYTES
+    _ahead: deque[tuple[int, Future[_Read]]] = field(default_factory=deque)
+    _waiting: deque[int] = field(default_factory=deque)
+
+    def __post_init__(self) -> None:
+        require_extra("pyarrow")
+        self._hash = require_extra("xxhash").xxh3_128
+        self._reader = self.job.source.open()
+        self._threads = ThreadPoolExecutor(self.job.readers, thread_name_prefix="read")
+        self._scratch = bytearray()
+        self._starved = self._read = 0.0
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def push(self, ordinals: Sequence[int]) -> None:
+        """More inputs, to be read ahead."""
+        self._waiting.extend(ordinals)
+        self._read_ahead()
+
+    def chunk(self, count: int, out: np.ndarray) -> tuple[list[Row], Meter]:
+        """Decode the next `count` inputs into `out`, uint8 `[N]`, one behind the other."""
+        return self._rows((self._next() for _ in range(count)), out)
+
+    def carefully(
+        self, ordinals: Sequence[int], out: np.ndarray, failed: Mapping[int, tuple[str, str]]
+    ) -> tuple[list[Row], Meter]:
+        """Decode inputs that were not pushed, nothing of them read before its turn.
+
+        Args:
+            failed: reason and message of those that are not to be tried.
+        """
+
+        def reads() -> Iterator[tuple[int, Future[_Read]]]:
+            for ordinal in ordinals:
+                self.mark(ordinal)
+                if ordinal in failed:
+                    known: Future[_Read] = Future()
+                    known.set_result(_Read(error=ImageError(*failed[ordinal])))
+                    yield ordinal, known
+                else:
+                    yield ordinal, self._threads.submit(self._patiently, ordinal)
+
+        return self._rows(reads(), out)
+
+    def _next(self) -> tuple[int, Future[_Read]]:
+        self._read_ahead()
+        ordinal, future = self._ahead.popleft()
+        self._read_ahead()
+        return ordinal, future
+
+    def _rows(self, reads: Iterable[tuple[int, Future[_Read]]], out: np.ndarray) -> tuple[list[Row], Meter]:
+        cpu, self._starved, self._read = time.thread_time(), 0.0, 0.0
+        rows, offset = [], 0
+        for ordinal, future in reads:
+            self.mark(ordinal)
+            row = Row({"input": ordinal, "status": OK}, offset)
+            offset += self._one(row, future, out[offset:])
+            self.mark(None)
+            rows.append(row)
+        return rows, Meter(self._read, time.thread_time() - cpu, self._starved)
+
+    def _one(self, row: Row, future: Future[_Read], out: np.ndarray) -> int:
+        """Decode one input; bytes of its pixels."""
+        begin = time.perf_counter()
+        read = future.result()
+        self._starved += time.perf_counter() - begin
+        self._read += read.seconds
+        values, ordinal = row.values, row.values["input"]
+        values["bytes_hash"] = read.digest
+        if read.error is not None or read.data is None:
+            error = read.error or ImageError(CRASHED, "nothing was read")
+            _fail(row, error.reason, str(error))
+            return 0
+        name = f"input {ordinal}"
+        try:
+            name = self._reader.name(ordinal)
+            loaded = load_image(
+                read.data,
+                self.job.policy,
+                self.job.buckets,
+                out,
+                name=name,
+                admit=self.admit,
+                buffer=self._buffer,
+            )
+        except ImageError as e:
+            _fail(row, e.reason, str(e))
+            return 0
+        except MemoryError:
+            _fail(row, OUT_OF_MEMORY, f"{name}: no memory to decode it")
+            return 0
+        except CapacitorError:
+            raise
+        except Exception as e:
+            _fail(row, CRASHED, f"{name}: decoding ended in {type(e).__name__}: {e}")
+            return 0
+        header, placement = loaded.header, loaded.placement
+        values |= {"width": header.width, "height": header.height, "orientation": header.orientation}
+        values |= {"bucket": loaded.bucket, "crop_top": placement.top, "crop_left": placement.left}
+        values |= {"resize_height": placement.resize.height, "resize_width": placement.resize.width}
+        return loaded.pixels.size
+
+    def _buffer(self, nbytes: int) -> bytearray:
+        """Memory for a decoded picture, the same again and again unless it is a large one."""
+        if nbytes > min(self.share, _SCRATCH_BYTES):
+            return bytearray(nbytes)
+        if len(self._scratch) < nbytes:
+            self._scratch = bytearray(nbytes)
+        return self._scratch
+
+    def _read_ahead(self) -> None:
+        held = sum(len(f.result().data or b"") for _, f in self._ahead if f.done())
+        while self._waiting and len(self._ahead) < 4 * self.job.readers and (held < _AHEAD_BYTES or not self._ahead):
+            ordinal = self._waiting.popleft()
+            self._ahead.append((ordinal, self._threads.submit(self._patiently, ordinal)))
+
+    def _patiently(self, ordinal: int) -> _Read:
+        """Read an input, again if it fails for now."""
+        begin = time.perf_counter()
+        read = _Read()
+        for pause in (*self.job.backoff, None):
+            read = self._attempt(ordinal)
+            if pause is None or read.error is None or read.error.reason not in RETRYABLE:
+                break
+            time.sleep(pause)
+        read.seconds = time.perf_counter() - begin
+        return read
+
+    def _attempt(self, ordinal: int) -> _Read:
+        try:
+            data = self._reader.read(ordinal)
+            return _Read(data, digest=self._hash(data).digest())
+        except ImageError as e:
+            return _Read(error=e)
+        except MemoryError:
+            return _Read(error=ImageError(OUT_OF_MEMORY, f"input {ordinal}: no memory to read it"))
+        except Exception as e:
+            return _Read(error=ImageError(CRASHED, f"input {ordinal}: reading ended in {type(e).__name__}: {e}"))
+
+
+def _fail(row: Row, reason: str, message: str) -> None:
+    row.values |= {"status": QUARANTINED, "reason": reason, "message": message, "retryable": reason in RETRYABLE}
+    row.offset = -1

@@ -1,0 +1,370 @@
+"""The pool: the same rows and pixels whatever befalls its processes, and nothing left of them."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import image_files as files
+import numpy as np
+import pytest
+from decode_sources import Images, contents, mixed, ranges
+
+from capacitor_rt.cache.decoding import DecodePool, chunk_schema
+from capacitor_rt.cache.decoding.ring import Allocator, Span
+from capacitor_rt.errors import CacheError, InputError
+from capacitor_rt.images.decode import decode_image
+from capacitor_rt.images.geometry import Size, apply, bucket_table
+from capacitor_rt.images.load import PixelPolicy, load_image
+
+BUCKETS = bucket_table(64, 16)
+COUNT = 60
+DATA = mixed(COUNT)
+
+
+def pool(source: Images, workers: int = 2, **options) -> DecodePool:
+    options = {"image_timeout": 30.0, "backoff": (0.01,)} | options
+    return DecodePool(source, PixelPolicy(), BUCKETS, workers=workers, **options)
+
+
+def rows_of(source: Images, workers: int = 2, length: int = 7, **options) -> list[tuple]:
+    with pool(source, workers, **options) as decoder:
+        return contents(decoder.decode(ranges(COUNT, length)))
+
+
+# harm in the second, third, ... repetition of the images: one pool serves them all, as starting one takes a second
+HARM = {
+    1: {17: "segfault"},
+    2: {17: "read:segfault"},
+    3: {17: "hang"},
+    4: {17: "read:hang"},
+    5: {3: "kill once", 40: "kill once"},
+    6: {9: "read:eio once", 30: "read:eio once"},
+    7: {9: "read:eio", 30: "raise", 31: "read:raise"},
+}
+TIMEOUT = 3.0
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    harm = {COUNT * part + i: word for part, words in HARM.items() for i, word in words.items()}
+    source = Images(DATA, harm, tmp_path_factory.mktemp("marks"))
+    with pool(source, image_timeout=TIMEOUT) as decoder:
+        yield decoder
+
+
+def part_of(decoder: DecodePool, part: int) -> list[tuple]:
+    """Rows of one repetition, numbered as in the first."""
+    shift = COUNT * part
+    rows = contents(decoder.decode([range(r.start + shift, r.stop + shift) for r in ranges(COUNT, 7)]))
+    for row, _ in rows:
+        name = f"images/{row['input']}"
+        row["input"] -= shift
+        if row["message"] is not None:
+            row["message"] = row["message"].replace(name, f"images/{row['input']}")
+    return rows
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[tuple]:
+    return rows_of(Images(DATA), workers=0)
+
+
+def processes(parent: int) -> dict[int, str]:
+    """State by pid of a process's descendants."""
+    found: dict[int, str] = {}
+    pending = [parent]
+    everyone = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            try:
+                fields = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            everyone[int(entry)] = (int(fields[1]), fields[0])
+    while pending:
+        above = pending.pop()
+        below = [pid for pid, (ppid, _) in everyone.items() if ppid == above]
+        found |= {pid: everyone[pid][1] for pid in below}
+        pending += below
+    return found
+
+
+def until(condition, seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "did not come about"
+        time.sleep(0.02)
+
+
+def workers_of(decoder: DecodePool) -> list[int]:
+    helper = decoder._coordinator._helper.pid
+    return [pid for pid, state in processes(helper).items() if state != "Z"]
+
+
+class TestRows:
+    def test_say_what_load_image_says(self, expected):
+        assert [row["input"] for row, _ in expected] == list(range(COUNT))
+        for (row, pixels), data in zip(expected, DATA, strict=True):
+            if row["input"] % 9 == 5:
+                assert row["status"] == "quarantined" and row["reason"] in ("truncated", "corrupt"), row
+                assert row["message"].startswith(f"images/{row['input']}") and row["retryable"] is False
+                assert row["bytes_hash"] and row["bucket"] is None and pixels is None
+                continue
+            loaded = load_image(data, PixelPolicy(), BUCKETS)
+            assert pixels == (loaded.pixels.shape, loaded.pixels.tobytes())
+            assert (row["width"], row["height"]) == (loaded.header.width, loaded.header.height)
+            assert BUCKETS[row["bucket"]] == loaded.placement.crop
+            assert (row["crop_top"], row["resize_width"]) == (loaded.placement.top, loaded.placement.resize.width)
+            np.testing.assert_array_equal(loaded.pixels, apply(decode_image(data).pixels, loaded.placement))
+
+    def test_do_not_depend_on_the_workers(self, shared, expected):
+        assert part_of(shared, 0) == expected
+        assert rows_of(Images(DATA), workers=1) == expected
+
+    def test_come_as_arrow_batches_of_one_schema_one_for_each_range(self, shared):
+        wanted = [range(5, 9), range(9, 9), range(9, 10), range(0, 2)]
+        with pool(Images(DATA), 0) as here:
+            for decoder in (shared, here):
+                chunks = []
+                for chunk in decoder.decode(wanted):
+                    chunks.append(chunk.columns)
+                    chunk.release()
+                assert [c.column("input").to_pylist() for c in chunks] == [list(r) for r in wanted]
+                assert all(c.schema == chunk_schema() for c in chunks)
+
+    def test_failures_for_now_are_tried_again_and_then_say_so(self, shared, expected):
+        assert part_of(shared, 6) == expected
+        rows = part_of(shared, 7)
+        found = {row["input"]: row for row, _ in rows if row["retryable"]}
+        assert {i: row["reason"] for i, row in found.items()} == {9: "io_error", 30: "crashed", 31: "crashed"}
+        assert "ZeroDivisionError: unforeseen" in found[30]["message"]
+        others = [pair for pair in rows if pair[0]["input"] not in found]
+        assert others == [pair for pair in expected if pair[0]["input"] not in found]
+
+
+class TestHarm:
+    @pytest.mark.parametrize(
+        ("part", "reason", "said"),
+        [
+            (1, "crashed", "SIGSEGV, 3 times"),
+            (2, "crashed", "SIGSEGV, 3 times"),
+            (3, "timeout", "longer than 3 s"),
+            (4, "timeout", "longer than 3 s"),
+        ],
+    )
+    def test_costs_the_image_at_fault_alone(self, part, reason, said, shared, expected):
+        rows = part_of(shared, part)
+        (row, pixels) = rows[17]
+        assert (row["status"], row["reason"], row["retryable"], pixels) == ("quarantined", reason, True, None)
+        assert said in row["message"]
+        assert rows[:17] + rows[18:] == expected[:17] + expected[18:]
+
+    def test_a_worker_that_is_killed_once_costs_nothing(self, shared, expected):
+        assert part_of(shared, 5) == expected
+
+    def test_kills_from_outside_of_workers_and_helper(self, expected):
+        source = Images(DATA, {i: "sleep" for i in range(0, COUNT, 3)})
+        with pool(source) as decoder:
+            chunks = decoder.decode(ranges(COUNT, 4))
+            rows = contents([next(chunks)])
+            for i in range(4):
+                victims = workers_of(decoder)
+                if victims:
+                    os.kill(victims[i % len(victims)], signal.SIGKILL)
+                rows += contents([next(chunks)])
+            os.kill(decoder._coordinator._helper.pid, signal.SIGKILL)
+            rows += contents(chunks)
+        assert rows == expected
+
+    def test_workers_that_never_live_are_given_up(self, monkeypatch):
+        source = Images(DATA, {}, None)
+        monkeypatch.setattr("capacitor_rt.cache.decoding.coordinator._MOST_DEATHS", 1)
+        with pool(source, workers=1) as decoder:
+
+            def kill_all():
+                for pid in workers_of(decoder):
+                    os.kill(pid, signal.SIGSTOP)
+                    os.kill(pid, signal.SIGKILL)
+
+            until(lambda: workers_of(decoder))
+            decoder._coordinator._memory.inputs[0] = -1
+            for _ in range(400):
+                kill_all()
+                if decoder._coordinator._error is not None:
+                    break
+                time.sleep(0.01)
+            with pytest.raises(CacheError, match=r"end before they decode anything .*SIGKILL.*fewer workers"):
+                contents(decoder.decode(ranges(COUNT, 4)))
+
+    def test_a_source_that_cannot_be_opened_says_why(self):
+        with pytest.raises(CacheError, match="no such bucket"), pool(Unopenable()) as decoder:
+            contents(decoder.decode(ranges(COUNT, 4)))
+
+
+class Unopenable:
+    def open(self):
+        raise CacheError("no such bucket: give one that exists")
+
+
+class TestRing:
+    def test_a_slow_reader_holds_the_workers_up_and_no_chunk_is_overwritten(self, expected):
+        slot = 3 * max(b.area for b in BUCKETS)
+        with pool(Images(DATA), 2, ring_bytes=12 * slot) as decoder:
+            rows = []
+            for chunk in decoder.decode(ranges(COUNT, decoder.chunk)):
+                time.sleep(0.005)
+                rows += contents([chunk])
+            assert rows == expected
+            # holding all of it is an error and not a hang
+            held = []
+            with pytest.raises(CacheError, match="all of which is held: release chunks"):
+                held.extend(decoder.decode(ranges(COUNT, decoder.chunk)))
+            # and it goes on when they are released
+            for chunk in held:
+                chunk.release()
+            assert contents(decoder.decode(ranges(COUNT, decoder.chunk))) == expected
+            with pytest.raises(InputError, match="shorter ranges"):
+                next(decoder.decode([range(0, 1000)]))
+
+    def test_leaving_early_gives_everything_back(self, shared, expected):
+        chunks = shared.decode(ranges(COUNT, 4))
+        next(chunks).release()
+        chunks.close()
+        assert part_of(shared, 0) == expected
+        until(lambda: shared._coordinator._allocator._free == [Span(0, shared._ring_bytes)])
+
+    def test_spans_are_disjoint_and_join_again(self):
+        ring, rng, held = Allocator(1000), np.random.default_rng(0), []
+        for _ in range(2000):
+            if held and rng.random() < 0.5:
+                ring.give(held.pop(rng.integers(len(held))))
+            elif (span := ring.take(int(rng.integers(1, 200)))) is not None:
+                assert all(span.end <= other.begin or other.end <= span.begin for other in held)
+                assert span.begin >= 0 and span.end <= 1000
+                held.append(span)
+        for span in held:
+            ring.give(span)
+        assert ring.take(1000) == Span(0, 1000)
+
+
+class TestEnd:
+    def test_no_process_and_no_descriptor_is_left(self):
+        before_fds, before = set(os.listdir("/proc/self/fd")), processes(os.getpid())
+        assert len(rows_of(Images(DATA))) == COUNT
+        assert processes(os.getpid()).keys() <= before.keys()
+        assert set(os.listdir("/proc/self/fd")) <= before_fds
+
+    @pytest.mark.parametrize("how", ["SIGKILL", "SIGINT"])
+    def test_with_the_coordinator(self, how, tmp_path):
+        script = tmp_path / "script.py"
+        # no guard of __main__, a module of a name of the standard library beside it
+        (tmp_path / "json.py").write_text("raise SystemExit('the wrong json')")
+        script.write_text(
+            textwrap.dedent(
+                f"""
+                import sys
+                sys.path[:] = {sys.path!r}
+                from test_decode_pool import DATA, Images, pool, ranges, workers_of
+                with pool(Images(DATA, {{40: "hang"}})) as decoder:
+                    for chunk in decoder.decode(ranges(60, 4)):
+                        chunk.release()
+                        print(decoder._coordinator._helper.pid, *workers_of(decoder), flush=True)
+                """
+            )
+        )
+        path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+        env = os.environ | {"PYTHONPATH": path}
+        run = subprocess.Popen(
+            [sys.executable, "-P" if sys.version_info >= (3, 11) else "-s", str(script)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=env,
+            cwd=tmp_path,
+            text=True,
+        )
+        pids = [int(pid) for pid in run.stdout.readline().split()]
+        assert len(pids) == 3
+        run.send_signal(getattr(signal, how))
+        _, errors = run.communicate(timeout=30)
+        assert run.returncode == -getattr(signal, how) or (how == "SIGINT" and errors.endswith("KeyboardInterrupt\n"))
+        # a zombie waits for whoever inherited it
+        until(lambda: all(_state(pid) in ("", "Z") for pid in pids))
+
+
+def _state(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
+
+
+class TestBudget:
+    def test_large_images_are_decoded_one_at_a_time(self):
+        side = 3000
+        flat = np.full((side, side, 3), 90, np.uint8)
+        data = tuple(files.encoded(flat, "JPEG") for _ in range(1)) * 8
+        one = 3 * side * side
+        with DecodePool(Images(data), PixelPolicy(), [Size(32, 32)], workers=4, pixel_budget=one) as decoder:
+            until(lambda: len(workers_of(decoder)) == 4)
+            rest = _memory(workers_of(decoder))
+            peak = 0
+            for chunk in decoder.decode([range(i, i + 1) for i in range(8)]):
+                peak = max(peak, _memory(workers_of(decoder)))
+                assert chunk.columns["status"][0].as_py() == "ok"
+                chunk.release()
+            assert decoder.meter.queued > 0
+        assert peak - rest < 2.5 * one
+
+    def test_a_narrow_strip_is_not_enlarged_in_whole(self):
+        data = (files.encoded(files.texture(1300, 2), "PNG"),)
+        with DecodePool(Images(data), PixelPolicy(), [Size(512, 512)], workers=1) as decoder:
+            (row, pixels) = contents(decoder.decode([range(1)]))[0]
+            assert row["resize_height"] == 332_800 and pixels[0] == (512, 512, 3)
+            assert _peak(workers_of(decoder)[0]) < 500 << 20
+
+
+def _memory(pids: list[int]) -> int:
+    """Private memory of processes in bytes."""
+    total = 0
+    for pid in pids:
+        try:
+            text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+        except OSError:
+            continue
+        total += sum(int(line.split()[1]) << 10 for line in text.splitlines() if line.startswith("Private_"))
+    return total
+
+
+def _peak(pid: int) -> int:
+    text = Path(f"/proc/{pid}/status").read_text()
+    return next(int(line.split()[1]) << 10 for line in text.splitlines() if line.startswith("VmHWM"))
+
+
+@pytest.mark.parametrize(
+    "option", [{"workers": -1}, {"image_timeout": 0}, {"pixel_budget": 0}, {"ring_bytes": 0}, {"readers": 0}]
+)
+def test_arguments_are_checked(option):
+    with pytest.raises(InputError, match=next(iter(option))):
+        DecodePool(Images(DATA), PixelPolicy(), BUCKETS, **{"workers": 1} | option)
+
+
+def test_a_source_that_cannot_be_pickled_is_refused_in_words():
+    class Local(Images):
+        pass
+
+    with pytest.raises((AttributeError, pickle.PicklingError)):
+        pickle.dumps(Local(DATA))
+    with pytest.raises(CacheError, match="define it in a module"), pool(Local(DATA)):
+        pass
+
+
+def test_a_closed_pool_is_refused():
+    with pytest.raises(InputError, match="with statement"):
+        next(pool(Images(DATA)).decode([range(1)]))

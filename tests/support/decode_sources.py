@@ -1,0 +1,87 @@
+"""Sources for tests of the decode pool: encoded images in memory, some of which do harm."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import image_files as files
+import numpy as np
+
+from capacitor_rt.errors import ImageError
+
+
+@dataclass(frozen=True)
+class Images:
+    """Encoded images. `harm` names what befalls an input: see `do`; `marks` is a folder for what happens once."""
+
+    data: tuple[bytes, ...]
+    harm: Mapping[int, str] = field(default_factory=dict)
+    marks: Path | None = None
+
+    def open(self) -> Images:
+        return self
+
+    def read(self, ordinal: int) -> bytes:
+        word = self.harm.get(ordinal, "")
+        if word.startswith("read:"):
+            self.do(word.removeprefix("read:"), ordinal)
+        return self.data[ordinal % len(self.data)]
+
+    def name(self, ordinal: int) -> str:
+        # asked for in the thread that decodes
+        word = self.harm.get(ordinal, "")
+        if word and not word.startswith("read:"):
+            self.do(word, ordinal)
+        return f"images/{ordinal}"
+
+    def do(self, word: str, ordinal: int) -> None:
+        if word.endswith(" once"):
+            assert self.marks is not None
+            try:
+                (self.marks / f"{ordinal}").touch(exist_ok=False)
+            except FileExistsError:
+                return
+            word = word.removesuffix(" once")
+        if word == "segfault":
+            ctypes.string_at(0)
+        if word == "kill":
+            os.kill(os.getpid(), 9)
+        if word == "hang":
+            while True:
+                time.sleep(60)
+        if word == "eio":
+            raise ImageError("io_error", f"images/{ordinal} cannot be read: Input/output error")
+        if word == "raise":
+            raise ZeroDivisionError("unforeseen")
+        if word == "sleep":
+            time.sleep(0.05)
+
+
+def mixed(count: int) -> tuple[bytes, ...]:
+    """`count` small images of several formats and aspects; every ninth is damaged."""
+    found = []
+    for i in range(count):
+        height, width = 40 + 7 * (i % 5), 40 + 11 * (i % 4)
+        data = files.encoded(files.texture(height, width, i), ("JPEG", "PNG", "WEBP")[i % 3])
+        found.append(data[: len(data) // 2] if i % 9 == 5 else data)
+    return tuple(found)
+
+
+def ranges(count: int, length: int) -> Sequence[range]:
+    return [range(first, min(first + length, count)) for first in range(0, count, length)]
+
+
+def contents(chunks) -> list[tuple]:
+    """Everything that chunks say, row by row, and the bytes of their pixels; releases them."""
+    rows = []
+    for chunk in chunks:
+        for i, row in enumerate(chunk.columns.to_pylist()):
+            pixels = np.array(chunk.pixels(i)) if row["status"] == "ok" else None
+            rows.append((row, None if pixels is None else (pixels.shape, pixels.tobytes())))
+        chunk.release()
+    return rows
