@@ -1,6 +1,6 @@
 """Launch parameters as data: frozen configs, JSON rows per compute capability, analytical defaults.
 
-`lookup` answers with the row of exactly this shape, else with the row of the nearest shape, else with the
+`lookup` answers with the row of exactly this shape, else with the row of the nearest shape within reach, else with the
 family's analytical default, which follows from shared memory and register limits alone. It never measures
 anything, so a first call costs nothing and can be captured in a CUDA graph.
 
@@ -37,8 +37,11 @@ USES = ("throughput", "latency")
 COMPUTE_CAPABILITIES = (80, 89, 90, 100, 120)
 # the nearest relative with at least as much shared memory
 _RELATIVE = {86: 89, 87: 80, 101: 100, 103: 100, 110: 100, 121: 120}
-# rows further away than this, in octaves summed over the near keys, lose to the analytical default
-REACH_OCTAVES = 4.0
+# rows further away than this, in octaves summed over the near keys, lose to the analytical default. What suits one
+# image at a time hangs on how few programs there are: of 1024 tokens' rows four times as many would be 20 % slower.
+REACH_OCTAVES = {"throughput": 4.0, "latency": 1.0}
+# one image at a time: tiles shrink, or K is cut into slices, until there is a program for each of some hundred SMs
+LATENCY_PROGRAMS = 128
 REGISTERS_PER_SM = 65536
 SMEM_RESERVED_PER_CTA = 1024
 
@@ -83,8 +86,9 @@ def limits(cc: int) -> Limits:
 class GemmConfig:
     """Tile and launch shape of a GEMM kernel.
 
-    `tma` loads both operands through host-made tensor descriptors (sm_90 and later); `split_k` > 1 sums
-    that many slices of K in a second launch, in order.
+    `tma` loads operands through host-made tensor descriptors (sm_90 and later). Of project alone: `split_k` > 1 sums
+    that many slices of K in a second launch, in order; `transposed` multiplies the transposes, so that the weights
+    instead of the activations go through registers.
     """
 
     block_m: int
@@ -96,6 +100,7 @@ class GemmConfig:
     maxnreg: int | None = None
     tma: bool = False
     split_k: int = 1
+    transposed: bool = False
 
     def tile(self) -> dict[str, int]:
         """The kernel arguments that are the tile."""
@@ -207,9 +212,13 @@ def _cached_lookup(name: str, cc: int, items: tuple[tuple[str, int], ...], dtype
     ]
     if candidates:
         best = min(candidates, key=lambda row: _distance(family, row, shape))
-        if _distance(family, best, shape) <= REACH_OCTAVES:
+        if _distance(family, best, shape) <= REACH_OCTAVES[use]:
             return best.config
-    return family.default(base_cc(cc), shape, dtype, use)
+    config = family.default(base_cc(cc), shape, dtype, use)
+    if use == "latency" and config == family.default(base_cc(cc), shape, dtype, "throughput"):
+        # one image of this size fills a GPU as well as many do
+        return _cached_lookup(name, cc, items, dtype, "throughput")
+    return config
 
 
 @contextmanager
@@ -341,11 +350,11 @@ def gemm_default(cc: int, tokens_per_image: int, n: int, k: int, dtype: torch.dt
 def flat_gemm_default(cc: int, tokens_per_image: int, n: int, k: int, dtype: torch.dtype, use: str) -> GemmConfig:
     """A GEMM config for kernels whose tiles may mix images, so that only the last tile of a batch is padded.
 
-    One image at a time, at most 4096 tokens of it, gets tiles of 64 x 64: large ones would leave most SMs
-    idle.
+    One image at a time, where large tiles would leave SMs idle, gets tiles of 64 x 64.
     """
     config = gemm_default(cc, 1024, n, k, dtype)
-    if use == "latency" and tokens_per_image <= 4096:
+    programs = cdiv(tokens_per_image, config.block_m) * cdiv(n, config.block_n)
+    if use == "latency" and programs < LATENCY_PROGRAMS:
         block_m, block_n = min(config.block_m, 64), min(config.block_n, 64)
         return replace(config, block_m=block_m, block_n=block_n, num_warps=4, num_stages=3)
     return config

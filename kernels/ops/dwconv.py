@@ -272,7 +272,7 @@ def _default(cc: int, shape: Shape, dtype: torch.dtype, use: str) -> DwconvConfi
         registers = 168 if cols > 8 else 128 if cols > 4 else 80
         return DwconvConfig(cols, strips_x, strips_y, block_c, warps, maxnreg=registers)
 
-    if use == "latency" and 16 <= tokens <= 4096:
+    if use == "latency" and 16 <= tokens <= 2048:
         return make(4 if tokens <= 1024 else 8, 2, 2)
     if width <= 16:
         return make(width, 1, 4)

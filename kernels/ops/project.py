@@ -2,9 +2,14 @@
 
     out = (h * (1 + gain[image])) @ w2 + b2 + residual        [T, D]
 
-The gain scales K, so it must touch the A operand: each tile of h becomes fma(h, gain, h) in registers on its way to the
+The gain scales K, so it must touch an operand in registers: each tile of h becomes fma(h, gain, h) on its way to the
 tensor cores, one HFMA2 for two elements. A takes no stage of shared memory then, and two CTAs fit an SM. Layer scale or
 gate, and GRN's beta, are folded into w2 and b2 at load. A tile never mixes images, since each has its own gain row.
+
+Transposed, for sm_90: out^T = (w2^T * (1 + gain)) @ h^T. The gain meets the weights in registers, and h is the B
+operand as it lies in memory. There shared memory limits a product more than the tensor cores do, and wgmma reads its B
+operand once for a whole warpgroup: the wider that is, the better, and 256 divides tokens where it does not divide 896
+columns.
 
 Few tokens (one image): `split_k` > 1 gives each slice of K its own programs, which leave float32 sums in a workspace; a
 second launch adds them in order, with bias and residual. What was tried besides is in kernels/NOTES.md.
@@ -41,9 +46,11 @@ from ..launch import (
     nbytes_of,
     run_launches,
 )
-from ..tuning import Family, GemmConfig, Shape, gemm_default, lookup, register, suits_image
+from ..tuning import LATENCY_PROGRAMS, Family, GemmConfig, Shape, gemm_default, lookup, register, suits_image
 
 REDUCE_BLOCK = 1024
+# rows of the transposed form's tile where images are whole tiles of it
+WIDE_ROWS = 256
 
 
 @triton.jit(do_not_specialize=["tiles_m"])
@@ -68,6 +75,7 @@ def project_kernel(
     SPLIT_K: tl.constexpr,
     EVEN_M: tl.constexpr,
     TMA: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     # a slice is a whole number of K blocks
@@ -84,23 +92,28 @@ def project_kernel(
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = k_first + tl.arange(0, BLOCK_K)
 
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    acc = tl.zeros((BLOCK_N, BLOCK_M) if TRANSPOSED else (BLOCK_M, BLOCK_N), dtype=tl.float32)
     h_ptrs = h_ptr if TMA else h_ptr + first * HIDDEN + rows[:, None] * HIDDEN + offs_k[None, :]
     w_ptrs = w_ptr if TMA else w_ptr + offs_k[:, None] * DIM + offs_n[None, :]
-    gain_ptrs = gain_ptr + image.to(tl.int64) * HIDDEN + offs_k
+    gain_ptrs = gain_ptr if TMA else gain_ptr + image.to(tl.int64) * HIDDEN + offs_k
     for k in range(0, SLICE, BLOCK_K):
         if TMA:
             h = h_ptr.load([first.to(tl.int32), k_first + k])
             w = w_ptr.load([k_first + k, pid_n * BLOCK_N])
+            gain = gain_ptr.load([image, k_first + k])  # [1, BLOCK_K]
         else:
             h = load_tile(h_ptrs, offs_k[None, :] < HIDDEN - k, EVEN_K)
             w = load_tile(w_ptrs, (offs_k[:, None] < HIDDEN - k) & (offs_n[None, :] < DIM), EVEN_K and EVEN_N)
             h_ptrs += BLOCK_K
             w_ptrs += BLOCK_K * DIM
-        gain = load_tile(gain_ptrs, offs_k < HIDDEN - k, EVEN_K)
-        gain_ptrs += BLOCK_K
-        h = add_scaled(h, gain[None, :])
-        acc = tl.dot(h, w, acc, input_precision=PRECISION)
+            gain = load_tile(gain_ptrs, offs_k < HIDDEN - k, EVEN_K)[None, :]
+            gain_ptrs += BLOCK_K
+        if TRANSPOSED:
+            acc = tl.dot(add_scaled(tl.trans(w), gain), tl.trans(h), acc, input_precision=PRECISION)
+        else:
+            acc = tl.dot(add_scaled(h, gain), w, acc, input_precision=PRECISION)
+    if TRANSPOSED:
+        acc = tl.trans(acc)  # [BLOCK_M, BLOCK_N]
 
     inside = (offs_m[:, None] < left) & (offs_n[None, :] < DIM)
     at = first * DIM + offs_m[:, None] * DIM + offs_n[None, :]
@@ -189,7 +202,7 @@ def project(
             raise ValueError(f"workspace is missing: split_k {config.split_k} needs float32 of shape {list(needed)}")
         check_tensor("workspace", workspace, shape=needed, dtypes=torch.float32, like=h)
         check_int32("elements of a split projection", tokens * dim)
-    check_tma(config.tma, h=h, w2=w2)
+    check_tma(config.tma, h=h, gain=gain, w2=w2)
     tiles_per_image = cdiv(tokens_per_image, config.block_m)
     tiles_m = batch * tiles_per_image
     programs = tiles_m * cdiv(dim, config.block_n)
@@ -198,7 +211,7 @@ def project(
     ends = {"bias_ptr": b2, "residual_ptr": residual, "out_ptr": out, "workspace_ptr": workspace if needed else out}
     args = ends | {
         "h_ptr": TensorDescriptor.from_tensor(h, [config.block_m, config.block_k]) if config.tma else h,
-        "gain_ptr": gain,
+        "gain_ptr": TensorDescriptor.from_tensor(gain, [1, config.block_k]) if config.tma else gain,
         "w_ptr": TensorDescriptor.from_tensor(w2, [config.block_k, config.block_n]) if config.tma else w2,
         "tokens": tokens,
         "tokens_per_image": tokens_per_image,
@@ -209,6 +222,7 @@ def project(
         "SPLIT_K": config.split_k,
         "EVEN_M": tokens_per_image % config.block_m == 0,
         "TMA": config.tma,
+        "TRANSPOSED": config.transposed,
         "PRECISION": dot_precision(h.dtype),
         **config.tile(),
     }
@@ -240,17 +254,28 @@ def work(
 def _default(cc: int, shape: Shape, dtype: torch.dtype, use: str) -> GemmConfig:
     tokens_per_image, hidden, dim = shape["tokens_per_image"], shape["hidden"], shape["dim"]
     config = gemm_default(cc, tokens_per_image, dim, hidden, dtype)
-    # for two CTAs on an SM
     if cc == 90 and config.num_warps == 8:
-        config = replace(config, maxnreg=128)
+        # rows of 16 bytes are what tensor descriptors need
+        if dim % 8 == 0 and hidden % 8 == 0:
+            wide = tokens_per_image % WIDE_ROWS == 0 and (use == "throughput" or tokens_per_image >= 4096)
+            rows = WIDE_ROWS if wide else config.block_m
+            config = replace(config, block_m=rows, num_stages=3, tma=True, transposed=True)
+        else:
+            # for two CTAs on an SM
+            config = replace(config, maxnreg=128)
     if cc == 100 and config.num_warps == 8:
         config = replace(config, block_k=min(config.block_k, 32), num_warps=4, num_stages=4)
     if use == "throughput":
         return config
-    # one image at a time: slices of K until there is a program for each of some hundred SMs
     programs = cdiv(tokens_per_image, config.block_m) * cdiv(dim, config.block_n)
     most = max(1, hidden // (4 * config.block_k))
-    return replace(config, split_k=min(8, most, max(1, 128 // programs)))
+    return replace(config, split_k=min(8, most, max(1, LATENCY_PROGRAMS // programs)))
 
 
-register(Family("project", GemmConfig, ("hidden", "dim"), ("tokens_per_image",), _default, suits_image))
+def _suits(config: GemmConfig, shape: Shape) -> bool:
+    """Whether a row pads images of this shape little enough; tiles of 256 rows are for images that fill them."""
+    masked = shape["tokens_per_image"] % config.block_m != 0
+    return suits_image(config, shape) and not (config.block_m >= WIDE_ROWS and masked)
+
+
+register(Family("project", GemmConfig, ("hidden", "dim"), ("tokens_per_image",), _default, _suits))

@@ -17,6 +17,7 @@ import triton
 from bench import _compile, _row_launches, aot
 from capacitor_kernels import tuning
 from capacitor_kernels.launch import Launch
+from capacitor_kernels.ops.project import WIDE_ROWS
 
 ROOT = Path(__file__).parents[2]
 # (kernel, compute capability) -> bytes of stack that are accepted, at most 16, with the reason in a comment
@@ -103,7 +104,11 @@ def test_products_run_on_tensor_cores(compiled):
 
 @pytest.mark.aot
 def test_large_tiles_leave_room_for_two_ctas(compiled):
-    large = [f for f in compiled[0] if f["kernel"] in ("expand_kernel", "project_kernel") and f["use"] == "throughput"]
+    products = [
+        f for f in compiled[0] if f["kernel"] in ("expand_kernel", "project_kernel") and f["use"] == "throughput"
+    ]
+    # 256 rows are alone on an SM: two warpgroups share the tile, and one multiplies while the other scales its weights
+    large = [f for f in products if f["config"]["block_m"] < WIDE_ROWS]
     crowded = [f"{_name(f)}: {f['registers']} registers, {f['smem']} bytes" for f in large if f["ctas"] < 2]
     assert large and not crowded, "\n".join(crowded)
 

@@ -31,6 +31,7 @@ from capacitor_kernels.tuning import GemmConfig, lookup
 DIM, HIDDEN = 72, 200
 CONFIG = GemmConfig(128, 128, 64, group_m=4, num_warps=4, num_stages=2)
 SPLIT = GemmConfig(128, 128, 32, group_m=2, num_warps=4, num_stages=2, split_k=3)
+TRANSPOSED = GemmConfig(128, 128, 64, group_m=4, num_warps=4, num_stages=2, tma=True, transposed=True)
 NAMES = ("h", "gain", "w2", "b2", "residual")
 
 
@@ -102,6 +103,34 @@ def test_matches_float64(grid, batch, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens_per_image", [1, 70, 256])
+@pytest.mark.parametrize("tma", [True, False], ids=["descriptors", "pointers"])
+@pytest.mark.parametrize("block_m", [256, 128])
+def test_transposed(block_m, tma, tokens_per_image, dtype):
+    config = replace(TRANSPOSED, block_m=block_m, tma=tma)
+    check_case(make_case(2, tokens_per_image, dtype, config=config), dtype)
+
+
+def test_transposed_in_slices():
+    check_case(make_case(2, 70, torch.float32, config=replace(TRANSPOSED, block_k=32, split_k=3)), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("tokens_per_image", "block_m", "transposed"),
+    [(256, 256, True), (1024, 256, True), (16384, 256, True), (196, 128, True), (384, 128, True), (64, 64, False)],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sm_90_multiplies_transposed_where_tiles_are_large(tokens_per_image, block_m, transposed, dtype):
+    shape = {"tokens_per_image": tokens_per_image, "dim": 896, "hidden": 3584}
+    config = lookup("project", 90, shape, dtype)
+    assert (config.block_m, config.transposed, config.tma) == (block_m, transposed, transposed)
+    # rows that are no multiples of 16 bytes have no descriptors
+    assert not lookup("project", 90, shape | {"dim": 900, "hidden": 3600}, dtype).tma
+    for other in (80, 89, 100, 120):
+        assert not lookup("project", other, shape, dtype).transposed
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("split_k", [2, 3, 8])
 def test_split_k(split_k, dtype):
     check_case(make_case(2, 35, dtype, config=replace(SPLIT, split_k=split_k)), dtype)
@@ -112,7 +141,7 @@ def test_heavy_tails(dtype):
     check_case(make_case(2, 70, dtype, heavy=True, seed=7), dtype)
 
 
-@pytest.mark.parametrize("config", [CONFIG, SPLIT], ids=["whole", "split"])
+@pytest.mark.parametrize("config", [CONFIG, SPLIT, TRANSPOSED], ids=["whole", "split", "transposed"])
 def test_in_place_residual(config):
     apart = make_case(2, 70, torch.float32, config=config)
     within = make_case(2, 70, torch.float32, config=config)
@@ -156,7 +185,7 @@ def test_any_shape(batch, tokens, dim, hidden, block_m, split_k):
     check_case(case, torch.float32)
 
 
-@pytest.mark.parametrize("config", [CONFIG, SPLIT], ids=["whole", "split"])
+@pytest.mark.parametrize("config", [CONFIG, SPLIT, TRANSPOSED], ids=["whole", "split", "transposed"])
 @pytest.mark.parametrize("tokens_per_image", [128, 35])
 def test_an_image_does_not_see_its_batch(tokens_per_image, config):
     whole = make_case(3, tokens_per_image, torch.float32, config=config)
@@ -172,7 +201,7 @@ def test_an_image_does_not_see_its_batch(tokens_per_image, config):
         assert_same_bits(f"image {image}", out[rows], alone.run())
 
 
-@pytest.mark.parametrize("config", [CONFIG, SPLIT], ids=["whole", "split"])
+@pytest.mark.parametrize("config", [CONFIG, SPLIT, TRANSPOSED], ids=["whole", "split", "transposed"])
 def test_runs_repeat_bit_for_bit(config):
     case = make_case(2, 70, torch.float16, config=config)
     first = case.run().clone()

@@ -45,7 +45,10 @@ def broken_cases(cc: int) -> dict[str, Callable[[], Case]]:
     """One case per op whose tiles are cut in every direction, and one through tensor descriptors."""
     form, grid = Form(cc), (7, 5)
     through = Form(cc, config=GemmConfig(64, 64, 64, 8, 4, 3, tma=True))
+    turned = Form(cc, config=GemmConfig(128, 128, 64, 8, 8, 3, tma=True, transposed=True))
     by_descriptors = {"expand by descriptors": lambda: cases.expand(through, 1, 35, 200, 264)} if cc >= 90 else {}
+    if cc == 90:
+        by_descriptors |= {"project transposed": lambda: cases.project(turned, 1, 35, 264, 200)}
     return by_descriptors | {
         "expand": lambda: cases.expand(form, 1, 35, 200, 264),
         "project": lambda: cases.project(form, 1, 35, 264, 200),

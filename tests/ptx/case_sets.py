@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -29,6 +30,13 @@ def tma_config(block_m: int = 64) -> GemmConfig:
     return GemmConfig(block_m, 64, 64, group_m=8, num_warps=4, num_stages=3, tma=True)
 
 
+def transposed(block_m: int = 128, split_k: int = 1) -> GemmConfig:
+    """The form of project for sm_90 whose weights go through registers."""
+    return GemmConfig(
+        block_m, 128, 64, group_m=8, num_warps=8, num_stages=3, tma=True, split_k=split_k, transposed=True
+    )
+
+
 def quick(cc: int) -> Iterator[Make]:
     """Every op on sm_90, the products elsewhere: small shapes, whole and cut tiles, pointers and descriptors."""
     form = Form(cc)
@@ -47,6 +55,11 @@ def quick(cc: int) -> Iterator[Make]:
         yield partial(cases.expand, through, 2, 70, 136, 200)
         yield partial(cases.project, through, 1, 70, 200, 136)
     if cc == 90:
+        turned = partial(Form, cc, label="transposed")
+        yield partial(cases.project, turned(config=transposed(256)), 1, 256, 264, 136)
+        yield partial(cases.project, turned(config=transposed()), 2, 70, 200, 136, in_place=True)
+        yield partial(cases.project, turned(config=transposed(split_k=2)), 1, 130, 520, 136)
+        yield partial(cases.project, turned(torch.float16, transposed()), 2, 35, 200, 136)
         yield partial(cases.grn, form, 2, 3, 200)
         yield partial(cases.dwconv, form, 2, *_GRID, 104)
         yield partial(cases.dwconv, form, 1, 16, 16, 128)
@@ -98,6 +111,10 @@ def odd(cc: int, dtype: torch.dtype) -> Iterator[Make]:
     if cc >= 90 and dtype != torch.float32:
         yield partial(cases.expand, Form(cc, dtype, tma_config(128), "descriptors"), 2, 250, _DIM, 1024)
         yield partial(cases.project, Form(cc, dtype, tma_config(128), "descriptors"), 2, 250, 1024, _DIM)
+    if cc == 90 and dtype != torch.float32:
+        by_pointers = replace(transposed(256), tma=False)
+        yield partial(cases.project, Form(cc, dtype, transposed(256), "transposed"), 2, 250, 1024, _DIM)
+        yield partial(cases.project, Form(cc, dtype, by_pointers, "transposed by pointers"), 2, 250, 1024, _DIM)
 
 
 def rows(cc: int, dtype: torch.dtype) -> Iterator[Make]:
