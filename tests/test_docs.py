@@ -171,7 +171,7 @@ def cache(tmp_path_factory):
     (photos / "cut.png").write_bytes((photos / "0.png").read_bytes()[:-200])
     (photos / "text.jpg").write_text("no image")
     request = CacheRequest(64, area=True, posterior=True, flip=True)
-    cache_images(photos, folder / "latents", "sample", request, workers=1, progress=False)
+    cache_images(photos, folder / "latents", "sample", request, workers=0, progress=False)
     return folder
 
 

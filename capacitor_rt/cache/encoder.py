@@ -44,6 +44,8 @@ class BatchEncoder:
 
     Attributes:
         busy: seconds that the device has computed.
+        waited: seconds that `fetch` has waited for it.
+        seconds: spent in `submit` and `fetch`.
 
     Args:
         tensors: names of the plan's tensors.
@@ -55,7 +57,7 @@ class BatchEncoder:
         self.names = tensors
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.on_gpu = model.device.type == "cuda"
-        self.busy = 0.0
+        self.busy = self.waited = self.seconds = 0.0
 
     def buffer(self, rows: int, height: int, width: int) -> Tensor:
         """uint8 `[rows,height,width,3]` to be filled with pixels, page-locked for a GPU."""
@@ -76,19 +78,26 @@ class BatchEncoder:
             start = time.perf_counter()
             encoded = self._compute(pixels)
             self.busy += time.perf_counter() - start
+            self.seconds += time.perf_counter() - start
             return encoded
+        start = time.perf_counter()
         with torch.cuda.device(self.model.device):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             pixels = pixels.to(self.model.device, non_blocking=True)
             begin.record()
             encoded = self._compute(pixels)
             end.record()
-            return self._to_host(encoded, begin, end)
+            encoded = self._to_host(encoded, begin, end)
+        self.seconds += time.perf_counter() - start
+        return encoded
 
     def fetch(self, encoded: Encoded) -> Encoded:
         """Wait until a submitted batch is on the host."""
         if encoded.marks:
+            start = time.perf_counter()
             encoded.marks.copied.synchronize()
+            self.waited += time.perf_counter() - start
+            self.seconds += time.perf_counter() - start
             self.busy += encoded.marks.begin.elapsed_time(encoded.marks.end) / 1e3
         return encoded
 

@@ -1,31 +1,140 @@
-"""What the stages of a run did."""
+"""What the stages of a run did, what they waited for, and what would make it faster."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+import os
+import uuid
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+
+STAGES = ("read", "decode", "fill", "encode", "write")
+BUSY = 0.95
+"""Share of the time from which on a stage counts as busy."""
 
 
 @dataclass
 class Meters:
-    """Seconds of work per stage. Read and decode add up over their workers; the others have one worker each."""
+    """Seconds of a run.
 
-    threads: int
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("read", "decode", "encode", "write"), 0.0))
+    Attributes:
+        workers: processes that decode; 0 if the coordinator did.
+        cores: that the run may use.
+        device: "gpu" or "cpu", where it encodes.
+        seconds: of work, by stage: "read" (reading threads, added up, on the clock), "decode" (CPU time of all
+            workers), "fill" (pixels copied into batches), "encode" (the device), "write" (hashing, writing, fsync).
+        waits: of the coordinator for "decode", "encode" and "write"; of the workers, added up, for bytes ("starved"),
+            for their turn at the pixel budget ("queued") and for work ("idle").
+        ahead: decoded chunks that were ready when one was wanted, on average.
+        images: that were read.
+        wall: of all.
+    """
+
+    workers: int
+    cores: int = 1
+    device: str = "cpu"
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    waits: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("decode", "encode", "write", "starved", "queued", "idle"), 0.0)
+    )
+    ahead: float = 0.0
+    images: int = 0
     wall: float = 0.0
 
     def occupancy(self) -> dict[str, float]:
-        """Share of its workers' time that each stage has worked, 0 to 1."""
+        """Share of the time that each stage has worked, 0 to 1; of decoding, that of its workers."""
         wall = max(self.wall, 1e-9)
-        return {k: s / wall / (self.threads if k in ("read", "decode") else 1) for k, s in self.seconds.items()}
+        shares = {stage: seconds / wall for stage, seconds in self.seconds.items() if stage != "read"}
+        shares["decode"] /= max(self.workers, 1)
+        return {stage: min(share, 1.0) for stage, share in shares.items()}
+
+    def device_waiting(self) -> float:
+        """Share of the time that the device did nothing."""
+        return 1.0 - self.occupancy()["encode"]
 
     def limit(self) -> str:
-        """The stage that is busiest; of read and decode, which share their workers, the larger part of the two."""
-        busy = self.occupancy()
-        pool = max(("read", "decode"), key=busy.__getitem__)
-        shares = {pool: busy["read"] + busy["decode"], "encode": busy["encode"], "write": busy["write"]}
-        return max(shares, key=shares.__getitem__)
+        """What the others wait for: "encode", or what the coordinator waited for longest, "fill" if for nothing."""
+        if self.device_waiting() <= 1 - BUSY:
+            return "encode"
+        waited = {stage: self.waits[stage] for stage in ("decode", "write")}
+        # without workers decoding is the coordinator's own work
+        waited["decode"] += 0.0 if self.workers else self.seconds["decode"]
+        waited["fill"] = self.seconds["fill"]
+        return max(waited, key=waited.__getitem__)
+
+    def advice(self) -> str:
+        """One line: how long the device waits and for what, and what to do about it."""
+        name = "GPU" if self.device == "gpu" else "encoder"
+        waiting = self.device_waiting()
+        limit = self.limit()
+        if limit == "encode":
+            return f"{name} works {1 - waiting:.0%} of the time: nothing else holds it up"
+        why, remedy = {"decode": self._decoding, "write": self._writing, "fill": self._filling}[limit]()
+        return f"{name} waits {waiting:.0%} for {why}: {remedy}"
+
+    def _decoding(self) -> tuple[str, str]:
+        if not self.workers:
+            return "decode", "give --workers N"
+        if self.waits["starved"] > self.seconds["decode"]:
+            return "reading", "the storage is slow; more --workers read further ahead"
+        if self.waits["queued"] > self.seconds["decode"]:
+            return "memory for large images", "use a larger pixel budget"
+        if self.workers < self.cores:
+            return "decode", "add --workers, or --decode fast"
+        return "decode", f"use --decode fast, smaller images, or more than {self.cores} cores"
+
+    def _writing(self) -> tuple[str, str]:
+        return "write", "the disk is slow: another OUT, or a smaller --dtype"
+
+    def _filling(self) -> tuple[str, str]:
+        return "pixels copied into batches", "one more process per GPU (RANK and WORLD_SIZE) shares the work"
 
     def __str__(self) -> str:
-        share = {k: f"{k} {v:.0%}" for k, v in self.occupancy().items()}
-        share["decode"] += f" of {self.threads} threads"
-        return f"{', '.join(share.values())}; limited by {self.limit()}"
+        share = {stage: f"{stage} {value:.0%}" for stage, value in self.occupancy().items()}
+        share["decode"] += f" of {self.workers} workers" if self.workers else " in this process"
+        return f"{', '.join(share.values())}; {self.advice()}"
+
+    def report(self) -> dict[str, Any]:
+        """Everything, as JSON has it."""
+        rate = self.images / self.wall if self.wall else 0.0
+        derived = {"images_per_second": rate, "device_waiting": self.device_waiting(), "limit": self.limit()}
+        return asdict(self) | derived | {"advice": self.advice()}
+
+
+def write_metrics(path: str | os.PathLike[str], report: Mapping[str, Any]) -> None:
+    """Put a report in the place of `path`, whole or not at all: JSON, or Prometheus text if the name ends in `.prom`.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    path = Path(path)
+    text = prometheus(report) if path.suffix == ".prom" else json.dumps(report, indent=1) + "\n"
+    temporary = path.with_name(f"{path.name[:200]}.tmp-{uuid.uuid4().hex}")
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    except OSError as e:
+        with suppress(OSError):
+            temporary.unlink()
+        raise InputError(f"cannot write metrics to {path}: {e.strerror}: give a file that you may write") from e
+
+
+def prometheus(report: Mapping[str, Any]) -> str:
+    """A report in Prometheus's text format: numbers as gauges, those of stages with a label."""
+    lines = []
+    for name, value in report.items():
+        metric = f"capacitor_cache_{name}"
+        if isinstance(value, Mapping):
+            samples = [(f'{{stage="{key}"}}', number) for key, number in value.items()]
+        elif isinstance(value, (int, float)):
+            samples = [("", value)]
+        else:
+            continue
+        lines.append(f"# TYPE {metric} gauge")
+        lines += [f"{metric}{label} {float(number)!r}" for label, number in samples]
+    return "\n".join(lines) + "\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 
-from .decode_threads import BACKOFF_SECONDS
+from .decoding import BACKOFF_SECONDS
 from .leases import HEARTBEAT_SECONDS, STALE_SECONDS
 from .sources import ColumnsRequest
 
@@ -15,7 +15,11 @@ class RunOptions:
     """How a run works, and where the inputs are and what is kept beside them.
 
     Attributes:
-        workers: threads for reading and decoding; None: every core.
+        workers: processes for reading and decoding; None: one per core, less one that drives a GPU. Where there is
+            little to do fewer are started, one at least; 0: the run decodes itself, at the mercy of its decoders.
+        image_timeout: seconds that reading and decoding one image may take, where there are workers.
+        pixel_budget: bytes that all workers together may take to decode images.
+        metrics: a file for `Meters.report`, kept up to date: JSON, or Prometheus text if its name ends in `.prom`.
         progress: show a bar on stderr.
         give_up: finish tasks in spite of inputs that failed for now (I/O errors and the like): they are quarantined.
         rank, world_size: of several processes that write one cache; they only choose where each one begins. None: the
@@ -27,6 +31,9 @@ class RunOptions:
     """
 
     workers: int | None = None
+    image_timeout: float = 60.0
+    pixel_budget: int = 2 << 30
+    metrics: str | os.PathLike[str] | None = None
     progress: bool = True
     give_up: bool = False
     rank: int | None = None

@@ -22,17 +22,19 @@ from torch import Tensor
 from ..errors import CacheError
 from ..extras import require_extra
 from ..images.geometry import Size
-from .decode_threads import NAMES, DecodedChunk, ThreadDecoder
+from .decoding import DecodedChunk, DecodePool, usable_cores
 from .encoder import BatchEncoder, Encoded
 from .failures import NAN_LATENT, is_retryable
-from .index import OK, QUARANTINED
+from .index import DECODED, OK, QUARANTINED
 from .meters import Meters
 from .plan import CachePlan, Task
 from .sources import Source
 from .store import TaskData, TaskStore
 
-CHUNK = 32
 IN_FLIGHT = 2
+AHEAD = 8192
+"""Inputs that are decoded ahead, if the ring has room: half a second of them, and seldom of more than two tasks."""
+NAMES = ("input", "status", "reason", "message", *DECODED)
 STATISTICS = ("min", "max", "mean", "std")
 NOT_FINITE = "a latent is not finite in the stored dtype: try another compute or storage dtype"
 
@@ -110,7 +112,7 @@ class Pipeline:
         self,
         store: TaskStore,
         source: Source,
-        decoder: ThreadDecoder,
+        decoder: DecodePool,
         encoder: BatchEncoder,
         *,
         give_up: bool = False,
@@ -122,30 +124,28 @@ class Pipeline:
         self.encoder = encoder
         self.give_up = give_up
         self.advance = advance
-        self.meters = Meters(decoder.workers)
+        self.meters = Meters(decoder.workers, usable_cores(), "gpu" if encoder.on_gpu else "cpu")
         self.read = 0
         self.unfinished: list[dict[str, Any]] = []
         self.sizes: Counter[Size] = Counter()
         self._under_way: deque[tuple[OpenTask, int, list[int], Encoded]] = deque()
         self.abandoned: set[int] = set()
         self._writing: Future[float] | None = None
+        self._begin: float | None = None
+        self._before = 0.0
 
     def run(self, tasks: Iterable[Task]) -> None:
         """Write all of `tasks`.
 
         On an exception, KeyboardInterrupt included, the task being written is finished and the open one is dropped.
         """
-        begin = time.perf_counter()
+        self._begin = begin = time.perf_counter()
         writer = ThreadPoolExecutor(1, thread_name_prefix="write")
         order: deque[tuple[Task, range]] = deque()
-        # enough for the batches that are being filled to go on while one is encoded
-        ahead = 2 * self.store.plan.batch + 2 * self.decoder.workers
         open_task: OpenTask | None = None
         try:
-            for chunk in self.decoder.decode(self._ranges(tasks, order), ahead):
+            for chunk in self.decoder.decode(self._ranges(tasks, order), AHEAD):
                 task, chosen = order.popleft()
-                self.meters.seconds["read"] += chunk.read_seconds
-                self.meters.seconds["decode"] += chunk.decode_seconds
                 if open_task is None or open_task.task != task:
                     open_task = OpenTask(task, self.store.plan)
                 if task.number not in self.abandoned:
@@ -157,14 +157,25 @@ class Pipeline:
             self._wait_for_writer()
         finally:
             writer.shutdown(wait=True)
-            self.meters.seconds["encode"] = self.encoder.busy
-            self.meters.wall += time.perf_counter() - begin
+            self._before += time.perf_counter() - begin
+            self._begin = None
+
+    def measure(self) -> Meters:
+        """The meters as of now."""
+        meters, pool = self.meters, self.decoder
+        running = 0.0 if self._begin is None else time.perf_counter() - self._begin
+        meters.wall, meters.images = self._before + running, self.read
+        meters.seconds |= {"read": pool.meter.read, "decode": pool.meter.decode, "encode": self.encoder.busy}
+        meters.waits |= {name: getattr(pool.meter, name) for name in ("starved", "queued", "idle")}
+        meters.waits |= {"decode": pool.waited, "encode": self.encoder.waited}
+        meters.ahead = pool.ready_count / max(pool.chunks, 1)
+        return meters
 
     def _ranges(self, tasks: Iterable[Task], order: deque[tuple[Task, range]]) -> Iterator[range]:
         for task in tasks:
-            for start in range(task.first, task.stop, CHUNK):
+            for start in range(task.first, task.stop, self.decoder.chunk):
                 # an abandoned task is taken to its end, but its inputs are not decoded
-                stop = task.stop if task.number in self.abandoned else min(start + CHUNK, task.stop)
+                stop = task.stop if task.number in self.abandoned else min(start + self.decoder.chunk, task.stop)
                 chosen = range(start, stop)
                 order.append((task, chosen))
                 yield chosen if task.number not in self.abandoned else range(start, start)
@@ -182,9 +193,11 @@ class Pipeline:
                 return
         open_task.chunks.append(columns)
         first = chosen.start - open_task.task.first
+        begin, encoding = time.perf_counter(), self.encoder.seconds
         for row, (status, bucket) in enumerate(zip(statuses, buckets, strict=True)):
             if status == OK:
                 self._put(open_task, bucket, first + row, chunk.pixels(row))
+        self.meters.seconds["fill"] += time.perf_counter() - begin - (self.encoder.seconds - encoding)
         self.read += len(chosen)
         self.advance(len(chosen), failed)
         if self._writing and self._writing.done():
@@ -253,6 +266,8 @@ class Pipeline:
 
     def _wait_for_writer(self) -> None:
         if self._writing:
+            begin = time.perf_counter()
             # raises what the writer raised
             self.meters.seconds["write"] += self._writing.result()
+            self.meters.waits["write"] += time.perf_counter() - begin
             self._writing = None

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -18,10 +19,11 @@ from ..errors import CacheError
 from ..model import FullCapacitor
 from ..reference import Autoencoder
 from .commits import read_log, rewrite_log
-from .decode_threads import ThreadDecoder
+from .decoding import DecodePool, usable_cores
 from .encoder import BatchEncoder
 from .folder import CacheFolder, make_dir
 from .leases import Leases
+from .meters import write_metrics
 from .model_source import ModelSource
 from .mutex import Mutex
 from .options import RunOptions
@@ -35,6 +37,11 @@ from .task_queue import TaskQueue, remove_stale
 
 _log = logging.getLogger("capacitor_rt")
 POLL_SECONDS = 0.5
+METRICS_SECONDS = 10.0
+BYTES_PER_WORKER = 16 << 20
+"""Of inputs: with less than this for each, more workers take longer to start than they save."""
+UNKNOWN_BYTES = 100_000
+"""What an input is taken for whose size is not known beforehand."""
 
 
 def cache_images(
@@ -67,7 +74,7 @@ def cache_images(
     """
     begin = time.perf_counter()
     chosen = options or RunOptions(progress=progress)
-    threads = workers or chosen.workers
+    threads = chosen.workers if workers is None else workers
     source, out = as_source(model), Path(out)
     check_folder(out)
     with _opened(out) as folder:
@@ -147,7 +154,7 @@ def _run(
             raise
         report = _account(store, len(tasks))
     if pipeline is not None:
-        report.new_images, report.meters = pipeline.read, pipeline.meters if pipeline.read else None
+        report.new_images, report.meters = pipeline.read, pipeline.measure() if pipeline.read else None
         report.failed = Counter(row["reason"] for row in pipeline.unfinished)
         listing = prepared.source.listing
         report.examples = [f"{listing.id(row['input'])}: {row['message']}" for row in pipeline.unfinished[:3]]
@@ -197,26 +204,56 @@ def _write_tasks(
     first = next(iter(queue), None)
     if first is None and not queue.left():
         return None
-    encoder = _encoder(prepared, source, note)
-    threads = workers or device_threads(str(encoder.model.device))
     left = sum(len(task) for task in todo)
-    quarantined = 0
+    quarantined, told = 0, time.monotonic()
     # a bar for a person, a line now and then for a log
     interval = 0.2 if os.isatty(2) else 30
     show = {"desc": "cache", "unit": "img", "disable": not options.progress, "mininterval": interval}
     with tqdm(total=plan.count, initial=plan.count - left, **show) as bar:
 
         def advance(count: int, failed: int) -> None:
-            nonlocal quarantined
+            nonlocal quarantined, told
             quarantined += failed
             if quarantined:
                 bar.set_postfix(quarantined=quarantined, refresh=False)
             bar.update(count)
+            if options.metrics is not None and time.monotonic() - told > METRICS_SECONDS:
+                told = time.monotonic()
+                write_metrics(options.metrics, pipeline.measure().report())
 
-        with ThreadDecoder(prepared.source, plan.buckets, plan.policy, threads, options.backoff) as decoder:
+        decoder = DecodePool(
+            prepared.source,
+            plan.policy,
+            plan.buckets,
+            workers=_workers(workers, prepared, todo),
+            image_timeout=options.image_timeout,
+            pixel_budget=options.pixel_budget,
+            backoff=options.backoff,
+        )
+        # the workers get ready while the model does
+        with decoder:
+            encoder = _encoder(prepared, source, note)
+            if encoder.on_gpu:
+                decoder.pin()
             pipeline = Pipeline(store, prepared.source, decoder, encoder, give_up=options.give_up, advance=advance)
             _until_done(pipeline, queue, first)
+            meters = pipeline.measure()
+    if options.metrics is not None:
+        write_metrics(options.metrics, meters.report())
     return pipeline
+
+
+def _workers(wanted: int | None, prepared: PreparedRun, todo: list[Task]) -> int:
+    """Processes that decode: as many as are wanted, or one per core less one that drives a GPU, if there is enough."""
+    if wanted == 0:
+        return 0
+    if wanted is None:
+        wanted = usable_cores() - torch.cuda.is_available()
+    sizes = prepared.source.listing.sizes
+    nbytes = sum(
+        int(np.where(part < 0, UNKNOWN_BYTES, part).sum()) for t in todo if (part := sizes[t.first : t.stop]).size
+    )
+    return max(1, min(wanted, nbytes // BYTES_PER_WORKER))
 
 
 def _until_done(pipeline: Pipeline, queue: TaskQueue, first: Task | None) -> None:
@@ -278,9 +315,3 @@ def _clear(folder: CacheFolder, mutex: Mutex) -> None:
     with suppress(CacheError, OSError), mutex:
         if not folder.names("leases"):
             mutex.remove()
-
-
-def device_threads(device: str) -> int:
-    """Threads for reading and decoding unless the caller says otherwise: every core, less one that drives a GPU."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores - (torch.device(device).type == "cuda"))

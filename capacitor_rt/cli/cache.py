@@ -59,7 +59,17 @@ def cache(
         ),
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Threads that read and decode (default: every core).")
+        int | None,
+        typer.Option(
+            min=0, help="Processes that read and decode (default: one per core, fewer for few images; 0: none)."
+        ),
+    ] = None,
+    image_timeout: Annotated[
+        float, typer.Option(min=0.1, help="Seconds that reading and decoding one image may take.")
+    ] = 60.0,
+    metrics: Annotated[
+        Path | None,
+        typer.Option(help="Keep what the stages do in this file: JSON, or Prometheus text if it ends in .prom."),
     ] = None,
     device: Device = "auto",
     compute_dtype: ComputeDtype = None,
@@ -107,7 +117,9 @@ def cache(
             batch=batch,
             task_inputs=task_inputs,
         )
-        options = RunOptions(workers=workers, progress=not quiet, give_up=give_up)
+        options = RunOptions(
+            workers=workers, progress=not quiet, give_up=give_up, image_timeout=image_timeout, metrics=metrics
+        )
         if dry_run:
             _print_dry_run(describe_run(src, out, source, request, options=options))
             return

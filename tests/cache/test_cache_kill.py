@@ -19,9 +19,10 @@ from cache_cases import commits_of, snapshot, task_files, write_images
 from kill_driver import REQUEST
 from models import random_model
 
-from capacitor_rt.cache import CacheRequest, cache_images, decode_threads
+from capacitor_rt.cache import CacheRequest, cache_images
 from capacitor_rt.cache import folder as folder_module
-from capacitor_rt.cache.decode_threads import ThreadDecoder
+from capacitor_rt.cache.decoding import work
+from capacitor_rt.cache.decoding.work import Worker
 from capacitor_rt.cache.folder import CacheFolder, DiskFull
 from capacitor_rt.cache.mutex import Mutex, me, owner_bytes
 from capacitor_rt.cache.verify import verify
@@ -32,7 +33,7 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
 
 
 def run(src, out, model, request=REQUEST):
-    return cache_images(src, out, model, request, workers=2, progress=False)
+    return cache_images(src, out, model, request, workers=0, progress=False)
 
 
 def mixed_folder(src: Path, count: int) -> None:
@@ -94,8 +95,8 @@ def test_what_is_done_is_not_decoded_again(src, out, whole, monkeypatch):
         for path in task_files(out, commit.task):
             path.unlink()
     decoded = []
-    original = ThreadDecoder._one
-    monkeypatch.setattr(ThreadDecoder, "_one", lambda self, i: decoded.append(i) or original(self, i))
+    original = Worker._attempt
+    monkeypatch.setattr(Worker, "_attempt", lambda self, i: decoded.append(i) or original(self, i))
     run(src, out, random_model())
     assert len(decoded) == sum(commit.inputs for commit in lost)
     assert snapshot(out) == snapshot(whole)
@@ -103,7 +104,7 @@ def test_what_is_done_is_not_decoded_again(src, out, whole, monkeypatch):
 
 def test_a_lost_commit_log_is_written_anew_from_the_tasks(src, out, whole, monkeypatch):
     (out / "commits.jsonl").unlink()
-    monkeypatch.delattr(decode_threads, "load_image")
+    monkeypatch.delattr(work, "load_image")
     run(src, out, random_model())
     assert snapshot(out) == snapshot(whole)
 

@@ -22,9 +22,8 @@ from PIL import Image
 import capacitor_rt.cache
 from capacitor_rt import FullCapacitor
 from capacitor_rt.cache import CacheRequest, LatentDataset, cache_images, dry_run
-from capacitor_rt.cache.decode_threads import ThreadDecoder
+from capacitor_rt.cache.decoding.work import Worker
 from capacitor_rt.cache.hashing import canonical_json
-from capacitor_rt.cache.meters import Meters
 from capacitor_rt.cache.model_source import Loaded
 from capacitor_rt.cache.sources import Listing
 from capacitor_rt.cache.verify import verify
@@ -34,7 +33,7 @@ REQUEST = CacheRequest(64, area=True, task_inputs=3, batch=2)
 
 
 def run(src, out, model, request=REQUEST, **options):
-    return cache_images(src, out, model, request, workers=2, progress=False, **options)
+    return cache_images(src, out, model, request, workers=0, progress=False, **options)
 
 
 @pytest.fixture
@@ -84,18 +83,10 @@ def test_files_of_their_own_are_cut_by_number_alone():
     assert listing_of([-1] * 7).tasks(3) == [(0, 3), (3, 6), (6, 7)]
 
 
-def test_the_busiest_stage_limits():
-    meters = Meters(4, {"read": 2.0, "decode": 30.0, "encode": 7.0, "write": 1.0}, wall=10.0)
-    assert meters.occupancy() == pytest.approx({"read": 0.05, "decode": 0.75, "encode": 0.7, "write": 0.1})
-    # read and decode share their threads
-    assert meters.limit() == "decode"
-    assert Meters(8, meters.seconds, 10.0).limit() == "encode"
-
-
 def test_a_second_run_writes_nothing_and_does_not_load_the_model(cached, monkeypatch):
     src, out, model = cached
     before = stamps(out)
-    monkeypatch.delattr(ThreadDecoder, "_one")
+    monkeypatch.delattr(Worker, "_attempt")
     report = run(src, out, Forbidden(model))
     assert (report.inputs, report.cached, report.new_images, report.exit_code) == (8, 8, 0, 0)
     assert stamps(out) == before

@@ -28,7 +28,7 @@ from capacitor_rt.images.geometry import Size, apply, place
 from capacitor_rt.images.scan import path_to_id
 
 
-def run(src, out, model, request, workers=2, **options):
+def run(src, out, model, request, workers=0, **options):
     chosen = RunOptions(workers=workers, progress=False, backoff=(0.0,), **options)
     return cache_images(src, out, model, request, options=chosen)
 
@@ -345,7 +345,7 @@ def test_an_io_error_that_passes_leaves_no_trace(tmp_path, monkeypatch):
     run(src, tmp_path / "undisturbed", model, CacheRequest(32))
     with monkeypatch.context() as patch:
         read = fail_reading(patch, {b"002.png": [OSError(errno.EIO, "I/O error")]})
-        report = run(src, tmp_path / "out", model, CacheRequest(32), workers=1)
+        report = run(src, tmp_path / "out", model, CacheRequest(32), workers=0)
     assert (report.cached, report.exit_code) == (4, 0) and read.count(b"002.png") == 2
     assert snapshot(tmp_path / "out") == snapshot(tmp_path / "undisturbed")
 
@@ -355,7 +355,7 @@ def test_an_io_error_that_stays_is_tried_again_by_the_next_run(tmp_path, monkeyp
     write_images(src, 6)
     with monkeypatch.context() as patch:
         fail_reading(patch, {b"002.png": [OSError(errno.EIO, "I/O error")] * 9})
-        report = run(src, out, model, request, workers=1)
+        report = run(src, out, model, request, workers=0)
     assert (report.cached, report.unfinished, report.failed, report.exit_code) == (4, 1, {"io_error": 1}, 1)
     assert report.examples == ["002.png: Input/output error"]
     found = verify(out)
@@ -370,7 +370,7 @@ def test_giving_up_quarantines_what_keeps_failing(tmp_path, monkeypatch):
     src, out, model, request = tmp_path / "src", tmp_path / "out", random_model(), CacheRequest(32, task_inputs=2)
     write_images(src, 4)
     fail_reading(monkeypatch, {b"002.png": [OSError(errno.EIO, "I/O error")] * 9})
-    report = run(src, out, model, request, workers=1, give_up=True)
+    report = run(src, out, model, request, workers=0, give_up=True)
     assert (report.cached, report.quarantined, report.exit_code) == (3, {"io_error": 1}, 3)
     assert quarantine(out) == {"002.png": "io_error"}
 

@@ -30,7 +30,7 @@ def cache(tmp_path_factory):
     write_images(folder / "src", 23, sizes=sizes)
     (folder / "src" / "005b.png").write_text("no image")
     request = CacheRequest(64, area=True, task_inputs=4, posterior=True)
-    cache_images(folder / "src", folder / "out", random_model(), request, workers=2, progress=False)
+    cache_images(folder / "src", folder / "out", random_model(), request, workers=0, progress=False)
     return folder / "out"
 
 

@@ -11,7 +11,7 @@ from cache_cases import commits_of, flip_byte, snapshot, task_files, write_image
 from models import random_model
 
 from capacitor_rt.cache import CacheRequest, LatentDataset, cache_images
-from capacitor_rt.cache.decode_threads import ThreadDecoder
+from capacitor_rt.cache.decoding.work import Worker
 from capacitor_rt.cache.folder import CacheFolder
 from capacitor_rt.cache.leases import Leases
 from capacitor_rt.cache.mutex import Mutex
@@ -27,7 +27,7 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("repair")
     write_images(folder / "src", 10)
     (folder / "src" / "bad.png").write_text("no image")
-    cache_images(folder / "src", folder / "out", random_model(), REQUEST, workers=1, progress=False)
+    cache_images(folder / "src", folder / "out", random_model(), REQUEST, workers=0, progress=False)
     return folder
 
 
@@ -103,9 +103,9 @@ def test_what_is_damaged_is_made_anew_and_nothing_else(made, cache, monkeypatch,
     left = verify(cache)
     assert left.problems == []
     decoded = []
-    original = ThreadDecoder._one
-    monkeypatch.setattr(ThreadDecoder, "_one", lambda self, i: decoded.append(i) or original(self, i))
-    cache_images(made / "src", cache, random_model(), REQUEST, workers=1, progress=False)
+    original = Worker._attempt
+    monkeypatch.setattr(Worker, "_attempt", lambda self, i: decoded.append(i) or original(self, i))
+    cache_images(made / "src", cache, random_model(), REQUEST, workers=0, progress=False)
     assert len(decoded) == again
     files = {name: data for name, data in snapshot(cache).items() if not name.startswith("damaged/")}
     assert files == snapshot(made / "out")

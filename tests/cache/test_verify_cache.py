@@ -21,7 +21,7 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("verify")
     write_images(folder / "src", 10)
     (folder / "src" / "bad.png").write_text("no image")
-    cache_images(folder / "src", folder / "out", random_model(), REQUEST, workers=1, progress=False)
+    cache_images(folder / "src", folder / "out", random_model(), REQUEST, workers=0, progress=False)
     return folder
 
 

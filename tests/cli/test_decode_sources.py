@@ -26,7 +26,7 @@ def made(tmp_path_factory):
     write_images(folder / "src" / "bee", 2, sizes=((40, 40),), suffix=".webp")
     request = CacheRequest(64, area=True, shard_rows=2)
     source = Checkpoint(str(folder / "model"), device="cpu")
-    cache_images(folder / "src", folder / "cache", source, request, workers=1, progress=False)
+    cache_images(folder / "src", folder / "cache", source, request, workers=0, progress=False)
     return folder
 
 

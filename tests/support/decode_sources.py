@@ -32,7 +32,14 @@ class Images:
             self.do(word.removeprefix("read:"), ordinal)
         return self.data[ordinal % len(self.data)]
 
-    def name(self, ordinal: int) -> str:
+    @property
+    def listing(self) -> Images:
+        return self
+
+    def why_gone(self) -> None:
+        return None
+
+    def id(self, ordinal: int) -> str:
         # asked for in the thread that decodes
         word = self.harm.get(ordinal, "")
         if word and not word.startswith("read:"):

@@ -28,7 +28,7 @@ def make_cache(folder: Path, *, each: int = 3, sizes=SIZES, distinct: bool = Fal
         for path in paths if distinct else ():
             path.rename(path.with_name(f"{name}_{path.name}"))
     options = {"side": 64, "shard_rows": 4, **request}
-    cache_images(folder / "src", folder / "cache", random_model(), CacheRequest(**options), workers=1, progress=False)
+    cache_images(folder / "src", folder / "cache", random_model(), CacheRequest(**options), workers=0, progress=False)
     return folder / "cache"
 
 

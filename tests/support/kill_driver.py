@@ -55,7 +55,7 @@ def in_child(function) -> int:
 def cache_at_leisure(src: Path, out: Path, model: FullCapacitor) -> int:
     """Exit code of a run that leaves the processor to whoever is to strike it."""
     os.nice(10)
-    return cache_images(src, out, model, REQUEST, workers=2, progress=False).exit_code
+    return cache_images(src, out, model, REQUEST, workers=0, progress=False).exit_code
 
 
 def kill_until_done(src: Path, out: Path, kills: int, seed: int) -> list[int]:

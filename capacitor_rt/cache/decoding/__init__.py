@@ -11,9 +11,8 @@ from __future__ import annotations
 
 from .pool import DecodedChunk as DecodedChunk
 from .pool import DecodePool as DecodePool
-from .work import CRASHED as CRASHED
-from .work import TIMEOUT as TIMEOUT
+from .pool import usable_cores as usable_cores
+from .work import BACKOFF_SECONDS as BACKOFF_SECONDS
 from .work import Job as Job
-from .work import Reader as Reader
-from .work import Source as Source
+from .work import Meter as Meter
 from .work import chunk_schema as chunk_schema

@@ -21,9 +21,10 @@ import numpy as np
 
 from ...errors import CacheError, CapacitorError, InputError
 from ...extras import require_extra
+from ..failures import CRASHED, TIMEOUT
 from .ring import Allocator, SharedMemory, Span
 from .server import BROKEN, DIED, FORK, KILL, MESSAGE_BYTES, READY, Done, Failure, Setup, Task
-from .work import CRASHED, TIMEOUT, Job, Meter, chunk_schema, to_batch
+from .work import Job, Meter, chunk_schema, to_batch
 
 # chunks that a worker has at a time, so that it reads the next while it decodes one
 _DEPTH = 2
@@ -95,17 +96,17 @@ class Coordinator:
     """Starts helper and workers, and a thread that looks after them.
 
     Raises:
-        CacheError: no shared memory; it cannot be page-locked.
+        CacheError: no shared memory; the source cannot be sent to the workers.
     """
 
-    def __init__(self, job: Job, workers: int, ring_bytes: int, image_timeout: float, *, pin: bool):
+    def __init__(self, job: Job, workers: int, ring_bytes: int, image_timeout: float):
         require_extra("pyarrow")
         self._job, self._image_timeout = job, image_timeout
         self._schema = chunk_schema()
         self._memory = SharedMemory(workers, ring_bytes)
         self._allocator = Allocator(ring_bytes)
         self._setup = Setup(job, workers, ring_bytes, self._memory.fd)
-        self._pinned = _pin(self._memory.ring) if pin else False
+        self._pinned = False
         self._seats = [_Seat() for _ in range(workers)]
         self._queue: deque[Order] = deque()
         self._count = 0
@@ -174,6 +175,10 @@ class Coordinator:
                 # its worker still writes there
                 return
         self.release(order)
+
+    def pin(self) -> None:
+        """Page-lock the ring, so that a GPU reads it directly; nothing where there is no GPU."""
+        self._pinned = self._pinned or _pin(self._memory.ring)
 
     def close(self) -> None:
         """End helper and workers."""

@@ -14,8 +14,9 @@ import numpy as np
 from ...errors import CacheError, InputError
 from ...images.geometry import Size
 from ...images.load import PixelPolicy
+from ..sources import Source
 from .coordinator import Coordinator, Order
-from .work import Job, Meter, Source, Worker, to_batch
+from .work import BACKOFF_SECONDS, Job, Meter, Worker, to_batch
 
 CHUNK = 32
 """Inputs of a chunk, if they are small."""
@@ -65,6 +66,8 @@ class DecodePool:
     Attributes:
         chunk: how long ranges are best.
         meter: what all chunks took so far.
+        waited: seconds that `decode` waited for a chunk.
+        chunks, ready_count: chunks that were wanted, and those that were decoded then, summed up.
 
     Args:
         source: of the inputs.
@@ -75,7 +78,6 @@ class DecodePool:
         pixel_budget: bytes that all workers together may take to decode images: half of them shared out, half for one
             large image at a time, which may need more.
         ring_bytes: of shared memory for pixels; more where `workers` could not be kept busy otherwise.
-        pin: page-lock it for a GPU.
         readers: threads per worker that read ahead.
         backoff: seconds to wait before each further attempt to read an input that failed for now.
 
@@ -94,9 +96,8 @@ class DecodePool:
         image_timeout: float = 60.0,
         pixel_budget: int = 2 << 30,
         ring_bytes: int = 512 << 20,
-        pin: bool = False,
         readers: int = 4,
-        backoff: Sequence[float] = (0.2, 1.0, 3.0),
+        backoff: Sequence[float] = BACKOFF_SECONDS,
     ):
         checks: dict[str, bool] = {"workers": workers >= 0, "image_timeout": image_timeout > 0, "readers": readers >= 1}
         checks |= {"pixel_budget": pixel_budget > 0, "ring_bytes": ring_bytes > 0, "buckets": len(buckets) > 0}
@@ -108,11 +109,12 @@ class DecodePool:
         self.workers = workers
         self.meter = Meter()
         self.waited = 0.0
+        self.chunks = self.ready_count = 0
         self._job = Job(source, policy, tuple(buckets), readers, tuple(backoff), pixel_budget)
         # of a ring as asked for, everyone has two chunks at least
         self.chunk = max(1, min(CHUNK, ring_bytes // (self._job.slot * (2 * workers + 2))))
         self._ring_bytes = max(ring_bytes, self._job.slot * self.chunk * (2 * workers + 2))
-        self._image_timeout, self._pin = image_timeout, pin
+        self._image_timeout = image_timeout
         self._coordinator: Coordinator | None = None
         self._here: Worker | None = None
 
@@ -120,9 +122,7 @@ class DecodePool:
         if self.workers == 0:
             self._here = Worker(self._job)
         else:
-            self._coordinator = Coordinator(
-                self._job, self.workers, self._ring_bytes, self._image_timeout, pin=self._pin
-            )
+            self._coordinator = Coordinator(self._job, self.workers, self._ring_bytes, self._image_timeout)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
@@ -132,11 +132,20 @@ class DecodePool:
             self._coordinator.close()
         self._here = self._coordinator = None
 
-    def decode(self, ordinals: Iterable[range]) -> Iterator[DecodedChunk]:
+    def pin(self) -> None:
+        """Page-lock the ring, so that a GPU reads pixels from it directly.
+
+        Raises:
+            CacheError: the driver refuses.
+        """
+        if self._coordinator is not None:
+            self._coordinator.pin()
+
+    def decode(self, ordinals: Iterable[range], ahead: int | None = None) -> Iterator[DecodedChunk]:
         """A chunk for each range of inputs, in the order given, whichever worker is done first.
 
-        Ranges are taken, in the calling thread, as far ahead as the ring has room. Chunks are to be released, or the
-        ring fills up.
+        Ranges are taken, in the calling thread, as far ahead as the ring has room, or `ahead` inputs. Chunks are to be
+        released, or the ring fills up.
 
         Raises:
             InputError: a range longer than the ring.
@@ -153,7 +162,11 @@ class DecodePool:
         held: range | None = None
         try:
             while True:
-                while held is not None or (held := next(todo, None)) is not None:
+                under_way = sum(len(order.ordinals) for order in orders)
+                while (ahead is None or not orders or under_way < ahead) and (
+                    held is not None or (held := next(todo, None)) is not None
+                ):
+                    under_way += len(held)
                     order = coordinator.place(held)
                     if order is None:
                         break
@@ -167,6 +180,8 @@ class DecodePool:
                         "release chunks, or use a larger ring"
                     )
                 result, waited = coordinator.wait(orders[0])
+                self.ready_count += sum(order.result is not None for order in orders)
+                self.chunks += 1
                 order = orders.popleft()
                 self.waited += waited
                 self.meter = self.meter.plus(result.meter)
@@ -183,6 +198,7 @@ class DecodePool:
             worker.push(chosen)
             rows, meter = worker.chunk(len(chosen), pixels)
             self.meter = self.meter.plus(meter)
+            self.chunks += 1
             offsets = np.array([row.offset for row in rows], np.int64)
             yield DecodedChunk(to_batch(rows), meter, pixels, offsets, self._job.buckets)
 

@@ -8,47 +8,24 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ...errors import CapacitorError, ImageError
 from ...extras import require_extra
-from ...images.decode import OUT_OF_MEMORY
 from ...images.geometry import Size
 from ...images.load import Admit, PixelPolicy, load_image
+from ..failures import CRASHED, OUT_OF_MEMORY, is_retryable
+from ..hashing import xxh3
+from ..index import DECODED, OK, QUARANTINED
+from ..sources import Source
 
-OK, QUARANTINED = "ok", "quarantined"
-CRASHED = "crashed"
-"""Reason of an input that took its process with it, or raised what no decoder should."""
-TIMEOUT = "timeout"
-"""Reason of an input that took longer than an image may."""
-RETRYABLE = frozenset({"io_error", "changed", OUT_OF_MEMORY, TIMEOUT, CRASHED})
-"""Reasons that say something of the moment rather than of the input."""
-
+BACKOFF_SECONDS = (0.2, 1.0, 3.0)
+"""How long to wait before an input that failed for now is tried again."""
 # bytes of files that a worker holds which are not decoded yet, beyond the one that is next
 _AHEAD_BYTES = 64 << 20
 _SCRATCH_BYTES = 64 << 20
-_DECODED = (
-    "bytes_hash", "width", "height", "orientation", "bucket", "resize_height", "resize_width", "crop_top", "crop_left"
-)  # fmt: skip
-
-
-class Reader(Protocol):
-    """An open source. Threads may share it."""
-
-    def read(self, ordinal: int) -> bytes:
-        """The bytes of an input; ImageError if it cannot be read."""
-
-    def name(self, ordinal: int) -> str:
-        """What messages call the input."""
-
-
-class Source(Protocol):
-    """Inputs by number. Picklable: it is opened again in every worker."""
-
-    def open(self) -> Reader:
-        """Open it in the process that reads."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +45,7 @@ class Job:
     policy: PixelPolicy
     buckets: tuple[Size, ...]
     readers: int = 4
-    backoff: tuple[float, ...] = (0.2, 1.0, 3.0)
+    backoff: tuple[float, ...] = BACKOFF_SECONDS
     pixel_budget: int = 2 << 30
 
     @property
@@ -125,7 +102,7 @@ def chunk_schema() -> Any:
         pa.field("message", pa.string()),
         pa.field("retryable", pa.bool_()),
     ]
-    return pa.schema([*fields, *(pa.field(name, kinds.get(name, pa.int32())) for name in _DECODED)])
+    return pa.schema([*fields, *(pa.field(name, kinds.get(name, pa.int32())) for name in DECODED)])
 
 
 def to_batch(rows: Sequence[Row]) -> Any:
@@ -155,7 +132,6 @@ class Worker:
 
     def __post_init__(self) -> None:
         require_extra("pyarrow")
-        self._hash = require_extra("xxhash").xxh3_128
         self._reader = self.job.source.open()
         self._threads = ThreadPoolExecutor(self.job.readers, thread_name_prefix="read")
         self._scratch = bytearray()
@@ -226,7 +202,7 @@ class Worker:
             return 0
         name = f"input {ordinal}"
         try:
-            name = self._reader.name(ordinal)
+            name = self.job.source.listing.id(ordinal)
             loaded = load_image(
                 read.data,
                 self.job.policy,
@@ -273,16 +249,19 @@ class Worker:
         read = _Read()
         for pause in (*self.job.backoff, None):
             read = self._attempt(ordinal)
-            if pause is None or read.error is None or read.error.reason not in RETRYABLE:
+            if pause is None or read.error is None or not self._is_for_now(read.error):
                 break
             time.sleep(pause)
         read.seconds = time.perf_counter() - begin
         return read
 
+    def _is_for_now(self, error: ImageError) -> bool:
+        return is_retryable(error.reason) and not self.job.source.why_gone()
+
     def _attempt(self, ordinal: int) -> _Read:
         try:
             data = self._reader.read(ordinal)
-            return _Read(data, digest=self._hash(data).digest())
+            return _Read(data, digest=xxh3(data).digest())
         except ImageError as e:
             return _Read(error=e)
         except MemoryError:
@@ -292,5 +271,5 @@ class Worker:
 
 
 def _fail(row: Row, reason: str, message: str) -> None:
-    row.values |= {"status": QUARANTINED, "reason": reason, "message": message, "retryable": reason in RETRYABLE}
+    row.values |= {"status": QUARANTINED, "reason": reason, "message": message, "retryable": is_retryable(reason)}
     row.offset = -1

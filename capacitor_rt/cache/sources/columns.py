@@ -68,6 +68,10 @@ class Column:
     origin: str
 
 
+def _nothing(first: int, stop: int) -> dict[str, list[Any]]:
+    return {}
+
+
 @dataclass(frozen=True)
 class Columns:
     """The columns that are kept, and how to read them.
@@ -79,7 +83,11 @@ class Columns:
 
     columns: tuple[Column, ...] = ()
     label_names: list[str] | None = None
-    read: Callable[[int, int], dict[str, list[Any]]] = field(default=lambda first, stop: {}, compare=False)
+    read: Callable[[int, int], dict[str, list[Any]]] = field(default=_nothing, compare=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # the values stay with whoever listed the inputs: workers that decode need none
+        return Columns, (self.columns, self.label_names)
 
     def fields(self) -> list[dict[str, str]]:
         """Its entry in `plan.json`."""

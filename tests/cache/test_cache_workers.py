@@ -1,0 +1,98 @@
+"""Runs whose images are decoded by other processes: the same files, and nothing left when they are killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import image_files as files
+import numpy as np
+import pytest
+from cache_cases import snapshot
+from models import random_model
+
+from capacitor_rt.cache import CacheRequest, cache_images
+from capacitor_rt.cache import run as run_module
+from capacitor_rt.cache.options import RunOptions
+from capacitor_rt.cache.plan import Task
+
+REQUEST = CacheRequest(48, area=True, batch=3, task_inputs=10)
+COUNT = 34
+
+
+@pytest.fixture(scope="module")
+def src(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("src")
+    for i in range(COUNT):
+        picture = files.texture(60 + 9 * (i % 4), 60 + 13 * (i % 3), i)
+        data = files.encoded(picture, ("JPEG", "PNG")[i % 2])
+        (folder / f"{i:03}.img.{'jpg' if i % 2 == 0 else 'png'}").write_bytes(data[:-90] if i == 20 else data)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(src, tmp_path_factory) -> dict:
+    out = tmp_path_factory.mktemp("alone") / "out"
+    options = RunOptions(workers=0, progress=False)
+    assert cache_images(src, out, random_model(), REQUEST, options=options).quarantined == {"truncated": 1}
+    return snapshot(out)
+
+
+def test_files_do_not_depend_on_workers(src, alone, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "BYTES_PER_WORKER", 1)
+    report = cache_images(src, tmp_path / "out", random_model(), REQUEST, options=RunOptions(3, progress=False))
+    assert report.meters.workers == 3 and report.meters.seconds["decode"] > 0
+    assert snapshot(tmp_path / "out") == alone
+
+
+def test_killed_with_its_workers_it_goes_on(src, alone, tmp_path):
+    out = tmp_path / "out"
+    code = textwrap.dedent(
+        f"""
+        import sys
+        sys.path[:] = {sys.path!r}
+        from pathlib import Path
+        from models import random_model
+        from test_cache_workers import REQUEST
+        from capacitor_rt.cache import cache_images
+        cache_images(Path({str(src)!r}), Path({str(out)!r}), random_model(), REQUEST, workers=1, progress=False)
+        """
+    )
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    run = subprocess.Popen([sys.executable, "-c", code], env=env)
+    end = time.monotonic() + 60
+    while not (out / "commits.jsonl").exists() and run.poll() is None and time.monotonic() < end:
+        time.sleep(0.01)
+    below = [int(p) for p in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()]
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    while any(_runs(pid) for pid in below):
+        assert time.monotonic() < end, "the helper outlived its coordinator"
+        time.sleep(0.05)
+    report = cache_images(src, out, random_model(), REQUEST, options=RunOptions(workers=0, progress=False, stale=0.1))
+    assert report.exit_code == 3
+    assert snapshot(out) == alone
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("wanted", "nbytes", "count"), [(0, 10**12, 0), (3, 0, 1), (3, 10**12, 3), (8, 70 << 20, 4), (4, -1, 1)]
+)
+def test_as_many_workers_as_there_is_work_for(wanted, nbytes, count):
+    class Prepared:
+        class source:
+            class listing:
+                sizes = np.array([nbytes // 2, nbytes - nbytes // 2] if nbytes >= 0 else [-1, -1])
+
+    assert run_module._workers(wanted, Prepared, [Task(0, 0, 2)]) == count

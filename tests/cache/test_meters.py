@@ -1,0 +1,79 @@
+"""Advice that follows from what the stages did, and the file that says so."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from cache_cases import write_images
+from models import random_model
+
+from capacitor_rt.cache import CacheRequest, cache_images
+from capacitor_rt.cache.meters import Meters, prometheus, write_metrics
+from capacitor_rt.cache.options import RunOptions
+from capacitor_rt.errors import InputError
+
+
+def meters(workers=4, cores=8, device="gpu", wall=10.0, **seconds) -> Meters:
+    found = Meters(workers, cores, device, wall=wall, images=1000)
+    for name, value in seconds.items():
+        if name in found.seconds:
+            found.seconds[name] = value
+        else:
+            found.waits[name.removeprefix("wait_")] = value
+    return found
+
+
+@pytest.mark.parametrize(
+    ("found", "limit", "said"),
+    [
+        (meters(encode=9.7), "encode", "GPU works 97% of the time"),
+        (meters(encode=5.9, decode=36.0, wait_decode=4.0), "decode", "GPU waits 41% for decode: add --workers"),
+        (meters(workers=8, encode=5.9, decode=76.0, wait_decode=4.0), "decode", "use --decode fast, smaller images"),
+        (meters(encode=2.0, decode=3.0, wait_decode=7.0, starved=30.0), "decode", "for reading: the storage is slow"),
+        (meters(encode=2.0, decode=3.0, wait_decode=7.0, queued=30.0), "decode", "for memory for large images"),
+        (meters(encode=5.0, wait_write=4.0, wait_decode=1.0), "write", "GPU waits 50% for write: the disk is slow"),
+        (meters(encode=5.0, fill=4.0, wait_decode=1.0), "fill", "for pixels copied into batches"),
+        (
+            meters(workers=0, device="cpu", encode=5.0, decode=4.0),
+            "decode",
+            "encoder waits 50% for decode: give --work",
+        ),
+    ],
+)
+def test_what_limits_and_what_to_do(found, limit, said):
+    assert found.limit() == limit
+    assert said in found.advice() and found.advice() in str(found)
+
+
+def test_shares_of_the_workers_time():
+    found = meters(decode=30.0, encode=7.0, write=1.0, fill=2.0)
+    assert found.occupancy() == pytest.approx({"decode": 0.75, "fill": 0.2, "encode": 0.7, "write": 0.1})
+    assert "decode 75% of 4 workers" in str(found)
+
+
+def test_files(tmp_path):
+    report = meters(encode=5.0, decode=8.0).report()
+    write_metrics(tmp_path / "m.json", report)
+    assert json.loads((tmp_path / "m.json").read_text())["images_per_second"] == 100.0
+    write_metrics(tmp_path / "m.prom", report)
+    lines = (tmp_path / "m.prom").read_text().splitlines()
+    assert 'capacitor_cache_seconds{stage="decode"} 8.0' in lines
+    assert "# TYPE capacitor_cache_device_waiting gauge" in lines and "capacitor_cache_device_waiting 0.5" in lines
+    # every sample is a name, perhaps one label, and a number
+    assert all(line.startswith("# TYPE ") or float(line.rsplit(" ", 1)[1]) >= 0 for line in lines)
+    assert prometheus({"text": "no number"}) == "\n"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.json", "m.prom"]
+    with pytest.raises(InputError, match="cannot write metrics"):
+        write_metrics(tmp_path / "nowhere" / "m.json", report)
+
+
+def test_of_a_run(tmp_path):
+    write_images(tmp_path / "src", 6)
+    options = RunOptions(workers=0, progress=False, metrics=tmp_path / "m.json")
+    report = cache_images(tmp_path / "src", tmp_path / "out", random_model(), CacheRequest(32), options=options)
+    found = json.loads((tmp_path / "m.json").read_text())
+    assert found["images"] == report.meters.images == 6 and found["advice"] == report.meters.advice()
+    seconds = found["seconds"]
+    assert all(seconds[stage] > 0 for stage in ("read", "decode", "fill", "encode", "write"))
+    assert sum(seconds[stage] for stage in ("decode", "fill", "encode")) <= found["wall"]
