@@ -38,6 +38,7 @@ def python(code: str, *args: object, cwd: Path) -> subprocess.CompletedProcess[s
         ("verify", "."),
         ("psnr", PHOTO),
         ("psnr", PHOTO, "--area", 64),
+        ("view", PHOTO, "--out", "out"),
     ],
     ids=lambda args: " ".join(str(a) for a in args if not os.path.isabs(str(a))),
 )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import InputError
+from .codecs import check_against, cosine_observer, load_codecs
 from .options import (
     AreaSide,
     Backend,
@@ -26,26 +27,15 @@ from .options import (
     SquareSide,
     Steps,
     check_backend,
-    check_model,
     check_one_of,
     list_images,
-    load_model,
     parse_background,
 )
 from .terminal import bar, echo, echo_json, echo_table, note, printable
 
 if TYPE_CHECKING:
-    from ..evaluation.evaluate import ImageCodec, Latents, Score
+    from ..evaluation.evaluate import Score
     from ..evaluation.metrics import CosineSimilarity, PsnrTable, Similarity
-
-FLUX2 = "flux2"
-
-
-def _check_against(names: list[str] | None) -> list[str] | None:
-    for name in names or ():
-        if not _is_flux2(name):
-            check_model(name)
-    return names
 
 
 def psnr(
@@ -55,7 +45,7 @@ def psnr(
         list[str] | None,
         typer.Option(
             help="Another model to compare with, flux2, or flux2:FOLDER; may be given several times.",
-            callback=_check_against,
+            callback=check_against,
         ),
     ] = None,
     against_backend: Annotated[
@@ -95,10 +85,10 @@ def psnr(
     from ..images.frames import Framing
 
     framing, colour = Framing(size, area), parse_background(background)
-    models = _load(model, against or [], against_backend, against_dtype, revision, device, compute_dtype, backend)
+    models = load_codecs(model, against or [], against_backend, against_dtype, revision, device, compute_dtype, backend)
     cosines: dict[str, CosineSimilarity] = {}
     inference = FullCapacitorInferenceConfig(num_steps=steps, seed=seed)
-    observe = _cosine_observer(list(models), cosines)
+    observe = cosine_observer(list(models), cosines)
     scored = evaluate(found, models, framing, inference=inference, background=colour, batch=batch, observe=observe)
     values: dict[str, list[float]] = {name: [] for name in models}
     names, failed = [], 0
@@ -122,52 +112,6 @@ def psnr(
         raise typer.Exit(3)
 
 
-def _load(
-    model: str,
-    against: list[str],
-    against_backend: str | None,
-    against_dtype: Dtype | None,
-    revision: str | None,
-    device: str,
-    dtype: Dtype | None,
-    backend: str,
-) -> dict[str, ImageCodec]:
-    """The models by the names that the table shows, the one that the others are compared with first."""
-    from ..evaluation.flux2 import require as require_flux2
-
-    if (against_backend or against_dtype) and all(_is_flux2(other) for other in against):
-        against = [model, *against]
-    if any(map(_is_flux2, against)):
-        require_flux2()
-    label = printable(Path(model).name)
-    models: dict[str, ImageCodec] = {label: load_model(model, revision, device, dtype, backend)}
-    for other in against:
-        if _is_flux2(other):
-            name = FLUX2
-            made = _load_flux2(other, models[label])
-        else:
-            name = " ".join(
-                filter(None, (printable(Path(other).name), against_backend, against_dtype and against_dtype.value))
-            )
-            its = revision if other == model else None
-            made = load_model(other, its, device, against_dtype or dtype, against_backend or backend)
-        while name in models:
-            name += " (2)"
-        models[name] = made
-    return models
-
-
-def _is_flux2(name: str) -> bool:
-    return name == FLUX2 or name.startswith(f"{FLUX2}:")
-
-
-def _load_flux2(name: str, like: ImageCodec) -> ImageCodec:
-    from ..evaluation.flux2 import HUB_ID, Flux2
-
-    where = name.removeprefix(FLUX2).removeprefix(":") or HUB_ID
-    return Flux2.from_pretrained(where, device=like.device, dtype=like.dtype)
-
-
 def _csv_rows(stack: ExitStack, path: Path, models: list[str]) -> Callable[[Score], None]:
     """Writes one row per score as it comes, so that an interrupted run keeps what was done."""
     file = stack.enter_context(path.open("w", newline="", encoding="utf-8", errors="surrogateescape"))
@@ -179,20 +123,6 @@ def _csv_rows(stack: ExitStack, path: Path, models: list[str]) -> Callable[[Scor
         file.flush()
 
     return write
-
-
-def _cosine_observer(models: list[str], cosines: dict[str, CosineSimilarity]) -> Callable[[Latents], None]:
-    """Adds each batch to `cosines`: the first model's latents with each other model's, where they have one shape."""
-    from ..evaluation.metrics import CosineSimilarity
-
-    first, *others = models
-
-    def observe(latents: Latents) -> None:
-        for name in others:
-            if latents[name].shape == latents[first].shape:
-                cosines.setdefault(name, CosineSimilarity()).update(latents[first], latents[name])
-
-    return observe
 
 
 def _print(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import sys
 import traceback
 import warnings
@@ -16,22 +15,7 @@ from typing import Any
 import typer
 from tqdm import tqdm
 
-# C0, DEL, C1, lone surrogates, line and paragraph separators, and what changes the direction of text
-_UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-_SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
-
-
-def printable(text: str) -> str:
-    """Text of any origin as one line that a terminal only shows: what would act on it becomes a visible escape."""
-    return _UNSAFE.sub(lambda match: _escape(match[0]), text)
-
-
-def _escape(character: str) -> str:
-    code = ord(character)
-    if 0xDC80 <= code <= 0xDCFF:
-        # how Python keeps a byte of a file name that is not UTF-8
-        code -= 0xDC00
-    return _SHORT.get(character) or (f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}")
+from ..printable import printable as printable
 
 
 def echo(line: str = "") -> None:

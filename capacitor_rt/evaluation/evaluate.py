@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,6 +56,56 @@ class Score:
     error: ImageError | None = None
 
 
+@dataclass(frozen=True)
+class Reconstruction:
+    """One image by every model, or why there is none.
+
+    Attributes:
+        frame: what was encoded.
+        latents: per model `[C,h,w]`, on the model's device.
+        decoded: per model uint8 `[H,W,3]`.
+    """
+
+    path: Path
+    frame: Frame | None = None
+    latents: Latents = field(default_factory=dict)
+    decoded: dict[str, np.ndarray] = field(default_factory=dict)
+    error: ImageError | None = None
+
+
+def reconstruct(
+    paths: Iterable[Path],
+    models: Mapping[str, ImageCodec],
+    framing: Framing,
+    *,
+    inference: FullCapacitorInferenceConfig | None = None,
+    background: RGB = (255, 255, 255),
+    batch: int = 8,
+    workers: int = 4,
+    observe: Callable[[Latents], None] | None = None,
+) -> Iterator[Reconstruction]:
+    """Encode and decode every image with every model.
+
+    Args:
+        paths: image files.
+        models: by the name that the table shows. The frames satisfy the size rules of all of them.
+        inference: sampler settings; by default one step, seed 0.
+        batch: neighbouring images of one size that are encoded together, at most.
+        observe: told the latents of every batch.
+
+    Yields:
+        One reconstruction per image, in order; an undecodable file yields its error.
+    """
+    inference = inference or FullCapacitorInferenceConfig(seed=0)
+    multiple = math.lcm(*(model.size_multiple for model in models.values()))
+    for group in group_frames(load_frames(paths, framing, multiple, background, workers), batch):
+        if isinstance(group, tuple):
+            path, error = group
+            yield Reconstruction(path, error=error)
+        else:
+            yield from _reconstructions(group, models, inference, observe)
+
+
 def evaluate(
     paths: Iterable[Path],
     models: Mapping[str, ImageCodec],
@@ -66,43 +117,44 @@ def evaluate(
     workers: int = 4,
     observe: Callable[[Latents], None] | None = None,
 ) -> Iterator[Score]:
-    """Encode and decode every image with every model and compare the 8-bit pixels.
-
-    Args:
-        paths: image files.
-        models: by the name that the table shows. The frames satisfy the size rules of all of them.
-        inference: sampler settings; by default one step, seed 0.
-        batch: neighbouring images of one size that are encoded together, at most.
-        observe: told the latents of every batch.
+    """`reconstruct` every image and compare the 8-bit pixels; arguments as there.
 
     Yields:
         One score per image, in order; an undecodable file yields its error.
     """
-    inference = inference or FullCapacitorInferenceConfig(seed=0)
-    multiple = math.lcm(*(model.size_multiple for model in models.values()))
-    for group in group_frames(load_frames(paths, framing, multiple, background, workers), batch):
-        if isinstance(group, tuple):
-            path, error = group
-            yield Score(path, error=error)
-        else:
-            yield from _scores(group, models, inference, observe)
+    for made in reconstruct(
+        paths,
+        models,
+        framing,
+        inference=inference,
+        background=background,
+        batch=batch,
+        workers=workers,
+        observe=observe,
+    ):
+        if made.frame is None:
+            yield Score(made.path, error=made.error)
+            continue
+        pixels = made.frame.pixels
+        decibels = {name: psnr(pixels, image) for name, image in made.decoded.items()}
+        height, width = pixels.shape[:2]
+        yield Score(made.path, height, width, decibels)
 
 
-def _scores(
+def _reconstructions(
     frames: list[Frame],
     models: Mapping[str, ImageCodec],
     inference: FullCapacitorInferenceConfig,
     observe: Callable[[Latents], None] | None,
-) -> Iterator[Score]:
-    decibels: list[dict[str, float]] = [{} for _ in frames]
+) -> Iterator[Reconstruction]:
+    decoded: list[dict[str, np.ndarray]] = [{} for _ in frames]
     latents: Latents = {}
     for name, model in models.items():
         latents[name] = model.encode(to_batch(frames, model.device))
         out = model.decode(latents[name], inference_config=inference)
-        for scores, frame, image in zip(decibels, frames, out, strict=True):
-            scores[name] = psnr(frame.pixels, to_uint8(image))
+        for images, image in zip(decoded, out, strict=True):
+            images[name] = to_uint8(image)
     if observe:
         observe(latents)
-    for scores, frame in zip(decibels, frames, strict=True):
-        height, width = frame.pixels.shape[:2]
-        yield Score(frame.path, height, width, scores)
+    for i, (frame, images) in enumerate(zip(frames, decoded, strict=True)):
+        yield Reconstruction(frame.path, frame, {name: z[i] for name, z in latents.items()}, images)

@@ -1,4 +1,4 @@
-"""How well images and latents are reproduced: PSNR, its table, cosine similarity."""
+"""How well images and latents are reproduced: PSNR, its table, SSIM, cosine similarity."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InputError
@@ -32,6 +33,40 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     error = a.astype(np.int32) - b
     total = int(np.square(error, out=error).sum(dtype=np.int64))
     return math.inf if total == 0 else 10 * math.log10(255**2 * a.size / total)
+
+
+SSIM_WINDOW = 11
+"""Pixels a side of the window of `ssim`."""
+
+
+def ssim(a: np.ndarray, b: np.ndarray) -> float:
+    """Structural similarity of two uint8 images `[H,W,3]`, the mean over pixels and channels, at most 1.
+
+    As in Wang, Bovik, Sheikh and Simoncelli 2004: a Gaussian window of 11x11 pixels and a deviation of 1.5, `C1 =
+    (0.01*255)^2`, `C2 = (0.03*255)^2`, the population's covariances, the mean over the places where the window fits.
+
+    Raises:
+        InputError: another dtype or rank, different shapes, a side below 11 pixels.
+    """
+    a, b = np.asarray(a), np.asarray(b)
+    if a.dtype != np.uint8 or b.dtype != np.uint8:
+        raise InputError(f"images are {a.dtype} and {b.dtype}: SSIM is defined here on uint8, 0-255")
+    if a.shape != b.shape or a.ndim != 3 or min(a.shape[:2]) < SSIM_WINDOW:
+        shapes = f"{list(a.shape)} and {list(b.shape)}"
+        raise InputError(f"images have shapes {shapes}: expected one shape [H,W,3], sides of {SSIM_WINDOW} at least")
+    # around grey, so that float32 keeps the small variances of bright areas
+    x, y = (torch.from_numpy(np.ascontiguousarray(t)).permute(2, 0, 1)[:, None].float() - 127.5 for t in (a, b))
+    offsets = torch.arange(SSIM_WINDOW, dtype=torch.float64) - SSIM_WINDOW // 2
+    weights = (-(offsets**2) / (2 * 1.5**2)).exp()
+    weights = (weights / weights.sum()).float()
+    means = torch.cat([x, y, x * x, y * y, x * y])
+    means = F.conv2d(F.conv2d(means, weights.view(1, 1, -1, 1)), weights.view(1, 1, 1, -1))
+    mx, my, xx, yy, xy = means.double().split(x.shape[0])
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    vx, vy, cov = xx - mx * mx, yy - my * my, xy - mx * my
+    # the luminance term is of the pixels' own values
+    mx, my = mx + 127.5, my + 127.5
+    return float(((2 * mx * my + c1) * (2 * cov + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))).mean())
 
 
 def summary(values: Sequence[float]) -> dict[str, float | int]:

@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from capacitor_rt.errors import InputError
-from capacitor_rt.evaluation.metrics import CosineSimilarity, PsnrTable, cosine_similarity, psnr, summary
+from capacitor_rt.evaluation.metrics import CosineSimilarity, PsnrTable, cosine_similarity, psnr, ssim, summary
 
 
 def flat(value: int, shape=(8, 8, 3)) -> np.ndarray:
@@ -39,6 +41,49 @@ class TestPsnr:
     def test_misfits_are_refused(self, a, b):
         with pytest.raises(InputError):
             psnr(a, b)
+
+
+PHOTOS = Path(__file__).parents[2] / "capacitor_rt" / "sample" / "photos"
+
+
+class TestSsim:
+    # scikit-image 0.26: structural_similarity(a, b, gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
+    # channel_axis=2, data_range=255)
+    VALUES = (
+        ("chelsea.png", 0.9182581274124079, 0.7819372002051659, 0.6977060403732622),
+        ("rocket.jpg", 0.9375094776173069, 0.8503160267420586, 0.7654502393310927),
+    )
+
+    @pytest.mark.parametrize(("name", "coarse", "moved", "dark"), VALUES)
+    def test_agrees_with_scikit_image(self, name, coarse, moved, dark):
+        with Image.open(PHOTOS / name) as image:
+            a = np.asarray(image.convert("RGB"))[:200, :240]
+        assert ssim(a, (a // 16 * 16 + 8).astype(np.uint8)) == pytest.approx(coarse, abs=2e-6)
+        assert ssim(a, np.roll(a, 1, 1)) == pytest.approx(moved, abs=2e-6)
+        assert ssim(a, np.clip(a * 0.5, 0, 255).astype(np.uint8)) == pytest.approx(dark, abs=2e-6)
+
+    def test_flat_images_differ_in_luminance_alone(self):
+        c1 = (0.01 * 255) ** 2
+        want = (2 * 100 * 120 + c1) / (100**2 + 120**2 + c1)
+        assert ssim(flat(100, (16, 16, 3)), flat(120, (16, 16, 3))) == pytest.approx(want, abs=5e-6)
+
+    def test_identical_and_symmetric(self):
+        rng = np.random.default_rng(0)
+        a, b = rng.integers(0, 256, (2, 20, 30, 3), dtype=np.uint8)
+        assert ssim(a, a) == pytest.approx(1, abs=1e-6) and ssim(a, b) == pytest.approx(ssim(b, a), abs=1e-6)
+
+    @pytest.mark.parametrize(
+        ("a", "b"),
+        [
+            (flat(0, (16, 16, 3)), flat(0, (16, 17, 3))),
+            (flat(0, (10, 16, 3)), flat(0, (10, 16, 3))),
+            (flat(0, (16, 16)), flat(0, (16, 16))),
+            (np.zeros((16, 16, 3)), np.zeros((16, 16, 3))),
+        ],
+    )
+    def test_misfits_are_refused(self, a, b):
+        with pytest.raises(InputError):
+            ssim(a, b)
 
 
 class TestSummary:

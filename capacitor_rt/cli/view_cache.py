@@ -1,0 +1,225 @@
+"""What `capacitor-rt view` does with a latent cache: its rows, decoded, beside the images that it was made of."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..cache.dataset import LatentDataset
+from ..cache.hashing import xxh3
+from ..errors import CacheError, ImageError, InputError
+from ..evaluation.evaluate import ImageCodec
+from ..evaluation.metrics import CosineSimilarity
+from ..evaluation.view.perceptual import lpips_distance
+from ..evaluation.view.pictures import glimpse
+from ..evaluation.view.writer import CacheFacts, LeftOut, PageWriter, Shown
+from ..images.decode import read_bytes
+from ..images.frames import to_uint8
+from ..images.load import load_image
+from ..images.scan import id_to_path
+from .codecs import cosine_observer
+from .terminal import note
+from .view_run import STORED_ITEM_SIZE, Done, Settings, fill, id_of, pairs, remarks, shown_model, spread
+
+
+def view_cache(
+    root: Path,
+    models: Mapping[str, ImageCodec],
+    settings: Settings,
+    images: Path | None,
+    notes: Mapping[str, str] | None = None,
+) -> Done:
+    """A page of the rows of a latent cache, as the first model decodes them; the others encode the originals.
+
+    Args:
+        images: the folder that was cached; None shows no originals.
+        notes: a few words by the name of a row.
+
+    Raises:
+        CapacitorError: no cache or none of the first model's shapes, or a place for the page that is none.
+    """
+    dataset = LatentDataset(root, allow_partial=True)
+    first = next(iter(models))
+    _check_shapes(dataset, models)
+    item_size = dataset.tensors(0)["latents"].element_size()
+    shown = [
+        shown_model(name, codec, item_size if name == first else STORED_ITEM_SIZE) for name, codec in models.items()
+    ]
+    chosen = spread(range(len(dataset)), settings.limit)
+    cosines: dict[str, CosineSimilarity] = {}
+    rows = _Rows(dataset, models, settings, images, cosine_observer(list(models), cosines), notes or {})
+    distance, reason = lpips_distance() if images is not None else (None, "")
+    with PageWriter(settings.out, shown, id_of(root), distance=distance) as page:
+        page.remarks += remarks(len(chosen), len(dataset), "rows", reason)
+        page.notes += _other_model(dataset, models[first])
+        for warning in page.notes:
+            note(f"warning: {warning}")
+        done = fill(page, rows.of(chosen), len(chosen), settings)
+        reasons = _quarantine(root, page, images)
+        return page.finish(cosines=pairs(list(models), cosines), cache=_facts(dataset, reasons)), done
+
+
+class _Rows:
+    """Rows of a cache as items of a page, neighbours of one size decoded together."""
+
+    def __init__(
+        self,
+        dataset: LatentDataset,
+        models: Mapping[str, ImageCodec],
+        settings: Settings,
+        images: Path | None,
+        observe: Any,
+        notes: Mapping[str, str],
+    ):
+        self.dataset, self.settings, self.images, self.observe, self.notes = dataset, settings, images, observe, notes
+        (self.first, self.codec), *self.others = models.items()
+        self.policy = dataset.plan.policy
+        # of what was cached; a file that has other bytes now is another picture
+        self.hashes = dataset.column("bytes_hash") if images is not None else None
+
+    def of(self, chosen: Sequence[int]) -> Iterator[Shown | LeftOut]:
+        at = iter(chosen)
+        waiting = list(islice(at, 1))
+        for row in at:
+            if len(waiting) == self.settings.batch or self.dataset.bucket(row) != self.dataset.bucket(waiting[0]):
+                yield from self._together(waiting)
+                waiting = []
+            waiting.append(row)
+        yield from self._together(waiting)
+
+    def _together(self, rows: Sequence[int]) -> Iterator[Shown | LeftOut]:
+        import torch
+
+        names = [id_of(Path(self.dataset.path(row))) for row in rows]
+        originals: list[tuple[np.ndarray | None, int | None]] = []
+        kept = []
+        for row, name in zip(rows, names, strict=True):
+            try:
+                originals.append(self._original(row))
+                kept.append((row, name))
+            except ImageError as error:
+                note(f"{error.reason}: {error}")
+                yield LeftOut(name, error.reason, str(error))
+        if not kept:
+            return
+        device = self.codec.device
+        latents = {
+            self.first: torch.stack([self.dataset.tensors(row)["latents"] for row, _ in kept]).float().to(device)
+        }
+        if self.others:
+            pixels = torch.from_numpy(np.stack([p for p, _ in originals if p is not None]))
+            latents |= {name: codec.encode(pixels.to(codec.device)) for name, codec in self.others}
+        decoded = {}
+        for name, codec in ((self.first, self.codec), *self.others):
+            out = codec.decode(latents[name], inference_config=self.settings.inference)
+            decoded[name] = [to_uint8(image) for image in out]
+        self.observe(latents)
+        for i, (_, name) in enumerate(kept):
+            made = {model: images[i] for model, images in decoded.items()}
+            z = {model: batch[i] for model, batch in latents.items()}
+            pixels_of, nbytes = originals[i]
+            yield Shown(name, pixels_of, made, z, nbytes, self.notes.get(name, ""))
+
+    def _original(self, row: int) -> tuple[np.ndarray | None, int | None]:
+        """What was encoded, anew from the file, and the file's bytes."""
+        if self.images is None:
+            return None, None
+        path = self.images / self.dataset.path(row)
+        data = read_bytes(path)
+        if self.hashes is not None and xxh3(data).digest() != self.hashes[row].as_py():
+            raise ImageError("changed", f"{path} has other bytes than when it was cached")
+        return load_image(data, self.policy, [self.dataset.bucket(row)], name=str(path)).pixels, len(data)
+
+
+def _check_shapes(dataset: LatentDataset, models: Mapping[str, ImageCodec]) -> None:
+    (name, codec), *others = models.items()
+    shown = shown_model(name, codec, STORED_ITEM_SIZE)
+    z, bucket = dataset.tensors(0)["latents"], dataset.bucket(0)
+    if (z.shape[0], bucket.height // z.shape[1]) != (shown.channels, shown.stride):
+        raise InputError(
+            f"the cache holds latents of {z.shape[0]} channels and stride {bucket.height // z.shape[1]}, and the model "
+            f"{name} has {shown.channels} and {shown.stride}: give the model that made it as --model"
+        )
+    for other, its in others:
+        bad = next((b for b in dataset.buckets if b.height % its.size_multiple or b.width % its.size_multiple), None)
+        if bad:
+            raise InputError(f"{other} needs sides that are multiples of {its.size_multiple}, and the cache has {bad}")
+
+
+def _other_model(dataset: LatentDataset, codec: ImageCodec) -> list[str]:
+    """A remark where the cache was made by other weights than those that decode it."""
+    from ..cache.model_source import Loaded
+    from ..model import FullCapacitor
+
+    wanted = dataset.plan.fields.get("model", {}).get("sha256")
+    if not isinstance(codec, FullCapacitor) or wanted is None:
+        return []
+    identity = Loaded(codec).identity()
+    if identity.sha256 == wanted:
+        return []
+    return [
+        f"These latents were made by other weights ({dataset.latent_space}) than those that decode them here "
+        f"({identity.latent_space}): what is shown says nothing of either."
+    ]
+
+
+def _quarantine(root: Path, page: PageWriter, images: Path | None) -> Counter[str]:
+    """Add what the cache could not hold to the page; numbers by reason."""
+    reasons: Counter[str] = Counter()
+    try:
+        lines = (root / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return reasons
+    except (OSError, ValueError) as error:
+        raise CacheError(f"cannot read {root / 'quarantine.jsonl'}: {error}") from error
+    for line in lines:
+        try:
+            entry = json.loads(line)
+            name = str(entry.get("path") or entry.get("locator") or entry.get("id"))
+            reason, message = str(entry["reason"]), str(entry.get("message") or "")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise CacheError(f"{root / 'quarantine.jsonl'} is damaged: run `capacitor-rt verify`") from None
+        reasons[reason] += 1
+        page.leave_out(LeftOut(name, reason, message, _glimpse(images, name)))
+    return reasons
+
+
+def _glimpse(images: Path | None, name: str) -> np.ndarray | None:
+    if images is None:
+        return None
+    path = Path(os.fsdecode(os.path.join(os.fsencode(images), id_to_path(name))))
+    return glimpse(path) if path.resolve().is_relative_to(images.resolve()) else None
+
+
+def _facts(dataset: LatentDataset, reasons: Counter[str]) -> CacheFacts:
+    counts = np.bincount(dataset.bucket_numbers, minlength=len(dataset.buckets)).tolist()
+    plan = dataset.plan
+    return CacheFacts(
+        plan.id,
+        dataset.latent_space,
+        len(dataset),
+        plan.count,
+        list(_flat("", plan.fields)),
+        [(bucket.height, bucket.width, count) for bucket, count in zip(dataset.buckets, counts, strict=True)],
+        reasons,
+    )
+
+
+LONGEST_FIELD = 200
+
+
+def _flat(prefix: str, fields: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Fields and their fields as text, lists of many numbers cut short."""
+    for key, value in sorted(fields.items()):
+        if isinstance(value, Mapping):
+            yield from _flat(f"{prefix}{key}.", value)
+            continue
+        text = value if isinstance(value, str) else json.dumps(value)
+        yield f"{prefix}{key}", text if len(text) <= LONGEST_FIELD else f"{text[:LONGEST_FIELD]} ..."
