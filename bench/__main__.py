@@ -41,7 +41,6 @@ COMMANDS = (
     Command("cache", "JPEG files on disk to latents on disk", f"{RESULTS_PAGE}: Caching"),
     Command("aot", "what the compiler makes of every config row, without a GPU", "bench/results/aot.md"),
     Command("sass", "what every launch should take by its machine code, without a GPU", "bench/results/model.md"),
-    Command("tune", "candidates for a config row, measured side by side", "kernels/configs/sm_XX.json"),
     Command("compare", "two result files or commits side by side", "the terminal"),
     Command("report", "writes the tables from the result files", f"README.md, {RESULTS_PAGE}"),
 )

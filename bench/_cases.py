@@ -100,12 +100,6 @@ class Case:
         with tuning.using(self.op, config):
             return make_case(self.op, self.images, self.model, self.dtype, self.cc)
 
-    def row_shape(self) -> dict[str, int]:
-        """The shape that its config is looked up by."""
-        with tuning.using(self.op, self.step.options["config"]) as seen:
-            make_case(self.op, self.images, self.model, self.dtype, self.cc)
-        return seen[-1]
-
 
 def make_case(op: str, images: Images, model: ModelConfig, dtype: torch.dtype, cc: int) -> Case:
     """The case of one op: the first step of it in the plan that has one."""

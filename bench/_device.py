@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import gc
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -127,18 +126,3 @@ def why(error: BaseException) -> str:
     if isinstance(error, torch.OutOfMemoryError):
         return f"out of memory: {text}"
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def elapsed_us(work: Callable[[], object], device: torch.device) -> float:
-    """Microseconds of `work` on the device's current stream, by events, or on the CPU, by the clock."""
-    if device.type != "cuda":
-        begin = time.perf_counter()
-        work()
-        return (time.perf_counter() - begin) * 1e6
-    stream = torch.cuda.current_stream(device)
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record(stream)
-    work()
-    end.record(stream)
-    end.synchronize()
-    return start.elapsed_time(end) * 1e3

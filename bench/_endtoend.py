@@ -22,11 +22,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from capacitor_rt.runtime.timing import Timing, summarise
+
 from ._contenders import Contender, Setting, Shape
 from ._device import clocks
 from ._records import append_line
 from ._sides import References, Side
-from ._timing import Ceilings, Timing, floor_us, summarise
+from ._timing import Ceilings, floor_us
 from ._workers import FAULT, LOST, MEMORY, REFUSED, Failure, Worker
 
 NOISY_PERCENT = 3.0

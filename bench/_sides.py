@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from capacitor_rt.runtime.timing import copies_for, elapsed_us
+
 from ._contenders import Contender, Run, Setting, Shape, truth_of
-from ._device import MemoryMeter, elapsed_us, exact_float32, release
-from ._timing import copies_for
+from ._device import MemoryMeter, exact_float32, release
 
 # relative rms difference from the float32 reference beyond which no time is reported: in bfloat16 and plain torch
 # random weights give 0.8 % for full_capacitor and 3.6 % for FLUX.2, which is many more layers deep

@@ -1,9 +1,6 @@
-"""Honest timings: graph replays over rotated inputs, variants interleaved, clocks steady, ceilings from the same run.
+"""What a time is held against: the ceilings of the device, measured in the same run, and where the figures come from.
 
-On a GPU each variant is captured in a CUDA graph of many calls that walk over copies of its inputs, together larger
-than three times the L2 cache, so that neither launch gaps nor a warm cache flatter it. Variants are replayed in turn
-and compared by medians, since clocks and temperature drift. On the CPU the same interface times plain calls, which
-only serves to test the benchmarks themselves.
+Calls are timed by `capacitor_rt.runtime.timing`; on the CPU that only serves to test the benchmarks themselves.
 """
 
 from __future__ import annotations
@@ -11,11 +8,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
-import statistics
 import subprocess
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,120 +16,14 @@ import torch
 import triton
 
 from capacitor_rt.runtime.forecast import Ceilings
+from capacitor_rt.runtime.timing import Call, Variant, time_variants
 
-from ._device import elapsed_us, nvidia_smi
-
-L2_FACTOR = 3
-GRAPH_MILLISECONDS = 8.0
-WARM_SECONDS = 0.4
-STEADY_SPREAD = 0.02
-
-Call = Callable[[], Any]
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One thing to time.
-
-    Attributes:
-        name: for tables.
-        make: builds a call with inputs of its own; called once for each copy.
-        nbytes: bytes that one call touches, which decides the number of copies.
-    """
-
-    name: str
-    make: Callable[[], Call]
-    nbytes: int
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Microseconds per call: median and the 20th and 80th percentile over replays."""
-
-    us: float
-    p20: float
-    p80: float
-    replays: int
+from ._device import nvidia_smi
 
 
 def floor_us(ceilings: Ceilings, flops: float, nbytes: float) -> float:
     """Microseconds that neither ceiling lets a launch go below."""
     return max(flops / (ceilings.tflops * 1e6), nbytes / (ceilings.gbps * 1e3))
-
-
-def time_variants(variants: Sequence[Variant], device: torch.device, replays: int = 21) -> dict[str, Timing]:
-    """Time variants against each other, interleaved; name -> timing."""
-    prepare = _graph if device.type == "cuda" else _plain
-    prepared = {variant.name: prepare(variant, device) for variant in variants}
-    samples: dict[str, list[float]] = {name: [] for name in prepared}
-    if device.type == "cuda":
-        for replay, calls in prepared.values():
-            _warm(replay, calls)
-    for _ in range(replays):
-        for name, (replay, calls) in prepared.items():
-            samples[name].append(replay() / calls)
-    return {name: summarise(values) for name, values in samples.items()}
-
-
-def summarise(us: Sequence[float]) -> Timing:
-    """Median and percentiles of microseconds per call."""
-    ordered = sorted(us)
-    last = len(ordered) - 1
-    return Timing(
-        us=statistics.median(ordered),
-        p20=ordered[round(0.2 * last)],
-        p80=ordered[round(0.8 * last)],
-        replays=len(ordered),
-    )
-
-
-def copies_for(nbytes: int, l2_bytes: int) -> int:
-    """Copies of the inputs that together exceed three times the L2 cache; at least two."""
-    return max(2, -(-L2_FACTOR * l2_bytes // max(nbytes, 1)))
-
-
-def _plain(variant: Variant, device: torch.device) -> tuple[Callable[[], float], int]:
-    call = variant.make()
-    call()
-
-    return lambda: elapsed_us(call, device), 1
-
-
-def _graph(variant: Variant, device: torch.device) -> tuple[Callable[[], float], int]:
-    properties = torch.cuda.get_device_properties(device)
-    # the driver under-reports the L2 of some parts; an eighth of a gigabyte covers every current one
-    count = min(copies_for(variant.nbytes, max(properties.L2_cache_size, 64 << 20)), 64)
-    calls = [variant.make() for _ in range(count)]
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call()
-        stream.synchronize()
-        once = elapsed_us(lambda: [call() for call in calls], device) / count
-    rounds = max(1, min(200, round(GRAPH_MILLISECONDS * 1e3 / (once * count))))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for _ in range(rounds):
-            for call in calls:
-                call()
-    torch.cuda.synchronize(device)
-
-    # `calls` stays alive with the closure: the graph holds pointers into its tensors
-    def replay(_keep: Any = calls) -> float:
-        return elapsed_us(graph.replay, device)
-
-    return replay, rounds * count
-
-
-def _warm(replay: Callable[[], float], calls: int) -> None:
-    """Replay until five in a row agree within 2 %, or ten times the usual warm-up has passed."""
-    begin, recent = time.monotonic(), []
-    while time.monotonic() - begin < 10 * WARM_SECONDS:
-        recent = [*recent[-4:], replay() / calls]
-        settled = len(recent) == 5 and max(recent) <= (1 + STEADY_SPREAD) * min(recent)
-        if settled and time.monotonic() - begin >= WARM_SECONDS:
-            return
 
 
 def measure_ceilings(device: torch.device) -> Ceilings:

@@ -76,7 +76,9 @@ def measure(case: Any, device: Any, ceilings: Any, *, compiled: bool, replays: i
     """The figures of one op at one size, as a dict ready for JSON."""
     import torch
 
-    from ._timing import Variant, floor_us, time_variants
+    from capacitor_rt.runtime.timing import Variant, time_variants
+
+    from ._timing import floor_us
 
     gap = difference(case, device)
     line = _identity(case.op, case.images, case.model, case.dtype) | {"difference": gap}

@@ -10,7 +10,7 @@ import importlib
 from typing import Any
 
 OPS = ("patchify", "dwconv", "expand", "grn", "project", "head", "fuse_skip", "unpatchify", "whiten", "attention")
-_MODULES = ("jit", "launch", "ops", "reference", "tuning")
+_MODULES = ("jit", "launch", "ops", "reference", "tuning", "user_rows")
 _NAMES = {
     **{name: f"ops.{name}" for name in OPS},
     "GemmConfig": "tuning",

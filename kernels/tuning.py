@@ -2,7 +2,8 @@
 
 `lookup` answers with the row of exactly this shape, else with the row of the nearest shape within reach, else with the
 family's analytical default, which follows from shared memory and register limits alone. It never measures
-anything, so a first call costs nothing and can be captured in a CUDA graph.
+anything, so a first call costs nothing and can be captured in a CUDA graph. Rows that a user measured
+(`user_rows`) come before shipped ones that are no nearer.
 
 The module of an op defines its config dataclass and default and calls `register`; a family of launch parameters has
 its op's name, and whoever asks for it imports that module. Rows live in `configs/sm_XX.json`, by family:
@@ -22,14 +23,14 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import cache, lru_cache
 from importlib import import_module, resources
 from typing import Any
 
 import torch
 
-from . import OPS
+from . import OPS, user_rows
 from .launch import cdiv, check_int32, compiler_options, dtype_name
 
 Shape = Mapping[str, int]
@@ -132,7 +133,7 @@ class Family:
 
 @dataclass(frozen=True)
 class ConfigRow:
-    """One line of a config file."""
+    """One line of a config file; `path` is that of a user's file."""
 
     family: str
     cc: int
@@ -141,10 +142,15 @@ class ConfigRow:
     use: str
     config: Any
     evidence: Mapping[str, Any]
+    path: str | None = None
 
 
 _FAMILIES: dict[str, Family] = {}
 _forced: dict[str, tuple[Any, list[dict[str, int]]]] = {}
+# compute capability -> rows in the place of the user's file; and who wants to know which of the user's rows answered
+_kept: dict[int, tuple[ConfigRow, ...]] = {}
+_watchers: list[list[ConfigRow]] = []
+_generation = 0
 
 
 def register(family: Family) -> Family:
@@ -187,15 +193,20 @@ def lookup(family: str, cc: int, shape: Mapping[str, int], dtype: torch.dtype, u
     Raises:
         ValueError: unknown family or use, or a shape that lacks one of the family's keys.
     """
-    config = _cached_lookup(family, cc, tuple(sorted(shape.items())), dtype, use)
+    config, row = _cached_lookup(family, cc, tuple(sorted(shape.items())), dtype, use)
     if family in _forced:
         config, seen = _forced[family]
         seen.append(dict(shape))
+    elif row is not None and row.path is not None:
+        for watcher in _watchers:
+            watcher.append(row)
     return config
 
 
 @lru_cache(maxsize=4096)
-def _cached_lookup(name: str, cc: int, items: tuple[tuple[str, int], ...], dtype: torch.dtype, use: str) -> Any:
+def _cached_lookup(
+    name: str, cc: int, items: tuple[tuple[str, int], ...], dtype: torch.dtype, use: str
+) -> tuple[Any, ConfigRow | None]:
     family, shape = get_family(name), dict(items)
     if use not in USES:
         raise ValueError(f"use is {use!r}, expected one of {USES}")
@@ -204,7 +215,8 @@ def _cached_lookup(name: str, cc: int, items: tuple[tuple[str, int], ...], dtype
         raise ValueError(f"shape of {name} lacks {missing}: it has {sorted(shape)}")
     candidates = [
         row
-        for row in rows(base_cc(cc), name)
+        # of rows equally near the first counts
+        for row in (*in_force(cc, name), *rows(base_cc(cc), name))
         if row.dtype == dtype_name(dtype)
         and row.use == use
         and all(row.shape[key] == shape[key] for key in family.exact)
@@ -213,12 +225,12 @@ def _cached_lookup(name: str, cc: int, items: tuple[tuple[str, int], ...], dtype
     if candidates:
         best = min(candidates, key=lambda row: _distance(family, row, shape))
         if _distance(family, best, shape) <= REACH_OCTAVES[use]:
-            return best.config
+            return best.config, best
     config = family.default(base_cc(cc), shape, dtype, use)
     if use == "latency" and config == family.default(base_cc(cc), shape, dtype, "throughput"):
         # one image of this size fills a GPU as well as many do
         return _cached_lookup(name, cc, items, dtype, "throughput")
-    return config
+    return config, None
 
 
 @contextmanager
@@ -239,6 +251,91 @@ def using(family: str, config: Any) -> Iterator[list[dict[str, int]]]:
             del _forced[family]
         else:
             _forced[family] = before
+
+
+@contextmanager
+def watching() -> Iterator[list[ConfigRow]]:
+    """Collect the user's rows that lookups answer with, those of all threads of the process."""
+    found: list[ConfigRow] = []
+    _watchers.append(found)
+    try:
+        yield found
+    finally:
+        # by identity: two of them may hold the same rows
+        _watchers[:] = [watcher for watcher in _watchers if watcher is not found]
+
+
+@contextmanager
+def keeping(cc: int, families: Mapping[str, Any]) -> Iterator[None]:
+    """Let these rows be in force for `cc` in the place of the user's file, for all threads of the process.
+
+    Args:
+        families: rows by family, as in a config file; none for the shipped rows alone.
+
+    Raises:
+        UserRowsError: a row that no launch can have.
+    """
+    before = _kept.get(cc)
+    _kept[cc] = _parse_user("a plan", cc, families)
+    reload()
+    try:
+        yield
+    finally:
+        if before is None:
+            del _kept[cc]
+        else:
+            _kept[cc] = before
+        reload()
+
+
+def reload() -> None:
+    """Forget what was read of the user's files: the next lookup reads them again."""
+    global _generation
+    _generation += 1
+    _user_rows.cache_clear()
+    _cached_lookup.cache_clear()
+
+
+def generation() -> int:
+    """Grows whenever lookups may answer otherwise than before; for whoever remembers their answers."""
+    return _generation
+
+
+def in_force(cc: int, family: str | None = None) -> tuple[ConfigRow, ...]:
+    """The user's rows for exactly this compute capability, of one family or of all.
+
+    Raises:
+        UserRowsError: the user's file is damaged.
+    """
+    found = _kept[cc] if cc in _kept else _user_rows(cc)
+    return tuple(row for row in found if family in (None, row.family))
+
+
+@cache
+def _user_rows(cc: int) -> tuple[ConfigRow, ...]:
+    path = user_rows.path_of(cc)
+    return () if path is None else _parse_user(str(path), cc, user_rows.read(path, cc))
+
+
+def _parse_user(where: str, cc: int, families: Mapping[str, Any]) -> tuple[ConfigRow, ...]:
+    try:
+        user_rows.checked({"compute_capability": cc, "families": families}, cc)
+        parsed = [
+            replace(_parse_row(get_family(name), cc, index, raw), path=where)
+            for name, raws in families.items()
+            for index, raw in enumerate(raws)
+        ]
+    except ValueError as error:
+        raise user_rows.UserRowsError(where, str(error)) from None
+    for row in parsed:
+        itemsize = 4 if row.dtype == "fp32" else 2
+        tile = [n for key, n in vars(row.config).items() if key.startswith(("block_", "cols", "strips_"))]
+        gemm = isinstance(row.config, GemmConfig)
+        if gemm and (min(tile) < 16 or gemm_smem(row.config, itemsize) > limits(cc).smem_per_cta):
+            raise user_rows.UserRowsError(where, f"{row.family} at {dict(row.shape)} has a tile that no CTA can hold")
+        if math.prod(sorted(tile)[-2:]) > 1 << 16:
+            raise user_rows.UserRowsError(where, f"{row.family} at {dict(row.shape)} has a tile too large to compile")
+    return tuple(parsed)
 
 
 def _distance(family: Family, row: ConfigRow, shape: Shape) -> float:
@@ -283,6 +380,11 @@ def _parse_row(family: Family, cc: int, index: int, raw: Mapping[str, Any]) -> C
     use = raw.get("use", "throughput")
     if use not in USES:
         raise ValueError(f"{where}: use is {use!r}, expected one of {USES}")
+    for field in fields(family.config):
+        value = raw["config"].get(field.name, field.default)
+        kinds = str(field.type).replace("None", "NoneType").split(" | ")
+        if value is not MISSING and type(value).__name__ not in kinds:
+            raise ValueError(f"{where}: {field.name} is {value!r}, expected {field.type}")
     try:
         config = family.config(**raw["config"])
     except TypeError as error:

@@ -24,6 +24,7 @@ from .probe import probe
 from .psnr import psnr
 from .push import push
 from .terminal import echo, note, note_error, route_messages
+from .tune import tune
 from .view import view
 
 app = typer.Typer(
@@ -32,7 +33,7 @@ app = typer.Typer(
     help="Fast runtime for the full_capacitor image autoencoder.",
 )
 
-for command in (encode, decode, inspect, cache, verify, export, push, psnr, view, probe, plan, doctor, calibrate):
+for command in (encode, decode, inspect, cache, verify, export, push, psnr, view, probe, plan, doctor, tune, calibrate):
     app.command()(command)
 
 

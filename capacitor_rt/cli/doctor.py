@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -213,6 +214,33 @@ def _configs(index: int, cc: int) -> Iterator[Finding]:
     smem = tuning.limits(cc).smem_per_cta
     found = f"sm_{served}.json{relative}: rows for {', '.join(sorted(families))}; {smem / 1024:.0f} KiB per CTA"
     yield Finding(f"configs {index}", OK, f"the Triton backend runs in bfloat16 and float16 with {found}")
+    yield _tuned(index, cc)
+
+
+def _tuned(index: int, cc: int) -> Finding:
+    """Which rows of the user come before those of the file."""
+    import torch
+
+    from capacitor_kernels import tuning, user_rows
+
+    topic = f"tuned {index}"
+    path = user_rows.path_of(cc)
+    if path is None:
+        reason = os.environ.get(user_rows.VARIABLE)
+        return Finding(topic, OK, f"{user_rows.VARIABLE}={reason}: rows of yours are left out")
+    try:
+        rows = tuning.in_force(cc)
+    except user_rows.UserRowsError as error:
+        return Finding(topic, PROBLEM, str(error))
+    if not rows:
+        return Finding(topic, OK, f"no rows of yours in {path}", "capacitor-rt tune lets this GPU choose")
+    ops = ", ".join(f"{name} {n}" for name, n in Counter(row.family for row in rows).items())
+    newest = max(str(row.evidence.get("date", ""))[:10] for row in rows)
+    gpus = sorted({str(row.evidence.get("gpu")) for row in rows})
+    other = [gpu for gpu in gpus if gpu != torch.cuda.get_device_name(index)]
+    hint = "tuned on another GPU: capacitor-rt tune lets this one choose" if other else ""
+    found = f"{len(rows)} rows of yours in force ({ops}), measured on {', '.join(gpus)}, {newest}: {path}"
+    return Finding(topic, OK, found, hint)
 
 
 def _nvjpeg() -> Iterator[Finding]:

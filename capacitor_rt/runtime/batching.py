@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from capacitor_kernels import tuning
+
 from ..config import ModelConfig
 from .plan import LaunchPlan, PlanKey, make_plan
 
@@ -12,9 +14,13 @@ ARENA_BUDGET = 384 << 20
 """Bytes that one micro-batch takes: 128 images of 256x256 in bfloat16, or 32 of 512x512, to encode."""
 
 
-@lru_cache(maxsize=512)
 def cached_plan(config: ModelConfig, key: PlanKey) -> LaunchPlan:
     """`make_plan`, remembered: planning costs milliseconds of Python."""
+    return _cached_plan(config, key, tuning.generation())
+
+
+@lru_cache(maxsize=512)
+def _cached_plan(config: ModelConfig, key: PlanKey, generation: int) -> LaunchPlan:
     return make_plan(config, key)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from capacitor_kernels import dewhiten, reference, tuning, whiten
-from capacitor_kernels.launch import INTERPRETED, dtype_name
+from capacitor_kernels.launch import INTERPRETED, Launch, dtype_name, recording
 
 from ..config import ModelConfig
 from .arena import TensorSpec
@@ -68,6 +68,14 @@ def sizes() -> Sizes:
     return TINY if INTERPRETED else FULL
 
 
+class Prepared(NamedTuple):
+    """A call of an op, the tensors that it reads, and those that it writes, by argument."""
+
+    call: Callable[[], None]
+    given: Tensors
+    out: Tensors
+
+
 @dataclass(frozen=True)
 class LaunchCase:
     """One op at one shape.
@@ -81,16 +89,32 @@ class LaunchCase:
     step: Step
     specs: Mapping[str, TensorSpec]
 
-    def run(self, device: torch.device, draw: torch.Generator) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Call the op once on fresh values; `(result, truth in float64, eager torch's)` of every output."""
+    def launches(self, cc: int) -> list[Launch]:
+        """What a call queues, on tensors of the meta device."""
+        tensors = {name: torch.empty(s.shape, dtype=s.dtype, device="meta") for name, s in self.specs.items()}
+        with recording(cc) as found:
+            self._op(**tensors, **self.step.options)
+        return list(found)
+
+    def prepare(self, device: torch.device, draw: torch.Generator | None) -> Prepared:
+        """The op on fresh values, ready to be called; without a generator they are drawn on the device itself."""
         written = [argument for argument in OUTPUTS[self.step.op] if argument in self.specs]
-        given = {a: _values(self.step, a, s, draw).to(device) for a, s in self.specs.items() if a not in written}
+        place = device if draw is None else torch.device("cpu")
+        given = {a: _values(self.step, a, s, draw, place).to(device) for a, s in self.specs.items() if a not in written}
         if self.step.op == "expand":
             given["sumsq"] = squares(given["y"], self.specs["sumsq"].shape[1])
         # what a launch leaves out shows
         out = {a: torch.full(self.specs[a].shape, math.nan, dtype=self.specs[a].dtype, device=device) for a in written}
-        op = {"whiten": whiten, "dewhiten": dewhiten}.get(self.step.op) or host_function(self.step.op)
-        op(**given, **out, **self.step.options)
+        return Prepared(partial(self._op, **given, **out, **self.step.options), given, out)
+
+    @property
+    def _op(self) -> Callable[..., None]:
+        return {"whiten": whiten, "dewhiten": dewhiten}.get(self.step.op) or host_function(self.step.op)
+
+    def run(self, device: torch.device, draw: torch.Generator) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Call the op once on fresh values; `(result, truth in float64, eager torch's)` of every output."""
+        call, given, out = self.prepare(device, draw)
+        call()
         truth = self.plain({a: t.double() if t.is_floating_point() else t for a, t in given.items()})
         eager = self.plain(given)
         results = []
@@ -151,7 +175,7 @@ def cases(at: Sizes, dtype: torch.dtype, cc: int) -> Iterator[LaunchCase]:
     seen = set()
     for key, ops in asked:
         for op in ops:
-            case = _case(at.config, key, op)
+            case = launch_case(at.config, key, op)
             if case.name not in seen:
                 seen.add(case.name)
                 yield case
@@ -174,7 +198,7 @@ def _key(
     return PlanKey(direction, batch, height, width, dtype, image_dtype, layout, cc, use)
 
 
-def _case(model: ModelConfig, key: PlanKey, op: str) -> LaunchCase:
+def launch_case(model: ModelConfig, key: PlanKey, op: str) -> LaunchCase:
     """The first step of an op in the plan of a key."""
     plan = make_plan(model, key)
     step = next(step for step in plan.steps if step.op == op)
@@ -217,11 +241,11 @@ def _attention(at: Sizes, dtype: torch.dtype, cc: int) -> Iterator[LaunchCase]:
         yield LaunchCase(f"attention 2x{h}x{w}", Step("attention", args, options), specs)
 
 
-def _values(step: Step, name: str, spec: TensorSpec, draw: torch.Generator) -> Tensor:
+def _values(step: Step, name: str, spec: TensorSpec, draw: torch.Generator | None, place: torch.device) -> Tensor:
     """Random values at the scale that the model has them."""
     if spec.dtype == torch.uint8:
-        return torch.randint(0, 256, spec.shape, generator=draw, dtype=torch.uint8, device="cpu")
-    x = torch.randn(spec.shape, generator=draw, dtype=torch.float32, device="cpu")
+        return torch.randint(0, 256, spec.shape, generator=draw, dtype=torch.uint8, device=place)
+    x = torch.randn(spec.shape, generator=draw, dtype=torch.float32, device=place)
     return as_in_the_model(step, name, x).to(spec.dtype)
 
 

@@ -15,10 +15,11 @@ import torch
 
 from capacitor_kernels import dwconv_sumsq_shape, expand_partials_shape, project_workspace_shape, tuning
 from capacitor_kernels.launch import Work
+from capacitor_kernels.user_rows import UserRowsError
 
 from ..config import FullCapacitorInferenceConfig, ModelConfig
 from ..diffusion import NoiseLevel, noise_levels
-from ..errors import InputError
+from ..errors import ConfigError, InputError
 from .arena import Buffer, TensorSpec, lay_out
 from .fold import DECODER, ENCODER, packed_specs
 from .host_ops import work_of
@@ -118,6 +119,7 @@ def make_plan(config: ModelConfig, key: PlanKey) -> LaunchPlan:
 
     Raises:
         InputError: an architecture without launches.
+        ConfigError: the user's config file is damaged.
         ValueError: an unknown direction, or a size that is not whole patches.
     """
     if config.dico is not None:
@@ -128,7 +130,10 @@ def make_plan(config: ModelConfig, key: PlanKey) -> LaunchPlan:
     if key.height % p or key.width % p or min(key.batch, key.height, key.width) < 1:
         raise ValueError(f"{key.batch} images of {key.height}x{key.width} are not whole patches of {p} pixels")
     builder = _Builder(config, key)
-    return builder.decode() if key.direction in ("decode", "predict") else builder.encode()
+    try:
+        return builder.decode() if key.direction in ("decode", "predict") else builder.encode()
+    except UserRowsError as error:
+        raise ConfigError(str(error)) from error
 
 
 class _Builder:

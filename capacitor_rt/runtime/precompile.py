@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 
@@ -28,13 +28,19 @@ def precompile(plans: Iterable[LaunchPlan], stats: Stats) -> None:
     launches = {_key(launch): launch for plan in plans for _, queued in trace(plan) for launch in queued}
     if not launches:
         return
-    # ptxas is a process of its own, and most of the rest runs without Python's lock
-    with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1, len(launches))) as pool, _side_by_side(pool):
-        for launch in launches.values():
-            launch.kernel.warmup(grid=launch.grid, **launch.args, **launch.options)
+    compile_launches(list(launches.values()))
     seconds = time.perf_counter() - begin
     stats.compile_seconds += seconds
     _log.info("%d kernels made ready in %.1f s", len(launches), seconds)
+
+
+def compile_launches(launches: Sequence[Launch]) -> None:
+    """Compile launches side by side, for the current CUDA device."""
+    # ptxas is a process of its own, and most of the rest runs without Python's lock
+    threads = max(1, min(MOST_THREADS, os.cpu_count() or 1, len(launches)))
+    with ThreadPoolExecutor(threads) as pool, _side_by_side(pool):
+        for launch in launches:
+            launch.kernel.warmup(grid=launch.grid, **launch.args, **launch.options)
 
 
 def _side_by_side(pool: ThreadPoolExecutor) -> AbstractContextManager[object]:

@@ -67,13 +67,13 @@ def checks(device: torch.device, dtype: torch.dtype, seed: int = 0) -> Iterator[
         seed: of the random weights and inputs, which are drawn on the CPU.
     """
     for case in cases(sizes(), dtype, compute_capability(device)):
-        with _undisturbed(device):
+        with undisturbed(device):
             try:
                 row = compare(case.name, case.run(device, torch.Generator("cpu").manual_seed(seed)), dtype)
             except Exception as error:
                 row = _failed(case.name, error)
         yield row
-        if not (row.ok or _alive(device)):
+        if not (row.ok or device_works(device)):
             yield CheckRow("all that follows", None, None, LOST)
             return
     yield from check_model(device, dtype, seed)
@@ -82,7 +82,7 @@ def checks(device: torch.device, dtype: torch.dtype, seed: int = 0) -> Iterator[
 def check_model(device: torch.device, dtype: torch.dtype, seed: int = 0) -> list[CheckRow]:
     """One encode and one decode of a small random model by the Triton backend, graphs included, against torch."""
     rows: list[CheckRow] = []
-    with _undisturbed(device):
+    with undisturbed(device):
         try:
             rows += _model_rows(device, dtype, torch.Generator("cpu").manual_seed(seed))
         except Exception as error:
@@ -122,7 +122,7 @@ def _failed(name: str, error: Exception) -> CheckRow:
 
 
 @contextmanager
-def _undisturbed(device: torch.device) -> Iterator[None]:
+def undisturbed(device: torch.device) -> Iterator[None]:
     """Neither gradients nor the caller's autocast or inference mode; `device` is the current one."""
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
@@ -133,7 +133,7 @@ def _undisturbed(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _alive(device: torch.device) -> bool:
+def device_works(device: torch.device) -> bool:
     """Whether the device still does work for this process."""
     try:
         if device.type == "cuda":
@@ -171,7 +171,7 @@ def _model_rows(device: torch.device, dtype: torch.dtype, draw: torch.Generator)
             yield compare(name, [(ours(), truth(), eager())], dtype)
         except Exception as error:
             yield _failed(name, error)
-            if not _alive(device):
+            if not device_works(device):
                 return
     runtime.clear()
 

@@ -14,12 +14,12 @@ import torch
 from bench_contenders import DyingOpBench
 
 from bench import _cases as cases
-from bench import _correctness, gpu, kernels
+from bench import _correctness, _timing, gpu, kernels
 from bench import _records as records
-from bench import _timing as timing
 from bench._contenders import TINY
 from capacitor_kernels import OPS
 from capacitor_kernels import reference as kernel_reference
+from capacitor_rt.runtime import timing
 from capacitor_rt.runtime.forecast import Ceilings
 from capacitor_rt.runtime.plan import PlanKey, make_plan
 
@@ -51,8 +51,8 @@ def test_copies_exceed_three_caches():
 
 def test_floor_is_the_slower_of_compute_and_copy():
     # 100 TFLOP/s: 1e8 FLOPs a microsecond; 1000 GB/s: 1e6 bytes a microsecond
-    assert timing.floor_us(CEILINGS, flops=3e8, nbytes=1e6) == pytest.approx(3.0)
-    assert timing.floor_us(CEILINGS, flops=1e8, nbytes=5e6) == pytest.approx(5.0)
+    assert _timing.floor_us(CEILINGS, flops=3e8, nbytes=1e6) == pytest.approx(3.0)
+    assert _timing.floor_us(CEILINGS, flops=1e8, nbytes=5e6) == pytest.approx(5.0)
 
 
 def test_variants_are_interleaved():
@@ -64,7 +64,7 @@ def test_variants_are_interleaved():
 
 
 def test_environment_names_its_source():
-    facts = timing.environment(CPU)
+    facts = _timing.environment(CPU)
     assert facts["torch"] == torch.__version__ and facts["triton"] and facts["date"].endswith("Z")
     assert facts["gpu"] is None and facts["cores"] == os.cpu_count()
 
@@ -89,6 +89,15 @@ def test_a_case_is_a_step_of_the_runtimes_plan(op):
     again = case.prepare(CPU)
     assert any(not torch.equal(a, b) for a, b in zip(prepared.plain_args, again.plain_args, strict=True))
     assert all(torch.isfinite(t.float()).all() for t in prepared.plain_args)
+
+
+def test_another_config_changes_what_depends_on_it():
+    case = case_of("expand")
+    present = case.step.options["config"]
+    other = case.with_config(dataclasses.replace(present, block_m=present.block_m // 2))
+    assert other.specs["partials"].shape[1] >= case.specs["partials"].shape[1]
+    assert kernels.difference(other, CPU) <= kernels.AGREEMENT["float32"]
+    assert [launch.args["BLOCK_M"] for launch in other.launches()] == [present.block_m // 2]
 
 
 def test_a_call_can_be_repeated():
@@ -116,7 +125,7 @@ def test_a_right_launch_gets_every_figure():
     assert line["gbps"] == pytest.approx(case.step.nbytes / line["us"] / 1e3)
     assert line["x_eager"] == pytest.approx(line["eager_us"] / line["us"])
     assert line["percent_of_floor"] == pytest.approx(
-        100 * timing.floor_us(CEILINGS, case.step.flops, case.step.nbytes) / line["us"]
+        100 * _timing.floor_us(CEILINGS, case.step.flops, case.step.nbytes) / line["us"]
     )
 
 

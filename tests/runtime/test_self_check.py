@@ -114,7 +114,7 @@ def test_after_a_lost_device_nothing_more_is_tried(monkeypatch):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(op_module("expand"), "run_launches", lose)
-    monkeypatch.setattr(self_check, "_alive", lambda _: False)
+    monkeypatch.setattr(self_check, "device_works", lambda _: False)
     *before, last, end = check_launches(PLACE, DTYPE)
     assert all(row.ok for row in before) and last.name.startswith("expand") and "illegal memory" in last.problem
     assert end.name == "all that follows" and end.problem == self_check.LOST

@@ -77,6 +77,8 @@ class Gpu:
         self.freed: defaultdict[int, list[Memory]] = defaultdict(list)
         self.failures: dict[str, tuple[int, Exception]] = {}
         self.counts = Counter[str]()
+        # works of each stream, those of replayed graphs included: the only clock there is
+        self.spent = Counter[int]()
 
     @property
     def stream(self) -> int:
@@ -126,6 +128,7 @@ class Gpu:
             if stream in self.captures:
                 graph = self.captures[stream]
                 graph.memory.update(used)
+                graph.works += 1
                 graph.nodes[stream] += 1
                 for memory in written:
                     memory.promised = memory.pool == graph.handle
@@ -133,6 +136,7 @@ class Gpu:
             if stream == LEGACY:
                 self.refuse("work on the legacy stream", beside=())
             n = self.clocks[stream][stream] = self.clocks[stream].get(stream, 0) + 1
+            self.spent[stream] += 1
             for memory in used:
                 memory.uses[stream] = n
                 if memory.promised:
