@@ -10,7 +10,7 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_DISABLE_TELEMETRY=1
 TORCH  := $(shell grep '^torch==' constraints.txt)
 TRITON := $(shell grep '^triton==' constraints.txt)
 
-.PHONY: demo test test-ptx test-slow test-newest test-pairs test-pair lint format bench clean
+.PHONY: demo test test-ptx test-slow test-newest test-trainers test-pairs test-pair lint format bench clean
 
 demo: $(VENV)/.demo
 	$(RUN) -m capacitor_rt.cli.demo --out demo-out
@@ -32,6 +32,14 @@ test-newest: $(VENV)/.test
 	$(MAKE) VENV=$(VENV)-newest $(VENV)-newest/.test
 	$(VENV)-newest/bin/python -m pip install -q --no-deps 'triton>=3.6,<3.10' --upgrade
 	$(TEST_ENV) $(VENV)-newest/bin/python -m pytest -n $(CORES) --dist worksteal -q -m 'not slow' tests/kernels
+
+# the exporters with the packages that read their formats, one of which asks for an older numpy; checkouts of trainers
+# under CAPACITOR_TRAINERS join in
+test-trainers:
+	test -x $(VENV)-trainers/bin/python || $(PYTHON) -m venv $(VENV)-trainers
+	$(VENV)-trainers/bin/python -m pip install -q '$(TORCH)' pytest -e '.[cache,trainers]'
+	$(TEST_ENV) $(VENV)-trainers/bin/python -m pytest -q tests/cache/test_export.py tests/cache/test_export_formats.py \
+	  tests/cache/test_export_trainers.py
 
 # the suites that lean on torch and Triton, on every pair TORCH/TRITON: gigabytes each, so that `make test` leaves them out
 PAIRS      ?= 2.10.0/3.6.0 2.12.1/3.7.1 2.13.0/3.9.0 2.14.1/3.8.0

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import shutil
+import tarfile
 
 import numpy as np
 import pytest
@@ -14,12 +15,14 @@ from cache_cases import flip_byte, snapshot, stamps
 from export_cases import CLASSES, export, label_of, make_cache, rows_by_id
 from safetensors.torch import load_file
 
-from capacitor_rt.cache.export import lightningdit, pieces
+from capacitor_rt.cache.export import export_cache, lightningdit, pieces
 from capacitor_rt.cache.export.base import relative_path, same
 from capacitor_rt.cache.export.columns import MOST_CAPTION_BYTES, read_captions, read_labels
 from capacitor_rt.cache.export.files import locked
+from capacitor_rt.cache.export.mds_format import read_shard
 from capacitor_rt.cache.export.pieces import cut
 from capacitor_rt.cache.export.request import FORMATS, ExportRequest
+from capacitor_rt.cache.sources import ColumnsRequest
 from capacitor_rt.errors import CacheError, InputError
 
 FOLDERS = {"labels": "folder"}
@@ -272,7 +275,7 @@ def test_labels_of_a_file_are_joined_by_id(tmp_path, name, text, numbers, classe
         ("l.json", '{"labels": [["ant/1.png", 1], ["ant/1.png", 2]]}', r"two labels of 'ant/1.png', 1 and 2"),
         ("l.json", "[1, 2]", r"expected an object"),
         ("l.json", "nonsense", r"cannot be read"),
-        ("l.csv", "name,colour\nx,red\n", r"it lacks one of label"),
+        ("l.csv", "id,colour\nx,red\n", r"it lacks one of label"),
         ("l.txt", "1\n2\n", r"not of a known kind"),
     ],
 )
@@ -375,3 +378,43 @@ def test_rows_are_in_the_order_of_their_ids_whatever_the_cache_s(bare, tmp_path,
 
     reversed_ = Rows(open_cache(bare), rows)
     assert list(reversed_.ids) == sorted(reversed_.ids) and reversed_.order.tolist() == list(range(9))[::-1]
+
+
+def test_labels_captions_and_columns_of_the_cache_need_no_option(tmp_path):
+    (tmp_path / "src" / "ant").mkdir(parents=True)
+    for name in ("000", "001"):
+        (tmp_path / "src" / "ant" / f"{name}.txt").write_text(f"ant {name} \u2013 klein")
+    names = [f"{c}/{i:03d}.{'png' if n else 'webp'}" for n, c in enumerate(CLASSES) for i in range(2)]
+    table = [{"file_name": n, "label": n[0], "score": i / 3, "source": f"s{i}"} for i, n in enumerate(names)]
+    table[5]["score"] = None
+    (tmp_path / "table.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table))
+    columns = ColumnsRequest(str(tmp_path / "table.jsonl"), "txt", ("score", "source"))
+    cache = make_cache(tmp_path, each=2, flip=True, columns=columns)
+    notes: list[str] = []
+    request = ExportRequest("wds")
+    export_cache(cache, tmp_path / "wds", request, progress=False, note=notes.append)
+    assert notes == ["4 rows have no caption in the cache, and an empty one in the export"]
+    (tar,) = (tmp_path / "wds").glob("*.tar")
+    with tarfile.open(tar) as file:
+        members = {m.name: file.extractfile(m).read() for m in file}
+    for i, name in enumerate(names):
+        assert members[f"{i:08d}.cls"] == str(i // 2).encode()
+        assert members[f"{i:08d}.txt"].decode() == (f"ant {name[4:7]} \u2013 klein" if i < 2 else "")
+        info = json.loads(members[f"{i:08d}.json"])
+        assert info["source"] == f"s{i}" and info["score"] == (i / 3 if i < 5 else None)
+    export(cache, tmp_path / "lit", "lightningdit")
+    labels = load_file(tmp_path / "lit" / "latents_rank00_shard000.safetensors")["labels"]
+    assert labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert json.loads((tmp_path / "lit" / "capacitor.json").read_bytes())["classes"] == ["a", "b", "c"]
+    export(cache, tmp_path / "mds", "mds")
+    index = json.loads((tmp_path / "mds" / "index.json").read_bytes())["shards"][0]
+    encodings = dict(zip(index["column_names"], index["column_encodings"], strict=True))
+    assert encodings["score"] == "float64" and encodings["source"] == "str"
+    samples = list(read_shard(tmp_path / "mds" / "shard.00000.mds", encodings))
+    assert [s["caption"] for s in samples] == [members[f"{i:08d}.txt"].decode() for i in range(6)]
+    assert [s["source"] for s in samples] == [f"s{i}" for i in range(6)] and np.isnan(samples[5]["score"])
+    # an option counts before what the cache has
+    (tmp_path / "other.json").write_text(json.dumps(dict.fromkeys(names, 5)))
+    export(cache, tmp_path / "five", "lightningdit", labels=str(tmp_path / "other.json"))
+    labels = load_file(tmp_path / "five" / "latents_rank00_shard000.safetensors")["labels"]
+    assert labels.tolist() == [5] * 6

@@ -10,6 +10,8 @@ from models import random_model
 
 from capacitor_rt.cache import CacheRequest, LatentDataset, cache_images
 from capacitor_rt.cache.export import ExportReport, ExportRequest, export_cache
+from capacitor_rt.cache.options import RunOptions
+from capacitor_rt.cache.sources import ColumnsRequest
 
 CLASSES = ("ant", "bee", "cat")
 LABELS = {"ant": 0, "bee": 1, "cat": 2}
@@ -18,7 +20,15 @@ LABELS = {"ant": 0, "bee": 1, "cat": 2}
 SIZES = ((48, 64), (20, 80), (40, 40))
 
 
-def make_cache(folder: Path, *, each: int = 3, sizes=SIZES, distinct: bool = False, **request: Any) -> Path:
+def make_cache(
+    folder: Path,
+    *,
+    each: int = 3,
+    sizes=SIZES,
+    distinct: bool = False,
+    columns: ColumnsRequest | None = None,
+    **request: Any,
+) -> Path:
     """A cache of `each` images in every class folder under `folder/src`; the folder of the cache.
 
     Files of two classes have the same names unless they are to be `distinct`.
@@ -28,7 +38,8 @@ def make_cache(folder: Path, *, each: int = 3, sizes=SIZES, distinct: bool = Fal
         for path in paths if distinct else ():
             path.rename(path.with_name(f"{name}_{path.name}"))
     options = {"side": 64, "shard_rows": 4, **request}
-    cache_images(folder / "src", folder / "cache", random_model(), CacheRequest(**options), workers=0, progress=False)
+    run = RunOptions(workers=0, progress=False, columns=columns or ColumnsRequest())
+    cache_images(folder / "src", folder / "cache", random_model(), CacheRequest(**options), options=run)
     return folder / "cache"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -183,7 +184,8 @@ def same(a: Any, b: Any) -> bool:
         return a.dtype == b.dtype and a.shape == b.shape and bool(np.array_equal(tensor_bytes(a), tensor_bytes(b)))
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return False
-    return type(a) is type(b) and a == b
+    both_nan = isinstance(a, float) and isinstance(b, float) and math.isnan(a) and math.isnan(b)
+    return both_nan or (type(a) is type(b) and a == b)
 
 
 def from_numpy(array: np.ndarray) -> Tensor:

@@ -14,12 +14,11 @@ from torch import Tensor
 
 from ...errors import InputError
 from ...images.scan import id_to_path
+from ..sources.columns import CAPTIONS, LABELS
 from .tables import join, read_pairs, some
 
 MOST_CAPTION_BYTES = 64 * 1024
 """Of one caption in UTF-8; text encoders take a few thousand tokens at most."""
-LABEL_NAMES = ("label", "labels", "class", "class_id", "target")
-CAPTION_NAMES = ("caption", "text", "prompt", "captions")
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ def read_labels(source: str, ids: Sequence[str], others: Sequence[str] = ()) -> 
             )
         return _numbered([str(folder) for folder in folders], [id.partition("/")[0] for id in others if "/" in id])
     path = _file(source, "labels", "folder")
-    values = [_label(value, path) for value in join(ids, read_pairs(path, LABEL_NAMES), path, "label")]
+    values = [_label(value, path) for value in join(ids, read_pairs(path, LABELS), path, "label")]
     if all(isinstance(value, int) for value in values):
         return Labels(np.array(values, np.int64))
     if any(isinstance(value, int) for value in values):
@@ -96,7 +95,7 @@ def read_captions(source: str, ids: Sequence[str], images: Path | None) -> list[
         found = [_caption_file(_beside(images, id, source)) for id in ids]
     else:
         path = _file(source, "captions", "txt or json")
-        found = join(ids, read_pairs(path, CAPTION_NAMES), path, "caption")
+        found = join(ids, read_pairs(path, CAPTIONS), path, "caption")
     for id, caption in zip(ids, found, strict=True):
         check_caption(caption, id)
     return found
@@ -133,13 +132,13 @@ def _caption_file(path: Path) -> Any:
         if path.suffix != ".json":
             return text.rstrip("\r\n")
         document = json.loads(text)
-        return next(document[name] for name in CAPTION_NAMES if name in document)
+        return next(document[name] for name in CAPTIONS if name in document)
     except OSError as e:
         raise InputError(f"{path} cannot be read: {e.strerror}") from e
     except (ValueError, TypeError) as e:
         raise InputError(f"{path} cannot be read: {e}") from e
     except StopIteration:
-        raise InputError(f"{path} has no caption: it is an object with one of {', '.join(CAPTION_NAMES)}") from None
+        raise InputError(f"{path} has no caption: it is an object with one of {', '.join(CAPTIONS)}") from None
 
 
 def _file(source: str, option: str, else_use: str) -> Path:

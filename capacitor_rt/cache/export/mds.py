@@ -27,6 +27,13 @@ from .rows import Rows
 SHARD_BYTES = 64 << 20
 MOST_SHARD_BYTES = (1 << 32) - 1
 """Offsets are 32 bits."""
+KEPT: dict[str, tuple[str, Any]] = {
+    "int64": ("int", -1),
+    "float64": ("float64", float("nan")),
+    "string": ("str", ""),
+    "bool": ("int", 0),
+}
+"""Encodings of kept columns by their type, and what a missing value is, as in `LatentDataset`."""
 MICRO_SIDES = {256: 32, 512: 64}
 
 
@@ -43,6 +50,8 @@ class Mds(Format):
     def check(self) -> None:
         if (self.request.shard_bytes or 0) > MOST_SHARD_BYTES:
             raise InputError(f"--shard-bytes is at most {MOST_SHARD_BYTES}: offsets in MDS have 32 bits")
+        for bucket in self.rows.buckets:
+            self.columns(bucket)
         if self.request.preset != "micro":
             return
         for bucket in self.rows.buckets:
@@ -66,6 +75,10 @@ class Mds(Format):
             channels, *sides = self.rows.shape(bucket)
             shape = ",".join(map(str, (2 * channels, *sides)))
             found["img_latent"] = f"ndarray:{_name(self.rows.out_dtype)}:{shape}"
+        for name, (kind, _) in self.rows.kept.items():
+            if name in found:
+                raise InputError(f"the cache keeps a column {name!r}, which MDS rows have already: rename it")
+            found[name] = KEPT[kind][0]
         return dict(sorted(found.items()))
 
     def plan(self) -> Iterator[Piece]:
@@ -84,7 +97,12 @@ class Mds(Format):
         if self.request.preset == "micro" and self.rows.text_latents is not None:
             per_row += int(np.prod(next(iter(self.rows.text_latents.shapes)))) * 2
         texts = [self.rows.ids, *([self.rows.captions] if self.rows.captions is not None else [])]
-        return np.array([per_row + sum(len(t[i].encode()) for t in texts) for i in rows.tolist()], np.int64)
+        strings = [values for kind, values in self.rows.kept.values() if kind == "string"]
+        per_row += 8 * len(self.rows.kept)
+        sizes = np.array([per_row + sum(len(t[i].encode()) for t in texts) for i in rows.tolist()], np.int64)
+        for values in strings:
+            sizes += [len((values[i].as_py() or "").encode()) for i in rows.tolist()]
+        return sizes
 
     def record(self, i: int) -> Record:
         geometry, tensors = self.rows.geometry, self.rows.tensors(i)
@@ -94,6 +112,10 @@ class Mds(Format):
             "original_height": int(geometry["height"][i]),
             "original_width": int(geometry["width"][i]),
         }
+        for name, (kind, values) in self.rows.kept.items():
+            value = values[i].as_py()
+            missing = KEPT[kind][1]
+            found[name] = missing if value is None else type(missing)(value)
         latents = self.cast(tensors, "latents", i)
         if self.request.preset == "micro":
             assert self.rows.text_latents is not None, "required"
@@ -129,6 +151,8 @@ class Mds(Format):
             return len(self.rows.ids[i].encode())
         if name == "caption":
             return len(self.rows.captions[i].encode()) if self.rows.captions is not None else 0
+        if name in self.rows.kept:
+            return len((self.rows.kept[name][1][i].as_py() or "").encode())
         if name == "caption_latents":
             assert self.rows.text_latents is not None, "required"
             return int(np.prod(next(iter(self.rows.text_latents.shapes)))) * 2
@@ -144,7 +168,7 @@ class Mds(Format):
             reader = self._installed.MDSReader.from_json(str(folder), "", info)
             samples = (reader[n] for n in range(len(piece.rows)))
         for sample in samples:
-            yield {k: from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in sample.items()}
+            yield {k: _plain(v) for k, v in sample.items()}
 
     def _shard_info(self, bucket: Size, piece: Piece, nbytes: int) -> dict[str, Any]:
         return shard_info(self._config(bucket), Path(piece.name).name, nbytes, len(piece.rows))
@@ -171,6 +195,12 @@ class Mds(Format):
             "PRX's yaml (a model with in_channels 32, patch size 2, and a VAE of scaling_factor 1.0):",
             f"  dataset: {{local: [{out}], has_text_latents: false, caption_keys: caption}}",
         ]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return from_numpy(value)
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _name(dtype: torch.dtype) -> str:

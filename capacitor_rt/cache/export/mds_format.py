@@ -63,6 +63,8 @@ def encode_sample(record: Record, columns: dict[str, str]) -> bytes:
             data = value.encode()
         elif isinstance(value, int):
             data = np.int64(value).tobytes()
+        elif isinstance(value, float):
+            data = np.float64(value).tobytes()
         else:
             data = value
         if fixed_size(encoding) is None:
@@ -98,6 +100,8 @@ def _decode(data: bytes, encoding: str) -> Any:
         return data.decode()
     if encoding == "int":
         return int(np.frombuffer(data, "<i8")[0])
+    if encoding == "float64":
+        return float(np.frombuffer(data, "<f8")[0])
     if encoding == "bytes":
         return data
     _, dtype, shape = encoding.split(":")
@@ -106,7 +110,7 @@ def _decode(data: bytes, encoding: str) -> Any:
 
 def fixed_size(encoding: str) -> int | None:
     """Bytes of a column, None where each row has its own."""
-    if encoding == "int":
+    if encoding in ("int", "float64"):
         return 8
     if not encoding.startswith("ndarray"):
         return None

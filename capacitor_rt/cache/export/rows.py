@@ -80,6 +80,7 @@ class Rows:
         if len(doubled):
             raise InputError(f"two rows have the id {self.ids[int(doubled[0])]!r}: an export names rows by their ids")
         self._calibration = self._read_calibration()
+        self.empty_captions = 0
         self.labels = self._find_labels()
         self.captions = self._find_captions()
         text = request.text_latents
@@ -213,8 +214,9 @@ class Rows:
         if self.request.rules.labels == UNUSED:
             return None
         stored = self._stored("label")
-        if stored is not None:
-            return Labels(np.array(stored, np.int64))
+        if stored is not None and stored.null_count == 0:
+            names = self.dataset.label_names
+            return Labels(stored.to_numpy().astype(np.int64), tuple(names) if names else None)
         if self.request.rules.labels == REQUIRED:
             raise InputError(
                 f"{self.request.rules.reader} reads a label per row, and the cache has none: give --labels folder "
@@ -228,25 +230,23 @@ class Rows:
         elif self.request.rules.captions == UNUSED or (stored := self._stored("caption")) is None:
             return None
         else:
-            found = stored
+            # what has none is "" in the rows of a cache too
+            self.empty_captions = stored.null_count
+            found = ["" if caption is None else caption for caption in stored.to_pylist()]
             for id, caption in zip(self.ids, found, strict=True):
                 check_caption(caption, id)
         pa = require_extra("pyarrow")
         return Ids(pa.array(found, pa.large_string()))
 
-    def _stored(self, name: str) -> list[Any] | None:
-        """A column that the cache was given, unless it has none or gaps."""
-        try:
-            column = self.column(name)
-        except InputError:
-            return None
-        if column.null_count == len(column):
-            return None
-        if column.null_count:
-            raise InputError(
-                f"the cache has no {name} of {column.null_count} of {len(column)} rows: give --{name}s FILE"
-            )
-        return column.to_pylist()
+    def _stored(self, name: str) -> Any:
+        """A column that the cache was given, in the order of the rows; None where it has none."""
+        return self.column(name) if name in {column["name"] for column in self.dataset.plan.columns} else None
+
+    @cached_property
+    def kept(self) -> dict[str, tuple[str, Any]]:
+        """Type and values of the other columns that the cache was given, by name, in the order of the rows."""
+        columns = [c for c in self.dataset.plan.columns if c["name"] not in ("label", "caption")]
+        return {c["name"]: (c["type"], self.column(c["name"])) for c in columns}
 
     def digest(self) -> dict[str, str | None]:
         """Hashes of what decides the bytes of an export beside plan and request; None of what there is not."""

@@ -184,6 +184,8 @@ def _notes(rows: Rows) -> list[str]:
             "divided by alpha" if "logsnr" in rows.dataset.plan.tensors else "not divided by alpha (no logsnr cached)"
         )
         lines.append(f"latents are converted to FLUX.2's space approximately, {alpha}")
+    if rows.empty_captions:
+        lines.append(f"{rows.empty_captions} rows have no caption in the cache, and an empty one in the export")
     if rows.labels is not None and rows.labels.classes:
         empty = len(rows.labels.classes) - len(set(rows.labels.numbers.tolist()))
         if empty:

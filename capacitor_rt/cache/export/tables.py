@@ -10,8 +10,8 @@ from typing import Any
 
 from ...errors import InputError
 from ...extras import require_extra
+from ..sources.columns import KEYS
 
-ID_NAMES = ("id", "file_name", "filename", "file", "path", "image", "name")
 SHOWN = 3
 
 
@@ -25,7 +25,7 @@ def read_pairs(path: Path, value_names: Sequence[str]) -> Iterator[tuple[str, An
     """Ids and values in the order of the file.
 
     JSON is `{id: value}`, `{"labels": [[id, value], ...]}` as ADM's dataset.json, or a list of objects; the other
-    formats have named columns: an id (`ID_NAMES`) and one of `value_names`.
+    formats have named columns: an id (`KEYS`) and one of `value_names`.
 
     Raises:
         InputError: the file cannot be read, or has no such columns.
@@ -108,9 +108,9 @@ def _objects(path: Path, rows: Iterable[Any], names: Sequence[str]) -> Iterator[
 
 
 def _columns(path: Path, there: Sequence[str], names: Sequence[str]) -> tuple[str, str]:
-    key = next((name for name in ID_NAMES if name in there), None)
+    key = next((name for name in KEYS if name in there), None)
     value = next((name for name in names if name in there), None)
     if key is None or value is None:
-        lacking = f"an id ({', '.join(ID_NAMES)})" if key is None else f"one of {', '.join(names)}"
+        lacking = f"an id ({', '.join(KEYS)})" if key is None else f"one of {', '.join(names)}"
         raise InputError(f"{path} has {', '.join(map(repr, there)) or 'nothing'}: it lacks {lacking}")
     return key, value

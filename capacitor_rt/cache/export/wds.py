@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import pickle
 import shlex
 import subprocess
@@ -79,7 +80,10 @@ class Wds(Format):
         if self.rows.text_latents is not None:
             per_row += max(int(np.prod(s)) for s in self.rows.text_latents.shapes) * 4 + 4096 + _OVERHEAD
         texts = [self.rows.ids, *([self.rows.captions] if self.rows.captions is not None else [])]
-        return np.array([per_row + sum(6 * len(t[i]) for t in texts) for i in rows.tolist()], np.int64)
+        sizes = np.array([per_row + sum(6 * len(t[i]) for t in texts) for i in rows.tolist()], np.int64)
+        for name, (_, values) in self.rows.kept.items():
+            sizes += [8 + 6 * (len(name) + len(str(values[i].as_py()))) for i in rows.tolist()]
+        return sizes
 
     def record(self, i: int) -> Record:
         rows, tensors = self.rows, self.rows.tensors(i)
@@ -104,6 +108,9 @@ class Wds(Format):
         bucket, geometry = self.rows.bucket(i), self.rows.geometry
         height, width, top, left = (int(geometry[k][i]) for k in ("height", "width", "crop_top", "crop_left"))
         found = {"id": self.rows.ids[i], "original_height": height, "original_width": width}
+        kept = {name: values[i].as_py() for name, (_, values) in self.rows.kept.items()}
+        # no NaN in JSON
+        found |= {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in kept.items()}
         if self._energon:
             # nobody scored them: NeMo's encoder skips what is below its threshold, 0.0 by default
             return found | {"image_height": bucket.height, "image_width": bucket.width, "aesthetic_score": 0.0}
