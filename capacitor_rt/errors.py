@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class CapacitorError(Exception):
-    """Base of every failure that a user can cause and mend."""
+    """Base of every failure that a user can cause and mend. `problems` lists what went wrong, where it is several."""
+
+    def __init__(self, message: str, problems: Iterable[str] = ()):
+        self.problems = list(problems)
+        super().__init__("\n  ".join([message, *self.problems]))
 
 
 class UnverifiedModelWarning(UserWarning):
@@ -24,11 +30,7 @@ class NotFoldableError(InputError):
 
 
 class CheckpointError(CapacitorError):
-    """A checkpoint that cannot be found or read, or whose tensors do not fit together. `problems` lists every one."""
-
-    def __init__(self, message: str, problems: list[str] | None = None):
-        super().__init__("\n  ".join([message, *(problems or [])]))
-        self.problems = problems or []
+    """A checkpoint that cannot be found or read, or whose tensors do not fit together."""
 
 
 class ImageError(CapacitorError):

@@ -21,10 +21,9 @@ def check_plan(old: CachePlan, request: CacheRequest, model: ModelIdentity, fold
     if changes:
         started = any(commit.rows for commit in read_log(folder).commits.values())
         raise CacheError(
-            f"{folder.path} was planned otherwise, and a cache is never mixed:\n  "
-            + "\n  ".join(changes)
-            + "\nuse the old settings, or "
-            + ("cache into a new OUT" if started else f"delete {folder.path}, which holds no latents yet")
+            f"{folder.path} was planned otherwise, and a cache is never mixed: use the old settings, or "
+            + ("cache into a new OUT" if started else f"delete {folder.path}, which holds no latents yet"),
+            changes,
         )
 
 

@@ -127,7 +127,7 @@ def _check_inputs(folder: CacheFolder, plan: CachePlan, source: Source) -> bool:
         )
         raise CacheError(
             f"{folder.path} was planned with other labels, captions or columns: {', '.join(before) or 'none'} -> "
-            f"{', '.join(now) or 'none'}\nuse the old ones, or cache into a new OUT"
+            f"{', '.join(now) or 'none'}: use the old ones, or cache into a new OUT"
         )
     try:
         listing = load_listing(folder, planned["sha256"])
@@ -140,9 +140,9 @@ def _check_inputs(folder: CacheFolder, plan: CachePlan, source: Source) -> bool:
         changes = [f"source {planned['kind']} -> {fields['kind']}"]
     if changes:
         raise CacheError(
-            f"{folder.path} was planned for other inputs, and a finished plan is never changed:\n  "
-            + "\n  ".join(changes)
-            + "\nput the old files back, or cache into a new OUT"
+            f"{folder.path} was planned for other inputs, and a finished plan is never changed: put the old files "
+            "back, or cache into a new OUT",
+            changes,
         )
     return False
 

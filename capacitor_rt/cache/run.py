@@ -182,7 +182,7 @@ def _check(store: TaskStore, tasks: list[Task]) -> list[str]:
             damaged.append(problem)
     if damaged:
         more = [f"and {len(damaged) - 5} more"] if len(damaged) > 5 else []
-        raise CacheError("\n  ".join([*damaged[:5], *more, repair_hint(store.folder)]))
+        raise CacheError(f"{store.folder.path} is damaged: {repair_hint(store.folder)}", [*damaged[:5], *more])
     if gone or log.bad:
         store.forget(gone)
     return notes

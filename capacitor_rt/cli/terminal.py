@@ -39,7 +39,7 @@ def note(line: str) -> None:
     tqdm.write(_encodable(printable(line), sys.stderr), file=sys.stderr)
 
 
-# how a CheckpointError joins its problems to its message
+# how an error joins its problems to its message
 _NEXT = "\n  "
 
 

@@ -144,8 +144,8 @@ def _cache(root: Path, repo_id: str, revision: str | None, advance: Advance) -> 
 
     found = verify(root, advance=lambda done, total: advance("verify", done, total))
     if found.problems:
-        shown = "\n  ".join(found.problems[:5])
-        raise CacheError(f"{root} is damaged, and is not pushed ({len(found.problems)} problems):\n  {shown}")
+        count = len(found.problems)
+        raise CacheError(f"{root} is damaged, and is not pushed ({count} problems)", found.problems[:5])
     if found.unfinished:
         raise CacheError(
             f"{root} is not finished, and is not pushed: {found.unfinished} parts are missing; run the cache command "

@@ -302,7 +302,7 @@ def test_a_folder_without_write_permission_is_refused(tmp_path, as_nobody):
 def test_a_plan_without_latents_may_be_deleted_and_says_so(cached):
     src, out, model = cached
     (out / "commits.jsonl").write_text("")
-    with pytest.raises(CacheError, match=r"batch 2 -> 4\n.*or delete .*, which holds no latents yet"):
+    with pytest.raises(CacheError, match=r"or delete .*, which holds no latents yet\n  store.batch 2 -> 4"):
         run(src, out, model, CacheRequest(64, area=True, task_inputs=3, batch=4))
 
 

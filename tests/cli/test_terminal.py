@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from capacitor_rt.cli import main
-from capacitor_rt.cli.terminal import echo, printable
-from capacitor_rt.errors import CheckpointError
+from capacitor_rt.cli.terminal import echo, note_error, printable
+from capacitor_rt.errors import CacheError, CheckpointError
 
 P16 = str(GOLDEN / "p16")
 # a colour, a title, one in C1, a line of its own, a direction, a byte that is not UTF-8
@@ -192,3 +192,8 @@ def test_a_terminal_that_lacks_a_letter_gets_its_escape(monkeypatch):
     echo("写真")
     stream.flush()
     assert stream.buffer.getvalue() == b"\\u5199\\u771f\n"
+
+
+def test_an_error_with_problems_is_a_line_for_each(capsys):
+    note_error(CacheError("two things: mend both", ["a\nb", "c"]))
+    assert capsys.readouterr().err == "error: two things: mend both\n  a\\nb\n  c\n"

@@ -281,7 +281,8 @@ class Coordinator:
         if isinstance(message, Failure):
             if isinstance(message.error, CapacitorError):
                 raise message.error
-            raise CacheError(f"a decoding worker failed: {message.text.strip().splitlines()[-1]}\n{message.text}")
+            trace = message.text.strip().splitlines()
+            raise CacheError(f"a decoding worker failed: {trace[-1]}", trace)
         done: Done = message
         columns = require_extra("pyarrow").ipc.read_record_batch(
             require_extra("pyarrow").py_buffer(done.rows), self._schema
@@ -307,7 +308,8 @@ class Coordinator:
             return
         word, number, detail = pickle.loads(message)
         if word == BROKEN:
-            raise CacheError(f"decoding workers cannot be started: {detail.strip().splitlines()[-1]}\n{detail}")
+            trace = detail.strip().splitlines()
+            raise CacheError(f"decoding workers cannot be started: {trace[-1]}", trace)
         if word == READY:
             self._is_ready = True
             for i in range(len(self._seats)):

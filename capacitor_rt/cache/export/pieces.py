@@ -79,8 +79,7 @@ def check_out(out: Path, cache: Path, manifest: dict[str, Any]) -> None:
     except (OSError, ValueError, AttributeError) as e:
         raise CacheError(f"{path} cannot be read ({e}): give a new OUT") from e
     if changes:
-        lines = "\n  ".join(changes)
-        raise InputError(f"{out} was exported otherwise:\n  {lines}\nuse the old settings, or give a new OUT")
+        raise InputError(f"{out} was exported otherwise: use the old settings, or give a new OUT", changes)
 
 
 def _identity(manifest: dict[str, Any]) -> dict[str, Any]:
