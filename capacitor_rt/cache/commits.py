@@ -59,13 +59,13 @@ class Log(NamedTuple):
 
     Attributes:
         bad: numbers, from 1, of damaged lines. They count as lost.
-        whole: bytes of whole lines; more than that is the trace of a crash.
+        torn: whether something without a newline follows, which a crash leaves.
         sorted: whether it is as a finished run leaves it: one line for each task, in order, and nothing else.
     """
 
     commits: dict[int, Commit]
     bad: list[int]
-    whole: int
+    torn: bool
     sorted: bool
 
 
@@ -84,7 +84,9 @@ def parse_line(line: bytes) -> Commit | None:
         return None
     if fields.pop("sum") != _sum(fields) or fields["rows"] > fields["inputs"]:
         return None
-    return Commit(**fields)
+    commit = Commit(**fields)
+    # a number may be written in two ways
+    return commit if commit.line() == line + b"\n" else None
 
 
 def read_log(folder: CacheFolder) -> Log:
@@ -109,7 +111,8 @@ def read_log(folder: CacheFolder) -> Log:
         commits[commit.task] = commit
         numbers.append(commit.task)
     in_order = all(a < b for a, b in itertools.pairwise(numbers))
-    return Log(commits, bad, whole, in_order and not bad and whole == len(data))
+    torn = whole < len(data)
+    return Log(commits, bad, torn, in_order and not bad and not torn)
 
 
 class LogFollower:
@@ -138,13 +141,15 @@ class LogFollower:
             return
         if (info.st_dev, info.st_ino) == self._file and info.st_size == self._read:
             return
+        if info.st_size > MAX_BYTES:
+            raise CacheError(f"{self.folder.path / COMMITS} is damaged: it has {info.st_size} bytes")
         try:
             with self.folder.open(COMMITS) as file:
                 now = os.fstat(file.fileno())
                 if (now.st_dev, now.st_ino) != self._file or now.st_size < self._read:
                     self.commits, self._read = {}, 0
                     self._file = now.st_dev, now.st_ino
-                data = os.pread(file.fileno(), min(now.st_size - self._read, MAX_BYTES), self._read)
+                data = os.pread(file.fileno(), now.st_size - self._read, self._read)
         except OSError as e:
             raise CacheError(f"{self.folder.path / COMMITS} cannot be read: {e.strerror}") from e
         whole = data.rfind(b"\n") + 1

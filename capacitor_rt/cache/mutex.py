@@ -118,18 +118,26 @@ class Mutex:
             self.folder.unlink(LOCK)
 
     def _wait(self) -> FileIO:
-        begin, pause = time.monotonic(), 0.001
-        while True:
-            file = self._try()
-            if file is not None:
-                return file
-            if time.monotonic() - begin > PATIENCE and not self._told:
-                self._told = True
-                self._say()
-            time.sleep(pause)
-            pause = min(2 * pause, 0.1)
+        file = self._try()
+        if file is not None:
+            return file
+        pause = 0.001
+        patience = threading.Timer(PATIENCE, self._say)
+        patience.daemon = True
+        patience.start()
+        try:
+            while True:
+                # in the kernel's queue: who asks again and again would wait for ever on a busy holder
+                file = self._try(wait=True)
+                if file is not None:
+                    return file
+                time.sleep(pause)
+                pause = min(2 * pause, 0.1)
+        finally:
+            patience.cancel()
 
-    def _try(self) -> FileIO | None:
+    def _try(self, wait: bool = False) -> FileIO | None:
+        """The lock, or None where another has it (with `wait`, where the file was removed meanwhile)."""
         try:
             file = self.folder.open(LOCK, os.O_RDWR | os.O_CREAT)
         except CacheError as e:
@@ -138,7 +146,7 @@ class Mutex:
                 raise CacheError(f"cannot write to {self.folder.path}: {why}: give an OUT that you may write to") from e
             raise
         try:
-            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             file.close()
             return None
@@ -147,6 +155,9 @@ class Mutex:
             if e.errno not in _NO_LOCKS:
                 raise write_error(self.folder.path / LOCK, e) from e
             return self._take_file()
+        except BaseException:
+            file.close()
+            raise
         now = self.folder.stat(LOCK)
         if now is None or not os.path.samestat(now, os.fstat(file.fileno())):
             file.close()
@@ -177,6 +188,9 @@ class Mutex:
             return None
 
     def _say(self) -> None:
+        if self._told:
+            return
+        self._told = True
         owner = self._owner(HELD if self._by_file else LOCK)
         who = f"process {owner.pid} on {owner.host}" if owner else "another process"
         way_out = f"; if that process is gone, delete {self.folder.path / HELD}" if self._by_file else ""

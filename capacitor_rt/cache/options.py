@@ -53,7 +53,7 @@ class RunOptions:
             first = int(env.get("SLURM_ARRAY_TASK_MIN", 0)) if slurm and "RANK" not in env else 0
             size = int(env.get("WORLD_SIZE", env["SLURM_ARRAY_TASK_COUNT"] if slurm else 1))
         except ValueError:
-            return 0, 1
+            rank, first, size = 0, 0, 1
         rank = rank - first if self.rank is None else self.rank
         size = size if self.world_size is None else self.world_size
         return rank % max(size, 1), max(size, 1)

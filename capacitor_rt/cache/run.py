@@ -297,8 +297,11 @@ def _account(store: TaskStore, tasks: int) -> Report:
     with store.mutex:
         log = read_log(folder)
         commits = log.commits
-        if len(commits) == tasks and not log.sorted:
-            rewrite_log(folder, commits)
+        if len(commits) == tasks:
+            # of those that were killed while others went on
+            remove_stale(folder, plan, store.leases)
+            if not log.sorted:
+                rewrite_log(folder, commits)
         write_quarantine(folder, plan, commits)
     text = quarantine_bytes(folder, plan, commits)
     return Report(

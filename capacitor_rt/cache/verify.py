@@ -114,6 +114,10 @@ class _Check:
                     found.damaged.append(commit.task)
                     found.problems += problems
                 advance(done, len(commits))
+        if log.torn and not found.unfinished:
+            # no crash leaves it behind the last line
+            self._problem(f"{folder.path / COMMITS} has something behind its last line: the next run cuts it off")
+            found.bad_log = True
         if not found.problems:
             self._quarantine(plan, log)
         self._strangers(plan, log)
@@ -157,7 +161,7 @@ class _Check:
         except CacheError as e:
             self._problem(str(e))
             self.found.bad_log = True
-            return Log({}, [], 0, False)
+            return Log({}, [], False, False)
         if log.bad:
             numbers = ", ".join(map(str, log.bad[:5])) + (", ..." if len(log.bad) > 5 else "")
             self._problem(f"{path} is damaged in line {numbers}, which counts as lost: {repair_hint(self.folder)}")
@@ -220,10 +224,12 @@ def _task_problems(
                 f"index {folder.path / index} does not list the inputs that the plan gives its task: {hint}"
             )
     try:
-        if folder.hash(data) == commit.data_xxh3:
-            with folder.open(data) as file:
-                if not has_header(file.fileno(), placed):
-                    problems.append(f"{folder.path / data} is damaged: its header is not that of its index: {hint}")
+        with folder.open(data) as file:
+            size, whole = os.fstat(file.fileno()).st_size, has_header(file.fileno(), placed)
+        # a file may be said to have any size: it is not read to the end then
+        if size == commit.data_bytes and folder.hash(data) == commit.data_xxh3:
+            if not whole:
+                problems.append(f"{folder.path / data} is damaged: its header is not that of its index: {hint}")
             return problems
     except FileNotFoundError:
         return [*problems, f"{folder.path / data} cannot be read (No such file or directory): {hint}"]

@@ -9,10 +9,11 @@ from collections import Counter
 
 import torch
 
+from .caches import Caches
 from .checkpoints import Checkpoints
 from .forked import BATCH, REFUSED, TAKEN, Corpus, Surface, judge
 
-SURFACES: dict[str, type[Surface]] = {"checkpoints": Checkpoints}
+SURFACES: dict[str, type[Surface]] = {"checkpoints": Checkpoints, "caches": Caches}
 
 
 def campaign(surface: Surface, seed: int, first: int, mutants: int | None, minutes: float) -> int:

@@ -2,6 +2,8 @@
 
 `kill SRC OUT COUNT SEED` caches SRC into OUT in a child, kills it at a random moment, and so on until one ends by
 itself. Prints how far the cache was (committed tasks) when each died.
+`share SRC OUT COUNT KILLS SEED` caches SRC into OUT in COUNT children at once, kills some of them, and prints how much
+each has read and their exit codes.
 `signal SRC MODEL OUT NUMBER [OUT NUMBER ...]` runs the command in a child for each OUT, sends it a signal after its
 first task, and prints the exit codes.
 """
@@ -13,6 +15,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -46,6 +49,8 @@ def in_child(function) -> int:
     code = 70
     try:
         code = function()
+    except Exception:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -78,6 +83,26 @@ def kill_until_done(src: Path, out: Path, kills: int, seed: int) -> list[int]:
         return died
 
 
+def share(src: Path, out: Path, count: int, kills: int, seed: int) -> list[int]:
+    """Exit codes of `count` processes that cache at once, of which `kills` are killed at random moments."""
+    model = random_model()
+    rng = random.Random(seed)
+    children = [in_child(lambda rank=rank: cache_at_rank(src, out, model, rank, count)) for rank in range(count)]
+    for child in rng.sample(children, kills):
+        wait_for_commits(out, commits(out) + rng.randint(1, 3))
+        time.sleep(rng.uniform(0, 0.03))
+        os.kill(child, signal.SIGKILL)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def cache_at_rank(src: Path, out: Path, model: FullCapacitor, rank: int, count: int) -> int:
+    """Exit code of one of several runs; prints how many inputs it has read."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count)}
+    report = cache_images(src, out, model, REQUEST, workers=0, progress=False)
+    print(f"read {report.new_images}", flush=True)
+    return report.exit_code
+
+
 def command(*args: str) -> int:
     """Exit code of `capacitor-rt ARGS`, the cache's commands."""
     app = typer.Typer(pretty_exceptions_enable=False)
@@ -105,6 +130,8 @@ if __name__ == "__main__":
     mode, src, second, *rest = sys.argv[1:]
     if mode == "kill":
         print(*kill_until_done(Path(src), Path(second), *map(int, rest)))
+    elif mode == "share":
+        print("codes", *share(Path(src), Path(second), *map(int, rest)))
     else:
         outs, numbers = map(Path, rest[::2]), map(int, rest[1::2])
         print(*(signal_command(Path(src), out, Path(second), n) for out, n in zip(outs, numbers, strict=True)))

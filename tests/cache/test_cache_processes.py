@@ -1,0 +1,156 @@
+"""Several processes that write one cache share the tasks, take over those of the dead, and leave the same bytes."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from cache_cases import commits_of, snapshot, task_files, write_images
+from kill_driver import REQUEST
+from models import random_model
+
+from capacitor_rt.cache import RunOptions, cache_images
+from capacitor_rt.cache.folder import LEASES, CacheFolder
+from capacitor_rt.cache.leases import Leases
+from capacitor_rt.cache.mutex import Mutex, me, owner_bytes
+from capacitor_rt.cache.verify import verify
+
+HERE = Path(__file__).parents[1] / "support"
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+
+
+@pytest.fixture(scope="module")
+def src(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes") / "src"
+    write_images(folder, 90, sizes=((40, 40), (20, 80), (90, 24)))
+    (folder / "004b.png").write_bytes(b"no image")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(src):
+    cache_images(src, src.parent / "whole", random_model(), REQUEST, workers=0, progress=False)
+    return src.parent / "whole"
+
+
+def share(src, out, count, kills, seed):
+    """How much each process has read that ended by itself, and all exit codes."""
+    args = [sys.executable, HERE / "kill_driver.py", "share", src, out, count, kills, seed]
+    done = subprocess.run([str(a) for a in args], capture_output=True, text=True, env=ENV, timeout=120)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    codes = [int(code) for code in done.stdout.partition("codes ")[2].split()]
+    return [int(n) for n in re.findall(r"read (\d+)", done.stdout)], codes
+
+
+def test_two_processes_share_the_work_and_leave_the_bytes_of_one(tmp_path, src, whole):
+    read, codes = share(src, tmp_path / "out", 2, 0, 0)
+    assert codes == [3, 3]
+    # nothing is done twice, and both have worked
+    assert sum(read) == 91 and min(read) > 0
+    assert snapshot(tmp_path / "out") == snapshot(whole)
+
+
+def test_the_living_take_over_the_tasks_of_the_killed(tmp_path, src, whole):
+    seed = random.randrange(1 << 30)
+    _, codes = share(src, tmp_path / "out", 3, 2, seed)
+    # one that was to be killed may have ended before
+    assert codes.count(3) + codes.count(-9) == 3 and codes.count(3) >= 1, seed
+    assert snapshot(tmp_path / "out") == snapshot(whole), seed
+    assert verify(tmp_path / "out").problems == []
+
+
+@pytest.fixture
+def leases(tmp_path):
+    with CacheFolder(tmp_path) as folder:
+        yield Leases(folder, Mutex(folder), "01234567", heartbeat=0.05, stale=0.5)
+
+
+def another(leases):
+    return Leases(leases.folder, Mutex(leases.folder), leases.plan8, heartbeat=0.05, stale=0.5)
+
+
+def test_a_lease_is_one_process_s_while_it_is_touched(leases):
+    other = another(leases)
+    with leases:
+        assert leases.take(3) and leases.holds(3)
+        assert not other.take(3) and other.take(4)
+        # longer than an untouched one lives
+        time.sleep(0.8)
+        assert not other.take(3) and leases.holds(3)
+        leases.release(3)
+        assert other.take(3) and other.holds(3) and not leases.holds(3)
+
+
+def test_an_untouched_lease_is_taken_over_and_its_holder_knows(leases, tmp_path):
+    assert leases.take(3)
+    elsewhere = me()._replace(host="elsewhere")
+    (tmp_path / leases.name(3)).write_bytes(owner_bytes(elsewhere))
+    other = another(leases)
+    assert not other.take(3)
+    os.utime(tmp_path / leases.name(3), (1, 1))
+    assert other.take(3)
+    assert other.holds(3) and not leases.holds(3)
+    # what a holder that was thought dead gives back is another's
+    leases.release(3)
+    assert other.holds(3)
+
+
+def test_the_lease_of_a_dead_process_of_this_host_is_taken_at_once(leases, tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    (tmp_path / LEASES).mkdir()
+    (tmp_path / leases.name(3)).write_bytes(owner_bytes(me()._replace(pid=dead.pid)))
+    assert leases.take(3)
+    # of one that has this number now and was started later
+    (tmp_path / leases.name(4)).write_bytes(owner_bytes(me()._replace(start=1)))
+    assert leases.take(4)
+
+
+def test_a_run_waits_for_the_tasks_of_others_and_takes_them_over(tmp_path, src, whole, monkeypatch):
+    """A process of another machine has a task and stops touching its lease: the run ends with that task done."""
+    monkeypatch.setattr("capacitor_rt.cache.run.POLL_SECONDS", 0.05)
+    out = tmp_path / "out"
+    index, _ = task_files(whole, 0)
+    (out / LEASES).mkdir(parents=True)
+    lease = out / LEASES / f"{index.name[:8]}-000005"
+    lease.write_bytes(owner_bytes(me()._replace(host="elsewhere")))
+    waited: list[int] = []
+
+    def die():
+        while len(commits_of(out)) < len(commits_of(whole)) - 1:
+            time.sleep(0.02)
+        waited.append(len(commits_of(out)))
+        os.utime(lease, (1, 1))
+
+    thread = threading.Thread(target=die)
+    thread.start()
+    options = RunOptions(workers=0, progress=False, stale=30)
+    report = cache_images(src, out, random_model(), REQUEST, options=options)
+    thread.join()
+    assert waited and report.exit_code == 3
+    assert snapshot(out) == snapshot(whole)
+
+
+@pytest.mark.parametrize(
+    ("env", "place"),
+    [
+        ({}, (0, 1)),
+        ({"RANK": "2", "WORLD_SIZE": "4"}, (2, 4)),
+        ({"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_COUNT": "8", "SLURM_ARRAY_TASK_MIN": "1"}, (6, 8)),
+        ({"RANK": "one", "WORLD_SIZE": "4"}, (0, 1)),
+    ],
+)
+def test_where_a_process_begins(monkeypatch, env, place):
+    for name in ("RANK", "WORLD_SIZE", "SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    assert RunOptions().place() == place
+    assert RunOptions(rank=1, world_size=3).place() == (1, 3)
