@@ -15,6 +15,7 @@ from ..errors import CacheError
 from ..model import FullCapacitor
 from ..pretrained import SIZE_MULTIPLE
 from ..reference import Autoencoder
+from ..runtime.platform import why_not_triton
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class ModelIdentity:
         multiple: sides of a bucket are multiples of this, in pixels.
         compute_dtype: type of the convolutions, "bfloat16", "float16" or "float32".
         device: type of the device that computes, such as "cpu".
+        cc: compute capability of the GPU, where launches of ours may serve; else None.
         whitening: per-channel "mean" and "std", `[C]` each; None before the model is loaded, or without statistics.
     """
 
@@ -42,6 +44,7 @@ class ModelIdentity:
     compute_dtype: str
     device: str = field(compare=False)
     whitening: dict[str, list[float]] | None = field(default=None, compare=False)
+    cc: int | None = field(default=None, compare=False)
 
     def fields(self) -> dict[str, Any]:
         """Entries of `plan.json` under "model"."""
@@ -78,7 +81,8 @@ class Checkpoint:
         source = resolve(self.name, revision=self.revision)
         kind = torch.device(self.device).type
         dtype = self.compute_dtype or compute_dtype or ("bfloat16" if kind == "cuda" else "float32")
-        return _identity(source, read_header(source).config, dtype, kind)
+        identity = _identity(source, read_header(source).config, dtype, kind)
+        return dataclasses.replace(identity, cc=_served_cc(torch.device(self.device), self.backend))
 
     def load(self, identity: ModelIdentity) -> FullCapacitor:
         dtype = getattr(torch, identity.compute_dtype)
@@ -103,7 +107,8 @@ class Loaded:
         source = kept or _in_memory(self.model)
         dtype = str(self.model.dtype).removeprefix("torch.")
         identity = _identity(source, self.model.config, dtype, self.model.device.type)
-        return dataclasses.replace(identity, multiple=self.model.size_multiple)
+        cc = _served_cc(self.model.device, self.model.backend)
+        return dataclasses.replace(identity, multiple=self.model.size_multiple, cc=cc)
 
     def load(self, identity: ModelIdentity) -> FullCapacitor:
         return self.model
@@ -122,6 +127,15 @@ class _InMemory:
 def _in_memory(model: FullCapacitor) -> _InMemory:
     sha256 = tensors_sha256(model.state_dict())
     return _InMemory("memory", None, sha256, f"full_capacitor/whitened@sha256:{sha256[:16]}")
+
+
+def _served_cc(device: torch.device, backend: str) -> int | None:
+    """Compute capability of a GPU where the Triton backend may serve."""
+    if backend == "torch" or device.type != "cuda" or why_not_triton(device) is not None:
+        return None
+    from capacitor_kernels.launch import compute_capability
+
+    return compute_capability(device)
 
 
 def _identity(
@@ -148,5 +162,5 @@ def with_whitening(identity: ModelIdentity, model: Autoencoder) -> ModelIdentity
     statistics = model.statistics(torch.float64)
     if statistics is None:
         return identity
-    mean, std = statistics
+    mean, std = (t.cpu() for t in statistics)
     return dataclasses.replace(identity, whitening={"mean": mean.tolist(), "std": std.tolist()})

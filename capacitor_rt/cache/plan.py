@@ -264,8 +264,14 @@ def _checksum(fields: dict[str, Any]) -> str:
     return hashlib.sha256(canonical_json(fields)).hexdigest()
 
 
-def make_plan(request: CacheRequest, model: ModelIdentity, source: Source, buckets: tuple[Size, ...]) -> CachePlan:
-    """The plan of a new cache."""
+def make_plan(
+    request: CacheRequest,
+    model: ModelIdentity,
+    source: Source,
+    buckets: tuple[Size, ...],
+    configs: dict[str, Any] | None = None,
+) -> CachePlan:
+    """The plan of a new cache; `configs` as `kept_configs.configs_of` gives them."""
     tensors = ["latents", "logsnr"] if request.posterior else ["latents"]
     if request.flip:
         tensors += [f"{name}_flip" for name in tensors]
@@ -286,6 +292,8 @@ def make_plan(request: CacheRequest, model: ModelIdentity, source: Source, bucke
         "store": {"dtype": DTYPES[request.dtype], "tensors": tensors},
         "code": code_versions(),
     }
+    if configs:
+        fields["configs"] = configs
     fields["store"] |= {
         "batch": request.batch or _default_batch(model.device, buckets),
         "task_inputs": request.task_inputs or _default_task_inputs(CachePlan(fields), buckets),
@@ -332,4 +340,6 @@ def _default_task_inputs(plan: CachePlan, buckets: tuple[Size, ...]) -> int:
 def _identity(fields: dict[str, Any]) -> dict[str, Any]:
     """The part of a plan that two runs must share to write the same bytes."""
     same = {k: fields[k] for k in ("format", "pipeline", "source", "columns", "geometry", "pixels", "store")}
+    if "configs" in fields:
+        same["configs"] = fields["configs"]
     return {**same, "model": {k: v for k, v in fields["model"].items() if k not in MODEL_NAMES}}

@@ -73,7 +73,12 @@ PLAN_SCHEMA = Record(
             }
         ),
         "code": MapOf(Text(longest=200)),
-    }
+        # what a config may be is checked by the launches, which know theirs
+        "configs": Record(
+            {"compute_capability": Number(80, 999), "families": MapOf(ListOf(MapOf(Anything()), most=4096), most=100)}
+        ),
+    },
+    optional=("configs",),
 )
 
 

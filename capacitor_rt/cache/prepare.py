@@ -14,6 +14,7 @@ from ..model import FullCapacitor
 from ..reference import Autoencoder
 from .commits import read_log
 from .folder import LEASES, TMP, CacheFolder
+from .kept_configs import configs_of
 from .model_source import Checkpoint, Loaded, ModelSource, with_whitening
 from .mutex import HELD, LOCK
 from .options import RunOptions
@@ -37,6 +38,7 @@ class PreparedRun:
         model: what computes, where it had to be loaded to make the plan.
         notes: what a user may want to know before the work starts.
         restore_listing: whether `source.parquet` is damaged and is to be written anew.
+        cc: compute capability of the GPU, where launches of ours may serve.
     """
 
     plan: CachePlan
@@ -45,6 +47,7 @@ class PreparedRun:
     model: Autoencoder | None = None
     notes: list[str] = field(default_factory=list)
     restore_listing: bool = False
+    cc: int | None = None
 
     def nbytes(self, tasks: Iterable[Task]) -> int:
         """Most bytes of the latents of `tasks`."""
@@ -104,12 +107,12 @@ def prepare(
     if plan and folder:
         restore = _check_inputs(folder, plan, source)
         notes = source.notes + version_notes(plan)
-        return PreparedRun(plan, tasks_of(plan, source), source, None, notes, restore)
+        return PreparedRun(plan, tasks_of(plan, source), source, None, notes, restore, identity.cc)
     model = model_source.load(identity) if load else None
     if model is not None:
         identity = with_whitening(identity, model)
-    plan = make_plan(request, identity, source, buckets)
-    return PreparedRun(plan, tasks_of(plan, source), source, model, source.notes)
+    plan = make_plan(request, identity, source, buckets, configs_of(identity, buckets, request.posterior))
+    return PreparedRun(plan, tasks_of(plan, source), source, model, source.notes, cc=identity.cc)
 
 
 def tasks_of(plan: CachePlan, source: Source) -> list[Task]:

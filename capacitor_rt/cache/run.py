@@ -22,9 +22,10 @@ from .commits import read_log, rewrite_log
 from .decoding import DecodePool, usable_cores
 from .encoder import BatchEncoder
 from .folder import CacheFolder, make_dir
+from .kept_configs import kept
 from .leases import Leases
 from .meters import write_metrics
-from .model_source import ModelSource
+from .model_source import Loaded, ModelSource
 from .mutex import Mutex
 from .options import RunOptions
 from .pipeline import Pipeline
@@ -81,7 +82,8 @@ def cache_images(
         mutex = Mutex(folder, note)
         try:
             prepared = _plan(Path(src), folder, mutex, source, request, chosen)
-            report = _run(prepared, folder, mutex, source, threads, chosen, note)
+            with kept(prepared.plan, prepared.cc, source.model if isinstance(source, Loaded) else prepared.model):
+                report = _run(prepared, folder, mutex, source, threads, chosen, note)
         finally:
             _clear(folder, mutex)
     report.seconds = time.perf_counter() - begin

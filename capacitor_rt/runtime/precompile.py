@@ -25,7 +25,7 @@ def precompile(plans: Iterable[LaunchPlan], stats: Stats) -> None:
     Triton keeps the results in its cache on disk as well, so that the next process finds them there.
     """
     begin = time.perf_counter()
-    launches = {_key(launch): launch for plan in plans for _, queued in trace(plan) for launch in queued}
+    launches = {identity(launch): launch for plan in plans for _, queued in trace(plan) for launch in queued}
     if not launches:
         return
     compile_launches(list(launches.values()))
@@ -52,7 +52,7 @@ def _side_by_side(pool: ThreadPoolExecutor) -> AbstractContextManager[object]:
     return AsyncCompileMode(pool)
 
 
-def _key(launch: Launch) -> tuple[object, ...]:
+def identity(launch: Launch) -> tuple[object, ...]:
     """Equal for launches that differ in nothing that is compiled in, and for few others."""
     args = tuple(
         (name, value if isinstance(value, (int, float, str, bool)) else (type(value).__name__, _dtype(value)))

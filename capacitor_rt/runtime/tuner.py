@@ -26,7 +26,7 @@ from .launch_cases import LaunchCase, launch_case
 from .memory import DeviceMemoryError, is_out_of_memory
 from .plan import PlanKey, make_plan
 from .platform import describe, one_line
-from .precompile import compile_launches
+from .precompile import compile_launches, identity
 from .self_check import compare, device_works, undisturbed
 from .timing import Ready, Variant, prepare, time_ready
 
@@ -143,10 +143,18 @@ class Tuner:
         present = self._ready_present(subject)
         before = time_ready({"present": present}, self.device, REPLAYS, WARM_SECONDS)["present"].us
         best, tried, passed_over = Trial(subject, subject.present, before, 1.0), 0, 0
+        seen = {self._identity(subject, subject.present)}
         for at in range(0, len(waiting), AT_A_TIME):
-            group = waiting[at : at + AT_A_TIME]
-            if time.monotonic() < deadline:
-                self._compile(subject, group)
+            if time.monotonic() >= deadline:
+                break
+            group = []
+            for config in waiting[at : at + AT_A_TIME]:
+                same = self._identity(subject, config)
+                # a field that this op does not look at changes nothing
+                if same is None or same not in seen:
+                    seen.add(same)
+                    group.append(config)
+            self._compile(subject, group)
             for config in group:
                 if time.monotonic() >= deadline:
                     break
@@ -193,6 +201,14 @@ class Tuner:
     def _ready(self, case: LaunchCase) -> Ready:
         nbytes = sum(spec.nbytes for spec in case.specs.values())
         return prepare(Variant(case.name, lambda: case.prepare(self.device, None).call, nbytes), self.device)
+
+    def _identity(self, subject: Subject, config: Any) -> tuple[object, ...] | None:
+        """Equal for configs that launch the same; None where none can be made of it, which a trial will tell."""
+        try:
+            launches = self._case(subject, config).launches(subject.key.cc)
+        except Exception:
+            return None
+        return tuple((launch.grid, identity(launch)) for launch in launches)
 
     def _compile(self, subject: Subject, configs: Sequence[Any]) -> None:
         """Side by side; what fails here fails again, with its reason, when it is tried."""

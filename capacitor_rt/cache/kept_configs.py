@@ -1,0 +1,74 @@
+"""Launch configs that a user tuned: a cache records those that its calls are launched by, and goes on with them.
+
+Another config may sum in another order, which changes the last bits of latents. Rows that are shipped are no part of
+this: they are those of a version, which a cache notes when it changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+
+from ..config import ModelConfig
+from ..errors import CacheError
+from ..images.geometry import Size
+from ..reference import Autoencoder
+from .model_source import ModelIdentity
+from .plan import CachePlan
+
+
+def configs_of(identity: ModelIdentity, buckets: Iterable[Size], posterior: bool) -> dict[str, Any] | None:
+    """The entry `configs` of a plan: compute capability, and rows by family; None where no row of the user's launches.
+
+    Raises:
+        ConfigError: the user's config file is damaged.
+    """
+    if identity.cc is None:
+        return None
+    from ..runtime.configs import configs_in_force
+
+    sizes = [(bucket.height, bucket.width) for bucket in buckets]
+    direction = "posterior" if posterior else "encode"
+    dtype = getattr(torch, identity.compute_dtype)
+    families = configs_in_force(ModelConfig.from_dict(identity.config), sizes, dtype, identity.cc, (direction,))
+    return {"compute_capability": identity.cc, "families": families} if families else None
+
+
+@contextmanager
+def kept(plan: CachePlan, cc: int | None, model: Autoencoder | None) -> Iterator[None]:
+    """Launch by the configs that a cache was begun with.
+
+    Args:
+        cc: compute capability of the GPU that computes, None for none.
+        model: that is in memory already.
+
+    Raises:
+        CacheError: they are another GPU's. ConfigError: they are damaged.
+    """
+    recorded = plan.fields.get("configs")
+    if recorded is not None and recorded["compute_capability"] != cc:
+        here = "no such GPU is here" if cc is None else f"this GPU is sm_{cc}"
+        raise CacheError(
+            f"the cache was begun with launch configs tuned for sm_{recorded['compute_capability']}, and {here}: "
+            "go on where it was begun, or cache into a new OUT"
+        )
+    if cc is None:
+        yield
+        return
+    from ..runtime.configs import keep_configs
+
+    with keep_configs(recorded["families"] if recorded else {}, cc):
+        # what ran before was launched by whatever was in force then
+        _release(model)
+        try:
+            yield
+        finally:
+            _release(model)
+
+
+def _release(model: Autoencoder | None) -> None:
+    release = getattr(model, "release", nullcontext)
+    release()
