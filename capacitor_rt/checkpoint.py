@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
+import socket
 import uuid
 import warnings
 from collections.abc import Mapping
@@ -16,6 +18,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,6 +36,9 @@ from .safetensors_header import read_safetensors_header, unreadable
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 SAMPLE = "sample"
+CONNECT_SECONDS = 5.0
+"""Given to the hub to answer at all."""
+_log = logging.getLogger("capacitor_rt")
 
 
 @dataclass
@@ -132,6 +139,13 @@ def _from_hub(
     from huggingface_hub import errors as hub_errors
     from huggingface_hub import hf_hub_download
 
+    why = None if options["local_files_only"] else unreachable()
+    if why:
+        if force_download:
+            raise CheckpointError(f"{id} cannot be downloaded again: {why}")
+        # else each file would be asked for again and again, for half a minute
+        options = options | {"local_files_only": True}
+
     def fetch(filename: str, at: str | None) -> Path:
         return Path(
             hf_hub_download(id, filename, revision=at, subfolder=subfolder, force_download=force_download, **options)
@@ -147,25 +161,48 @@ def _from_hub(
         # both files of one commit, also while the repository is being changed
         commit = _commit_of(config) if config else None
         weights = fetch(WEIGHTS_NAME, commit or revision)
-    except hub_errors.GatedRepoError as error:
-        raise CheckpointError(f"{id} is gated: accept its terms on the hub and pass token=") from error
-    except hub_errors.RepositoryNotFoundError as error:
-        raise CheckpointError(f"{id} is not on the hub, or is private: check the name, or pass token=") from error
-    except hub_errors.RevisionNotFoundError as error:
-        raise CheckpointError(f"{id} has no revision {revision!r}: name a branch, a tag or a commit") from error
-    except hub_errors.LocalEntryNotFoundError as error:
+    except hub_errors.GatedRepoError:
+        raise CheckpointError(f"{id} is gated: accept its terms on the hub and pass token=") from None
+    except hub_errors.RepositoryNotFoundError:
+        raise CheckpointError(f"{id} is not on the hub, or is private: check the name, or pass token=") from None
+    except hub_errors.RevisionNotFoundError:
+        raise CheckpointError(f"{id} has no revision {revision!r}: name a branch, a tag or a commit") from None
+    except hub_errors.LocalEntryNotFoundError:
+        asked = why or "the hub was not asked or not reached"
         raise CheckpointError(
-            f"{id} is not in the local cache and the hub was not asked or not reached: "
-            "connect, unset HF_HUB_OFFLINE / local_files_only, or pass a folder"
-        ) from error
-    except hub_errors.EntryNotFoundError as error:
+            f"{id} is not in the local cache, and {asked}: connect, unset HF_HUB_OFFLINE / local_files_only, or pass "
+            "a folder"
+        ) from None
+    except hub_errors.EntryNotFoundError:
         where = f"{id}/{subfolder}" if subfolder else id
-        raise CheckpointError(f"{where} holds no {WEIGHTS_NAME} at revision {revision or 'main'}") from error
+        raise CheckpointError(f"{where} holds no {WEIGHTS_NAME} at revision {revision or 'main'}") from None
     except hub_errors.HFValidationError as error:
-        raise CheckpointError(f"{id!r} is not a hub id: {error}") from error
+        raise CheckpointError(f"{id!r} is not a hub id: {error}") from None
     except (hub_errors.HfHubHTTPError, OSError) as error:
-        raise CheckpointError(f"{id} could not be downloaded: {error}") from error
+        raise CheckpointError(f"{id} could not be downloaded: {error}") from None
+    if why:
+        _log.warning("%s: %s comes from the local cache, as it was last seen", why, id)
     return CheckpointSource(id, _commit_of(weights), weights, config)
+
+
+def unreachable() -> str | None:
+    """Why no connection to the hub can be opened, found out in seconds; None where it can, or is not to be tried.
+
+    With a proxy only the proxy knows.
+    """
+    from huggingface_hub import constants
+
+    address, proxies = urlsplit(constants.ENDPOINT), getproxies()
+    if constants.HF_HUB_OFFLINE or not address.hostname:
+        return None
+    if (address.scheme in proxies or "all" in proxies) and not proxy_bypass(address.hostname):
+        return None
+    try:
+        port = address.port or (80 if address.scheme == "http" else 443)
+        socket.create_connection((address.hostname, port), timeout=CONNECT_SECONDS).close()
+    except OSError as error:
+        return f"{address.hostname} cannot be reached ({error.strerror or error})"
+    return None
 
 
 def _commit_of(path: Path) -> str | None:

@@ -91,6 +91,9 @@ def push_to_hub(
 
     root = Path(folder)
     content = _content(root, repo_id, revision, advance)
+    why = checkpoint.unreachable()
+    if why:
+        raise HubError(f"{repo_id} could not be pushed to: {why}")
     api = HfApi(token=token, library_name="capacitor_rt", library_version=__version__)
     try:
         url = api.create_repo(repo_id, repo_type=content.kind, private=private, exist_ok=True)

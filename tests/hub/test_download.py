@@ -100,23 +100,25 @@ print(json.dumps(answers))
 """
 
 
-def ask(hub, home: Path, *calls, **env) -> list:
-    """Run `from_pretrained` calls in a fresh process: the hub's address and modes are read at import."""
+def environment_of(hub, home: Path) -> dict[str, str]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-    environment |= {
+    return environment | {
         "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_address[1]}",
         "HF_HOME": str(home),
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "NO_PROXY": "127.0.0.1",
-        **env,
     }
+
+
+def ask(hub, home: Path, *calls, **env) -> list:
+    """Run `from_pretrained` calls in a fresh process: the hub's address and modes are read at import."""
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT],
         input=json.dumps(calls),
         capture_output=True,
         text=True,
-        env=environment,
+        env=environment_of(hub, home) | env,
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
@@ -168,7 +170,35 @@ def test_hub(hub, tmp_path):
 
 
 def test_hub_that_does_not_answer(tmp_path, hub):
+    ask(hub, tmp_path, (REPO, {}))
     hub.shutdown()
     hub.server_close()
-    [(kind, message)] = ask(hub, tmp_path, (REPO, {}))
-    assert kind == "CheckpointError" and REPO in message
+    cached, forced, other = ask(hub, tmp_path, (REPO, {}), (REPO, {"force_download": True}), ("data-archetype/x", {}))
+    assert cached[:2] == [16, COMMIT]
+    assert forced[0] == "CheckpointError" and "cannot be downloaded again: 127.0.0.1 cannot be reached" in forced[1]
+    assert other[0] == "CheckpointError"
+    assert "data-archetype/x is not in the local cache, and 127.0.0.1 cannot be reached" in other[1]
+
+
+def test_a_failure_is_one_line_without_a_history(tmp_path, hub):
+    """In Python too: what huggingface_hub and its HTTP client raised on the way is not the user's."""
+    hub.shutdown()
+    hub.server_close()
+    code = f"from capacitor_rt import FullCapacitor; FullCapacitor.from_pretrained({REPO!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment_of(hub, tmp_path), timeout=120
+    )
+    assert done.returncode == 1
+    # nor is it asked for again and again, for half a minute
+    assert done.stderr.count("Traceback") == 1 and "Retrying" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("capacitor_rt.errors.CheckpointError: data-archetype/full_capacitor")
+
+
+def test_what_comes_from_the_cache_is_logged(tmp_path, hub):
+    ask(hub, tmp_path, (REPO, {}))
+    hub.shutdown()
+    hub.server_close()
+    command = [sys.executable, "-m", "capacitor_rt", "inspect", REPO]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment_of(hub, tmp_path), timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "warning: 127.0.0.1 cannot be reached" in done.stderr and "as it was last seen" in done.stderr

@@ -218,7 +218,7 @@ def test_what_the_hub_refuses(hub, made, tmp_path, monkeypatch):
         with pytest.raises(InputError, match=message):
             push_to_hub(folder, ME, token=TOKEN)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(HubError, match="me/small could not be pushed to"):
+    with pytest.raises(HubError, match=r"me/small could not be pushed to: 127.0.0.1 cannot be reached"):
         push_to_hub(made / "model", "me/small", token=TOKEN)
 
 
