@@ -80,7 +80,13 @@ class _Handler(BaseHTTPRequestHandler):
         if len(hosts) != 1 or not self.server.is_ours(hosts[0]):
             self._refuse(HTTPStatus.MISDIRECTED_REQUEST)
             return
-        path = self.server.files.get(urlsplit(self.path).path)
+        asked = urlsplit(self.path).path
+        if asked == "/favicon.ico":
+            # every browser asks
+            self.send_response(HTTPStatus.NO_CONTENT)
+            self.end_headers()
+            return
+        path = self.server.files.get(asked)
         kind = TYPES.get(path.suffix) if path else None
         if path is None or kind is None or path.resolve() != path:
             self._refuse(HTTPStatus.NOT_FOUND)
