@@ -344,7 +344,9 @@ class replacing:
 
     def __init__(self, path: Path):
         self.path = path
-        self.temporary = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex}")
+        # a name may have 255 bytes
+        name = os.fsdecode(os.fsencode(path.name)[:200])
+        self.temporary = path.with_name(f"{name}.tmp-{uuid.uuid4().hex}")
 
     def __enter__(self) -> Path:
         return self.temporary

@@ -18,6 +18,10 @@ BUSY = 0.95
 """Share of the time from which on a stage counts as busy."""
 
 
+ADVICE_SECONDS = 5.0
+"""Of a shorter run, starting is what took the time."""
+
+
 @dataclass
 class Meters:
     """Seconds of a run.
@@ -69,6 +73,8 @@ class Meters:
 
     def advice(self) -> str:
         """One line: how long the device waits and for what, and what to do about it."""
+        if self.wall < ADVICE_SECONDS:
+            return "too short a run to say what holds it up"
         name = "GPU" if self.device == "gpu" else "encoder"
         waiting = self.device_waiting()
         limit = self.limit()

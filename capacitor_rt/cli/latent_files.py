@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from ..model import FullCapacitor
 
 LATENT_FORMAT = "capacitor-latent/1"
+MOST_NAME_BYTES = 255
+"""Of the file systems of Linux."""
 
 
 class Sampler(str, Enum):
@@ -79,6 +81,16 @@ def refuse_existing(target: Path) -> None:
         raise InputError(f"{target} exists: move it away, or give another --out")
 
 
+def refuse_long_name(target: Path) -> None:
+    """One name that the file system does not take is the fault of one input."""
+    length = len(os.fsencode(target.name))
+    if length > MOST_NAME_BYTES:
+        raise InputError(
+            f"{target.name} cannot be a file: its name has {length} bytes, {MOST_NAME_BYTES} are allowed: shorten the "
+            "name of the input"
+        )
+
+
 def encode(
     images: ImagePaths,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the NAME.safetensors files, one per image.")],
@@ -108,8 +120,16 @@ def encode(
     framing, colour = Framing(size, area), parse_background(background)
     capacitor = load_model(model, revision, device, compute_dtype, backend)
     failed = 0
-    frames = load_frames(targets, framing, capacitor.size_multiple, colour)
-    for path, frame in bar(frames, len(targets), "image"):
+    usable = []
+    for path, target in targets.items():
+        try:
+            refuse_long_name(target)
+            usable.append(path)
+        except InputError as error:
+            note(f"error: {error}")
+            failed += 1
+    frames = load_frames(usable, framing, capacitor.size_multiple, colour)
+    for path, frame in bar(frames, len(usable), "image"):
         if isinstance(frame, ImageError):
             note(f"{frame.reason}: {frame}")
             failed += 1
@@ -157,7 +177,8 @@ def decode(
     targets = {path: target for source in sources for path, target in source.targets.items()}
     refuse_collisions(targets, "decode")
     for target in targets.values():
-        refuse_existing(target)
+        if len(os.fsencode(target.name)) <= MOST_NAME_BYTES:
+            refuse_existing(target)
     image_module = require_extra("PIL.Image")
     from ..images.frames import to_uint8
 
@@ -174,6 +195,7 @@ def decode(
                 continue
             for target, read in pictures:
                 try:
+                    refuse_long_name(target)
                     refuse_existing(target)
                     image = capacitor.decode(read().to(capacitor.device), inference_config=inference)[0]
                     target.parent.mkdir(parents=True, exist_ok=True)

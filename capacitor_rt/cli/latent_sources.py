@@ -161,7 +161,8 @@ def read_latents(path: Path) -> tuple[Tensor, str | None]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="pt") as file:
+        # by descriptor: safetensors refuses names that are not UTF-8
+        with open(path, "rb") as opened, safe_open(f"/proc/self/fd/{opened.fileno()}", framework="pt") as file:
             if "latents" not in file.keys():  # noqa: SIM118
                 names = ", ".join(file.keys()) or "no tensors"
                 raise InputError(

@@ -73,6 +73,8 @@ class NoteHandler(logging.Handler):
 def route_messages() -> None:
     """Let warnings, log records of the library and tracebacks, which may quote what a file says, be notes too."""
     warnings.showwarning = lambda message, *_, **__: note(f"warning: {message}")
+    # of damaged metadata, which is passed over
+    warnings.filterwarnings("ignore", module=r"PIL\b")
     sys.excepthook = _print_crash
     log = logging.getLogger("capacitor_rt")
     if not any(isinstance(handler, NoteHandler) for handler in log.handlers):

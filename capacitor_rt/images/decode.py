@@ -9,6 +9,7 @@ and neither they nor failures depend on the faster way that `jpeg` is for most J
 from __future__ import annotations
 
 import io
+import logging
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from ..errors import ImageError, InputError
 from . import jpeg
 from .color import ColorMap, to_srgb
 from .convert import orient, to_rgb8, unorient
+from .tiff import strictly
 
 EMPTY = "empty"
 """No bytes."""
@@ -75,6 +77,8 @@ _END_MARKS = {"JPEG": b"\xff\xd9", "PNG": b"IEND", "GIF": b";"}
 Buffer = Callable[[int], bytearray]
 """Gives memory of at least so many bytes."""
 
+# without a handler of the program's own, what Pillow logs of damaged files would go to stderr
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 Image.init()
 _KNOWN_FORMATS = tuple(f for f in FORMATS if f in Image.OPEN)
 
@@ -179,7 +183,7 @@ class OpenedImage:
             self._image = image = _open(io.BytesIO(data), name, max_pixels)
             self.header, self._profile = _header(image), image.info.get("icc_profile") or b""
             self._grey = image.mode in _GREY
-            self.memory = image.width * image.height * (8 if image.mode in _SHALLOW else 20)
+            self.memory = image.width * image.height * (8 if image.mode in _SHALLOW else 20) + 8 * _tile_area(image)
             return
         found = self._jpeg
         width, height = found.width, found.height
@@ -232,7 +236,11 @@ class OpenedImage:
         if shrink:
             image.draft(image.mode, (image.width >> shrink, image.height >> shrink))
         orientation = _orientation(image)
-        pixels = to_rgb8(image, background, opened, profile)
+        if image.tile and image.tile[0][0] == "libtiff":
+            twice = iter((image, opened()))
+            pixels = strictly(lambda: to_rgb8(next(twice), background, opened, profile))
+        else:
+            pixels = to_rgb8(image, background, opened, profile)
         # Pillow turns a TIFF while it loads, and then drops the tag
         if orientation != _orientation(image):
             return unorient(pixels, orientation)
@@ -305,7 +313,17 @@ def _open(stream: BinaryIO, name: str, max_pixels: int) -> ImageFile.ImageFile:
     if image.width < 1 or image.height < 1:
         raise ImageError(CORRUPT, f"{name} declares {image.width}x{image.height} pixels")
     _check_size(image.width, image.height, name, max_pixels)
+    if (area := _tile_area(image)) > max_pixels:
+        raise ImageError(TOO_LARGE, f"{name} has tiles of {area} pixels: the limit is {max_pixels}")
     return image
+
+
+def _tile_area(image: Image.Image) -> int:
+    """Pixels of a TIFF's tile, which may be larger than the picture and is decoded whole."""
+    if not isinstance(image, TiffImagePlugin.TiffImageFile):
+        return 0
+    width, height = image.tag_v2.get(322, 0), image.tag_v2.get(323, 0)
+    return width * height if isinstance(width, int) and isinstance(height, int) else 0
 
 
 def _check_size(width: int, height: int, name: str, max_pixels: int) -> None:

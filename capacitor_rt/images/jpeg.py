@@ -24,6 +24,7 @@ _PASSED = {0xC4, 0xDB, 0xDD, 0xFE}
 _SCAN = 0xDA
 _ORIENTATION = 0x0112
 _SHORT = 3
+_TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8}
 _EXIF, _XMP, _ICC, _MPF = b"Exif\0\0", b"http://ns.adobe.com/xap/", b"ICC_PROFILE\0", b"MPF\0"
 MOST_SHRINK = 3
 """Decoding at 1/2^k of the size goes to k = 3."""
@@ -160,6 +161,9 @@ def _orientation(tiff: bytes) -> int | None:
     found = 1
     seen = False
     for at in range(start + 2, end, 12):
+        size = _TYPE_BYTES.get(number(at + 2, 2), 0) * number(at + 4, 4)
+        if size > 4 and number(at + 8, 4) + size > len(tiff):
+            return None
         if number(at, 2) == _ORIENTATION:
             if seen or number(at + 2, 2) != _SHORT or number(at + 4, 4) != 1:
                 return None

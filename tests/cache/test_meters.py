@@ -46,6 +46,10 @@ def test_what_limits_and_what_to_do(found, limit, said):
     assert said in found.advice() and found.advice() in str(found)
 
 
+def test_a_short_run_says_nothing():
+    assert "too short" in meters(wall=1.0, encode=0.1, decode=3.0).advice()
+
+
 def test_shares_of_the_workers_time():
     found = meters(decode=30.0, encode=7.0, write=1.0, fill=2.0)
     assert found.occupancy() == pytest.approx({"decode": 0.75, "fill": 0.2, "encode": 0.7, "write": 0.1})

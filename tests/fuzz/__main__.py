@@ -12,8 +12,9 @@ import torch
 from .caches import Caches
 from .checkpoints import Checkpoints
 from .forked import BATCH, REFUSED, TAKEN, Corpus, Surface, judge
+from .images import Images
 
-SURFACES: dict[str, type[Surface]] = {"checkpoints": Checkpoints, "caches": Caches}
+SURFACES: dict[str, type[Surface]] = {"checkpoints": Checkpoints, "caches": Caches, "images": Images}
 
 
 def campaign(surface: Surface, seed: int, first: int, mutants: int | None, minutes: float) -> int:
