@@ -38,8 +38,7 @@ test-newest: $(VENV)/.test
 test-trainers:
 	test -x $(VENV)-trainers/bin/python || $(PYTHON) -m venv $(VENV)-trainers
 	$(VENV)-trainers/bin/python -m pip install -q '$(TORCH)' pytest -e '.[cache,trainers]'
-	$(TEST_ENV) $(VENV)-trainers/bin/python -m pytest -q tests/cache/test_export.py tests/cache/test_export_formats.py \
-	  tests/cache/test_export_trainers.py
+	$(TEST_ENV) $(VENV)-trainers/bin/python -m pytest -q tests/cache/test_export*.py
 
 # the suites that lean on torch and Triton, on every pair TORCH/TRITON: gigabytes each, so that `make test` leaves them out
 PAIRS      ?= 2.10.0/3.6.0 2.12.1/3.7.1 2.13.0/3.9.0 2.14.1/3.8.0

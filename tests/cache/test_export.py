@@ -5,8 +5,9 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
-import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,14 +16,12 @@ from cache_cases import flip_byte, snapshot, stamps
 from export_cases import CLASSES, export, label_of, make_cache, rows_by_id
 from safetensors.torch import load_file
 
-from capacitor_rt.cache.export import export_cache, lightningdit, pieces
+from capacitor_rt.cache.export import lightningdit, pieces
 from capacitor_rt.cache.export.base import relative_path, same
-from capacitor_rt.cache.export.columns import MOST_CAPTION_BYTES, read_captions, read_labels
+from capacitor_rt.cache.export.columns import MOST_CAPTION_BYTES
 from capacitor_rt.cache.export.files import locked
-from capacitor_rt.cache.export.mds_format import read_shard
 from capacitor_rt.cache.export.pieces import cut
 from capacitor_rt.cache.export.request import FORMATS, ExportRequest
-from capacitor_rt.cache.sources import ColumnsRequest
 from capacitor_rt.errors import CacheError, InputError
 
 FOLDERS = {"labels": "folder"}
@@ -94,6 +93,35 @@ def test_a_kill_between_publishing_and_logging_costs_nothing(cache, tmp_path, fo
     after = stamps(tmp_path / "out")
     changed = {name for name in after if after[name] != before.get(name) and (tmp_path / "out" / name).is_file()}
     assert changed <= {pieces.LOG, "index.json", "metadata.json"}
+
+
+@pytest.mark.parametrize("call", ["link", "write", "unlink"])
+def test_killed_at_any_call_it_goes_on_and_ends_in_the_same_bytes(cache, tmp_path, call):
+    export(cache, tmp_path / "whole", "ddt", labels="folder")
+    out = tmp_path / "out"
+    real, killed = getattr(os, call), 0
+    for at in (1, 4, 9, 13):
+        left = at
+
+        def counted(*args, **kwargs):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                # as SIGKILL: nothing is cleaned up
+                os._exit(9)
+            return real(*args, **kwargs)
+
+        child = os.fork()
+        if child == 0:
+            try:
+                setattr(os, call, counted)
+                export(cache, out, "ddt", labels="folder")
+            finally:
+                os._exit(0)
+        killed += os.waitpid(child, 0)[1] == 9 << 8
+    assert killed >= 3
+    export(cache, out, "ddt", labels="folder")
+    assert snapshot(out) == snapshot(tmp_path / "whole")
 
 
 def test_a_missing_piece_is_written_again_and_a_damaged_one_named(cache, tmp_path):
@@ -233,101 +261,6 @@ def test_the_manifest_says_what_the_files_hold(cache, tmp_path, format):
     assert manifest["classes"] == (list(CLASSES) if request.get("labels") else None)
 
 
-def test_labels_of_folders_count_the_folders_of_what_could_not_be_cached():
-    labels = read_labels("folder", ["b/x.png", "b/y.png", "d/z.png"], others=["a/1.png", "c/2.png", "loose.png"])
-    assert labels.classes == ("a", "b", "c", "d") and labels.numbers.tolist() == [1, 1, 3]
-    with pytest.raises(InputError, match=r"1 of 2 rows lie in no folder \('x.png'\)"):
-        read_labels("folder", ["x.png", "a/y.png"])
-
-
-IDS = ["ant/1.png", "bee/2.png"]
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "numbers", "classes"),
-    [
-        ("l.json", '{"ant/1.png": 7, "bee/2.png": 0, "more": 3}', [7, 0], None),
-        ("l.json", '{"labels": [["ant/1.png", 1], ["bee/2.png", 1]]}', [1, 1], None),
-        ("l.json", '[{"file_name": "bee/2.png", "label": "wasp"}, {"id": "ant/1.png", "label": "ant"}]', None, None),
-        ("l.jsonl", '{"id": "ant/1.png", "class": 2}\n\n{"id": "bee/2.png", "class": 1}\n', [2, 1], None),
-        ("l.csv", "id,label\nant/1.png,10\nbee/2.png,9\n", [10, 9], None),
-        ("l.tsv", "label\tfile_name\nzoo\tant/1.png\nair\tbee/2.png\n", [1, 0], ("air", "zoo")),
-    ],
-)
-def test_labels_of_a_file_are_joined_by_id(tmp_path, name, text, numbers, classes):
-    (tmp_path / name).write_text(text)
-    if numbers is None:
-        # each object has its own names of the columns
-        numbers, classes = [0, 1], ("ant", "wasp")
-    labels = read_labels(str(tmp_path / name), IDS)
-    assert labels.numbers.dtype == np.int64 and labels.numbers.tolist() == numbers and labels.classes == classes
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "match"),
-    [
-        ("l.json", '{"ant/1.png": 7}', r"no label of 1 of 2 rows \('bee/2.png'\)"),
-        ("l.json", '{"1.png": 7, "2.png": 3}', r"no label of 2 of 2 rows .*; it names '1.png', '2.png'"),
-        ("l.json", '{"ant/1.png": -1, "bee/2.png": 1}', r"holds the label -1: labels are numbers from 0"),
-        ("l.json", '{"ant/1.png": 1.5, "bee/2.png": 1}', r"holds the label 1.5"),
-        ("l.json", '{"ant/1.png": true, "bee/2.png": 1}', r"holds the label True"),
-        ("l.json", '{"ant/1.png": "a", "bee/2.png": 1}', r"holds numbers and names"),
-        ("l.json", '{"labels": [["ant/1.png", 1], ["ant/1.png", 2]]}', r"two labels of 'ant/1.png', 1 and 2"),
-        ("l.json", "[1, 2]", r"expected an object"),
-        ("l.json", "nonsense", r"cannot be read"),
-        ("l.csv", "id,colour\nx,red\n", r"it lacks one of label"),
-        ("l.txt", "1\n2\n", r"not of a known kind"),
-    ],
-)
-def test_labels_that_do_not_fit_are_refused(tmp_path, name, text, match):
-    (tmp_path / name).write_text(text)
-    with pytest.raises(InputError, match=match):
-        read_labels(str(tmp_path / name), IDS)
-
-
-def test_captions_lie_beside_the_images_or_in_a_file(tmp_path):
-    for id, text in zip(IDS, ("an ant\n", "\ufeffeine Biene \u2013 Größe"), strict=True):
-        path = (tmp_path / id).with_suffix(".txt")
-        path.parent.mkdir()
-        path.write_text(text, encoding="utf-8")
-        path.with_suffix(".json").write_text(json.dumps({"score": 1, "prompt": text.upper()}))
-    assert read_captions("txt", IDS, tmp_path) == ["an ant", "eine Biene \u2013 Größe"]
-    assert read_captions("json", IDS, tmp_path)[0] == "AN ANT\n"
-    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    pq.write_table(pa.table({"text": ["two", "one"], "id": IDS[::-1]}), tmp_path / "c.parquet")
-    assert read_captions(str(tmp_path / "c.parquet"), IDS, None) == ["one", "two"]
-
-
-@pytest.mark.parametrize(
-    ("caption", "match"),
-    [
-        ("a\0b", "holds a NUL character"),
-        ("x" * 100_000, f"has 100000 bytes, above {MOST_CAPTION_BYTES}: shorten it"),
-        (7, "is int, not text"),
-        (None, "is NoneType, not text"),
-        ("\ud800", "is no valid Unicode"),
-    ],
-)
-def test_captions_that_no_reader_takes_are_refused(bare, tmp_path, caption, match):
-    captions = {row["id"]: "fine" for row in rows_by_id(bare)} | {"bee/001.png": caption}
-    (tmp_path / "captions.json").write_text(json.dumps(captions))
-    refused(bare, tmp_path, f"'bee/001.png' {match}", "mds", captions=str(tmp_path / "captions.json"))
-
-
-def test_caption_files_that_are_missing_or_no_text_are_named(tmp_path):
-    for id in IDS:
-        (tmp_path / id).parent.mkdir()
-    (tmp_path / "ant" / "1.txt").write_bytes(b"\xff\xfe")
-    with pytest.raises(InputError, match=r"1 of 2 rows have no .txt file beside them .* \('bee/2.png'\)"):
-        read_captions("txt", IDS, tmp_path)
-    (tmp_path / "bee" / "2.txt").write_text("x" * 10 * MOST_CAPTION_BYTES)
-    with pytest.raises(InputError, match=r"1.txt cannot be read: 'utf-8' codec"):
-        read_captions("txt", IDS, tmp_path)
-    (tmp_path / "ant" / "1.txt").write_text("ant")
-    with pytest.raises(InputError, match=r"caption of 'bee/2.png' has \d+ bytes"):
-        read_captions("txt", IDS, tmp_path)
-
-
 @pytest.mark.parametrize("id", ["../x.png", "/etc/x.png", "a//b.png", "a/./b.png", "a/../b.png", "x" * 250])
 def test_ids_that_are_no_names_of_files_are_refused(id):
     with pytest.raises(InputError, match="use mds or wds"):
@@ -380,41 +313,24 @@ def test_rows_are_in_the_order_of_their_ids_whatever_the_cache_s(bare, tmp_path,
     assert list(reversed_.ids) == sorted(reversed_.ids) and reversed_.order.tolist() == list(range(9))[::-1]
 
 
-def test_labels_captions_and_columns_of_the_cache_need_no_option(tmp_path):
-    (tmp_path / "src" / "ant").mkdir(parents=True)
-    for name in ("000", "001"):
-        (tmp_path / "src" / "ant" / f"{name}.txt").write_text(f"ant {name} \u2013 klein")
-    names = [f"{c}/{i:03d}.{'png' if n else 'webp'}" for n, c in enumerate(CLASSES) for i in range(2)]
-    table = [{"file_name": n, "label": n[0], "score": i / 3, "source": f"s{i}"} for i, n in enumerate(names)]
-    table[5]["score"] = None
-    (tmp_path / "table.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table))
-    columns = ColumnsRequest(str(tmp_path / "table.jsonl"), "txt", ("score", "source"))
-    cache = make_cache(tmp_path, each=2, flip=True, columns=columns)
-    notes: list[str] = []
-    request = ExportRequest("wds")
-    export_cache(cache, tmp_path / "wds", request, progress=False, note=notes.append)
-    assert notes == ["4 rows have no caption in the cache, and an empty one in the export"]
-    (tar,) = (tmp_path / "wds").glob("*.tar")
-    with tarfile.open(tar) as file:
-        members = {m.name: file.extractfile(m).read() for m in file}
-    for i, name in enumerate(names):
-        assert members[f"{i:08d}.cls"] == str(i // 2).encode()
-        assert members[f"{i:08d}.txt"].decode() == (f"ant {name[4:7]} \u2013 klein" if i < 2 else "")
-        info = json.loads(members[f"{i:08d}.json"])
-        assert info["source"] == f"s{i}" and info["score"] == (i / 3 if i < 5 else None)
-    export(cache, tmp_path / "lit", "lightningdit")
-    labels = load_file(tmp_path / "lit" / "latents_rank00_shard000.safetensors")["labels"]
-    assert labels.tolist() == [0, 0, 1, 1, 2, 2]
-    assert json.loads((tmp_path / "lit" / "capacitor.json").read_bytes())["classes"] == ["a", "b", "c"]
-    export(cache, tmp_path / "mds", "mds")
-    index = json.loads((tmp_path / "mds" / "index.json").read_bytes())["shards"][0]
-    encodings = dict(zip(index["column_names"], index["column_encodings"], strict=True))
-    assert encodings["score"] == "float64" and encodings["source"] == "str"
-    samples = list(read_shard(tmp_path / "mds" / "shard.00000.mds", encodings))
-    assert [s["caption"] for s in samples] == [members[f"{i:08d}.txt"].decode() for i in range(6)]
-    assert [s["source"] for s in samples] == [f"s{i}" for i in range(6)] and np.isnan(samples[5]["score"])
-    # an option counts before what the cache has
-    (tmp_path / "other.json").write_text(json.dumps(dict.fromkeys(names, 5)))
-    export(cache, tmp_path / "five", "lightningdit", labels=str(tmp_path / "other.json"))
-    labels = load_file(tmp_path / "five" / "latents_rank00_shard000.safetensors")["labels"]
-    assert labels.tolist() == [5] * 6
+def test_the_page_gives_the_defaults_that_the_rules_have():
+    page = (Path(__file__).parents[2] / "docs" / "trainers.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| ([^|]*) \| [^|]* \| (\w+), ([\w ]+) \|$", page, re.M)
+    assert {row[0] for row in rows} == set(FORMATS)
+    for name, _, layout, dtype in rows:
+        rules = FORMATS[name]
+        assert (layout, dtype.replace("as cached", "stored")) == (rules.layouts[0], rules.dtypes[0]), name
+    assert f"more than {MOST_CAPTION_BYTES // 1024} KiB" in page
+
+
+def test_the_readme_has_a_command_for_each_format_that_is_taken():
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    commands = re.findall(r"`capacitor-rt export latents/ (\S+) ([^`]+)`", text)
+    assert {re.search(r"-f (\w+)", options)[1] for _, options in commands} == set(FORMATS)
+    for _, options in commands:
+        words = options.split()
+        given = {
+            word.lstrip("-").replace("-", "_"): words[n + 1 : n + 2] for n, word in enumerate(words) if word[0] == "-"
+        }
+        values = {k: (v[0] if v and v[0][0] != "-" else True) for k, v in given.items()}
+        ExportRequest(values.pop("f"), **values).resolved()

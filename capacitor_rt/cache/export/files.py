@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import hashlib
@@ -24,6 +25,9 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
 _BLOCK = 1 << 22
+_LIBC = ctypes.CDLL(None)
+MANY = 16
+"""Files above which the file system is synced rather than each of them."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +68,7 @@ def publish(out: Path, files: Iterable[OutFile]) -> tuple[list[str], int]:
                         total += _write(f.fileno(), chunk)
             except OSError as e:
                 raise _write_error(final, e) from e
-        # one after the other here costs less than after each file: the first flushes what all share
-        for tmp, _ in pending:
-            _fsync(tmp)
+        _sync([tmp for tmp, _ in pending])
         for tmp, final in pending:
             _link_if_absent(tmp, final)
     finally:
@@ -92,6 +94,21 @@ def _write(fd: int, chunk: bytes | memoryview) -> int:
     while view:
         view = view[os.write(fd, view) :]
     return size
+
+
+def _sync(paths: list[Path]) -> None:
+    """Wait until files of one folder tree are on disk."""
+    syncfs = getattr(_LIBC, "syncfs", None)
+    if len(paths) > MANY and syncfs is not None:
+        # one call for the file system: an fsync of each costs milliseconds, and a block of rows has 1,024 files
+        fd = os.open(paths[0].parent, os.O_RDONLY)
+        try:
+            if syncfs(fd) == 0:
+                return
+        finally:
+            os.close(fd)
+    for path in paths:
+        _fsync(path)
 
 
 def _fsync(path: Path) -> None:

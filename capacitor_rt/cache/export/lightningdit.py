@@ -20,6 +20,7 @@ from .files import OutFile
 from .pieces import Piece, split
 
 ROWS = 10_000
+MAPPED_ROWS = 256
 NAMES = ("latents", "latents_flip")
 STATS = "latents_stats.pt"
 
@@ -71,10 +72,13 @@ class LightningDiT(Format):
         from safetensors import safe_open
 
         with safe_open(out / piece.name, framework="pt") as file:
-            labels = file.get_tensor("labels")
-            slices = {name: file.get_slice(name) for name in NAMES}
-            for n in range(len(labels)):
-                yield {**{name: s[n : n + 1][0] for name, s in slices.items()}, "label": int(labels[n])}
+            labels = file.get_tensor("labels").tolist()
+        for start in range(0, len(labels), MAPPED_ROWS):
+            # opened anew: what has been read stays in memory for as long as the file is mapped
+            with safe_open(out / piece.name, framework="pt") as file:
+                slices = {name: file.get_slice(name) for name in NAMES}
+                for n in range(start, min(start + MAPPED_ROWS, len(labels))):
+                    yield {**{name: s[n : n + 1][0] for name, s in slices.items()}, "label": labels[n]}
 
     def last_files(self, out: Path) -> Iterator[OutFile]:
         yield OutFile(STATS, self._stats())

@@ -40,7 +40,11 @@ class Repa(Format):
 
     def check(self) -> None:
         assert self.request.images is not None, "the request was checked"
-        images = self.request.images
+        images, kind = self.request.images, self.rows.dataset.plan.fields["source"]["kind"]
+        if kind in ("tar", "parquet"):
+            raise InputError(
+                f"the cache was made from {kind} files, and REPA's pictures are cut from files in a folder: cache those"
+            )
         missing = [id for id in self.rows.ids if not source_path(images, id).is_file()]
         if missing:
             raise InputError(
