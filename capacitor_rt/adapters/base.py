@@ -23,11 +23,30 @@ if TYPE_CHECKING:
 
 SEED = 0
 _HALVES = ("encoder", "decoder")
+_IGNORED = {
+    "device_map",
+    "disable_mmap",
+    "low_cpu_mem_usage",
+    "max_memory",
+    "offload_folder",
+    "offload_state_dict",
+    "use_flashpack",
+    "use_safetensors",
+    "variant",
+}
+"""Of what diffusers' pipelines pass to a model's `from_pretrained`."""
 _NEVER = -30.0
 """Log-variance of a deterministic posterior: the least that a distribution of diffusers keeps."""
 
 
-class DiffusersVAE(nn.Module):
+if TYPE_CHECKING:
+    ModelMixin = nn.Module
+else:
+    # a pipeline's from_pretrained takes no other vae=, and finds this name here when it loads one that it saved
+    ModelMixin = output_classes().model
+
+
+class DiffusersVAE(ModelMixin):
     """What both adapters share. An adapter's latents are `scale * whitened + shift` per channel, in some layout.
 
     Args:
@@ -76,19 +95,17 @@ class DiffusersVAE(nn.Module):
         force_download: bool = False,
         backend: str = "auto",
         strict_size: bool = False,
-        variant: str | None = None,
-        use_safetensors: bool | None = None,
-        low_cpu_mem_usage: bool | None = None,
+        dtype: torch.dtype | str | None = None,
         **adapter: Any,
     ) -> Self:
         """Load a model and wrap it: frozen, in eval mode, float32 on the CPU by default.
 
         Args:
-            id_or_path, subfolder, torch_dtype, device, revision, cache_dir, token, local_files_only, force_download,
-                backend: see `FullCapacitor.from_pretrained`.
+            id_or_path, subfolder, torch_dtype, dtype, device, revision, cache_dir, token, local_files_only,
+                force_download, backend: see `FullCapacitor.from_pretrained`.
             strict_size: True admits multiples of 32 alone, as the model card does; pipelines make multiples of 16.
-            variant, use_safetensors, low_cpu_mem_usage: taken and ignored; there is one file of weights.
-            adapter: arguments of the class.
+            adapter: arguments of the class. What else diffusers passes to its models is taken and ignored (variant,
+                use_safetensors, low_cpu_mem_usage, ...): there is one file of weights.
 
         Raises:
             CheckpointError, InputError: see `FullCapacitor.from_pretrained` and the class.
@@ -97,6 +114,7 @@ class DiffusersVAE(nn.Module):
             id_or_path,
             subfolder=subfolder,
             torch_dtype=torch_dtype,
+            dtype=dtype,
             device=device,
             revision=revision,
             cache_dir=cache_dir,
@@ -106,7 +124,7 @@ class DiffusersVAE(nn.Module):
             backend=backend,
             strict_size=strict_size,
         )
-        return cls(model, **adapter)
+        return cls(model, **{name: value for name, value in adapter.items() if name not in _IGNORED})
 
     def save_pretrained(self, folder: str | PathLike[str], **_: Any) -> None:
         """Write the model as `FullCapacitor.save_pretrained` does; the adapter's own arguments are not in it."""
@@ -189,6 +207,11 @@ class DiffusersVAE(nn.Module):
         return self.model.device
 
     @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether `enable_gradient_checkpointing` is in force."""
+        return self.model.decoder.checkpointing
+
+    @property
     def spatial_compression_ratio(self) -> int:
         """Pixels per latent in each direction."""
         return self.config["spatial_compression_ratio"]
@@ -215,7 +238,7 @@ class DiffusersVAE(nn.Module):
     def disable_xformers_memory_efficient_attention(self) -> None:
         """Undo `enable_xformers_memory_efficient_attention`."""
 
-    def enable_gradient_checkpointing(self) -> None:
+    def enable_gradient_checkpointing(self, *_: Any, **__: Any) -> None:
         """Compute blocks again in the backward pass instead of keeping what is inside of them."""
         self._set_checkpointing(True)
 

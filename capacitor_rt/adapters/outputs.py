@@ -1,4 +1,5 @@
-"""What encode and decode return: diffusers' own classes where it is installed, else classes of the same attributes."""
+"""diffusers' own classes where it is installed, else others of the same attributes: what encode and decode return, and
+what a model is derived from."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..extras import is_installed
 
@@ -93,14 +94,15 @@ class DecoderOutput:
 
 
 class OutputClasses(NamedTuple):
-    """Classes of the distribution, of what `encode` and of what `decode` return."""
+    """Classes of the distribution, of what `encode` and of what `decode` return, and the base class of models."""
 
     distribution: Any
     encoded: Any
     decoded: Any
+    model: type[nn.Module]
 
 
-OWN = OutputClasses(DiagonalGaussian, EncoderOutput, DecoderOutput)
+OWN = OutputClasses(DiagonalGaussian, EncoderOutput, DecoderOutput, nn.Module)
 
 
 @cache
@@ -112,6 +114,7 @@ def output_classes() -> OutputClasses:
         from diffusers.models.autoencoders.vae import DecoderOutput as Decoded
         from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
         from diffusers.models.modeling_outputs import AutoencoderKLOutput
+        from diffusers.models.modeling_utils import ModelMixin
     except (ImportError, RuntimeError):
         return OWN
-    return OutputClasses(DiagonalGaussianDistribution, AutoencoderKLOutput, Decoded)
+    return OutputClasses(DiagonalGaussianDistribution, AutoencoderKLOutput, Decoded, ModelMixin)

@@ -13,11 +13,14 @@ from ..errors import InputError
 from ..flux2_space import BatchNorm, Flux2Calibration
 from ..model import FullCapacitor
 from ..reference import at_least_float32
-from .base import DiffusersVAE
+from .base import DiffusersVAE, ModelMixin
 from .config import AdapterConfig, shared_settings
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+__all__ = ["CapacitorFlux2VAE", "CapacitorVAE", "ModelMixin"]
 
 
 class CapacitorVAE(DiffusersVAE):

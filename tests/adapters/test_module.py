@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
 from golden_cases import GOLDEN, relative_error
 from models import random_model
+from runtime_cases import DEVICE, TOLERANCE, tiny
 from torch import nn
 
 from capacitor_rt import CheckpointError, FullCapacitor, InputError
@@ -268,3 +271,49 @@ def test_accelerate_prepares_and_offloads(make, image):
     accelerate.hooks.add_hook_to_module(vae, Hook())
     vae.decode(latents_of(vae, image))
     assert moved == [vae, vae]
+
+
+@BOTH
+def test_the_triton_backend_behind_the_interface(make):
+    """One encode and one decode by the kernels, against the torch backend; off a GPU under the interpreter."""
+    fast = tiny("triton")
+    vae, plain = make(fast), make(tiny("torch", "cpu"))
+    image = torch.rand(2, 3, 16, 8) * 2 - 1
+    got = vae.encode(image.to(DEVICE)).latent_dist
+    want = plain.encode(image).latent_dist
+    assert relative_error(got.parameters.cpu(), want.parameters) < TOLERANCE
+    decoded = vae.decode(got.mode()).sample.cpu()
+    assert relative_error(decoded, plain.decode(want.mode()).sample) < TOLERANCE
+    assert fast.stats().folds == 2, "both halves, once each"
+    with pytest.raises(InputError, match="no backward pass"):
+        vae.encode(image.to(DEVICE).requires_grad_(True))
+
+
+@BOTH
+def test_autocast_and_inference_mode_change_nothing(make, image):
+    vae = make(random_model())
+    want = latents_of(vae, image)
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+        got = latents_of(vae, image)
+        decoded = vae.decode(got).sample
+    assert torch.equal(got, want) and torch.equal(decoded, vae.decode(want).sample)
+
+
+def test_without_diffusers():
+    """The same calls and attributes, of our own classes."""
+    code = """
+import sys
+sys.modules["diffusers"] = None
+import copy, pickle, torch
+from capacitor_rt.adapters import CapacitorFlux2VAE, CapacitorVAE
+for make in (CapacitorFlux2VAE, CapacitorVAE):
+    vae = make.from_pretrained("sample", variant="fp16", torch_dtype=torch.float32)
+    encoded = vae.encode(torch.rand(1, 3, 64, 64) * 2 - 1)
+    decoded = copy.deepcopy(vae).to("cpu").decode(encoded.latent_dist.sample(torch.Generator().manual_seed(0)))
+    assert type(encoded).__module__ == type(decoded).__module__ == "capacitor_rt.adapters.outputs"
+    assert decoded.sample.shape == (1, 3, 64, 64) and encoded[0] is encoded.latent_dist
+    assert not any("diffusers" in base.__module__ for base in type(vae).__mro__)
+    pickle.dumps(vae)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

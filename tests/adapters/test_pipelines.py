@@ -147,3 +147,34 @@ def test_image_processors_agree_on_sizes():
             70 // multiple * multiple,
             100 // multiple * multiple,
         )
+
+
+def test_from_pretrained_takes_the_adapter(tmp_path, caplog):
+    """As `Flux2Pipeline.from_pretrained("black-forest-labs/FLUX.2-dev", vae=vae)`: only models of diffusers pass."""
+    pipe = flux2_pipeline()
+    theirs = {"block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4, "layers_per_block": 1, "latent_channels": 2}
+    pipe.vae = diffusers.AutoencoderKLFlux2(**theirs)
+    pipe.save_pretrained(tmp_path / "theirs")
+    vae = CapacitorFlux2VAE(random_model(options={"strict_size": False}))
+    ours = diffusers.Flux2Pipeline.from_pretrained(
+        tmp_path / "theirs", vae=vae, text_encoder=None, tokenizer=None, torch_dtype=torch.float32
+    )
+    assert ours.vae is vae and ours.vae_scale_factor == 8
+    image = torch.rand(1, 3, 64, 64) * 2 - 1
+    want = vae.model.encode(image)
+    torch.testing.assert_close(ours._encode_vae_image(image, generator=None), want, rtol=1e-5, atol=1e-5)
+    # and a pipeline that holds the adapter is saved with it, and loaded again
+    ours.save_pretrained(tmp_path / "ours")
+    assert {p.name for p in (tmp_path / "ours" / "vae").iterdir()} == {"config.json", "model.safetensors"}
+    again = diffusers.Flux2Pipeline.from_pretrained(tmp_path / "ours", text_encoder=None, tokenizer=None)
+    assert type(again.vae) is CapacitorFlux2VAE
+    torch.testing.assert_close(again._encode_vae_image(image, generator=None), want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_decoder_that_is_compiled_whole():
+    """`pipe.vae.decode = torch.compile(pipe.vae.decode, fullgraph=True)`, as diffusers' pages have it."""
+    pipe = flux2_pipeline()
+    z = torch.randn(1, 2, 8, 8)
+    want = pipe.vae.decode(z, return_dict=False)[0]
+    pipe.vae.decode = torch.compile(pipe.vae.decode, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(pipe.vae.decode(z, return_dict=False)[0], want, rtol=1e-4, atol=1e-5)
