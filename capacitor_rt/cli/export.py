@@ -55,6 +55,7 @@ def export(
     architecture: Annotated[Architectures, typer.Option(help="FLUX.2 model of musubi-tuner.")] = _DEV,
     shard_rows: Annotated[int | None, typer.Option(min=1, help="Most rows of a lightningdit shard.")] = None,
     shard_bytes: Annotated[int | None, typer.Option(min=1, help="Most bytes of an mds or wds shard.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, and write nothing.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress bar.")] = False,
 ) -> None:
     """Write a cache in the format of a trainer, or go on with an unfinished export.
@@ -86,8 +87,15 @@ def export(
         if path is not None and not path.is_file():
             raise InputError(f"{str(path)!r} is not a file")
     with interruptible():
-        from ..cache.export import export_cache
+        from ..cache.export import describe_export, export_cache
 
+        if dry_run:
+            found = describe_export(root, out, request)
+            for line in found.notes:
+                note(f"note: {line}")
+            size = bytes_text(found.nbytes)
+            echo(f"{found.rows} rows would be in {found.files} files with {size} of tensors; {found.done} are there")
+            return
         report = export_cache(root, out, request, progress=not quiet, note=lambda line: note(f"note: {line}"))
     done = f"{report.rows} rows in {report.files} files, {bytes_text(report.nbytes)}"
     echo(f"exported {done}" if report.new_rows else f"nothing to do: {out} holds {done}")

@@ -178,6 +178,17 @@ def test_two_exports_at_once_are_kept_apart(cache, tmp_path):
         export(cache, tmp_path, "wds")
 
 
+@pytest.mark.parametrize("line", [b"[]", b"nonsense", b'{"piece": 0}', b'{"piece": "0", "files": 1}'])
+def test_a_damaged_log_is_named(cache, tmp_path, line):
+    export(cache, tmp_path, "wds")
+    (tmp_path / pieces.LOG).write_bytes(line + b"\n")
+    with pytest.raises(CacheError, match=r"capacitor.jsonl line 1 is damaged: delete that line"):
+        export(cache, tmp_path, "wds")
+    (tmp_path / pieces.MANIFEST).write_bytes(line)
+    with pytest.raises((CacheError, InputError), match=r"capacitor.json cannot be read|was exported otherwise"):
+        export(cache, tmp_path, "wds")
+
+
 def test_a_row_that_does_not_read_back_is_found(cache, tmp_path, monkeypatch):
     real = lightningdit.LightningDiT.chunk
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 from export_cases import make_cache
@@ -33,6 +35,23 @@ def test_says_what_it_wrote_and_what_to_tell_the_trainer(run, cache, tmp_path):
     assert "  in_chans: 8" in out.splitlines() and "  downsample_ratio: 16" in out.splitlines()
     code, out, _ = run(cache, tmp_path / "out", "-f", "lightningdit", "--labels", "folder", "-q")
     assert code == 0 and out.startswith("nothing to do: ")
+
+
+def test_a_dry_run_checks_and_counts_and_writes_nothing(run, cache, tmp_path):
+    args = (cache, tmp_path / "out", "-f", "lightningdit", "--labels", "folder", "--shard-rows", 4, "-q")
+    code, out, err = run(*args, "--dry-run")
+    # two views of 8x4x4 bfloat16 for each row
+    assert (code, err) == (0, "") and "6 rows would be in 2 files with 3.072 kB of tensors; 0 are there" in out
+    assert not (tmp_path / "out").exists()
+    assert run(*args)[0] == 0 and "2 are there" in run(*args, "--dry-run")[1]
+    code, _, err = run(cache, tmp_path / "out", "-f", "wds", "--dry-run")
+    assert code == 2 and "was exported otherwise" in err
+
+
+def test_says_when_the_disk_is_too_small(run, cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    code, _, err = run(cache, tmp_path / "out", "-f", "wds", "--dry-run")
+    assert code == 0 and "note: 6.144e-06 GB of tensors are to be written, and 1e-06 GB are free" in err
 
 
 def test_says_what_becomes_of_the_values(run, cache, tmp_path):

@@ -6,11 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .request import ExportRequest
-    from .run import ExportReport, export_cache
+    from .run import ExportOutlook, ExportReport, describe_export, export_cache
 
-_EXPORTS = {"ExportReport": "run", "ExportRequest": "request", "export_cache": "run"}
+_EXPORTS = {
+    "ExportOutlook": "run",
+    "ExportReport": "run",
+    "ExportRequest": "request",
+    "describe_export": "run",
+    "export_cache": "run",
+}
 
-__all__ = ["ExportReport", "ExportRequest", "export_cache"]
+__all__ = ["ExportOutlook", "ExportReport", "ExportRequest", "describe_export", "export_cache"]
 
 
 def __getattr__(name: str) -> Any:

@@ -69,6 +69,10 @@ class Format(ABC):
     def plan(self) -> Iterator[Piece]:
         """See `pieces`."""
 
+    def names(self, piece: Piece) -> list[str]:
+        """The files of a piece, relative to the export."""
+        return [piece.name]
+
     @abstractmethod
     def record(self, i: int) -> Record:
         """What row `i` is, as it is written and as it must be read back."""
@@ -111,6 +115,9 @@ class RowFiles(Format):
     def plan(self) -> Iterator[Piece]:
         for number, rows in enumerate(split(np.arange(len(self.rows)), ROW_FILES)):
             yield Piece(number, rows)
+
+    def names(self, piece: Piece) -> list[str]:
+        return [self.row_name(i) for i in piece.rows.tolist()]
 
     def files(self, piece: Piece) -> Iterator[OutFile]:
         for i in piece.rows.tolist():

@@ -43,8 +43,8 @@ def tensor_bytes(t: Tensor) -> np.ndarray:
     return t.flatten().view(torch.uint8).numpy()
 
 
-def publish(out: Path, files: Iterable[OutFile]) -> tuple[list[str], int]:
-    """Write files under temporary names, then give them their own, all durably; their names and bytes.
+def publish(out: Path, files: Iterable[OutFile]) -> int:
+    """Write files under temporary names, then give them their own, all durably; their bytes in all.
 
     A file that is there with the same contents is as good.
 
@@ -53,14 +53,12 @@ def publish(out: Path, files: Iterable[OutFile]) -> tuple[list[str], int]:
             temporary name.
     """
     pending: list[tuple[Path, Path]] = []
-    names: list[str] = []
     total = 0
     try:
         for file in files:
             final = out / file.name
             tmp = final.with_name(f"{final.name}{TMP}{uuid.uuid4().hex}")
             pending.append((tmp, final))
-            names.append(file.name)
             try:
                 final.parent.mkdir(parents=True, exist_ok=True)
                 with open(tmp, "xb", buffering=0) as f:
@@ -77,7 +75,7 @@ def publish(out: Path, files: Iterable[OutFile]) -> tuple[list[str], int]:
                 tmp.unlink()
     for folder in sorted({folder for _, final in pending for folder in _folders(out, final)}):
         _fsync(folder)
-    return names, total
+    return total
 
 
 def _folders(out: Path, final: Path) -> Iterator[Path]:

@@ -37,10 +37,10 @@ class Piece:
 
 
 class PieceRecord(TypedDict):
-    """A line of capacitor.jsonl: number of the piece, its files and bytes, what read it back, largest rounding."""
+    """A line of capacitor.jsonl: number of the piece, of its files and bytes, what read it back, largest rounding."""
 
     piece: int
-    files: list[str]
+    files: int
     bytes: int
     read_back: str
     rounding: float
@@ -105,6 +105,9 @@ def write_manifest(out: Path, manifest: dict[str, Any]) -> None:
         publish(out, [OutFile(MANIFEST, [json.dumps(manifest, indent=1).encode() + b"\n"])])
 
 
+_RECORD_TYPES = {"piece": int, "files": int, "bytes": int, "read_back": str, "rounding": float}
+
+
 class PieceLog:
     """capacitor.jsonl: the pieces that are written and have been read back. A torn last line does not count.
 
@@ -119,27 +122,32 @@ class PieceLog:
         for number, line in enumerate(data[: self._size].splitlines(), 1):
             try:
                 record: PieceRecord = json.loads(line)
+                if {name: type(value) for name, value in record.items()} != _RECORD_TYPES:
+                    raise ValueError
                 self.records[record["piece"]] = record
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, AttributeError, RecursionError):
                 raise CacheError(f"{self.path} line {number} is damaged: delete that line, and export again") from None
         self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o644)
         if len(data) != self._size:
             os.ftruncate(self._fd, self._size)
         os.lseek(self._fd, self._size, os.SEEK_SET)
 
-    def is_done(self, piece: Piece, out: Path) -> bool:
-        """Whether a piece is logged and its files are there."""
+    def is_done(self, piece: Piece, out: Path, names: Sequence[str]) -> bool:
+        """Whether a piece is logged and its files `names` are there.
+
+        Raises:
+            CacheError: they have another size.
+        """
         record = self.records.get(piece.number)
         if record is None:
             return False
         sizes = []
-        for name in record["files"]:
+        for name in names:
             try:
                 sizes.append((out / name).stat().st_size)
             except FileNotFoundError:
                 return False
         if sum(sizes) != record["bytes"]:
-            names = record["files"]
             which = names[0] if len(names) == 1 else f"one of {names[0]} to {names[-1]}"
             raise CacheError(f"{out / which} is damaged: its size has changed; move it away, and export again")
         return True

@@ -58,6 +58,9 @@ class Repa(Format):
         for number, rows in enumerate(split(np.arange(len(self.rows)), ROWS)):
             yield Piece(number, rows, f"{number:05d}")
 
+    def names(self, piece: Piece) -> list[str]:
+        return [name for i in piece.rows.tolist() for name in self._names(i)]
+
     def _names(self, i: int) -> tuple[str, str]:
         folder = f"{i // ROWS:05d}"
         return f"vae-sd/{folder}/img-mean-std-{i:08d}.npy", f"images/{folder}/img{i:08d}.png"

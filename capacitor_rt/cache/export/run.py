@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from torch import Tensor
 from tqdm import tqdm
 
 from ...errors import CacheError
 from ...version import __version__
 from .base import Format, same
 from .files import locked, publish, remove_stale
-from .pieces import FORMAT, Piece, PieceLog, PieceRecord, check_out, write_manifest
+from .pieces import FORMAT, LOG, Piece, PieceLog, PieceRecord, check_out, write_manifest
 from .request import ExportRequest
 from .rows import Rows, open_cache
 
@@ -29,6 +32,7 @@ _WRITERS = {
     "automodel": ("flux2_readers", "Automodel"),
     "comfy": ("flux2_readers", "Comfy"),
 }
+_SIZED = (Tensor, bytes)
 # what decides no byte of the files, or is in the manifest by its contents
 _NOT_IN_MANIFEST = ("images", "labels", "captions", "text_latents", "calibration")
 
@@ -80,13 +84,9 @@ def export_cache(
         InputError: the request does not go with the format, its reader, the cache, or what is in `out`.
         CacheError: the cache is damaged or unfinished, or `out` cannot be written.
     """
-    root, out, request = Path(root), Path(out), request.resolved()
-    rows = Rows(open_cache(root), request)
-    module, name = _WRITERS[request.format]
-    writer: Format = getattr(import_module(f".{module}", __package__), name)(rows)
-    manifest = _manifest(rows)
-    check_out(out, root, manifest)
-    for line in _notes(rows):
+    root, out = Path(root), Path(out)
+    writer, manifest = _prepare(root, out, request)
+    for line in _notes(writer, out):
         note(line)
     with locked(out):
         remove_stale(out)
@@ -101,8 +101,8 @@ def export_cache(
         writer.finish(out)
     records = [log.records[piece.number] for piece in writer.pieces]
     return ExportReport(
-        rows=len(rows),
-        files=sum(len(r["files"]) for r in records),
+        rows=len(writer.rows),
+        files=sum(r["files"] for r in records),
         nbytes=sum(r["bytes"] for r in records),
         new_rows=new,
         read_back=tuple(sorted({r["read_back"] for r in records})),
@@ -112,12 +112,59 @@ def export_cache(
     )
 
 
+@dataclass(frozen=True)
+class ExportOutlook:
+    """What an export would write.
+
+    Attributes:
+        rows, files: of the whole export.
+        nbytes: of its tensors, without what is around them.
+        done: files that are there already.
+        notes: what a user should know, line by line.
+    """
+
+    rows: int
+    files: int
+    nbytes: int
+    done: int
+    notes: tuple[str, ...]
+
+
+def describe_export(root: str | Path, out: str | Path, request: ExportRequest) -> ExportOutlook:
+    """Check everything that `export_cache` checks, and write nothing. Errors as there."""
+    root, out = Path(root), Path(out)
+    writer, _ = _prepare(root, out, request)
+    names = [name for piece in writer.pieces for name in writer.names(piece)]
+    done = sum((out / name).exists() for name in names)
+    return ExportOutlook(len(writer.rows), len(names), _tensor_bytes(writer), done, tuple(_notes(writer, out)))
+
+
+def _prepare(root: Path, out: Path, request: ExportRequest) -> tuple[Format, dict[str, Any]]:
+    """The writer of a request, and the manifest of its export, after everything has been checked."""
+    request = request.resolved()
+    rows = Rows(open_cache(root), request)
+    module, name = _WRITERS[request.format]
+    writer: Format = getattr(import_module(f".{module}", __package__), name)(rows)
+    manifest = _manifest(rows)
+    check_out(out, root, manifest)
+    return writer, manifest
+
+
+def _tensor_bytes(writer: Format) -> int:
+    """Bytes of the tensors of all records: those of a row of each size, times their number."""
+    total = 0
+    for position, count in enumerate(np.bincount(writer.rows.bucket_numbers).tolist()):
+        values = writer.record(int(np.argmax(writer.rows.bucket_numbers == position))).values()
+        total += count * sum(v.nbytes if isinstance(v, Tensor) else len(v) for v in values if isinstance(v, _SIZED))
+    return total
+
+
 def _write(writer: Format, out: Path, log: PieceLog, progress: bool) -> int:
     """Write the pieces that are missing; the number of their rows."""
     new = 0
     with tqdm(total=len(writer.rows), desc="export", unit="row", disable=not progress, leave=False) as bar:
         for piece in writer.pieces:
-            if not log.is_done(piece, out):
+            if not log.is_done(piece, out, writer.names(piece)):
                 log.append(_write_piece(writer, out, piece))
                 new += len(piece.rows)
             bar.update(len(piece.rows))
@@ -126,11 +173,11 @@ def _write(writer: Format, out: Path, log: PieceLog, progress: bool) -> int:
 
 def _write_piece(writer: Format, out: Path, piece: Piece) -> PieceRecord:
     writer.rounding = 0.0
-    names, nbytes = publish(out, writer.files(piece))
+    names, nbytes = writer.names(piece), publish(out, writer.files(piece))
     _compare(writer, out, piece, names)
     return {
         "piece": piece.number,
-        "files": names,
+        "files": len(names),
         "bytes": nbytes,
         "read_back": writer.reader,
         "rounding": writer.rounding,
@@ -177,8 +224,11 @@ def _manifest(rows: Rows) -> dict[str, Any]:
     }
 
 
-def _notes(rows: Rows) -> list[str]:
-    lines = []
+def _notes(writer: Format, out: Path) -> list[str]:
+    rows, lines = writer.rows, []
+    space = shutil.disk_usage(next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())).free
+    if not (out / LOG).exists() and (needed := _tensor_bytes(writer)) > space:
+        lines.append(f"{needed / 1e9:.4g} GB of tensors are to be written, and {space / 1e9:.4g} GB are free")
     if rows.request.space != "whitened":
         alpha = (
             "divided by alpha" if "logsnr" in rows.dataset.plan.tensors else "not divided by alpha (no logsnr cached)"
