@@ -15,6 +15,7 @@ from ..errors import CapacitorError, CheckpointError, InputError
 from ..version import __version__
 from .cache import cache, verify
 from .calibrate import calibrate
+from .calibrate_fp8 import calibrate_fp8
 from .doctor import doctor
 from .export import export
 from .inspect_checkpoint import inspect
@@ -35,6 +36,7 @@ app = typer.Typer(
 
 for command in (encode, decode, inspect, cache, verify, export, push, psnr, view, probe, plan, doctor, tune, calibrate):
     app.command()(command)
+app.command("calibrate-fp8")(calibrate_fp8)
 
 
 # the parser's own errors: bad options, bad values, missing arguments
