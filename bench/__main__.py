@@ -42,7 +42,7 @@ COMMANDS = (
     Command("aot", "what the compiler makes of every config row, without a GPU", "bench/results/aot.md"),
     Command("sass", "what every launch should take by its machine code, without a GPU", "bench/results/model.md"),
     Command("compare", "two result files or commits side by side", "the terminal"),
-    Command("report", "writes the tables from the result files", f"README.md, {RESULTS_PAGE}"),
+    Command("report", "writes the tables from the result files, with --html a page", f"README.md, {RESULTS_PAGE}"),
 )
 
 

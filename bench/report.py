@@ -2,6 +2,7 @@
 
     python -m bench report              write the tables, and figures where there are data (they need matplotlib)
     python -m bench report --check      exit 1 if a table is not what the result files say
+    python -m bench report --html       write the page of them too: bench/results/page/index.html, or --html DIR
 
 Every number comes from bench/results/*.jsonl, which `python -m bench gpu` writes on a GPU; a cell without data says so,
 and where there is no data at all one line does. Published figures are those of the model cards, on the hardware that
@@ -372,6 +373,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--readme", type=Path, default=ROOT / "README.md", help="Write between the two markers of this page."
     )
+    parser.add_argument(
+        "--html", type=Path, nargs="?", const=RESULTS / "page", help="Write a page to this folder: bench/results/page."
+    )
     args = parser.parse_args(argv)
     try:
         results = Results(read_folder(args.results))
@@ -394,7 +398,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             path.write_text(wanted[path], encoding="utf-8")
             print(f"wrote {path}")
+    if args.html and not args.check:
+        return _write_html(results, args.results, args.html)
     return 1 if args.check and stale else 0
+
+
+def _write_html(results: Results, folder: Path, out: Path) -> int:
+    from capacitor_rt import CapacitorError
+
+    from ._page import write_page
+
+    try:
+        print(f"wrote {write_page(results, folder, out)}")
+    except CapacitorError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

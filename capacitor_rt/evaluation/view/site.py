@@ -49,15 +49,15 @@ def check_templates() -> None:
     require_extra("jinja2", "view")
 
 
-def render(template: str, **values: Any) -> str:
-    """HTML of a template; every value is escaped.
+def render(template: str, beside: Path | None = None, **values: Any) -> str:
+    """HTML of a template of ours, or of the folder `beside`; every value is escaped.
 
     Raises:
         MissingExtraError: Jinja2 is not installed.
     """
     jinja2 = require_extra("jinja2", "view")
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
+        loader=jinja2.FileSystemLoader([*filter(None, [beside]), TEMPLATES]),
         autoescape=True,
         # before it is escaped, so that no template can forget it
         finalize=lambda value: printable(value) if isinstance(value, str) else value,
@@ -68,19 +68,29 @@ def render(template: str, **values: Any) -> str:
     return environment.get_template(template).render(policy=POLICY, **values)
 
 
-def write_site(folder: Path, template: str, scripts: Sequence[str], data: Mapping[str, Any], **values: Any) -> None:
+def write_site(
+    folder: Path,
+    template: str,
+    scripts: Sequence[str],
+    data: Mapping[str, Any],
+    *,
+    beside: Path | None = None,
+    **values: Any,
+) -> None:
     """Write `index.html`, `data.js` and the assets that they need.
 
     Args:
         scripts: names of the scripts among the assets, in the order of loading.
+        beside: a folder with a template and scripts of its own.
     """
     try:
         (folder / "data.js").write_text(script_of("capacitorPage", data), encoding="ascii")
         assets = folder / "assets"
         assets.mkdir(exist_ok=True)
         for name in ("page.css", *scripts):
-            shutil.copyfile(ASSETS / name, assets / name)
-        html = render(template, scripts=scripts, **values)
+            own = beside is not None and (beside / name).is_file()
+            shutil.copyfile((beside if own and beside else ASSETS) / name, assets / name)
+        html = render(template, beside, scripts=scripts, **values)
         (folder / "index.html").write_text(html, encoding="utf-8")
     except OSError as error:
         raise InputError(f"cannot write the page: {error.strerror}: give another --out") from error

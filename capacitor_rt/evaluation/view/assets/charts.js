@@ -3,7 +3,8 @@
 (function () {
   const page = window.capacitor;
   const { el, svg } = page;
-  const WIDTH = 900;
+  // a phone's chart has fewer marks, and letters of the same size
+  const WIDTH = window.innerWidth > 760 ? 900 : 440;
   const HEIGHT = 300;
   const BOX = { left: 60, right: 14, top: 12, bottom: 40 };
   const charts = (page.charts = {});
@@ -24,11 +25,11 @@
       for (const n of [1, 2, 5]) found.push(n * 10 ** power);
     }
     const inside = found.filter((value) => value >= low * 0.999 && value <= high * 1.001);
-    return inside.length > 12 ? inside.filter((value) => /^1(e|0*$)|^0\.0*1$/.test(String(value))) : inside;
+    return inside.length > WIDTH / 75 ? inside.filter((value) => /^1(e|0*$)|^0\.0*1$/.test(String(value))) : inside;
   }
 
   // A frame with axes; `x(value)` and `y(value)` are places in it.
-  charts.frame = ({ x, y, xLabel, yLabel, label, height = HEIGHT, xTicks, yTicks, logX = false, logY = false }) => {
+  charts.frame = ({ x, y, xLabel, yLabel, label, height = HEIGHT, xTicks, xNames, yTicks, logX = false, logY = false }) => {
     const root = svg("svg", { viewBox: `0 0 ${WIDTH} ${height}`, role: "img", "aria-label": label });
     const scale = ([low, high], from, to, log) => {
       const f = log ? Math.log : (v) => v;
@@ -41,10 +42,10 @@
     };
     const bottom = height - BOX.bottom;
     const short = (value) => String(Number(value.toPrecision(4)));
-    for (const value of xTicks || (logX ? logTicks(...x) : charts.ticks(...x, 8))) {
+    for (const value of xTicks || (logX ? logTicks(...x) : charts.ticks(...x, WIDTH / 110))) {
       const at = place.x(value);
       root.append(svg("path", { class: "axis", d: `M${at} ${bottom}v5` }));
-      root.append(svg("text", { x: at, y: bottom + 18, "text-anchor": "middle", text: short(value) }));
+      root.append(svg("text", { x: at, y: bottom + 18, "text-anchor": "middle", text: xNames ? xNames[value] : short(value) }));
     }
     for (const value of yTicks || (logY ? logTicks(...y) : charts.ticks(...y, 5))) {
       const at = place.y(value);
@@ -71,7 +72,7 @@
   };
 
   charts.legend = (names) =>
-    el("p", { class: "legend" }, ...names.map((name, i) => el("span", { class: `s${i % 4}`, text: name })));
+    el("p", { class: "legend" }, ...names.map((name, i) => el("span", { class: `s${i % 8}`, text: name })));
 
   // Counts of values in bins of one width for all series: [{name, values}].
   charts.histogram = (series, xLabel) => {
@@ -95,7 +96,7 @@
         path += `V${frame.y(count)}H${frame.x(low + (bin + 1) * width)}`;
       });
       path += `V${frame.bottom}`;
-      frame.root.append(svg("path", { class: `area s${i % 4}`, d: `${path}Z` }), svg("path", { class: `curve s${i % 4}`, d: path }));
+      frame.root.append(svg("path", { class: `area s${i % 8}`, d: `${path}Z` }), svg("path", { class: `curve s${i % 8}`, d: path }));
     });
     return el("div", null, ...(series.length > 1 ? [charts.legend(series.map((s) => s.name))] : []), frame.root);
   };
@@ -152,22 +153,22 @@
         const left = frame.x(c) + step * 0.1 + i * width;
         path += `M${left} ${frame.y(base)}V${frame.y(value)}h${width}V${frame.y(base)}Z`;
       });
-      frame.root.append(svg("path", { class: `s${i % 4}`, stroke: "none", d: path }));
+      frame.root.append(svg("path", { class: `s${i % 8}`, stroke: "none", d: path }));
     });
     if (rule !== null) frame.root.append(svg("path", { class: "rule", d: `M${frame.x(0)} ${frame.y(rule)}H${frame.x(count)}` }));
     return el("div", { class: "chart" }, ...(series.length > 1 ? [charts.legend(series.map((s) => s.name))] : []), frame.root);
   };
 
-  // Curves with points: [{name, points: [[x, y], ...]}].
-  charts.curves = (series, options) => {
-    const x = charts.extent(series.flatMap((s) => s.points.map((p) => p[0])));
-    const y = charts.extent(series.flatMap((s) => s.points.map((p) => p[1])));
-    const frame = charts.frame({ x, y, ...options });
+  // Curves with points, or with `dots` points alone: [{name, points: [[x, y, words], ...], dots}]; `rule` is a limit.
+  charts.curves = (series, { rule = [], ...options }) => {
+    const every = [...rule, ...series.flatMap((s) => s.points)];
+    const frame = charts.frame({ x: charts.extent(every.map((p) => p[0])), y: charts.extent(every.map((p) => p[1])), ...options });
+    if (rule.length) frame.root.append(svg("path", { class: "rule", d: `M${rule.map(([a, b]) => `${frame.x(a)} ${frame.y(b)}`).join("L")}` }));
     series.forEach(({ points, dots }, i) => {
       const at = points.map(([a, b]) => `${frame.x(a)} ${frame.y(b)}`);
-      if (!dots) frame.root.append(svg("path", { class: `curve s${i % 4}`, d: `M${at.join("L")}` }));
+      if (!dots) frame.root.append(svg("path", { class: `curve s${i % 8}`, d: `M${at.join("L")}` }));
       for (const [a, b, title] of points) {
-        frame.root.append(svg("circle", { class: `s${i % 4}`, cx: frame.x(a), cy: frame.y(b), r: 3.5 }, svg("title", { text: title || `${a}, ${b}` })));
+        frame.root.append(svg("circle", { class: `s${i % 8}`, cx: frame.x(a), cy: frame.y(b), r: 3.5 }, svg("title", { text: title || `${a}, ${b}` })));
       }
     });
     return el("div", { class: "chart" }, charts.legend(series.map((s) => s.name)), frame.root);
