@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checkpoint import unreachable
 from ..config import FullCapacitorInferenceConfig
 from ..errors import CheckpointError, InputError
 from ..extras import install_hint, is_installed
@@ -105,15 +106,22 @@ class Flux2(nn.Module):
         vae_class = _vae_class()
         folder = Path(id_or_path)
         at_root = folder.is_dir() and not (folder / "vae").is_dir()
+        why = None if folder.is_dir() else unreachable()
         try:
-            subfolder = None if at_root else "vae"
-            vae = vae_class.from_pretrained(id_or_path, subfolder=subfolder, torch_dtype=dtype, low_cpu_mem_usage=False)
+            vae = vae_class.from_pretrained(
+                id_or_path,
+                subfolder=None if at_root else "vae",
+                torch_dtype=dtype,
+                low_cpu_mem_usage=False,
+                # else each file would be asked for again and again, for half a minute
+                local_files_only=why is not None,
+            )
         except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = why or str(error).strip().splitlines()[0]
             raise CheckpointError(
-                f"no FLUX.2 VAE at {id_or_path} ({reason}): give flux2:FOLDER, a folder that holds its vae, "
+                f"no FLUX.2 VAE at {id_or_path} ({reason}): give a folder that holds its vae (psnr: flux2:FOLDER), "
                 "or log in to the hub where the weights were accepted"
-            ) from error
+            ) from None
         return cls(vae).to(device)
 
     @property

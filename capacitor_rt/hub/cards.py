@@ -33,8 +33,8 @@ def cache_card(dataset: LatentDataset, found: Verification, repo_id: str, revisi
         "latent space": f"`{dataset.latent_space}`",
         "tensors": ", ".join(f"`{name}`" for name in dataset.plan.tensors) + f", {store['dtype']}",
         "rows": f"{len(dataset):,} of {found.inputs:,} images",
-        "size": f"{found.nbytes / 1e9:,.2f} GB",
-        "images": f"{_sizing(geometry)}, centre crop",
+        "size": f"{found.nbytes / 1e9:,.1f} GB" if found.nbytes >= 1e9 else f"{found.nbytes / 1e6:.1f} MB",
+        "images": f"{_sizing(geometry)}; crop: {geometry['crop']}",
         "plan": f"`{dataset.plan.id}`",
     }
     at = f', revision="{revision}"' if revision else ""

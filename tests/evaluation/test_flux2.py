@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from capacitor_rt import InputError
+from capacitor_rt import CheckpointError, InputError
 from capacitor_rt.evaluation.flux2 import CONFIG, Flux2, missing
 
 TINY = CONFIG | {"block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4, "layers_per_block": 1}
@@ -94,3 +94,15 @@ def test_saved_weights_load_from_either_folder(tmp_path):
     image = torch.rand(1, 3, 32, 32)
     for folder in (tmp_path / "pipeline", tmp_path / "pipeline" / "vae"):
         torch.testing.assert_close(Flux2.from_pretrained(str(folder)).encode(image), made.encode(image))
+
+
+@needs_diffusers
+def test_a_hub_that_cannot_be_reached_is_not_asked_again(monkeypatch, caplog):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with pytest.raises(CheckpointError, match=r"no FLUX\.2 VAE at nobody/nothing \(127\.0\.0\.1 cannot be reached"):
+        Flux2.from_pretrained("nobody/nothing")
+    assert "Retrying" not in caplog.text
