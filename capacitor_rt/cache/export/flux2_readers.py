@@ -16,7 +16,6 @@ from .base import Record, RowFiles, relative_path, safetensors_bytes, torch_byte
 from .files import OutFile
 from .pieces import split
 from .request import ARCHITECTURES
-from .rows import Rows
 
 ITEMS = 10_000
 """Entries of one of Automodel's metadata files."""
@@ -106,10 +105,6 @@ class Automodel(RowFiles):
 
     reader = "torch"
 
-    def __init__(self, rows: Rows):
-        super().__init__(rows)
-        self._captions = rows.captions
-
     def row_name(self, i: int) -> str:
         bucket = self.rows.bucket(i)
         return f"{bucket.width}x{bucket.height}/{i:08d}.pt"
@@ -119,7 +114,7 @@ class Automodel(RowFiles):
         found: Record = {
             "latent": self.cast(rows.tensors(i), "latents", i),
             "crop_offset": [int(geometry["crop_left"][i]), int(geometry["crop_top"][i])],
-            "prompt": self._captions[i] if self._captions is not None else "",
+            "prompt": rows.captions[i] if rows.captions is not None else "",
             "image_path": rows.ids[i],
         }
         if rows.text_latents is not None:

@@ -191,7 +191,9 @@ class Mds(Format):
             ]
         if self.request.preset == "plain":
             return [f"streaming.StreamingDataset(local='{out}', batch_size=...)"]
+        silent = [] if self.rows.captions is not None else ["every caption is empty: export with --captions"]
         return [
+            *silent,
             "PRX's yaml (a model with in_channels 32, patch size 2, and a VAE of scaling_factor 1.0):",
             f"  dataset: {{local: [{out}], has_text_latents: false, caption_keys: caption}}",
         ]

@@ -80,6 +80,7 @@ class Rows:
         if len(doubled):
             raise InputError(f"two rows have the id {self.ids[int(doubled[0])]!r}: an export names rows by their ids")
         self._calibration = self._read_calibration()
+        self._check_range()
         self.empty_captions = 0
         self.labels = self._find_labels()
         self.captions = self._find_captions()
@@ -154,8 +155,7 @@ class Rows:
         if tensor.dtype == dtype or (tensor.dtype, dtype) in _EXACT:
             return out, 0.0
         if not torch.isfinite(out).all():
-            largest = tensor.float().abs().max()
-            raise InputError(f"row {self.ids[i]!r} holds {largest:.6g}, which {dtype} cannot: use --dtype fp32")
+            self._refuse_value(i, float(tensor.float().abs().max()))
         return out, float((out.double() - tensor.double()).abs().max())
 
     def _in_space(self, stored: dict[str, Tensor], suffix: str) -> Tensor:
@@ -198,6 +198,18 @@ class Rows:
         channels = self.dataset.plan.fields["model"]["channels"]
         if self._shuffled and channels % 4:
             raise InputError(f"{channels} channels are no multiple of 4: --layout unpatchified cannot be made of them")
+
+    def _check_range(self) -> None:
+        """Refuse what the index says a narrower dtype cannot hold; `cast` finds the rest when it comes to it."""
+        if self._calibration is not None or self.out_dtype != torch.float16 or self.dtype == torch.float16:
+            return
+        largest = np.maximum(np.abs(np.asarray(self.column("min"))), np.abs(np.asarray(self.column("max"))))
+        worst = int(np.argmax(largest))
+        if largest[worst] * self.request.scale > torch.finfo(torch.float16).max:
+            self._refuse_value(worst, float(largest[worst]) * self.request.scale)
+
+    def _refuse_value(self, i: int, value: float) -> None:
+        raise InputError(f"row {self.ids[i]!r} holds {value:.6g}, which {self.out_dtype} cannot: use --dtype fp32")
 
     def _read_calibration(self) -> Any:
         if self.request.space != FLUX2:

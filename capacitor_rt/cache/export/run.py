@@ -108,7 +108,7 @@ def export_cache(
         read_back=tuple(sorted({r["read_back"] for r in records})),
         conversion=writer.conversion,
         rounding=max((r["rounding"] for r in records), default=0.0),
-        advice=tuple(writer.advice(out)),
+        advice=tuple(writer.advice(out.absolute())),
     )
 
 
