@@ -50,12 +50,14 @@ class CheckpointSource:
         revision: commit hash on the hub; None for local files.
         weights: the weights file.
         config: `config.json` beside it, None where there is none.
+        encoding: what latents differ by from those of the same weights in 16 or 32 bits, such as "fp8-12345678".
     """
 
     id: str
     revision: str | None
     weights: Path
     config: Path | None = field(default=None)
+    encoding: str | None = None
 
     @cached_property
     def sha256(self) -> str:
@@ -70,7 +72,8 @@ class CheckpointSource:
     def latent_space(self) -> str:
         """Name of the space that `encode` returns, e.g. `full_capacitor/whitened@<revision>`."""
         name = Path(self.id).stem if os.path.isabs(self.id) else self.id.rsplit("/", 1)[-1]
-        return f"{name}/whitened@{self.revision or 'sha256:' + self.sha256[:16]}"
+        kind = f"whitened-{self.encoding}" if self.encoding else "whitened"
+        return f"{name}/{kind}@{self.revision or 'sha256:' + self.sha256[:16]}"
 
 
 def resolve(

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from os import PathLike
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from . import checkpoint
 from .checks import check_device, check_model_dtype, check_multiple
 from .config import ModelConfig
 from .errors import InputError, UnverifiedModelWarning
+from .fp8_encoding import Fp8Encoding, check_precision, encoding_name, find_calibration, ranges_from
+from .reference import Posterior
 from .runtime.backend import ServedAutoencoder
+from .runtime.fp8 import check_ranges
 from .sizes import SIZE_MULTIPLE as SIZE_MULTIPLE
 
 if TYPE_CHECKING:
@@ -47,6 +52,25 @@ class PretrainedAutoencoder(ServedAutoencoder):
         )
         self.strict_size = strict_size
         self.source: checkpoint.CheckpointSource | None = None
+        self._fp8: Fp8Encoding | None = None
+
+    @property
+    def encode_precision(self) -> str | None:
+        """ "fp8" where images are encoded in e4m3; None where they are in the weights' dtype."""
+        return None if self._fp8 is None else "fp8"
+
+    def _fp8_posterior(self, image: Tensor) -> Posterior:
+        """Raw posterior of a checked image in e4m3."""
+        if self._fp8 is None:
+            raise InputError("this model was not loaded with encode_precision='fp8'")
+        if not self.is_as_loaded:
+            raise InputError(
+                "these weights are not those that the scales for fp8 were measured on, since they were changed: load "
+                "them anew, or save and calibrate what they are now"
+            )
+        if torch.is_grad_enabled() and image.requires_grad:
+            raise InputError("encoding in fp8 has no gradient: load the model without encode_precision for that")
+        return self._fp8.posterior(self.to_fold(), image, self.dtype)
 
     @classmethod
     def from_pretrained(
@@ -69,6 +93,8 @@ class PretrainedAutoencoder(ServedAutoencoder):
         cuda_graphs: bool = True,
         overlap: bool = False,
         memory_budget: int | None = None,
+        encode_precision: str | None = None,
+        fp8_calibration: str | PathLike[str] | None = None,
     ) -> Self:
         """Load a model, frozen and in eval mode.
 
@@ -82,6 +108,9 @@ class PretrainedAutoencoder(ServedAutoencoder):
             strict: False only warns of tensors that belong to no part of the model. Missing tensors are always an
                 error.
             backend, strict_size, low_latency, cuda_graphs, overlap, memory_budget: see the class.
+            encode_precision: "fp8" encodes in e4m3 by the scales of `capacitor-rt calibrate-fp8`; refused without them.
+                It is emulated in plain torch so far: the latents are those to come, and slower than in 16 bits.
+            fp8_calibration: file of the scales, where it is neither beside the weights nor in the user's cache folder.
 
         irdiffae and mdiffae load with an `UnverifiedModelWarning` until their inferred readings (`DicoConfig`) are
         settled by `capacitor-rt probe`.
@@ -93,6 +122,7 @@ class PretrainedAutoencoder(ServedAutoencoder):
         asked = {check_model_dtype(given) for given in (dtype, torch_dtype) if given is not None}
         if len(asked) > 1:
             raise InputError(f"dtype {dtype} and torch_dtype {torch_dtype} differ: pass one of them")
+        check_precision(encode_precision)
         target = check_device(device)
         source = checkpoint.resolve(
             id_or_path,
@@ -103,6 +133,7 @@ class PretrainedAutoencoder(ServedAutoencoder):
             force_download=force_download,
             subfolder=subfolder,
         )
+        calibration = find_calibration(source, fp8_calibration) if encode_precision == "fp8" else None
         read = checkpoint.read(source, strict=strict)
         _warn_unverified(read.config, source)
         with torch.device("meta"):
@@ -117,6 +148,14 @@ class PretrainedAutoencoder(ServedAutoencoder):
             )
         model.load_checkpoint(read.tensors)
         model.source = source
+        if calibration is not None:
+            check_ranges(ranges_from(calibration), read.config.encoder_depth, read.config.hidden_dim)
+            model.source = dataclasses.replace(source, encoding=encoding_name(calibration))
+            model._fp8 = Fp8Encoding(calibration)
+            warnings.warn(
+                "encoding in fp8 is emulated in plain torch so far: its latents are those to come, at another speed",
+                stacklevel=2,
+            )
         return model.to(device=target, dtype=asked.pop() if asked else torch.float32)
 
     def save_pretrained(self, folder: str | PathLike[str]) -> None:

@@ -12,6 +12,7 @@ import torch
 from ..checkpoint import CheckpointSource, read_header, resolve, tensors_sha256
 from ..config import ModelConfig
 from ..errors import CacheError
+from ..fp8_encoding import check_precision, encoding_name, find_calibration
 from ..model import FullCapacitor
 from ..pretrained import SIZE_MULTIPLE
 from ..reference import Autoencoder
@@ -29,6 +30,7 @@ class ModelIdentity:
         multiple: sides of a bucket are multiples of this, in pixels.
         compute_dtype: type of the convolutions, "bfloat16", "float16" or "float32".
         device: type of the device that computes, such as "cpu".
+        encoding: what latents differ by from those of the same weights in 16 or 32 bits, such as "fp8-12345678".
         cc: compute capability of the GPU, where launches of ours may serve; else None.
         whitening: per-channel "mean" and "std", `[C]` each; None before the model is loaded, or without statistics.
     """
@@ -45,10 +47,13 @@ class ModelIdentity:
     device: str = field(compare=False)
     whitening: dict[str, list[float]] | None = field(default=None, compare=False)
     cc: int | None = field(default=None, compare=False)
+    encoding: str | None = None
 
     def fields(self) -> dict[str, Any]:
         """Entries of `plan.json` under "model"."""
-        names = ("id", "revision", "sha256", "latent_space", "config", "channels", "stride", "compute_dtype")
+        names = ["id", "revision", "sha256", "latent_space", "config", "channels", "stride", "compute_dtype"]
+        if self.encoding:
+            names.append("encoding")
         return {name: getattr(self, name) for name in names}
 
 
@@ -69,6 +74,7 @@ class Checkpoint:
     Attributes:
         compute_dtype: "bfloat16", "float16" or "float32"; None: an existing plan's, else bfloat16 on CUDA and
             float32 on the CPU.
+        encode_precision: "fp8", or None for that of `compute_dtype`.
     """
 
     name: str
@@ -76,13 +82,19 @@ class Checkpoint:
     compute_dtype: str | None = None
     revision: str | None = None
     backend: str = "auto"
+    encode_precision: str | None = None
 
     def identity(self, compute_dtype: str | None = None) -> ModelIdentity:
         source = resolve(self.name, revision=self.revision)
+        check_precision(self.encode_precision)
+        if self.encode_precision == "fp8":
+            source = dataclasses.replace(source, encoding=encoding_name(find_calibration(source)))
         kind = torch.device(self.device).type
         dtype = self.compute_dtype or compute_dtype or ("bfloat16" if kind == "cuda" else "float32")
         identity = _identity(source, read_header(source).config, dtype, kind)
-        return dataclasses.replace(identity, cc=_served_cc(torch.device(self.device), self.backend))
+        # fp8 has no launches yet
+        backend = "torch" if source.encoding else self.backend
+        return dataclasses.replace(identity, cc=_served_cc(torch.device(self.device), backend))
 
     def load(self, identity: ModelIdentity) -> FullCapacitor:
         dtype = getattr(torch, identity.compute_dtype)
@@ -92,6 +104,7 @@ class Checkpoint:
             dtype=dtype,
             revision=identity.revision or self.revision,
             backend=self.backend,
+            encode_precision=self.encode_precision,
         )
 
 
@@ -107,7 +120,7 @@ class Loaded:
         source = kept or _in_memory(self.model)
         dtype = str(self.model.dtype).removeprefix("torch.")
         identity = _identity(source, self.model.config, dtype, self.model.device.type)
-        cc = _served_cc(self.model.device, self.model.backend)
+        cc = None if self.model.encode_precision else _served_cc(self.model.device, self.model.backend)
         return dataclasses.replace(identity, multiple=self.model.size_multiple, cc=cc)
 
     def load(self, identity: ModelIdentity) -> FullCapacitor:
@@ -122,6 +135,7 @@ class _InMemory:
     revision: None
     sha256: str
     latent_space: str
+    encoding: None = None
 
 
 def _in_memory(model: FullCapacitor) -> _InMemory:
@@ -154,6 +168,7 @@ def _identity(
         math.lcm(SIZE_MULTIPLE, config.latent_stride),
         compute_dtype,
         device,
+        encoding=source.encoding,
     )
 
 

@@ -61,7 +61,9 @@ PLAN_SCHEMA = Record(
                 "channels": Number(1, 1 << 16),
                 "stride": Number(1, 1 << 12),
                 "compute_dtype": Choice(tuple(ITEM_SIZE)),
-            }
+                "encoding": Text("[a-z0-9-]{1,40}"),
+            },
+            optional=("encoding",),
         ),
         "whitening": Optional(Record({"mean": _NUMBERS, "std": _NUMBERS})),
         "store": Record(

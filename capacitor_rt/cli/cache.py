@@ -74,6 +74,10 @@ def cache(
     device: Device = "auto",
     compute_dtype: ComputeDtype = None,
     backend: Backend = "auto",
+    encode_precision: Annotated[
+        str | None,
+        typer.Option("--encode-precision", help="fp8: encode in e4m3 by the scales of calibrate-fp8.", metavar="NAME"),
+    ] = None,
     revision: Revision = None,
     give_up: Annotated[
         bool,
@@ -103,7 +107,7 @@ def cache(
         from ..cache.run import cache_images
 
         compute = compute_dtype.full_name if compute_dtype else None
-        source = Checkpoint(model, resolve_device(device), compute, revision, backend)
+        source = Checkpoint(model, resolve_device(device), compute, revision, backend, encode_precision)
         request = CacheRequest(
             side=sides[0],
             area=area is not None,

@@ -21,7 +21,7 @@ from ..errors import ImageError, InputError
 from ..fp8_calibration import Fp8Calibration
 from ..images.frames import RGB, Frame, Framing, group_frames, load_frames, to_batch, to_uint8
 from ..model import FullCapacitor
-from ..runtime.fp8 import BlockRange, Fp8Encoder, Ranges
+from ..runtime.fp8 import BlockRange, Fp8Encoder
 from ..version import __version__
 from .metrics import cosine_similarity, psnr
 
@@ -111,14 +111,6 @@ def calibrate(
             {"capacitor_rt": __version__, "torch": str(torch.__version__)},
         ),
         costs,
-    )
-
-
-def ranges_from(calibration: Fp8Calibration) -> Ranges:
-    """The ranges of a calibration file as tensors."""
-    return tuple(
-        BlockRange(*(torch.tensor(block[name], dtype=torch.float32) for name in ("y", "hidden", "gain")))
-        for block in calibration.ranges
     )
 
 

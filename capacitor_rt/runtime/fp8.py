@@ -120,15 +120,22 @@ class Fp8Encoder:
         model: whose tensors are folded; it stays as it is.
         ranges: of a calibration of these weights; None computes the products in float32, to make one.
         dtype: of what else is 16 bits in launches: pixels' tokens, the residual stream, the head.
+        device: of the images; that of the model when None.
 
     Raises:
         InputError: a model without an encoder of this kind, or ranges of another shape.
     """
 
-    def __init__(self, model: Autoencoder, ranges: Ranges | None, dtype: torch.dtype = torch.bfloat16):
+    def __init__(
+        self,
+        model: Autoencoder,
+        ranges: Ranges | None,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | None = None,
+    ):
         if model.encoder is None or model.config.dico is not None:
             raise InputError("encoding in fp8 is for full_capacitor's encoder, which this model does not have")
-        self.model, self.dtype, self.device = model, dtype, model.device
+        self.model, self.dtype, self.device = model, dtype, device or model.device
         folded = fold_encoder(model)
         self.packed: PackedEncoder = pack(folded, torch.float32, self.device)
         if dtype != torch.float32:

@@ -15,8 +15,8 @@ from golden_cases import GOLDEN
 
 from capacitor_rt import FullCapacitor, InputError
 from capacitor_rt.cli import main
-from capacitor_rt.evaluation.fp8 import ranges_from
 from capacitor_rt.fp8_calibration import SUFFIX, Fp8Calibration, load, places
+from capacitor_rt.fp8_encoding import ranges_from
 from capacitor_rt.runtime.fp8 import Fp8Encoder
 
 SAMPLE = Path(__file__).parents[2] / "capacitor_rt" / "sample"
