@@ -83,7 +83,7 @@ define install
 endef
 
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml
-	$(call install,-e '.[cache]')
+	$(call install,-e '.[view]')
 
 $(VENV)/.test: $(VENV)/.torch pyproject.toml
 	$(call install,-e '.[test]')

@@ -1,7 +1,7 @@
 """The whole road on the bundled photographs: images to latents on disk and back, shown and measured.
 
 `python -m capacitor_rt.cli.demo --out demo-out` caches the photographs, reads the latents back from the disk, decodes
-them, and writes two pictures: a contact sheet and the latents as colours.
+them, and writes two pictures, a contact sheet and the latents as colours, and a page to look at.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ def demo(
     area: Annotated[int, typer.Option(min=1, help="Bring photographs to about N^2 pixels.")] = 320,
     device: Annotated[str, typer.Option(help="Device to run on, as torch names it.")] = "cpu",
 ) -> None:
-    """Cache photographs as latents, decode them, draw a contact sheet and the latents, and print the table of PSNRs."""
+    """Cache photographs as latents, decode them, draw them and their latents, make a page, print the table of PSNRs."""
     try:
         # first, so that a missing extra ends in one line too
         require_extra("PIL.Image")
+        require_extra("jinja2", "view")
         from .demo_run import PHOTOS, run_demo
 
         echo_table(run_demo(out, model, device=device, photos=photos or PHOTOS, area=area).render())

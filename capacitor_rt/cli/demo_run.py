@@ -1,4 +1,4 @@
-"""What the demo does: photographs to latents on disk and back, a contact sheet, the latents as colours, the PSNRs."""
+"""What the demo does: photographs to latents on disk and back, pictures and a page of them, the PSNRs."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ from ..images.geometry import Size
 from ..images.load import PixelPolicy, load_image
 from ..model import FullCapacitor
 from .terminal import printable
+from .view_cache import view_cache
+from .view_run import Settings
 
 PHOTOS = Path(__file__).parents[1] / "sample" / "photos"
 AREA_SIDE = 320
@@ -61,12 +63,13 @@ class Item:
 
 @dataclass(frozen=True)
 class DemoReport:
-    """What a demo run made and measured."""
+    """What a demo run made and measured; `page` is the first file of the page."""
 
     out: Path
     model: str
     items: tuple[Item, ...]
     cache: Report
+    page: Path
     seconds: float
 
     @property
@@ -99,7 +102,9 @@ class DemoReport:
         paths = [printable(str(self.out / name)) for name in files]
         longest = max(map(len, paths))
         places = [f"  {path:{longest}}  {what}" for path, what in zip(paths, files.values(), strict=True)]
-        return "\n".join([*lines, "", self.table.render(), "", *places, f"  {self.seconds:.1f} s"])
+        last = f"open {printable(str(self.page))} in a browser: sliders, differences, latents"
+        ending = [f"  {self.seconds:.1f} s", "", last]
+        return "\n".join([*lines, "", self.table.render(), "", *places, *ending])
 
 
 def run_demo(
@@ -111,7 +116,7 @@ def run_demo(
     area: int = AREA_SIDE,
     progress: bool = True,
 ) -> DemoReport:
-    """Cache `photos` under `out`, decode what the cache holds, write the pictures.
+    """Cache `photos` under `out`, decode what the cache holds, write the pictures and the page.
 
     Args:
         out: folder for the cache and the pictures; made if missing. A finished cache in it is used as it is.
@@ -138,7 +143,9 @@ def run_demo(
     title = f"model {name}: {model.config.latent_channels} channels, stride {model.config.latent_stride}"
     contact_sheet(items, title).save(out / CONTACT_SHEET)
     latents_picture(items, title).save(out / LATENTS_PICTURE)
-    return DemoReport(out, name, items, report, time.perf_counter() - begin)
+    settings = Settings(out / "page", len(items), progress=False)
+    page, _ = view_cache(out / "cache", {printable(Path(name).name): model}, settings, Path(photos), roles)
+    return DemoReport(out, name, items, report, page.index, time.perf_counter() - begin)
 
 
 def read_back(cache: Path, photos: Path, model: FullCapacitor, roles: Mapping[str, str]) -> list[Item]:

@@ -116,6 +116,17 @@ def test_text_names_figures_files_and_failures(report):
     assert f"{np.mean([i.psnr for i in report.items]):.2f}" in report.table.render()
 
 
+def test_ends_by_naming_the_page(report):
+    assert report.render().splitlines()[-1].startswith(f"open {report.out / 'page' / 'index.html'} in a browser")
+    assert report.page == report.out / "page" / "index.html"
+    for i, item in enumerate(report.items):
+        for what, pixels in (("original", item.original), ("0", item.decoded)):
+            np.testing.assert_array_equal(
+                np.asarray(Image.open(report.out / f"page/images/{i:06d}-{what}.webp")), pixels
+            )
+    assert "not_an_image" in report.page.read_text()
+
+
 def test_again_reads_the_same_cache(report, model, photos):
     before = {p: p.stat().st_mtime_ns for p in (report.out / "cache").rglob("*.safetensors")}
     again = run_demo(report.out, model, photos=photos, area=96, progress=False)
