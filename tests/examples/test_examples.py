@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from cache_cases import write_images
 from PIL import Image
@@ -20,15 +20,20 @@ from capacitor_rt.cache.export import ExportRequest, export_cache
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def run(script: str, *args: object) -> list[str]:
-    command = [sys.executable, EXAMPLES / script, *map(str, args)]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run an example as `python examples/SCRIPT ARGS` does; the lines that it prints."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+
+    def run(script: str, *args: object) -> list[str]:
+        monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
+        runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+        return capsys.readouterr().out.splitlines()
+
+    return run
 
 
-def test_train_dit(tmp_path):
+def test_train_dit(run, tmp_path):
     out = tmp_path / "out"
     lines = run("train_dit.py", "--out", out, "--side", 64, "--per-class", 4, "--steps", 3, "--batch", 4)
     assert lines[0].startswith("24 latents of [128, 4, 4], classes astronaut, chelsea")
@@ -66,7 +71,7 @@ def test_train_dit_learns(monkeypatch):
     assert errors.argmin(1).tolist() == [0, 1] and errors.diagonal().max() < 0.1
 
 
-def test_train_online():
+def test_train_online(run):
     lines = run("train_online.py", "--steps", 2, "--batch", 2, "--side", 64)
     losses = [float(re.search(r"loss ([\d.]+)", line)[1]) for line in lines]
     assert [line.split(",")[0] for line in lines] == ["step 1", "step 2"]
