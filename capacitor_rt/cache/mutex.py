@@ -56,6 +56,9 @@ def parse_owner(data: bytes) -> Owner | None:
 
 def _start(pid: int) -> int | None:
     """When a process was started, in ticks since boot; -1 where there is none, None where that cannot be known."""
+    if pid <= 0:
+        # to the kernel that would be a group of processes
+        return -1
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):

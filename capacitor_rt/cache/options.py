@@ -27,6 +27,7 @@ class RunOptions:
         backoff: seconds to wait before each further attempt at an input that failed for now.
         heartbeat, stale: seconds between touches of a lease, and after which an untouched one is taken over.
         source: what kind of source the inputs are, one of `sources.open.KINDS`.
+        image_column: of Parquet files; None: the one that is named so, or has the type.
         columns: labels, captions and other columns to be kept.
     """
 
@@ -42,6 +43,7 @@ class RunOptions:
     heartbeat: float = HEARTBEAT_SECONDS
     stale: float = STALE_SECONDS
     source: str = "auto"
+    image_column: str | None = None
     columns: ColumnsRequest = field(default_factory=ColumnsRequest)
 
     def place(self) -> tuple[int, int]:

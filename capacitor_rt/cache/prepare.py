@@ -25,7 +25,7 @@ from .sources.changes import changed_inputs
 from .sources.listing import SOURCE
 from .sources.open import open_source
 from .stamps import STAMPS
-from .store import read_index
+from .store import read_index, strange_plan
 
 _BEFORE_A_PLAN = {LOCK, HELD, SOURCE, STAMPS, LEASES}
 
@@ -103,9 +103,10 @@ def prepare(
     elif request.posterior and identity.config["bottleneck_posterior_kind"] != "diagonal_gaussian":
         raise CacheError(f"{identity.id} is deterministic and has no logsnr to store: leave out posterior")
     buckets = plan.buckets if plan else request.buckets(identity.multiple)
-    source = open_source(src, out, options.source, options.columns)
+    source = open_source(src, out, options.source, options.columns, options.image_column)
     if plan and folder:
         restore = _check_inputs(folder, plan, source)
+        _check_files(folder, plan, source)
         notes = source.notes + version_notes(plan)
         return PreparedRun(plan, tasks_of(plan, source), source, None, notes, restore, identity.cc)
     model = model_source.load(identity) if load else None
@@ -148,6 +149,18 @@ def _check_inputs(folder: CacheFolder, plan: CachePlan, source: Source) -> bool:
             changes,
         )
     return False
+
+
+def _check_files(folder: CacheFolder, plan: CachePlan, source: Source) -> None:
+    """Refuse a plan that is not the one of the files that are there: it would be begun anew beside them."""
+    why = strange_plan(folder, plan)
+    if (len(source.listing), len(tasks_of(plan, source))) != (plan.count, plan.task_count):
+        why = "its numbers of inputs and tasks do not fit its list of inputs"
+    if why:
+        raise CacheError(
+            f"{folder.path / PLAN} is not that of the cache ({why}): `capacitor-rt verify --repair "
+            f"{folder.path}` restores it from the index; or cache into a new OUT"
+        )
 
 
 def _committed_hashes(folder: CacheFolder, plan: CachePlan, ordinals: list[int]) -> dict[int, bytes]:

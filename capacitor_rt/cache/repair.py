@@ -17,7 +17,7 @@ from .mutex import Mutex
 from .plan import PLAN, CachePlan, load_plan, parse_plan, plan_tasks
 from .quarantine import QUARANTINE, read_quarantine, write_quarantine
 from .sources import load_listing
-from .store import TaskStore
+from .store import TaskStore, strange_plan
 from .verify import Verification, verify
 
 
@@ -70,7 +70,7 @@ def _plan(folder: CacheFolder, done: list[str]) -> CachePlan:
         plan = load_plan(folder)
     except CacheError:
         plan = None
-    if plan is not None:
+    if plan is not None and strange_plan(folder, plan) is None:
         return plan
     plan = _plan_of_an_index(folder)
     folder.set_aside(PLAN)

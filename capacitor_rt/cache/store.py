@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ..errors import CacheError
 from .commits import Commit, LogFollower, append_commit, rewrite_log
-from .folder import CacheFolder, PendingFile
+from .folder import INDEX, TASKS, CacheFolder, PendingFile
 from .hashing import xxh3
 from .index import INDEX_BYTES, bucket_counts, cached_counts, index_bytes, is_ok, parse_index
 from .latent_files import (
@@ -219,6 +220,16 @@ def read_index(folder: CacheFolder, plan: CachePlan, commit: Commit) -> Any:
     if not whole or xxh3(body).hexdigest() != commit.index_xxh3:
         raise CacheError(f"{folder.path / name} is damaged: its hash is not that of its commit line")
     return parse_index(body, folder.path / name, plan, commit.task)
+
+
+def strange_plan(folder: CacheFolder, plan: CachePlan) -> str | None:
+    """What tells that files of tasks are of another plan; None if nothing does."""
+    for sub in (TASKS, INDEX):
+        for base in folder.names(sub):
+            named = re.fullmatch(r"([0-9a-f]{8})-\d{6,}\.(safetensors|parquet)", base)
+            if named and named[1] != plan.plan8:
+                return f"{sub}/{base} is of plan {named[1]}, and this one is {plan.plan8}"
+    return None
 
 
 def repair_hint(folder: CacheFolder) -> str:

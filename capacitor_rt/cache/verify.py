@@ -22,7 +22,7 @@ from .plan import PLAN, CachePlan, OtherFormat, Task, load_plan, plan_tasks
 from .quarantine import QUARANTINE, quarantine_bytes, read_quarantine
 from .sources.listing import SOURCE, Listing, load_listing
 from .stamps import STAMPS
-from .store import read_index, repair_hint
+from .store import read_index, repair_hint, strange_plan
 
 
 @dataclass
@@ -189,6 +189,9 @@ class _Check:
                 self._problem(str(e))
                 continue
             strangers += [name for name in names if name not in own]
+        if (why := strange_plan(self.folder, plan)) is not None:
+            self._problem(f"{self.folder.path / PLAN} is not that of all files: {why}")
+            self.found.bad_plan = True
         for name in strangers[:5]:
             kind = "left by a killed run, the next run removes it" if TMP in name else "not committed, or foreign"
             self.found.notes.append(f"{name}: {kind}")

@@ -30,7 +30,13 @@ if TYPE_CHECKING:
 
 
 def cache(
-    src: Annotated[Path, typer.Argument(help="What to encode: a folder with its subfolders, or one image.")],
+    src: Annotated[
+        Path,
+        typer.Argument(
+            help="What to encode: a folder of images, an image, a list of paths (.txt), or tar or Parquet files: one, "
+            "a folder of them, or a pattern."
+        ),
+    ],
     out: Annotated[Path, typer.Argument(help="Folder of the cache: a new one, an empty one, or one to go on with.")],
     model: Model,
     size: SquareSide = None,
@@ -79,6 +85,27 @@ def cache(
         typer.Option("--encode-precision", help="fp8: encode in e4m3 by the scales of calibrate-fp8.", metavar="NAME"),
     ] = None,
     revision: Revision = None,
+    source: Annotated[
+        str, typer.Option("--source", help="Kind of SRC: folder, list, tar or parquet (default: by its name).")
+    ] = "auto",
+    image_column: Annotated[
+        str | None, typer.Option(help="Column of the images in Parquet files (default: by name and type).")
+    ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            help="Labels: folder (the first folder of the path), a table (.csv, .jsonl, .json, .parquet), an extension "
+            "beside the images in tar files, or a column of Parquet files."
+        ),
+    ] = None,
+    captions: Annotated[
+        str | None,
+        typer.Option(help="Captions: txt or json (files beside the images), a table, or a column of Parquet files."),
+    ] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(help="Column to keep in the index, of a table, of the .json in tar files, or of Parquet files."),
+    ] = None,
     give_up: Annotated[
         bool,
         typer.Option(
@@ -97,17 +124,18 @@ def cache(
     sides = [side for side in (size, area) if side is not None]
     if len(sides) != 1:
         raise InputError("give one of --size N (squares) and --area N (aspect-ratio buckets)")
-    if not src.exists():
-        raise InputError(f"{str(src)!r} does not exist: give a folder of images, or one image")
+    if not src.exists() and not any(c in str(src) for c in "*?["):
+        raise InputError(f"{str(src)!r} does not exist: give a folder of images, one image, or files that hold images")
     with interruptible():
         from ..cache.model_source import Checkpoint
         from ..cache.options import RunOptions
         from ..cache.outlook import dry_run as describe_run
         from ..cache.plan import CacheRequest
         from ..cache.run import cache_images
+        from ..cache.sources import ColumnsRequest
 
         compute = compute_dtype.full_name if compute_dtype else None
-        source = Checkpoint(model, resolve_device(device), compute, revision, backend, encode_precision)
+        checkpoint = Checkpoint(model, resolve_device(device), compute, revision, backend, encode_precision)
         request = CacheRequest(
             side=sides[0],
             area=area is not None,
@@ -122,12 +150,19 @@ def cache(
             task_inputs=task_inputs,
         )
         options = RunOptions(
-            workers=workers, progress=not quiet, give_up=give_up, image_timeout=image_timeout, metrics=metrics
+            workers=workers,
+            progress=not quiet,
+            give_up=give_up,
+            image_timeout=image_timeout,
+            metrics=metrics,
+            source=source,
+            image_column=image_column,
+            columns=ColumnsRequest(labels, captions, tuple(keep or ())),
         )
         if dry_run:
-            _print_dry_run(describe_run(src, out, source, request, options=options))
+            _print_dry_run(describe_run(src, out, checkpoint, request, options=options))
             return
-        report = cache_images(src, out, source, request, note=_remark, options=options)
+        report = cache_images(src, out, checkpoint, request, note=_remark, options=options)
     _print_report(report, out)
     if report.exit_code:
         raise typer.Exit(report.exit_code)

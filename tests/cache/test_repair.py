@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 from pathlib import Path
@@ -13,6 +15,7 @@ from models import random_model
 from capacitor_rt.cache import CacheRequest, LatentDataset, cache_images
 from capacitor_rt.cache.decoding.work import Worker
 from capacitor_rt.cache.folder import CacheFolder
+from capacitor_rt.cache.hashing import canonical_json
 from capacitor_rt.cache.leases import Leases
 from capacitor_rt.cache.mutex import Mutex
 from capacitor_rt.cache.repair import repair
@@ -70,6 +73,15 @@ def lose_plan_and_log(cache):
     (cache / "commits.jsonl").unlink()
 
 
+def another_plan(cache):
+    """One that could be, and is not that of the files: a run would begin anew beside them."""
+    fields = json.loads((cache / "plan.json").read_bytes())
+    del fields["sha256"]
+    fields["geometry"]["multiple"] = 16
+    fields["sha256"] = hashlib.sha256(canonical_json(fields)).hexdigest()
+    (cache / "plan.json").write_text(json.dumps(fields))
+
+
 def swap_tasks(cache):
     a, b = (task_files(cache, n)[1] for n in (0, 1))
     a.rename(cache / "x")
@@ -92,7 +104,7 @@ def drop_quarantine(cache):
     ("damage", "again"),
     [
         (flip_data, 4), (flip_index, 4), (lose_index, 4), (lose_data, 4), (flip_line, 0), (link_log, 0), (lose_plan, 0),
-        (lose_plan_and_log, 0), (swap_tasks, 8), (foreign_task, 3), (drop_quarantine, 0),
+        (lose_plan_and_log, 0), (another_plan, 0), (swap_tasks, 8), (foreign_task, 3), (drop_quarantine, 0),
     ],
 )  # fmt: skip
 def test_what_is_damaged_is_made_anew_and_nothing_else(made, cache, monkeypatch, damage, again):

@@ -8,7 +8,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -122,15 +122,14 @@ class _FileColumns:
         elif labels in ("txt", "json"):
             raise InputError(f"labels {labels!r} is for captions: give 'folder', or a table with a column 'label'")
         elif labels:
-            self._label(self._of(tables[labels], LABELS, whole=True), tables[labels].origin)
+            self._label(tables[labels].value(self.ids, LABEL), tables[labels].origin)
         if captions == "folder":
             raise InputError("captions 'folder' is for labels: give 'txt', 'json', or a table with a column 'caption'")
         if captions in ("txt", "json"):
             self.lazy = captions
             self.found.append(Column(CAPTION, "string", captions))
         elif captions:
-            values = [None if v is None else _text(v) for v in self._of(tables[captions], CAPTIONS)]
-            self._add(CAPTION, "string", tables[captions].origin, values)
+            self._add(CAPTION, "string", tables[captions].origin, tables[captions].value(self.ids, CAPTION))
         for name in self.request.keep:
             self._keep(name, list(tables.values()))
         return Columns(tuple(self.found), self.names, self.read)
@@ -154,14 +153,6 @@ class _FileColumns:
         if missing:
             raise CacheError("; ".join(examples("inputs have no label", missing)) + ": label every image")
         self._add(LABEL, "int64", origin, kept)
-
-    def _of(self, table: Table, names: Sequence[str], whole: bool = False) -> list[Any]:
-        if table.is_mapping:
-            return table.column(self.ids, "")
-        name = next((n for n in names if n in table.names), None)
-        if name is None:
-            raise CacheError(f"{table.path} has no column {' or '.join(map(repr, names[:2]))}: name one so")
-        return table.column(self.ids, name)
 
     def _keep(self, name: str, tables: list[Table]) -> None:
         table = next((t for t in tables if name in t.names), None)
@@ -241,9 +232,22 @@ class Table:
         for id in ids:
             row = self.by_key.get(id)
             if row is None:
-                row = self.by_key.get(re.sub(r"\.[^./]*$", "", id), {})
+                bare = re.sub(r"\.[^./]*$", "", id)
+                # a key of WebDataset stands without the name of its tar file
+                row = self.by_key.get(bare) or self.by_key.get(bare.rpartition(".tar/")[2], {})
             found.append(row.get(name))
         return found
+
+    def value(self, ids: list[str], name: str) -> list[Any]:
+        """The labels or captions of inputs: of the column that is named so, or what a JSON object maps ids to."""
+        if self.is_mapping:
+            return self.column(ids, "")
+        names = LABELS if name == LABEL else CAPTIONS
+        found = next((n for n in names if n in self.names), None)
+        if found is None:
+            raise CacheError(f"{self.path} has no column {' or '.join(map(repr, names[:2]))}: name one so")
+        values = self.column(ids, found)
+        return values if name == LABEL else [None if v is None else _text(v) for v in values]
 
     def _rows(self, data: bytes, kind: str) -> Any:
         if kind == "parquet":

@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ...errors import CacheError, InputError
+from ...errors import InputError
+from ...images.scan import EXTENSIONS
 from . import Source
 from .columns import ColumnsRequest
 from .files import folder_source, list_source
+from .parquet import parquet_source
+from .tar import tar_source
 
 KINDS = ("auto", "folder", "list", "tar", "parquet")
-_LISTS = (".txt", ".lst", ".list")
+_BY_SUFFIX = {".txt": "list", ".lst": "list", ".list": "list", ".tar": "tar", ".parquet": "parquet"}
+_LOOKED_AT = 10_000
 
 
 def open_source(
@@ -19,13 +23,16 @@ def open_source(
     out: Path,
     kind: str = "auto",
     columns: ColumnsRequest | None = None,
+    image_column: str | None = None,
 ) -> Source:
     """List the inputs of a source.
 
     Args:
-        src: a folder of images, an image, or a text file with a path in each line.
+        src: a folder of images, an image, a text file with a path in each line, or tar or Parquet files: one, a folder
+            of them, or a pattern.
         out: the cache, which is left out where it lies below `src`.
         kind: one of `KINDS`; "auto" goes by what `src` is.
+        image_column: of Parquet files; None: the one that is named so, or has the type.
 
     Raises:
         CacheError: it cannot be listed, or holds no image. InputError: an unknown kind.
@@ -38,10 +45,27 @@ def open_source(
         kind = _guess(path)
     if kind == "list":
         return list_source(path, columns)
-    if kind == "folder":
-        return folder_source(path, out, columns)
-    raise CacheError(f"source {kind!r} cannot be read: use a folder or a list")
+    if kind == "tar":
+        return tar_source(path, out, columns)
+    if kind == "parquet":
+        return parquet_source(path, out, columns, image_column)
+    return folder_source(path, out, columns)
 
 
 def _guess(path: Path) -> str:
-    return "list" if path.suffix.lower() in _LISTS and path.is_file() else "folder"
+    """By the extension; of a folder by what lies in it: tar or Parquet files where there is nothing else to cache."""
+    if not path.is_dir():
+        # a pattern, too
+        return _BY_SUFFIX.get(path.suffix.lower(), "folder")
+    found: set[str] = set()
+    for n, (_, _, names) in enumerate(os.walk(path)):
+        for name in names:
+            extension = os.path.splitext(name)[1].lower()
+            if extension.encode("utf-8", "surrogateescape") in EXTENSIONS and not name.startswith("._"):
+                return "folder"
+            found.add(extension)
+        if n > _LOOKED_AT:
+            break
+    return next(
+        (kind for extension, kind in ((".tar", "tar"), (".parquet", "parquet")) if extension in found), "folder"
+    )
