@@ -1,13 +1,14 @@
 """Throughput of `capacitor-rt cache`: JPEG files on disk to latents on disk, and which stage limits it.
 
-    python -m bench cache                              2048 JPEG files of 512x512, cached at 256 and 512 pixels
-    python -m bench cache --images 20000 --size 512 --folder /data/tmp
-    python -m bench cache --device cpu                 a few small files and a tiny model, to test the benchmark itself
+    python -m bench cache                              four sets of photographs, an encoder that computes nothing
+    python -m bench cache --device cuda                the model on a GPU
+    python -m bench cache --set 500 --images 5000 --workers 8 --folder /data/tmp
 
-The files are written first, all different, with the detail of photographs. A first run over a few of them compiles the
-kernels and captures the graphs and is not counted. Prints a line for each size and appends it as JSON to
-bench/results/cache-<gpu>.jsonl: images per second by the wall clock, and the share of its time that each stage worked.
-Needs the packages of the extra `cache`.
+The photographs are made of the bundled ones, all different. Of each set four things are measured, one after the other
+in the same run: one core that decodes and resizes (exact, and fast), a whole run of the cache, and a plain loop, Pillow
+in a DataLoader, with as many workers. Rates are by the clock, and `cpu` is the CPU time of all processes, starting them
+included. Prints a line for each and appends them as JSON to bench/results/cache-<gpu>.jsonl. Needs the packages of the
+extra `cache`.
 """
 
 from __future__ import annotations
@@ -15,75 +16,151 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import resource
 import sys
 import tempfile
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+
+from ._photos import SETS, PhotoSet
 
 NEEDS = {"PIL": "pillow", "pyarrow": "pyarrow", "xxhash": "xxhash"}
-JPEG_QUALITY = 90
 WARM_IMAGES = 256
 
 
-def write_jpegs(folder: Path, count: int, side: int, workers: int) -> int:
-    """Write `count` different JPEG files of `side` x `side` pixels; bytes in all."""
-    from PIL import Image
-
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    detail = [rng.normal(0, 100 / 1.5**i, (2**i + 1, 2**i + 1, 3)) for i in range(1, 9) if 2**i <= side]
-    # octaves of noise fall off like a photograph's spectrum, so that a file has a photograph's size and decode time
-    picture = sum(np.asarray([_enlarge(d[..., c], side) for c in range(3)]).transpose(1, 2, 0) for d in detail)
-
-    def write(i: int) -> int:
-        shift = np.roll(picture, (37 * i % side, 101 * i % side), (0, 1))
-        pixels = np.clip(128 + shift * (0.7 + 0.3 * (i % 7) / 6), 0, 255).astype(np.uint8)
-        path = folder / f"{i:06d}.jpg"
-        Image.fromarray(pixels).save(path, quality=JPEG_QUALITY)
-        return path.stat().st_size
-
-    with ThreadPoolExecutor(workers) as pool:
-        return sum(pool.map(write, range(count)))
+def cpu_seconds() -> float:
+    """CPU time of this process and of those that it has waited for."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(u.ru_utime + u.ru_stime for u in used)
 
 
-def _enlarge(channel: np.ndarray, side: int) -> np.ndarray:
-    from PIL import Image
+def timed(work: Callable[[], int]) -> dict[str, float]:
+    """Images per second by the clock, and CPU milliseconds per image, of `work`, which gives the number of images."""
+    begin, cpu = time.perf_counter(), cpu_seconds()
+    count = work()
+    seconds, cpu = time.perf_counter() - begin, cpu_seconds() - cpu
+    return {"images_per_s": count / seconds, "cpu_ms": 1e3 * cpu / count, "seconds": seconds}
 
-    image = Image.fromarray(channel.astype(np.float32))
-    return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC))
+
+def start_seconds(folder: Path) -> float:
+    """CPU time that starting one worker takes, whatever the number of images."""
+    from capacitor_rt.cache.decoding import DecodePool
+    from capacitor_rt.cache.sources import ColumnsRequest
+    from capacitor_rt.cache.sources.files import folder_source
+    from capacitor_rt.images.geometry import Size
+    from capacitor_rt.images.load import PixelPolicy
+
+    source = folder_source(folder, folder / "none", ColumnsRequest())
+
+    def one() -> int:
+        with DecodePool(source, PixelPolicy(), [Size(32, 32)], workers=1) as pool:
+            for chunk in pool.decode([range(1)]):
+                chunk.release()
+        return 1
+
+    return timed(one)["cpu_ms"] / 1e3
 
 
-def measure(folder: Path, out: Path, model: Any, size: int, workers: int | None) -> dict[str, Any]:
+def one_core(files: Sequence[bytes], size: int, decode: str) -> float:
+    """Images per second of CPU time of one thread that decodes and resizes; the better of two passes."""
+    from capacitor_rt.images.geometry import Size
+    from capacitor_rt.images.load import PixelPolicy, load_image
+
+    policy, buckets, out = PixelPolicy(decode=decode), [Size(size, size)], np.empty(size * size * 3, np.uint8)
+    buffer = bytearray()
+
+    def memory(nbytes: int) -> bytearray:
+        nonlocal buffer
+        if len(buffer) < nbytes:
+            buffer = bytearray(nbytes)
+        return buffer
+
+    rates = []
+    for _ in range(2):
+        begin = time.thread_time()
+        for data in files:
+            load_image(data, policy, buckets, out, buffer=memory)
+        rates.append(len(files) / (time.thread_time() - begin))
+    return max(rates)
+
+
+def null_model() -> Any:
+    """A model of the published shape of latents that computes nothing."""
+    import dataclasses
+
+    from capacitor_rt import FullCapacitor, ModelConfig
+
+    from ._contenders import TINY
+
+    class NullCapacitor(FullCapacitor):
+        def encode(self, image: Tensor) -> Tensor:
+            batch, height, width, _ = image.shape
+            return image.new_zeros(batch, self.latent_channels, height // 16, width // 16, dtype=torch.float32)
+
+    model = NullCapacitor(dataclasses.replace(TINY, bottleneck_dim=ModelConfig().bottleneck_dim))
+    model.backend = "torch"
+    return model
+
+
+def cache_run(folder: Path, out: Path, model: Any, size: int, workers: int | None, decode: str) -> dict[str, Any]:
     """Cache every file of `folder` into `out`; the figures of the run."""
     from capacitor_rt.cache import CacheRequest, cache_images
+    from capacitor_rt.cache.options import RunOptions
 
-    report = cache_images(folder, out, model, CacheRequest(side=size), workers=workers, progress=False)
+    reports = []
+
+    def run() -> int:
+        options = RunOptions(workers=workers, progress=False)
+        report = cache_images(folder, out, model, CacheRequest(side=size, decode=decode), options=options)
+        reports.append(report)
+        return report.new_images
+
+    figures = timed(run)
+    (report,) = reports
     meters = report.meters
-    # the shares are of the pipeline's own wall time; planning the run reads every header before it
-    return {
+    return figures | {
         "images": report.new_images,
         "quarantined": report.quarantined.total(),
-        "seconds": report.seconds,
-        "pipeline_seconds": meters.wall,
-        "images_per_s": report.new_images / meters.wall,
-        "workers": meters.threads,
+        "running_images_per_s": report.new_images / meters.running,
+        "start_seconds": meters.waits["start"],
+        "decode_cpu_ms": 1e3 * meters.seconds["decode"] / report.new_images,
+        "fill_ms": 1e3 * meters.seconds["fill"] / report.new_images,
+        "workers": meters.workers,
         "occupancy": meters.occupancy(),
         "limited_by": meters.limit(),
-        "device_waiting_percent": 100 * (1 - min(1.0, meters.occupancy()["encode"])),
+        "device_waiting_percent": 100 * meters.device_waiting(),
         "latent_bytes": report.nbytes,
     }
+
+
+def measure(photos: PhotoSet, root: Path, model: Any, args: argparse.Namespace, size: int) -> dict[str, Any]:
+    """Everything of one set of photographs at one size."""
+    from ._plain_loop import one_pass
+
+    folder = root / "files"
+    names = sorted(folder.iterdir())
+    sample = [path.read_bytes() for path in names[: max(4, len(names) // 8)]]
+    core = {decode: one_core(sample, size, decode) for decode in ("exact", "fast")}
+    out = root / f"latents-{size}"
+    line = {"core_images_per_s": core} | cache_run(folder, out, model, size, args.workers, args.decode)
+    start = start_seconds(folder) if line["workers"] else 0.0
+    line |= {"start_cpu_seconds": start, "running_cpu_ms": line["cpu_ms"] - 1e3 * start / line["images"]}
+    plain = timed(lambda: one_pass(folder, size, line["workers"]))
+    plain |= {"loop_is_slower": plain["seconds"] / line["seconds"]}
+    return line | {"plain": plain}
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure what the command line asks for."""
     from capacitor_rt import ModelConfig
 
-    from ._contenders import TINY, random_model
+    from ._contenders import random_model
     from ._device import busy
     from ._processes import ending_on_sigterm
     from ._records import append_line, default_results
@@ -91,49 +168,73 @@ def run(args: argparse.Namespace) -> int:
 
     device = torch.device(args.device)
     on_gpu = device.type == "cuda"
-    sizes = args.size or ((256, 512) if on_gpu else (64,))
-    count, side = args.images or (2048 if on_gpu else 6), 512 if on_gpu else 96
     facts = environment(device) | {"busy": busy(device)}
-    model = random_model(ModelConfig() if on_gpu else TINY)
-    model.backend = "auto" if on_gpu else "torch"
-    model.to(device, torch.bfloat16 if on_gpu else torch.float32)
-    cores = os.cpu_count() or 1
+    torch.set_num_threads(1)
+    model = random_model(ModelConfig()).to(device, torch.bfloat16) if on_gpu else null_model()
+    encoder = "full_capacitor" if on_gpu else "null"
+    backend = "triton" if model.runtime else "torch"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     out = args.out or default_results(device, "cache")
+    chosen = [photos for photos in SETS if not args.set or photos.name in args.set]
     with ending_on_sigterm(), tempfile.TemporaryDirectory(dir=args.folder, prefix="capacitor-bench-") as name:
-        root = Path(name)
-        nbytes = write_jpegs(root / "files", count, side, cores)
-        write_jpegs(root / "warm", min(count, WARM_IMAGES), side, cores)
-        print(f"{count} JPEG files of {side}x{side}, {nbytes / count / 1e3:.0f} kB each", flush=True)
-        for size in sizes:
-            measure(root / "warm", root / f"warm-{size}", model, size, args.workers)
-            line = {"bench": "cache", "size": size, "file_size": side, "file_bytes": nbytes, "weights": "random"}
-            line |= {"model": "full_capacitor", "backend": "triton" if model.runtime else "torch", "cores": cores}
-            line |= measure(root / "files", root / f"latents-{size}", model, size, args.workers) | facts
-            append_line(out, line)
-            shares = ", ".join(f"{stage} {share:.0%}" for stage, share in line["occupancy"].items())
-            print(f"to {size}x{size}: {line['images_per_s']:.1f} images/s; {shares}; limited by {line['limited_by']}")
+        for photos in chosen:
+            root, count = Path(name) / photos.name, args.images or photos.count
+            nbytes = photos.write(root / "files", count, cores)
+            if on_gpu:
+                photos.write(root / "warm", min(count, WARM_IMAGES), cores)
+            print(
+                f"{count} JPEG files of {photos.width}x{photos.height}, {nbytes / count / 1e3:.0f} kB each", flush=True
+            )
+            for size in args.size or (256,):
+                if on_gpu:
+                    cache_run(root / "warm", root / f"warm-{size}", model, size, args.workers, args.decode)
+                line = {"bench": "cache", "size": size, "file_size": f"{photos.width}x{photos.height}"}
+                line |= {"file_bytes": nbytes, "encoder": encoder, "backend": backend, "cores": cores}
+                line |= measure(photos, root, model, args, size) | {"decode": args.decode} | facts
+                append_line(out, line)
+                _print(line)
     return 0
+
+
+def _print(line: dict[str, Any]) -> None:
+    core, plain = line["core_images_per_s"], line["plain"]
+    shares = ", ".join(f"{stage} {share:.0%}" for stage, share in line["occupancy"].items())
+    print(f"  to {line['size']}x{line['size']}, {line['encoder']} encoder, {line['workers']} workers")
+    print(f"  one core     {core['exact']:8.1f} images/s exact, {core['fast']:.1f} fast")
+    print(f"  cache        {line['images_per_s']:8.1f} images/s, cpu {line['cpu_ms']:.2f} ms per image; {shares}")
+    print(
+        f"  once started {line['running_images_per_s']:8.1f} images/s, cpu {line['running_cpu_ms']:.2f} ms per image, "
+        f"of which decode {line['decode_cpu_ms']:.2f}; limited by {line['limited_by']}"
+    )
+    print(
+        f"  plain loop   {plain['images_per_s']:8.1f} images/s, cpu {plain['cpu_ms']:.2f} ms per image: "
+        f"{plain['loop_is_slower']:.2f} times the cache's time",
+        flush=True,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code: 0 also where a package is absent, which is said in one line."""
     parser = argparse.ArgumentParser(prog="python -m bench cache", description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, help="Write and cache this many files.")
-    parser.add_argument("--size", type=int, action="append", help="Cache at this many pixels per side.")
+    names = [photos.name for photos in SETS]
+    parser.add_argument("--set", action="append", choices=names, help="Photographs of this width; default all.")
+    parser.add_argument("--images", type=int, help="Write and cache this many files of each set.")
+    parser.add_argument("--size", type=int, action="append", help="Cache at this many pixels per side; default 256.")
+    parser.add_argument("--decode", choices=("exact", "fast"), default="exact", help="How the cache decodes.")
     parser.add_argument(
         "--folder", type=Path, help="Put files and latents below this folder, and remove them at the end."
     )
-    parser.add_argument("--workers", type=int, help="Read and decode in this many threads.")
+    parser.add_argument("--workers", type=int, help="Read and decode in this many processes.")
     parser.add_argument(
         "--device",
-        default="cuda",
+        default="cpu",
         choices=("cuda", "cpu"),
-        help="Measure there; cpu only tries the command itself out.",
+        help="cuda runs the model; cpu, the default, an encoder that computes nothing.",
     )
     parser.add_argument("--out", type=Path, help="Append to this file instead of bench/results/cache-<gpu>.jsonl.")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
-        print("no CUDA GPU here: run on one, or use --device cpu to try the benchmark out", file=sys.stderr)
+        print("no CUDA GPU here: run on one, or use --device cpu for the decoding alone", file=sys.stderr)
         return 2
     if args.images is not None and args.images < 1:
         parser.error(f"--images {args.images} is too few: give at least 1")

@@ -79,7 +79,8 @@ def stages(out: Path, device: str, minutes: float = 60.0) -> tuple[Stage, ...]:
     launches += ("--op", "grn") if cpu else ()
     correctness, tests = (("-m", f"bench.{name}", *into, *on) for name in ("_correctness", "_gpu_tests"))
     peaks = ("-m", "bench", "gpu", "--measure-ceilings", device, *into)
-    caching = ("-m", "bench", "cache", *on, "--out", str(out / "cache.jsonl"))
+    caching = ("-m", "bench", "cache", *on, *(("--set", "256", "--images", "4", "--workers", "0") if cpu else ()))
+    caching += ("--out", str(out / "cache.jsonl"))
     tiny = (*kernels, "--tiny", "--check-only")
     return (
         Stage("correctness", correctness, "correctness.log", 60, share=2, pace=0.9),

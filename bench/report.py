@@ -281,12 +281,14 @@ def kernel_rows(results: Results, gpu: str) -> list[str]:
 
 def cache_rows(results: Results, gpu: str) -> list[str]:
     """Throughput of the caching pipeline."""
-    header = ["", "images/s", "threads", "read", "decode", "encode", "write", "limited by"]
+    stages = ("decode", "fill", "encode", "write")
+    header = ["", "images/s", "CPU ms per image", "of a plain loop", "workers", *stages, "limited by"]
     rows = []
     for line in results.of("cache", gpu):
-        shares = [f"{line['occupancy'][stage]:.0%}" for stage in ("read", "decode", "encode", "write")]
-        what = f"JPEG {line['file_size']}x{line['file_size']} to {line['size']}x{line['size']}, {line['images']} files"
-        rows.append([what, cell(line, "images_per_s"), str(line["workers"]), *shares, line["limited_by"]])
+        shares = [f"{line['occupancy'][stage]:.0%}" for stage in stages]
+        what = f"JPEG {line['file_size']} to {line['size']}x{line['size']}, {line['images']} files"
+        figures = [cell(line, "images_per_s"), cell(line, "cpu_ms"), cell(line["plain"], "cpu_ms")]
+        rows.append([what, *figures, str(line["workers"]), *shares, line["limited_by"]])
     return table(header, rows) if rows else [NOTHING]
 
 

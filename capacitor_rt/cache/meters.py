@@ -14,6 +14,7 @@ from typing import Any
 from ..errors import InputError
 
 STAGES = ("read", "decode", "fill", "encode", "write")
+WAITS = ("start", "decode", "encode", "write", "starved", "queued", "idle")
 BUSY = 0.95
 """Share of the time from which on a stage counts as busy."""
 
@@ -32,8 +33,9 @@ class Meters:
         device: "gpu" or "cpu", where it encodes.
         seconds: of work, by stage: "read" (reading threads, added up, on the clock), "decode" (CPU time of all
             workers), "fill" (pixels copied into batches), "encode" (the device), "write" (hashing, writing, fsync).
-        waits: of the coordinator for "decode", "encode" and "write"; of the workers, added up, for bytes ("starved"),
-            for their turn at the pixel budget ("queued") and for work ("idle").
+        waits: of the coordinator for the workers' first images ("start"), and for "decode", "encode" and "write"; of
+            the workers, added up, for bytes ("starved"), for their turn at the pixel budget ("queued") and for work
+            ("idle").
         ahead: decoded chunks that were ready when one was wanted, on average.
         images: that were read.
         wall: of all.
@@ -43,19 +45,22 @@ class Meters:
     cores: int = 1
     device: str = "cpu"
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
-    waits: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(("decode", "encode", "write", "starved", "queued", "idle"), 0.0)
-    )
+    waits: dict[str, float] = field(default_factory=lambda: dict.fromkeys(WAITS, 0.0))
     ahead: float = 0.0
     images: int = 0
     wall: float = 0.0
 
     def occupancy(self) -> dict[str, float]:
-        """Share of the time that each stage has worked, 0 to 1; of decoding, that of its workers."""
-        wall = max(self.wall, 1e-9)
+        """Share of the time since the workers' start that each stage has worked, 0 to 1; of decoding, its workers'."""
+        wall = max(self.running, 1e-9)
         shares = {stage: seconds / wall for stage, seconds in self.seconds.items() if stage != "read"}
         shares["decode"] /= max(self.workers, 1)
         return {stage: min(share, 1.0) for stage, share in shares.items()}
+
+    @property
+    def running(self) -> float:
+        """Seconds since the workers had started."""
+        return self.wall - self.waits["start"]
 
     def device_waiting(self) -> float:
         """Share of the time that the device did nothing."""
@@ -73,7 +78,7 @@ class Meters:
 
     def advice(self) -> str:
         """One line: how long the device waits and for what, and what to do about it."""
-        if self.wall < ADVICE_SECONDS:
+        if self.running < ADVICE_SECONDS:
             return "too short a run to say what holds it up"
         name = "GPU" if self.device == "gpu" else "encoder"
         waiting = self.device_waiting()

@@ -167,7 +167,7 @@ class Pipeline:
         meters.wall, meters.images = self._before + running, self.read
         meters.seconds |= {"read": pool.meter.read, "decode": pool.meter.decode, "encode": self.encoder.busy}
         meters.waits |= {name: getattr(pool.meter, name) for name in ("starved", "queued", "idle")}
-        meters.waits |= {"decode": pool.waited, "encode": self.encoder.waited}
+        meters.waits |= {"start": pool.started, "decode": pool.waited, "encode": self.encoder.waited}
         meters.ahead = pool.ready_count / max(pool.chunks, 1)
         return meters
 

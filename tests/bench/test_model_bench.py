@@ -23,9 +23,11 @@ from bench import _endtoend as endtoend
 from bench import _sides as sides
 from bench import cache, model
 from bench._contenders import CAPACITOR, CAPACITORS, EAGER, FLUX2S, OURS, TINY, TINY_FLUX2, Contender, Setting, Shape
+from bench._photos import PhotoSet
 from bench._records import read_lines
 from bench._workers import FAULT, LOST, MEMORY, Failure
 from capacitor_rt import ModelConfig
+from capacitor_rt.images.decode import decode_image
 from capacitor_rt.runtime.forecast import Ceilings
 
 CPU = torch.device("cpu")
@@ -324,7 +326,7 @@ def test_model_command_refuses(text, message):
 
 def test_no_gpu_is_said(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert model.main([]) == cache.main([]) == 2
+    assert model.main([]) == cache.main(["--device", "cuda"]) == 2
     assert capsys.readouterr().err.count("no CUDA GPU here") == 2
 
 
@@ -365,11 +367,13 @@ def test_clocks_are_numbers_of_the_gpu_by_its_uuid(driver):
 
 def test_caching_throughput(tmp_path, capsys):
     out = tmp_path / "cache.jsonl"
-    assert cache.main(["--device", "cpu", "--images", "3", "--out", str(out), "--folder", str(tmp_path)]) == 0
+    options = ["--set", "256", "--images", "3", "--workers", "0", "--out", str(out), "--folder", str(tmp_path)]
+    assert cache.main(options) == 0
     (line,) = map(json.loads, out.read_text().splitlines())
     assert line["images"] == 3 and line["quarantined"] == 0 and line["images_per_s"] > 0
     assert line["limited_by"] in line["occupancy"] and 0 <= line["device_waiting_percent"] <= 100
-    assert "images/s" in capsys.readouterr().out
+    assert line["core_images_per_s"]["exact"] > 0 and line["cpu_ms"] > 0 and line["plain"]["images_per_s"] > 0
+    assert "times the cache's time" in capsys.readouterr().out
     # nothing is left behind
     assert [path.name for path in tmp_path.iterdir()] == ["cache.jsonl"]
 
@@ -382,9 +386,10 @@ def test_caching_without_its_packages_is_one_line(monkeypatch, capsys):
 
 
 def test_jpeg_files_differ(tmp_path):
-    nbytes = cache.write_jpegs(tmp_path / "files", 3, 64, workers=1)
+    nbytes = PhotoSet("test", 48, 64, 5).write(tmp_path / "files", 5)
     files = [path.read_bytes() for path in sorted((tmp_path / "files").iterdir())]
-    assert len(set(files)) == 3 and sum(map(len, files)) == nbytes
+    assert len(set(files)) == 5 and sum(map(len, files)) == nbytes
+    assert {decode_image(data).pixels.shape for data in files} == {(48, 64, 3)}
 
 
 @pytest.mark.gpu

@@ -78,7 +78,7 @@ def test_numbers_are_those_of_the_files(project):
     assert set(row_of(text, "card: encode 512x512, batch 32")[1:8]) == {report.NOTHING}
     page = (folder / "results" / "README.md").read_text()
     assert row_of(page, "expand")[3:6] == ["400", "500", "750"]
-    assert "JPEG 512x512 to 256x256, 4096 files | 5000 |" in page
+    assert "JPEG 500x375 to 256x256, 4096 files | 5000 |" in page
     assert report.main([*options, "--check"]) == 0
 
 

@@ -89,14 +89,16 @@ def launch(op: str, us: float, **facts: Any) -> dict[str, Any]:
 
 def caching(rate: float, **facts: Any) -> dict[str, Any]:
     """A line of `python -m bench cache`."""
-    shares = {"read": 0.1, "decode": 0.8, "encode": 0.2, "write": 0.05}
+    shares = {"decode": 0.8, "fill": 0.1, "encode": 0.2, "write": 0.05}
     return {
         "bench": "cache",
         "size": 256,
-        "file_size": 512,
+        "file_size": "500x375",
         "backend": "triton",
         "images": 4096,
         "images_per_s": rate,
+        "cpu_ms": 1.5,
+        "plain": {"images_per_s": 300.0, "cpu_ms": 3.5},
         "workers": 15,
         "occupancy": shares,
         "limited_by": "decode",

@@ -66,7 +66,8 @@ class DecodePool:
     Attributes:
         chunk: how long ranges are best.
         meter: what all chunks took so far.
-        waited: seconds that `decode` waited for a chunk.
+        started: seconds that the first chunk was waited for, while the workers started.
+        waited: seconds that `decode` waited for the others.
         chunks, ready_count: chunks that were wanted, and those that were decoded then, summed up.
 
     Args:
@@ -108,7 +109,7 @@ class DecodePool:
                 raise InputError(f"{name} {values[name]} is too small")
         self.workers = workers
         self.meter = Meter()
-        self.waited = 0.0
+        self.waited = self.started = 0.0
         self.chunks = self.ready_count = 0
         self._job = Job(source, policy, tuple(buckets), readers, tuple(backoff), pixel_budget)
         # of a ring as asked for, everyone has two chunks at least
@@ -183,7 +184,10 @@ class DecodePool:
                 self.ready_count += sum(order.result is not None for order in orders)
                 self.chunks += 1
                 order = orders.popleft()
-                self.waited += waited
+                if self.chunks == 1:
+                    self.started = waited
+                else:
+                    self.waited += waited
                 self.meter = self.meter.plus(result.meter)
                 yield DecodedChunk(
                     result.columns, result.meter, result.pixels, result.offsets, self._job.buckets, order, coordinator
