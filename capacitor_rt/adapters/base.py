@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from os import PathLike
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -10,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import check_inference_config
+from ..checks import check_inference_config, check_model_dtype
 from ..config import FullCapacitorInferenceConfig
 from ..diffusion import unit_noise
 from ..errors import InputError
 from ..model import FullCapacitor
+from . import settings
 from .config import AdapterConfig
 from .outputs import Generators, draw_normal, output_classes
 
@@ -104,8 +106,9 @@ class DiffusersVAE(ModelMixin):
             id_or_path, subfolder, torch_dtype, dtype, device, revision, cache_dir, token, local_files_only,
                 force_download, backend: see `FullCapacitor.from_pretrained`.
             strict_size: True admits multiples of 32 alone, as the model card does; pipelines make multiples of 16.
-            adapter: arguments of the class. What else diffusers passes to its models is taken and ignored (variant,
-                use_safetensors, low_cpu_mem_usage, ...): there is one file of weights.
+            adapter: arguments of the class, by default those that `save_pretrained` left in a folder. What else
+                diffusers passes to its models is taken and ignored (variant, use_safetensors, low_cpu_mem_usage, ...):
+                there is one file of weights.
 
         Raises:
             CheckpointError, InputError: see `FullCapacitor.from_pretrained` and the class.
@@ -124,11 +127,18 @@ class DiffusersVAE(ModelMixin):
             backend=backend,
             strict_size=strict_size,
         )
-        return cls(model, **{name: value for name, value in adapter.items() if name not in _IGNORED})
+        assert model.source is not None, "it was loaded"
+        kept = settings.read(model.source, cls.__name__)
+        given = {name: value for name, value in adapter.items() if name not in _IGNORED}
+        return cls(model, **{**cls._arguments(kept, model), **given})
 
     def save_pretrained(self, folder: str | PathLike[str], **_: Any) -> None:
-        """Write the model as `FullCapacitor.save_pretrained` does; the adapter's own arguments are not in it."""
+        """Write the model as `FullCapacitor.save_pretrained` does, and `adapter.json` with the arguments of this class.
+
+        `from_pretrained(folder)` of the same class gives the same adapter back; `FullCapacitor`'s gives the model.
+        """
         self.model.save_pretrained(folder)
+        settings.write(folder, type(self).__name__, self._settings())
 
     def encode(self, x: Tensor, return_dict: bool = True) -> Any:
         """Image to the distribution of its latents.
@@ -250,6 +260,18 @@ class DiffusersVAE(ModelMixin):
         for half in (self.model.encoder, self.model.decoder):
             if half is not None:
                 half.checkpointing = value
+
+    def _settings(self) -> dict[str, Any]:
+        """This adapter's arguments, for JSON."""
+        dtype = None if self.output_dtype is None else str(self.output_dtype).removeprefix("torch.")
+        return {"inference_config": dataclasses.asdict(self.inference_config), "output_dtype": dtype}
+
+    @classmethod
+    def _arguments(cls, kept: dict[str, Any], model: FullCapacitor) -> dict[str, Any]:
+        """Arguments of the class from what `_settings` returned; none from nothing."""
+        if kept.get("output_dtype"):
+            kept["output_dtype"] = check_model_dtype(kept["output_dtype"])
+        return kept
 
     def _map(self) -> tuple[list[int] | None, Tensor, Tensor]:
         """(order, scale, shift): channels of this adapter are `scale * whitened[order] + shift`, `[C,1,1]`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from ..errors import InputError
 from ..flux2_space import BatchNorm, Flux2Calibration
 from ..model import FullCapacitor
 from ..reference import at_least_float32
+from . import settings
 from .base import DiffusersVAE, ModelMixin
 from .config import AdapterConfig, shared_settings
 
@@ -46,6 +48,9 @@ class CapacitorVAE(DiffusersVAE):
             # whitened: a mean of 0 and a deviation of 1 that nothing has to undo
             | {"scaling_factor": latent_scale, "latents_mean": None, "latents_std": None}
         )
+
+    def _settings(self) -> dict[str, Any]:
+        return {**super()._settings(), "latent_scale": self.latent_scale}
 
     def _map(self) -> tuple[list[int] | None, Tensor, Tensor]:
         scale = torch.full((1, 1, 1), 1 / self.latent_scale, device=self.device)
@@ -106,6 +111,7 @@ class CapacitorFlux2VAE(DiffusersVAE):
         if calibration is not None and not isinstance(calibration, Flux2Calibration):
             calibration = Flux2Calibration.read(calibration)
         self.calibration = calibration
+        self._has_own_bn = bn is None
         self.bn = self._batch_norm(bn)
         self.config = AdapterConfig(
             shared_settings(model, stride // 2, channels // 4)
@@ -117,6 +123,24 @@ class CapacitorFlux2VAE(DiffusersVAE):
                 **_unfolded_statistics(self.bn),
             }
         )
+
+    def _settings(self) -> dict[str, Any]:
+        bn = None if self._has_own_bn else statistics_of(self.bn)
+        calibration = None if self.calibration is None else self.calibration.to_dict()
+        return {**super()._settings(), "bn": bn, "calibration": calibration}
+
+    @classmethod
+    def _arguments(cls, kept: dict[str, Any], model: FullCapacitor) -> dict[str, Any]:
+        arguments = super()._arguments(kept, model)
+        if arguments.get("bn"):
+            mean, var, eps = (arguments["bn"][name] for name in ("running_mean", "running_var", "eps"))
+            arguments["bn"] = FixedBatchNorm(torch.tensor(mean), torch.tensor(var), eps)
+        if arguments.get("calibration"):
+            calibration = Flux2Calibration.from_dict(arguments["calibration"], settings.NAME)
+            assert model.source is not None, "it was loaded"
+            # the model was saved with it, under another name
+            arguments["calibration"] = dataclasses.replace(calibration, latent_space=model.source.latent_space)
+        return arguments
 
     def _batch_norm(self, bn: BatchNorm | None) -> FixedBatchNorm:
         model, calibration = self.model, self.calibration
@@ -147,6 +171,12 @@ class CapacitorFlux2VAE(DiffusersVAE):
             return order, a, b
         mean, std = (torch.tensor(white[k], device=self.device)[order, None, None] for k in ("mean", "std"))
         return order, a * std, torch.addcmul(b, a, mean)
+
+
+def statistics_of(bn: FixedBatchNorm) -> dict[str, Any]:
+    """The statistics, for JSON."""
+    assert bn.running_mean is not None and bn.running_var is not None
+    return {"running_mean": bn.running_mean.tolist(), "running_var": bn.running_var.tolist(), "eps": bn.eps}
 
 
 def _unfolded_statistics(bn: FixedBatchNorm) -> dict[str, list[float]]:

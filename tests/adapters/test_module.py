@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from calibrations import document
 from golden_cases import GOLDEN, relative_error
 from models import random_model
 from runtime_cases import DEVICE, TOLERANCE, tiny
@@ -17,6 +18,7 @@ from torch import nn
 
 from capacitor_rt import CheckpointError, FullCapacitor, InputError
 from capacitor_rt.adapters import CapacitorFlux2VAE, CapacitorVAE
+from capacitor_rt.flux2_space import Flux2Calibration
 
 BOTH = pytest.mark.parametrize("make", [CapacitorVAE, CapacitorFlux2VAE])
 
@@ -221,6 +223,42 @@ def test_state_copies_and_pickles(make, image, tmp_path):
     assert torch.equal(FullCapacitor.from_pretrained(tmp_path / "saved" / "vae").encode(image), vae.model.encode(image))
 
 
+@pytest.mark.parametrize("change", ["inference_config", "output_dtype", "latent_scale", "bn", "calibration"])
+def test_arguments_are_saved_with_the_model(change, image, tmp_path):
+    """What a pipeline saves and loads again is the same adapter."""
+    model = random_model()
+    bn = nn.BatchNorm2d(8, eps=1e-3, affine=False)
+    bn.running_var.uniform_(0.5, 2.0)
+    statistics = dict(zip(("mean", "std"), (t.tolist() for t in model.statistics()), strict=True))
+    values = {
+        "inference_config": {"seed": 5, "num_steps": 2},
+        "output_dtype": torch.bfloat16,
+        "latent_scale": 0.18215,
+        "bn": bn,
+        "calibration": Flux2Calibration.from_dict(document(8, whitening=statistics)),
+    }
+    make = CapacitorVAE if change == "latent_scale" else CapacitorFlux2VAE
+    vae = make(model, **{change: values[change]})
+    vae.save_pretrained(tmp_path)
+    again = make.from_pretrained(tmp_path)
+    latents = latents_of(vae, image)
+    assert torch.equal(latents_of(again, image), latents) and latents.dtype == latents_of(again, image).dtype
+    assert torch.equal(again.decode(latents).sample, vae.decode(latents).sample)
+    # unlike those of the defaults, unless it is the sampler's or the type that differs
+    plain = make(model)
+    if change in ("latent_scale", "bn", "calibration"):
+        assert not torch.equal(latents_of(plain, image), latents)
+    else:
+        assert not torch.equal(plain.decode(latents_of(plain, image)).sample, vae.decode(latents).sample)
+    # what is given counts, another class has arguments of its own, and damage is told
+    assert make.from_pretrained(tmp_path, inference_config={"seed": 9}).inference_config.seed == 9
+    other = CapacitorVAE if make is CapacitorFlux2VAE else CapacitorFlux2VAE
+    assert other.from_pretrained(tmp_path).inference_config.seed == 0
+    (tmp_path / "adapter.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"adapter\.json cannot be read"):
+        make.from_pretrained(tmp_path)
+
+
 @BOTH
 def test_loading(make):
     vae = make.from_pretrained(GOLDEN / "p16", torch_dtype="bfloat16", low_cpu_mem_usage=True, use_safetensors=True)
@@ -306,6 +344,7 @@ import sys
 sys.modules["diffusers"] = None
 import copy, pickle, torch
 from capacitor_rt.adapters import CapacitorFlux2VAE, CapacitorVAE
+from capacitor_rt.flux2_space import Flux2Calibration
 for make in (CapacitorFlux2VAE, CapacitorVAE):
     vae = make.from_pretrained("sample", variant="fp16", torch_dtype=torch.float32)
     encoded = vae.encode(torch.rand(1, 3, 64, 64) * 2 - 1)

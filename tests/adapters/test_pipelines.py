@@ -165,7 +165,11 @@ def test_from_pretrained_takes_the_adapter(tmp_path, caplog):
     torch.testing.assert_close(ours._encode_vae_image(image, generator=None), want, rtol=1e-5, atol=1e-5)
     # and a pipeline that holds the adapter is saved with it, and loaded again
     ours.save_pretrained(tmp_path / "ours")
-    assert {p.name for p in (tmp_path / "ours" / "vae").iterdir()} == {"config.json", "model.safetensors"}
+    assert {p.name for p in (tmp_path / "ours" / "vae").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "adapter.json",
+    }
     again = diffusers.Flux2Pipeline.from_pretrained(tmp_path / "ours", text_encoder=None, tokenizer=None)
     assert type(again.vae) is CapacitorFlux2VAE
     torch.testing.assert_close(again._encode_vae_image(image, generator=None), want, rtol=1e-5, atol=1e-5)
