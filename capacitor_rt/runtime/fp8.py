@@ -3,15 +3,15 @@
 Both products of a block take 8-bit operands; sums, epilogues and the residual stream are as in 16 bits. Scales are
 static, so nothing waits for a maximum; a calibration on images gives them:
 
-    y8 = e4m3(y / y_scale)              one scale for a block; y is what the depthwise convolution leaves
+    y8 = e4m3(y * (1 / y_scale))        one scale for a block; y is what the depthwise convolution leaves
     w1_8[:, f] = e4m3(w1[:, f] / c1[f])
     h  = gelu(rstd * y_scale * c1 * (y8 @ w1_8) + b1)
-    h8 = e4m3(h / h_scale)              one scale per hidden channel, folded into the rows of w2
+    h8 = e4m3(h * (1 / h_scale))        one scale per hidden channel, folded into the rows of w2
     w  = 16 bits of (h_scale * w2) / c2         per output channel, so that w * (1 + gain) stays in range
     out = c2 * (h8 @ e4m3(w * (1 + gain))) + b2 + residual
 
 RMSNorm's rstd and GRN's sums come from values in float32, before they are rounded. e4m3 has 3 bits of mantissa, rounds
-to the nearest even, and is cut off at 448.
+to the nearest even, and is cut off at 448. Reciprocals of scales are rounded to float32, since a launch multiplies.
 """
 
 from __future__ import annotations
@@ -98,10 +98,10 @@ def fp8_block(packed: PackedBlock, seen: BlockRange, dtype: torch.dtype) -> Fp8B
 def expand(y: Tensor, sumsq: Tensor, block: Fp8Block, *, tokens_per_image: int) -> tuple[Tensor, Tensor]:
     """(h8 e4m3 `[T,F]`, sums of h^2 over each image, float32 `[B,F]`) of y float32 `[T,D]`."""
     rstd = torch.rsqrt(sumsq / y.shape[1] + 1e-6)
-    product = e4m3(y / block.y_scale).float() @ block.w1.float()
+    product = e4m3(y * (1.0 / block.y_scale)).float() @ block.w1.float()
     h = reference.gelu_fit(product * (rstd * block.y_scale) * block.w1_scale + block.packed.b1)
     sums = h.square().view(-1, tokens_per_image, h.shape[1]).sum(1)
-    return e4m3(h / block.hidden_scale), sums
+    return e4m3(h * (1.0 / block.hidden_scale)), sums
 
 
 def project(h8: Tensor, gain: Tensor, residual: Tensor, block: Fp8Block, *, tokens_per_image: int) -> Tensor:
