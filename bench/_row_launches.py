@@ -91,7 +91,7 @@ def launches_at(
     found: dict[Any, tuple[str, dict[str, int], Launch, list[Call]]] = {}
     users: list[Call] = []
     torch_dtype = getattr(torch, _DTYPES[dtype])
-    for model in dict.fromkeys(_shallow(config) for config in KNOWN_MODELS.values() if config.dico is None):
+    for model in dict.fromkeys(_shallow(config) for config in KNOWN_MODELS.values()):
         for call in calls(dtype):
             users.append(call)
             for batch in (1,) if use == "latency" else (THROUGHPUT_BATCH, ODD_BATCH):
@@ -117,7 +117,7 @@ def _by_plans(row: ConfigRow) -> Iterator[tuple[Call, list[Launch]]]:
 
     dtype = getattr(torch, _DTYPES[row.dtype])
     batch = 1 if row.use == "latency" else THROUGHPUT_BATCH
-    for model in dict.fromkeys(_shallow(config) for config in KNOWN_MODELS.values() if config.dico is None):
+    for model in dict.fromkeys(_shallow(config) for config in KNOWN_MODELS.values()):
         if row.shape.get("dim", model.model_dim) != model.model_dim:
             continue
         for call in calls(row.dtype):
@@ -135,7 +135,18 @@ def _by_plans(row: ConfigRow) -> Iterator[tuple[Call, list[Launch]]]:
 
 def _shallow(config: ModelConfig) -> ModelConfig:
     """One block of each kind: more of them queue the same launches again."""
-    return dataclasses.replace(config, encoder_depth=1, decoder_depth=3, decoder_start_blocks=1, decoder_end_blocks=1)
+    if config.dico is not None and config.dico.is_flat:
+        return dataclasses.replace(config, encoder_depth=min(config.encoder_depth, 2), decoder_depth=2)
+    # of DiCo blocks the last one of a chain leaves no sums behind
+    deep = 1 if config.dico is None else 2
+    start = end = deep
+    return dataclasses.replace(
+        config,
+        encoder_depth=deep,
+        decoder_depth=start + 1 + end,
+        decoder_start_blocks=start,
+        decoder_end_blocks=end,
+    )
 
 
 def _grids(row: ConfigRow) -> list[tuple[int, int]]:

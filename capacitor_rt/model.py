@@ -18,6 +18,7 @@ from .checks import (
     check_out,
 )
 from .config import FullCapacitorInferenceConfig
+from .diffusion import token_mask
 from .errors import InputError
 from .pretrained import PretrainedAutoencoder
 from .reference import Autoencoder, Posterior
@@ -156,13 +157,17 @@ class FullCapacitor(PretrainedAutoencoder):
         if noise is None:
             # for the whole batch, however it is split: a seed gives the same image
             noise = self._noise(shape, inference, latents)
-        if self._traced(latents):
+        if drop == "tokens" and dropped is None and self.config.dico is not None:
+            dropped = token_mask(latents.shape, self.config.dico.pdg_mask_ratio, inference.seed).to(latents.device)
+        if drop != "tokens" and self._traced(latents):
             settings = (inference.num_steps, inference.sampler, inference.schedule)
             guidance = (inference.pdg, float(inference.pdg_strength))
             z = self._bottleneck(latents)
             return _write(torch.ops.capacitor_rt.decode(z, noise, self._number, *settings, *guidance), out)
         image = self._by_triton(
-            "decoder", latents, lambda runtime: runtime.decode(self._bottleneck(latents), noise, inference, out)
+            "decoder",
+            latents,
+            lambda runtime: runtime.decode(self._bottleneck(latents), noise, inference, out, dropped),
         )
         if image is not None:
             return image

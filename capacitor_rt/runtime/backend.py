@@ -100,7 +100,7 @@ class ServedAutoencoder(Autoencoder):
             InputError: the Triton backend was asked for where it cannot run.
         """
         if self._runtime is None and self._fast:
-            why = _why_not_launched(self.config) or why_not_triton(self.device)
+            why = why_not_triton(self.device)
             if why is not None:
                 raise InputError(f"{why}, or use backend='torch'")
             if self.device.type == "cuda":
@@ -377,7 +377,6 @@ class ServedAutoencoder(Autoencoder):
             return self._backend
         config = self.config
         fits = config.in_channels == 3 and config.depthwise_kernel_size == 7 and dtype in HALF_DTYPES
-        fits = fits and _why_not_launched(config) is None
         return "triton" if fits and device.type == "cuda" and why_not_triton(device) is None else "torch"
 
     def _drop_runtime(self) -> None:
@@ -400,13 +399,6 @@ class ServedAutoencoder(Autoencoder):
         self._number = ops.register(self)
         if self._as_loaded is not None:
             self._as_loaded = self._as_loaded.copied(self)
-
-
-def _why_not_launched(config: ModelConfig) -> str | None:
-    """Why there are no launches for an architecture; None where there are."""
-    if config.dico is None:
-        return None
-    return f"the Triton backend has no launches for the channel attention of {config.dico.sibling}: use backend='auto'"
 
 
 def _loaded(model: ServedAutoencoder, _keys: object) -> None:

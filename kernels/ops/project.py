@@ -154,6 +154,10 @@ def project_kernel(
         # rows past the image read its last row again here too
         residual_at = first * DIM + rows[:, None] * DIM + offs_n[None, :]
         acc += load_tile(residual_ptr + residual_at, offs_n[None, :] < DIM, EVEN_N).to(tl.float32)
+        if EVEN_M and EVEN_N:
+            tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty))
+        else:
+            tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=inside)
         if SUMSQ:
             # columns past the last are zero: no weight, bias or residual
             sums_at = (first + offs_m) * tl.cdiv(DIM, BLOCK_N) + pid_n
@@ -161,10 +165,6 @@ def project_kernel(
             if SCALED:
                 scale = tl.load(scale_ptr + offs_n, mask=offs_n < DIM, other=0.0)[None, :]
                 tl.store(scaled_sumsq_ptr + sums_at, tl.sum(acc * acc * (scale * scale), axis=1), mask=offs_m < left)
-        if EVEN_M and EVEN_N:
-            tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty))
-        else:
-            tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
