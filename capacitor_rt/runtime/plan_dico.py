@@ -47,6 +47,7 @@ class DicoBuilder(Builder):
         if drop == "path":
             super().unguided(i, state, target, weight, add, drop)
             return
+        self.sums.pop("masked", None)
         # the tokens that are left out, float32 zeros and ones
         self.inputs["dropped"] = TensorSpec((self.key.batch, 1, self.h, self.w), torch.float32)
         if self.dico.is_flat:

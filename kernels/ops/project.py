@@ -313,7 +313,7 @@ def project(
             "SPLIT_K": config.split_k,
             "EVEN_M": tokens_per_image % config.block_m == 0,
             "TMA": config.tma,
-             "TRANSPOSED": config.transposed,
+            "TRANSPOSED": config.transposed,
             "GAIN": "none" if gain is None else "multiply" if multiply else "add",
             "SUMSQ": whole["sumsq_ptr"] is not None,
             "SCALED": whole["scaled_sumsq_ptr"] is not None,

@@ -161,4 +161,4 @@ def _default(cc: int, shape: Shape, dtype: torch.dtype, use: str) -> RmsnormConf
     return RmsnormConfig(rows, max(1, min(16, rows * padded // 1024)))
 
 
-register(Family("rmsnorm", RmsnormConfig, (), ("dim",), _default))
+register(Family("rmsnorm", RmsnormConfig, ("dim",), (), _default))

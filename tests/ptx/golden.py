@@ -135,7 +135,8 @@ def check_folder(folder: Path, cc: int, dtype: str = "bf16", every: bool = False
 
 def _keys(io: dict[str, Tensor], every: bool) -> list[str]:
     decodes = sorted(key for key in io if key.startswith("decode_"))
-    return ["latents", "posterior", *(key for key in decodes if every or key.startswith(_QUICK_DECODES))]
+    posterior = ["posterior"] if "posterior_mean" in io else []
+    return ["latents", *posterior, *(key for key in decodes if every or key.startswith(_QUICK_DECODES))]
 
 
 def _outputs(

@@ -88,11 +88,11 @@ def test_a_wrong_config_is_named(monkeypatch):
 @pytest.mark.skipif(not INTERPRETED, reason="a compiled kernel keeps its helpers")
 def test_a_broken_helper_of_a_kernel_is_named(monkeypatch):
     module = op_module("project")
-    monkeypatch.setattr(module, "add_scaled", op_module("expand").load_tile.__class__(_subtract_scaled))
+    monkeypatch.setattr(module, "scaled", op_module("expand").load_tile.__class__(_subtract_scaled))
     assert wrong(check_launches(PLACE, DTYPE)) == {"project", "encode", "decode"}
 
 
-def _subtract_scaled(a, g):
+def _subtract_scaled(a, g, KIND):
     return a - a * g
 
 
