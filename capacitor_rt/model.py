@@ -18,7 +18,6 @@ from .checks import (
     check_out,
 )
 from .config import FullCapacitorInferenceConfig
-from .diffusion import token_mask
 from .errors import InputError
 from .pretrained import PretrainedAutoencoder
 from .reference import Autoencoder, Posterior
@@ -157,8 +156,8 @@ class FullCapacitor(PretrainedAutoencoder):
         if noise is None:
             # for the whole batch, however it is split: a seed gives the same image
             noise = self._noise(shape, inference, latents)
-        if drop == "tokens" and dropped is None and self.config.dico is not None:
-            dropped = token_mask(latents.shape, self.config.dico.pdg_mask_ratio, inference.seed).to(latents.device)
+        if drop == "tokens" and dropped is None:
+            dropped = self._dropped(latents, inference.seed)
         if drop != "tokens" and self._traced(latents):
             settings = (inference.num_steps, inference.sampler, inference.schedule)
             guidance = (inference.pdg, float(inference.pdg_strength))

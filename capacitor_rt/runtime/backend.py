@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..checks import IMAGE_DTYPES, LATENT_DTYPES, check_choice, check_dtype, odd_range
 from ..config import FullCapacitorInferenceConfig, ModelConfig
-from ..diffusion import unit_noise
+from ..diffusion import token_mask, unit_noise
 from ..errors import InputError, NotFoldableError
 from ..reference import Autoencoder
 from . import ops
@@ -301,6 +301,16 @@ class ServedAutoencoder(Autoencoder):
                 f"the noise for {shape[0]} images of {shape[2]}x{shape[3]} needs {amount(4 * prod(shape))}, and "
                 f"{amount(free_bytes(like.device))} are free on {like.device}: decode fewer at a time"
             ) from error
+
+    def _dropped(self, like: Tensor, seed: int | None) -> Tensor:
+        """Tokens that guidance by tokens leaves out, for the whole batch of latents."""
+        if like.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise InputError(
+                "the tokens that guidance leaves out are drawn on the CPU, which a CUDA graph that is being captured "
+                "cannot do: pass dropped="
+            )
+        ratio = self.config.dico.pdg_mask_ratio if self.config.dico is not None else 0.0
+        return token_mask(like.shape, ratio, seed, like.device)
 
     def _noise_of_a_seed(self, what: tuple[tuple[int, ...], int, str], device: torch.device) -> Tensor:
         """Noise of a (shape, seed, source) on a GPU, kept by stream: another one would have to wait for the copy."""
