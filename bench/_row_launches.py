@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from capacitor_kernels.launch import Launch
     from capacitor_kernels.tuning import ConfigRow
     from capacitor_rt import ModelConfig
+    from capacitor_rt.runtime.plan import LaunchPlan, Step
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "uint8": "uint8"}
 THROUGHPUT_BATCH = 32
@@ -129,8 +130,17 @@ def _by_plans(row: ConfigRow) -> Iterator[tuple[Call, list[Launch]]]:
                     plan = make_plan(model, key)
                 if dict(row.shape) in seen:
                     for step, launches in trace(plan):
-                        if step.op == row.family:
+                        if step.op == row.family and _is_of(plan, step, row):
                             yield call, launches
+
+
+def _is_of(plan: LaunchPlan, step: Step, row: ConfigRow) -> bool:
+    """Whether a step is of the row's own shape, which the row's config was forced on every step of its op for."""
+    weight = {"expand": ("w1", "dim", "hidden"), "project": ("w2", "hidden", "dim"), "patchify": ("w", "depth", "dim")}
+    if row.family not in weight:
+        return True
+    argument, *sizes = weight[row.family]
+    return plan.spec(step.args[argument]).shape == tuple(row.shape[size] for size in sizes)
 
 
 def _shallow(config: ModelConfig) -> ModelConfig:
@@ -157,7 +167,7 @@ def _grids(row: ConfigRow) -> list[tuple[int, int]]:
         tokens = row.shape["tokens_per_image"]
         height = next(n for n in range(math.isqrt(tokens), 0, -1) if tokens % n == 0)
         return [(height, tokens // height)]
-    # GRN's tiles follow from what expand makes of an image
+    # tiles follow from what expand or dwconv makes of an image
     return [(8, 8), (16, 16), (32, 32), (64, 64)]
 
 

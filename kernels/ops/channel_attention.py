@@ -214,4 +214,9 @@ def _default(cc: int, shape: Shape, dtype: torch.dtype, use: str) -> ChannelAtte
     )
 
 
-register(Family("channel_attention", ChannelAttentionConfig, ("dim",), ("tiles",), _default))
+def _suits(config: ChannelAttentionConfig, shape: Shape) -> bool:
+    """Whether a row has as many launches as so many tiles ask for."""
+    return config.split == (shape["tiles"] > FUSED_TILES)
+
+
+register(Family("channel_attention", ChannelAttentionConfig, ("dim",), ("tiles",), _default, _suits))
