@@ -45,6 +45,8 @@ from ..launch import (
 )
 from ..tuning import Family, Shape, lookup, next_power_of_2, register
 
+SILU_REGISTERS = 168
+
 
 @dataclass(frozen=True)
 class DwconvConfig:
@@ -280,7 +282,9 @@ def dwconv(
         "PACKED": x.dtype == torch.bfloat16 and channels % 2 == 0,
         "SILU": partials is not None,
     }
-    options = compiler_options(config.num_warps, 1, config.maxnreg)
+    # the sums of SiLU take registers beside those that rows are cut to
+    maxnreg = config.maxnreg if partials is None or config.maxnreg is None else max(config.maxnreg, SILU_REGISTERS)
+    options = compiler_options(config.num_warps, 1, maxnreg)
     run_launches([Launch(dwconv_kernel, (programs,), args, options)], x.device)
 
 

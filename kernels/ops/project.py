@@ -160,11 +160,13 @@ def project_kernel(
             tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=inside)
         if SUMSQ:
             # columns past the last are zero: no weight, bias or residual
-            sums_at = (first + offs_m) * tl.cdiv(DIM, BLOCK_N) + pid_n
-            tl.store(sumsq_ptr + sums_at, tl.sum(acc * acc, axis=1), mask=offs_m < left)
+            TILES_N: tl.constexpr = (DIM + BLOCK_N - 1) // BLOCK_N
+            sums_at = offs_m * TILES_N + pid_n
+            tl.store(sumsq_ptr + first * TILES_N + sums_at, tl.sum(acc * acc, axis=1), mask=offs_m < left)
             if SCALED:
                 scale = tl.load(scale_ptr + offs_n, mask=offs_n < DIM, other=0.0)[None, :]
-                tl.store(scaled_sumsq_ptr + sums_at, tl.sum(acc * acc * (scale * scale), axis=1), mask=offs_m < left)
+                scaled_sums = tl.sum(acc * acc * (scale * scale), axis=1)
+                tl.store(scaled_sumsq_ptr + first * TILES_N + sums_at, scaled_sums, mask=offs_m < left)
 
 
 @triton.jit
@@ -384,6 +386,8 @@ def _default(cc: int, shape: Shape, dtype: torch.dtype, use: str) -> GemmConfig:
             config = replace(config, maxnreg=128)
     if cc == 100 and config.num_warps == 8:
         config = replace(config, block_k=min(config.block_k, 32), num_warps=4, num_stages=4)
+    if cc == 80 and _is_masked_square(config, shape):
+        config = replace(config, block_n=min(config.block_n, 64))
     if use == "throughput":
         return config
     programs = cdiv(tokens_per_image, config.block_m) * cdiv(dim, config.block_n)
@@ -391,8 +395,15 @@ def _default(cc: int, shape: Shape, dtype: torch.dtype, use: str) -> GemmConfig:
     return replace(config, split_k=min(8, most, max(1, LATENCY_PROGRAMS // programs)))
 
 
+def _is_masked_square(config: GemmConfig, shape: Shape) -> bool:
+    """Whether D -> D, the product by a factor, masks its last tile: 128 columns spill 24 bytes on sm_80 there."""
+    return shape["hidden"] <= shape["dim"] and shape["tokens_per_image"] % config.block_m != 0
+
+
 def _suits(config: GemmConfig, shape: Shape) -> bool:
     """Whether a row pads images of this shape little enough; tiles of 256 rows are for images that fill them."""
+    if not config.transposed and _is_masked_square(config, shape):
+        return False
     masked = shape["tokens_per_image"] % config.block_m != 0
     return suits_image(config, shape) and not (config.block_m >= WIDE_ROWS and masked)
 
