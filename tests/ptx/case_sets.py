@@ -80,6 +80,10 @@ def _dico(form: Form, tokens: int, grid: tuple[int, int], dim: int) -> Iterator[
     yield partial(dico_cases.project, form, 2, tokens, 2 * dim, dim, multiply=False, sums="plain")
     split = replace(form, config=GemmConfig(64, 64, 64, 8, 4, 3, split_k=2), label="split")
     yield partial(dico_cases.project, split, 1, tokens, 4 * dim, dim)
+    if form.cc == 90 and form.dtype != torch.float32:
+        turned = replace(form, config=transposed(), label="transposed")
+        yield partial(dico_cases.project, turned, 2, 2 * tokens, 200, 136)
+        yield partial(dico_cases.project, turned, 2, 2 * tokens, 200, 136, multiply=False, sums="plain")
     yield partial(dico_cases.rmsnorm, form, 2, tokens, dim)
     yield partial(dico_cases.latents_up, form, 2, grid, 16, dim)
 
