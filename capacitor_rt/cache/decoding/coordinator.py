@@ -40,6 +40,8 @@ _COMMAND = (
     "from capacitor_rt.cache.decoding.server import main; main(int(sys.argv[2]), int(sys.argv[3]))"
 )
 _ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+# Arrow's allocator has a thread of its own, and a process that forks should have no other
+_ONE_THREAD |= {"ARROW_DEFAULT_MEMORY_POOL": "system", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
 
 
 class Result(NamedTuple):
