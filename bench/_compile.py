@@ -35,7 +35,6 @@ def signature(launch: Launch) -> tuple[dict[str, str], dict[tuple[int], Any], di
     but for those that the kernel says vary with the batch.
     """
     import torch
-    from triton.tools.tensor_descriptor import TensorDescriptor
 
     types: dict[str, str] = {}
     constants: dict[tuple[int], Any] = {}
@@ -49,9 +48,11 @@ def signature(launch: Launch) -> tuple[dict[str, str], dict[tuple[int], Any], di
         elif isinstance(value, torch.Tensor):
             types[name] = _POINTERS[str(value.dtype).removeprefix("torch.")]
             hints[at,] = aligned
-        elif isinstance(value, TensorDescriptor):
+        elif hasattr(value, "block_shape"):
             inner = _POINTERS[str(value.base.dtype).removeprefix("torch.")][1:]
-            types[name] = f"tensordesc<{inner}{list(value.block_shape)}>"
+            # Gluon's descriptors say how their tiles lie in shared memory
+            layout = f",{value.layout!r}" if hasattr(value, "layout") else ""
+            types[name] = f"tensordesc<{inner}{list(value.block_shape)}{layout}>"
         elif isinstance(value, float):
             types[name] = "fp32"
         else:
@@ -66,9 +67,10 @@ def compile_launch(launch: Launch, cc: int) -> tuple[Any, int, int]:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     types, constants, hints = signature(launch)
-    source = ASTSource(launch.kernel, types, constants, hints)
+    source = (GluonASTSource if launch.kernel.is_gluon() else ASTSource)(launch.kernel, types, constants, hints)
     kernel = triton.compile(source, target=GPUTarget("cuda", cc, 32), options=dict(launch.options))
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:

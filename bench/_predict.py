@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
     from capacitor_rt.runtime.plan import LaunchPlan, PlanKey, Step
 
 _BARRIER = 25
-_compiled: dict[Any, tuple[bytes, int, int, int]] = {}
+SPECIALISED = "expand_hopper_kernel"
+_compiled: dict[Any, tuple[bytes, int, int, int, int]] = {}
 
 
 class Traffic(NamedTuple):
@@ -76,14 +78,15 @@ class CallPrediction:
 
 def predict_call(model: ModelConfig, key: PlanKey, gpu: Gpu, name: str, overlap: float = OVERLAP) -> CallPrediction:
     """The time that the launches of a call take on a GPU, host time and copies in and out not counted."""
-    from capacitor_rt.runtime.batching import ARENA_BUDGET, cached_plan, micro_batch, parts
+    from capacitor_rt.runtime.batching import ARENA_BUDGET, micro_batch, parts
     from capacitor_rt.runtime.executor import trace
+    from capacitor_rt.runtime.plan import make_plan
 
     runs = parts(key.batch, min(micro_batch(model, key, ARENA_BUDGET), key.batch))
     found: dict[Any, Prediction] = {}
     count = flops = 0
     for size in dict.fromkeys(runs):
-        plan, times = cached_plan(model, replace(key, batch=size)), runs.count(size)
+        plan, times = make_plan(model, replace(key, batch=size)), runs.count(size)
         for step, launches in trace(plan):
             for index, launch in enumerate(launches):
                 work = 0 if index else step.flops
@@ -108,14 +111,18 @@ def predict(launch: Launch, gpu: Gpu, flops: int, dram: float, overlap: float = 
     alike = identity(launch), gpu.cc
     if alike not in _compiled:
         kernel, registers, stack = compile_launch(launch, gpu.cc)
-        _compiled[alike] = kernel.asm["cubin"], registers, stack, kernel.metadata.shared
-    cubin, registers, stack, smem = _compiled[alike]
-    code = disassemble(cubin)
-    trips = trip_counts(launch, code)
-    parts = regions(code, gpu.cc, trips)
-    cta, traffic = _cta(launch, gpu, parts, trips), _traffic(launch)
-    per_sm, programs = ctas_per_sm(gpu.cc, registers, smem, launch.options["num_warps"]), math.prod(launch.grid)
-    cycles, waves = schedule(cta, programs, per_sm, gpu.sms, overlap)
+        facts = kernel.metadata.shared, kernel.metadata.num_warps
+        _compiled[alike] = kernel.asm["cubin"], registers, stack, *facts
+    cubin, registers, stack, smem, warps = _compiled[alike]
+    code, traffic = disassemble(cubin), _traffic(launch)
+    per_sm, programs = ctas_per_sm(gpu.cc, registers, smem, warps), math.prod(launch.grid)
+    if launch.kernel.__name__ == SPECIALISED:
+        cta, programs, cycles = _specialised(launch, gpu, code, overlap)
+        waves = programs / launch.grid[0]
+    else:
+        trips = trip_counts(launch, code)
+        cta = _cta(launch, gpu, regions(code, gpu.cc, trips), trips)
+        cycles, waves = schedule(cta, programs, per_sm, gpu.sms, overlap)
     pipe, busiest = max(cta.totals().items(), key=lambda item: item[1])
     times = {
         "SM": cycles / gpu.ghz / 1e3,
@@ -150,6 +157,32 @@ def _cta(launch: Launch, gpu: Gpu, parts: dict[str, Region], trips: Sequence[flo
         stages = max(1, launch.options["num_stages"] - 1)
         cta.floor = sum(depths) / args["BLOCK_K"] * gpu.latency / stages
     return cta
+
+
+def _specialised(launch: Launch, gpu: Gpu, code: Sequence[Instruction], overlap: float) -> tuple[Cta, int, float]:
+    """(pipes of one tile, tiles, cycles of the whole grid): two warpgroups multiply and write, one warp copies.
+
+    At best a consumer's epilogue hides under the other's products for as long as the ring of stages lasts; at worst
+    nothing of it does.
+    """
+    args = launch.args
+    product = next(n for n, instruction in enumerate(code) if instruction.is_mma)
+    # the loop over k, and around it the one over tiles
+    around = sorted((end - start, end) for start, end in loops(code) if start <= product <= end)
+    epilogue: Counter[str] = Counter()
+    for instruction in code[around[0][1] + 1 : around[1][1] + 1]:
+        epilogue.update(instruction.cycles(gpu.cc))
+    steps, columns = args["DIM"] // 16, args["BLOCK_N"]
+    tensor = 2 * steps * columns / 2
+    shared = steps * (2 * (16 + columns / 4) + (args["BLOCK_M"] + columns) / 4)
+    main = {"tensor": tensor / gpu.efficiency, "l1smem": shared, "l2port": _traffic(launch).read / gpu.port}
+    ends = {pipe: cycles * (8 if pipe in SM_PIPES else 2) for pipe, cycles in epilogue.items()}
+    cta = Cta({"main": main, "epilogue": ends}, {"main": 0.0, "epilogue": gpu.latency})
+    lag = max(0.0, 1.5 * epilogue["issue"] - args["STAGES"] * args["BLOCK_K"] / 16 * columns / 2)
+    best = max(*cta.totals().values(), main["tensor"] + lag)
+    worst = max(main.values()) + max(ends.values()) + gpu.latency
+    tiles = args["tiles_m"] * args["HIDDEN"] // columns
+    return cta, tiles, -(-tiles // launch.grid[0]) * (overlap * best + (1 - overlap) * worst)
 
 
 def _latency(launch: Launch, gpu: Gpu, name: str, region: Region, trips: Sequence[float]) -> float:
@@ -236,7 +269,7 @@ def _traffic(launch: Launch) -> Traffic:
             columns = min(args["width"], args["STRIPS_X"] * args["COLS"] + 6)
             size, pixels = args["x_ptr"].dtype.itemsize, args["STRIPS_Y"] * args["STRIPS_X"] * args["COLS"]
             return Traffic((rows * columns * size + 50 * 4) * args["BLOCK_C"], pixels * (args["BLOCK_C"] * size + 4))
-        case "expand_kernel":
+        case "expand_kernel" | "expand_hopper_kernel":
             size = _itemsize(launch)
             return Traffic((m + n) * args["DIM"] * size + m * args["SUMSQ_TILES"] * 4 + n * 4, m * n * size + n * 4)
         case "project_kernel":

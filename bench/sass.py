@@ -3,7 +3,8 @@
     python -m bench sass                      eight calls and batch 1 by latency rows on H200, RTX 5090, A100; table to
                                               bench/results/model.md
     python -m bench sass --gpu h200 --case encode:128:256 --detail          one call, cycles by pipe, to the terminal
-    python -m bench sass --case encode:1:1024:latency       by the rows for one image
+    python -m bench sass --case encode:1:1024:latency       by the rows for one image; :gluon: by the form of expand
+                                              that CAPACITOR_EXPAND=gluon asks for
     python -m bench sass --overlap 0          epilogues exposed; 1: fully hidden under another CTA; the page has 0.5
     python -m bench sass --json FILE          the totals as JSON, and every launch with --detail
     python -m bench sass --before FILE        beside an earlier --json; bench/results/model-before.json by default
@@ -47,6 +48,9 @@ CALLS = (
     "encode:1:512:latency",
     "encode:1:1024:latency",
     "decode:1:1024:latency",
+    "encode:128:256:gluon",
+    "encode:32:512:gluon",
+    "decode:1:1024:gluon",
 )
 ASSUMPTIONS = """\
 ## What the model assumes
@@ -70,32 +74,38 @@ expected to be 10 to 25 % optimistic. Of an A100's product at 8192^3, 223 TFLOP/
 
 
 class CallName(NamedTuple):
-    """What is asked for, as `direction:batch:size` of square images, with `:latency` for the rows of one image."""
+    """What is asked for: `direction:batch:size` of square images.
+
+    `:latency` after it takes the rows for one image, `:gluon` the form of expand that CAPACITOR_EXPAND=gluon gives.
+    """
 
     direction: str
     batch: int
     size: int
     use: str
+    expand: str = ""
 
     @classmethod
     def parse(cls, text: str) -> CallName:
         """Raises `argparse.ArgumentTypeError` in words for what is no call."""
-        direction, *numbers = text.split(":")
+        given = text.removesuffix(":gluon")
+        direction, *numbers = given.split(":")
         use = numbers.pop() if numbers and numbers[-1] in ("latency", "throughput") else "throughput"
         sound = direction in ("encode", "decode") and len(numbers) == 2 and all(n.isdecimal() for n in numbers)
         if not sound or int(numbers[0]) < 1 or int(numbers[1]) < 32 or int(numbers[1]) % 32:
             raise argparse.ArgumentTypeError(
                 f"{text!r} is no call: write direction:batch:size, e.g. encode:128:256, sizes being multiples of 32, "
-                "with :latency for the rows of one image"
+                "with :latency for the rows of one image, with :gluon for expand's other form"
             )
         if use == "latency" and numbers[0] != "1":
             raise argparse.ArgumentTypeError(
                 f"{text!r}: rows for latency are for one image at a time, write {direction}:1"
             )
-        return cls(direction, int(numbers[0]), int(numbers[1]), use)
+        return cls(direction, int(numbers[0]), int(numbers[1]), use, "" if given == text else "gluon")
 
     def __str__(self) -> str:
-        return f"{self.direction} {self.batch}x{self.size}²" + (" latency" if self.use == "latency" else "")
+        form = (" latency" if self.use == "latency" else "") + (f" expand={self.expand}" if self.expand else "")
+        return f"{self.direction} {self.batch}x{self.size}²{form}"
 
 
 def predict_named(call: CallName, gpu: Gpu, overlap: float = OVERLAP) -> CallPrediction:
@@ -110,7 +120,12 @@ def predict_named(call: CallName, gpu: Gpu, overlap: float = OVERLAP) -> CallPre
     given = torch.uint8 if call.direction == "encode" else torch.float32
     size = call.batch, call.size, call.size
     key = PlanKey(call.direction, *size, torch.bfloat16, given, "nchw", gpu.cc, call.use)
-    return predict_call(KNOWN_MODELS["full_capacitor"], key, gpu, str(call), overlap)
+    before = os.environ.get("CAPACITOR_EXPAND")
+    try:
+        os.environ["CAPACITOR_EXPAND"] = call.expand or before or ""
+        return predict_call(KNOWN_MODELS["full_capacitor"], key, gpu, str(call), overlap)
+    finally:
+        os.environ["CAPACITOR_EXPAND"] = before or ""
 
 
 def page(found: Sequence[CallPrediction], before: Mapping[str, Any], overlap: float) -> str:
@@ -211,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     calls = args.case or [CallName.parse(text) for text in CALLS]
     found = []
     for gpu in args.gpu or ("h200", "5090", "a100"):
-        for call in calls:
+        for call in calls if args.case else (c for c in calls if not c.expand or GPUS[gpu].cc == 90):
             found.append(predict_named(call, GPUS[gpu], args.overlap))
             print(f"{found[-1].gpu}: {call}: {found[-1].ms:.3f} ms", file=sys.stderr)
     if args.json:

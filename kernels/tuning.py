@@ -89,7 +89,7 @@ class GemmConfig:
 
     `tma` loads operands through host-made tensor descriptors (sm_90 and later). Of project alone: `split_k` > 1 sums
     that many slices of K in a second launch, in order; `transposed` multiplies the transposes, so that the weights
-    instead of the activations go through registers.
+    instead of the activations go through registers. Of expand alone: `gluon` is the kernel of specialised warps.
     """
 
     block_m: int
@@ -102,6 +102,7 @@ class GemmConfig:
     tma: bool = False
     split_k: int = 1
     transposed: bool = False
+    gluon: bool = False
 
     def tile(self) -> dict[str, int]:
         """The kernel arguments that are the tile."""
@@ -121,6 +122,9 @@ class Family:
         near: shape keys by which the closest row wins, compared by ratio.
         default: (compute capability, shape, dtype, use) -> config.
         accepts: (config of a row, requested shape) -> whether the row suits a shape that is not its own.
+        choose: (config that was found, compute capability, shape, dtype, use) -> the one to take: for forms that are
+            asked for, and for rows whose form this Triton lacks.
+        forms: configs of other forms of the op, for who measures; not every GPU and shape has them.
     """
 
     name: str
@@ -129,6 +133,8 @@ class Family:
     near: tuple[str, ...]
     default: Callable[[int, Shape, torch.dtype, str], Any]
     accepts: Callable[[Any, Shape], bool] | None = None
+    choose: Callable[[Any, int, Shape, torch.dtype, str], Any] | None = None
+    forms: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -194,6 +200,9 @@ def lookup(family: str, cc: int, shape: Mapping[str, int], dtype: torch.dtype, u
         ValueError: unknown family or use, or a shape that lacks one of the family's keys.
     """
     config, row = _cached_lookup(family, cc, tuple(sorted(shape.items())), dtype, use)
+    choose = _FAMILIES[family].choose
+    if choose is not None:
+        config = choose(config, base_cc(cc), shape, dtype, use)
     if family in _forced:
         config, seen = _forced[family]
         seen.append(dict(shape))

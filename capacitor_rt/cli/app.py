@@ -14,7 +14,6 @@ import typer
 from ..errors import CapacitorError, CheckpointError, InputError
 from ..version import __version__
 from .cache import cache, verify
-from .cache_status import diff, gc, status
 from .calibrate import calibrate
 from .calibrate_fp8 import calibrate_fp8
 from .doctor import doctor
@@ -35,10 +34,7 @@ app = typer.Typer(
     help="Fast runtime for the full_capacitor image autoencoder.",
 )
 
-for command in (
-    encode, decode, inspect, cache, verify, status, diff, gc, export, push, psnr, view, probe, plan, doctor, tune,
-    calibrate,
-):  # fmt: skip
+for command in (encode, decode, inspect, cache, verify, export, push, psnr, view, probe, plan, doctor, tune, calibrate):
     app.command()(command)
 app.command("calibrate-fp8")(calibrate_fp8)
 

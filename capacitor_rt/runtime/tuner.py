@@ -228,7 +228,7 @@ def candidates(subject: Subject) -> list[Any]:
     cc = subject.key.cc
     found = [row.config for row in (*tuning.in_force(cc, family.name), *tuning.rows(tuning.base_cc(cc), family.name))]
     found += [family.default(tuning.base_cc(cc), subject.shape, dtype, use) for use in tuning.USES]
-    found += _neighbours(present)
+    found += [*family.forms, *_neighbours(present)]
     if family.config is tuning.GemmConfig:
         for (block_m, block_n), (block_k, stages), warps in _tiles():
             tile = replace(present, block_m=block_m, block_n=block_n, block_k=block_k, maxnreg=None)

@@ -4,20 +4,24 @@
     h       = gelu(rstd * (y @ w1) + b1)                      [T, F]
     partials[b, i, f] = sum of h[t, f]^2 over tile i of image b
 
-DiCo blocks take it without GELU for their first 1x1, and for their MLP behind two norms, `s` being what w1 has folded
-in between them: rstd * rsqrt(rstd^2 * sum_c (s[c] y[t, c])^2 / D + eps). Neither asks for partials.
-
 RMSNorm has no weight, so it is a row scale and commutes with the product: it moves to the epilogue and costs no pass
 over memory. The squares are summed in float32 before h is rounded. A tile never mixes images. D and F are constexprs,
 and GELU is a fit, so that a tile of 128x128 leaves room for two CTAs on an SM: one's epilogue hides under the other's
 products. What was tried besides is in kernels/NOTES.md.
+
+sm_90 has a second form, a persistent kernel of specialised warps (`_expand_hopper.py`), for bf16 and fp16, images of
+whole tiles, and the fitted GELU. No GPU has compared both yet: CAPACITOR_EXPAND=gluon, or `gluon` in a config, asks for
+it.
 
 FLOPs 2*T*D*F; bytes (T*D + D*F + T*F) * itemsize + F * itemsize(b1) + 4*T*n + 4*B*tiles*F, sumsq being [T, n].
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
+from functools import cache
+from importlib import import_module
 from math import prod
 from typing import Any
 
@@ -29,6 +33,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..jit import gelu, grouped_tile, image_tile, load_tile
 from ..launch import (
     FLOATS,
+    INTERPRETED,
     Launch,
     TensorLike,
     Work,
@@ -40,12 +45,16 @@ from ..launch import (
     compiler_options,
     compute_capability,
     dot_precision,
+    dtype_name,
     nbytes_of,
     run_launches,
 )
 from ..tuning import Family, GemmConfig, Shape, gemm_default, lookup, register, suits_image
 
-GELU_KINDS = ("fit", "erf", "none")
+GELU_KINDS = ("fit", "erf")
+# the form of specialised warps: rows of one of the two consumers, and what each tile takes
+HOPPER_ROWS = 64
+HOPPER = GemmConfig(2 * HOPPER_ROWS, 256, 64, group_m=8, num_warps=4, num_stages=4, tma=True, gluon=True)
 
 
 @triton.jit(do_not_specialize=["tiles_m"])
@@ -54,7 +63,6 @@ def expand_kernel(
     w_ptr,
     bias_ptr,
     sumsq_ptr,
-    scaled_sumsq_ptr,
     h_ptr,
     partials_ptr,
     tokens_per_image,
@@ -64,8 +72,6 @@ def expand_kernel(
     DIM: tl.constexpr,
     HIDDEN: tl.constexpr,
     SUMSQ_TILES: tl.constexpr,
-    SCALED_TILES: tl.constexpr,
-    PARTIALS: tl.constexpr,
     GELU: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -103,11 +109,6 @@ def expand_kernel(
     for tile in tl.static_range(SUMSQ_TILES):
         sumsq += tl.load(sumsq_ptr + first * SUMSQ_TILES + rows * SUMSQ_TILES + tile)
     rstd = tl.rsqrt(sumsq / DIM + eps)
-    if SCALED_TILES > 0:
-        scaled = tl.zeros((BLOCK_M,), dtype=tl.float32)
-        for tile in tl.static_range(SCALED_TILES):
-            scaled += tl.load(scaled_sumsq_ptr + first * SCALED_TILES + rows * SCALED_TILES + tile)
-        rstd *= tl.rsqrt(rstd * rstd * (scaled / DIM) + eps)
     in_n = offs_n < HIDDEN
     bias = tl.load(bias_ptr + offs_n, mask=in_n, other=0.0).to(tl.float32)
     h = gelu(acc * rstd[:, None] + bias[None, :], GELU)  # [BLOCK_M, BLOCK_N]
@@ -118,16 +119,15 @@ def expand_kernel(
         tl.store(h_ptrs, stored)
     else:
         tl.store(h_ptrs, stored, mask=(offs_m[:, None] < left) & in_n[None, :])
-    if PARTIALS:
-        squares = h * h
-        if not EVEN_M:
-            squares = tl.where(offs_m[:, None] < left, squares, 0.0)
-        tl.store(partials_ptr + pid_m.to(tl.int64) * HIDDEN + offs_n, tl.sum(squares, axis=0), mask=in_n)
+    squares = h * h
+    if not EVEN_M:
+        squares = tl.where(offs_m[:, None] < left, squares, 0.0)
+    tl.store(partials_ptr + pid_m.to(tl.int64) * HIDDEN + offs_n, tl.sum(squares, axis=0), mask=in_n)
 
 
 def expand_partials_shape(batch: int, tokens_per_image: int, hidden: int, config: GemmConfig) -> tuple[int, int, int]:
     """Shape [B, tiles per image, F] of the float32 partials that `expand` writes with this config."""
-    return batch, cdiv(tokens_per_image, config.block_m), hidden
+    return batch, cdiv(tokens_per_image, HOPPER_ROWS if config.gluon else config.block_m), hidden
 
 
 def expand(
@@ -136,10 +136,9 @@ def expand(
     b1: torch.Tensor,
     sumsq: torch.Tensor,
     h: torch.Tensor,
-    partials: torch.Tensor | None = None,
+    partials: torch.Tensor,
     *,
     tokens_per_image: int,
-    scaled_sumsq: torch.Tensor | None = None,
     eps: float = 1e-6,
     gelu: str = "fit",
     config: GemmConfig | None = None,
@@ -152,12 +151,11 @@ def expand(
         b1: [F], fp32 or the dtype of y.
         sumsq: [T, n] fp32 partial sums over channels of y^2; their sum over n divided by D is the mean square.
         h: [T, F] output, dtype of y.
-        partials: output of shape `expand_partials_shape(...)`, fp32; not computed when None.
-        scaled_sumsq: [T, m] fp32 partial sums of squares of y times the scale that w1 has folded in, for a second norm
-            behind the first and that scale; `sumsq` itself where there is no scale. One norm when None.
-        eps: added to the mean squares.
-        gelu: "fit" (within 2.54e-5 of exact), "erf", or "none" for no activation.
-        config: launch parameters; looked up by the shape of one image when None.
+        partials: output of shape `expand_partials_shape(...)`, fp32.
+        eps: added to the mean square.
+        gelu: "fit" (within 2.54e-5 of exact) or "erf".
+        config: launch parameters; looked up by the shape of one image when None. CAPACITOR_EXPAND=gluon makes that the
+            form of specialised warps wherever it can serve, CAPACITOR_EXPAND=plain never.
 
     Raises:
         TypeError, ValueError: an argument that the kernel cannot take.
@@ -175,12 +173,13 @@ def expand(
     check_tensor("b1", b1, shape=(hidden,), dtypes=(torch.float32, y.dtype), like=y)
     check_tensor("sumsq", sumsq, shape=(tokens, None), dtypes=torch.float32, like=y)
     check_tensor("h", h, shape=(tokens, hidden), dtypes=y.dtype, like=y)
-    if scaled_sumsq is not None:
-        check_tensor("scaled_sumsq", scaled_sumsq, shape=(tokens, None), dtypes=torch.float32, like=y)
     partials_shape = expand_partials_shape(batch, tokens_per_image, hidden, config)
-    if partials is not None:
-        check_tensor("partials", partials, shape=partials_shape, dtypes=torch.float32, like=y)
+    check_tensor("partials", partials, shape=partials_shape, dtypes=torch.float32, like=y)
     check_tma(config.tma, y=y, w1=w1)
+    if config.gluon:
+        _check_hopper(config, compute_capability(y), tokens_per_image, dim, hidden, y.dtype, gelu)
+        launch = _hopper().launch(y, w1, b1, sumsq, h, partials, eps, config, config.options())
+        return run_launches([launch], y.device)
     tiles_per_image = partials_shape[1]
     tiles_m = batch * tiles_per_image
     programs = tiles_m * cdiv(hidden, config.block_n)
@@ -190,7 +189,6 @@ def expand(
         "w_ptr": TensorDescriptor.from_tensor(w1, [config.block_k, config.block_n]) if config.tma else w1,
         "bias_ptr": b1,
         "sumsq_ptr": sumsq,
-        "scaled_sumsq_ptr": scaled_sumsq,
         "h_ptr": h,
         "partials_ptr": partials,
         "tokens_per_image": tokens_per_image,
@@ -200,8 +198,6 @@ def expand(
         "DIM": dim,
         "HIDDEN": hidden,
         "SUMSQ_TILES": sumsq.shape[1],
-        "SCALED_TILES": 0 if scaled_sumsq is None else scaled_sumsq.shape[1],
-        "PARTIALS": partials is not None,
         "GELU": gelu,
         "EVEN_M": tokens_per_image % config.block_m == 0,
         "TMA": config.tma,
@@ -209,7 +205,7 @@ def expand(
         **config.tile(),
     }
     # rows cap registers where the fit stays under the cap; erf would spill
-    maxnreg = config.maxnreg if gelu != "erf" else None
+    maxnreg = config.maxnreg if gelu == "fit" else None
     options = compiler_options(config.num_warps, config.num_stages, maxnreg)
     run_launches([Launch(expand_kernel, (programs,), args, options)], y.device)
 
@@ -221,12 +217,11 @@ def work(
     b1: TensorLike,
     sumsq: TensorLike,
     h: TensorLike,
-    partials: TensorLike | None = None,
-    scaled_sumsq: TensorLike | None = None,
+    partials: TensorLike,
     **options: Any,
 ) -> Work:
     """FLOPs and bytes of `expand` called with these arguments."""
-    return Work(2 * y.shape[0] * prod(w1.shape), nbytes_of(y, w1, b1, sumsq, scaled_sumsq, h, partials))
+    return Work(2 * y.shape[0] * prod(w1.shape), nbytes_of(y, w1, b1, sumsq, h, partials))
 
 
 def _default(cc: int, shape: Shape, dtype: torch.dtype, use: str) -> GemmConfig:
@@ -239,10 +234,60 @@ def _default(cc: int, shape: Shape, dtype: torch.dtype, use: str) -> GemmConfig:
     return config
 
 
+@cache
+def _hopper() -> Any:
+    """The module of the kernel in Gluon; None where this Triton has no such interface."""
+    try:
+        return import_module("._expand_hopper", __package__)
+    except (ImportError, AttributeError):
+        return None
+
+
+def _hopper_lacks(cc: int, tokens_per_image: int, dim: int, hidden: int, dtype: torch.dtype) -> str:
+    """Why the form of specialised warps cannot serve; empty where it can."""
+    if cc != 90:
+        return f"it is for sm_90, not for sm_{cc}"
+    if INTERPRETED or _hopper() is None:
+        return "Triton's interpreter does not run Gluon" if INTERPRETED else "this Triton's Gluon has another interface"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it is for bf16 and fp16, not for {dtype_name(dtype)}"
+    sizes = ((tokens_per_image, HOPPER.block_m), (dim, HOPPER.block_k), (hidden, HOPPER.block_n))
+    uneven = [f"{size} is no multiple of {block}" for size, block in sizes if size % block]
+    return ", ".join(uneven)
+
+
+def _check_hopper(
+    config: GemmConfig, cc: int, tokens_per_image: int, dim: int, hidden: int, dtype: torch.dtype, gelu: str
+) -> None:
+    lacks = _hopper_lacks(cc, tokens_per_image, dim, hidden, dtype)
+    if gelu != "fit":
+        lacks = lacks or f"it has the fitted GELU, not {gelu!r}"
+    if (config.block_m, config.block_n, config.block_k, config.num_warps) != (128, 256, 64, 4):
+        lacks = lacks or "its tile is 128x256x64 with 4 warps to a part"
+    if lacks:
+        raise ValueError(f"expand cannot take its form in Gluon: {lacks}: use a config with gluon=False")
+
+
+def _choose(config: GemmConfig, cc: int, shape: Shape, dtype: torch.dtype, use: str) -> GemmConfig:
+    """The form in Gluon where CAPACITOR_EXPAND=gluon asks for it, the plain one where it cannot serve.
+
+    Raises:
+        ValueError: another value of CAPACITOR_EXPAND.
+    """
+    asked = os.environ.get("CAPACITOR_EXPAND", "")
+    if asked not in ("", "gluon", "plain"):
+        raise ValueError(f"CAPACITOR_EXPAND is {asked!r}, expected gluon or plain, or unset it")
+    wanted = {"gluon": use == "throughput", "plain": False}.get(asked, config.gluon)
+    sizes = shape["tokens_per_image"], shape["dim"], shape["hidden"]
+    if wanted and not _hopper_lacks(cc, *sizes, dtype):
+        return config if config.gluon else HOPPER
+    return _default(cc, shape, dtype, use) if config.gluon else config
+
+
 def _suits(config: GemmConfig, shape: Shape) -> bool:
     """Whether a row pads images of this shape little enough; the one by descriptors on sm_100 spills where masked."""
     masked = shape["tokens_per_image"] % config.block_m != 0
     return suits_image(config, shape) and not (config.tma and masked)
 
 
-register(Family("expand", GemmConfig, ("dim", "hidden"), ("tokens_per_image",), _default, _suits))
+register(Family("expand", GemmConfig, ("dim", "hidden"), ("tokens_per_image",), _default, _suits, _choose, (HOPPER,)))

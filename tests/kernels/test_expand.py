@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from importlib import import_module
 
 import pytest
 import torch
@@ -23,10 +24,10 @@ from kernel_cases import (
     tolerance,
 )
 
-from capacitor_kernels import reference
-from capacitor_kernels.launch import INTERPRETED, cdiv, compute_capability
-from capacitor_kernels.ops.expand import expand, expand_partials_shape
-from capacitor_kernels.tuning import GemmConfig, lookup
+from capacitor_kernels import reference, tuning
+from capacitor_kernels.launch import INTERPRETED, cdiv, compute_capability, recording
+from capacitor_kernels.ops.expand import HOPPER, HOPPER_ROWS, expand, expand_partials_shape
+from capacitor_kernels.tuning import ConfigRow, GemmConfig, lookup
 
 DIM, HIDDEN = 72, 200
 CONFIG = GemmConfig(128, 128, 64, group_m=4, num_warps=4, num_stages=2)
@@ -269,6 +270,98 @@ def test_descriptors_refuse_rows_off_16_bytes():
 def test_real_size_under_the_interpreter():
     config = lookup("expand", 90, {"tokens_per_image": 256, "dim": 896, "hidden": 3584}, torch.bfloat16)
     check_case(make_case(1, 256, torch.float16, dim=896, hidden=3584, config=config), torch.float16)
+
+
+SHAPE = {"tokens_per_image": 256, "dim": 896, "hidden": 3584}
+MODULE = import_module("capacitor_kernels.ops.expand")
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """As if kernels were compiled: under the interpreter the form in Gluon is never chosen."""
+    monkeypatch.setattr(MODULE, "INTERPRETED", False)
+    monkeypatch.delenv("CAPACITOR_EXPAND", raising=False)
+
+
+def test_specialised_warps_are_asked_for(compiled, monkeypatch):
+    plain = lookup("expand", 90, SHAPE, torch.bfloat16)
+    assert not plain.gluon
+    monkeypatch.setenv("CAPACITOR_EXPAND", "gluon")
+    assert lookup("expand", 90, SHAPE, torch.bfloat16) == HOPPER
+    assert lookup("expand", 90, SHAPE, torch.float16) == HOPPER
+    # sums per 64 rows, whatever the tile
+    assert expand_partials_shape(2, 256, 3584, HOPPER) == (2, 4, 3584)
+    monkeypatch.setenv("CAPACITOR_EXPAND", "Gluon")
+    with pytest.raises(ValueError, match="CAPACITOR_EXPAND is 'Gluon', expected gluon or plain"):
+        lookup("expand", 90, SHAPE, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("cc", "change", "dtype", "use"),
+    [
+        (120, {}, torch.bfloat16, "throughput"),
+        (90, {"tokens_per_image": 196}, torch.bfloat16, "throughput"),
+        (90, {"hidden": 200}, torch.bfloat16, "throughput"),
+        (90, {"dim": 72}, torch.bfloat16, "throughput"),
+        (90, {}, torch.float32, "throughput"),
+        (90, {}, torch.bfloat16, "latency"),
+    ],
+)
+def test_the_plain_kernel_serves_the_rest(compiled, monkeypatch, cc, change, dtype, use):
+    plain = lookup("expand", cc, SHAPE | change, dtype, use)
+    monkeypatch.setenv("CAPACITOR_EXPAND", "gluon")
+    assert lookup("expand", cc, SHAPE | change, dtype, use) == plain
+    assert not plain.gluon
+
+
+def test_a_row_asks_for_it_where_triton_has_it(compiled, monkeypatch):
+    row = ConfigRow("expand", 90, SHAPE, "bf16", "throughput", HOPPER, {})
+    monkeypatch.setattr(tuning, "rows", lambda cc, family: (row,))
+    tuning._cached_lookup.cache_clear()
+    try:
+        assert lookup("expand", 90, SHAPE, torch.bfloat16) == HOPPER
+        monkeypatch.setenv("CAPACITOR_EXPAND", "plain")
+        assert not lookup("expand", 90, SHAPE, torch.bfloat16).gluon
+        monkeypatch.delenv("CAPACITOR_EXPAND")
+        monkeypatch.setattr(MODULE, "_hopper", lambda: None)
+        assert not lookup("expand", 90, SHAPE, torch.bfloat16).gluon
+        monkeypatch.setattr(MODULE, "INTERPRETED", True)
+        assert not lookup("expand", 90, SHAPE, torch.bfloat16).gluon
+    finally:
+        tuning._cached_lookup.cache_clear()
+
+
+def test_what_it_cannot_take_is_named(compiled):
+    case = make_case(1, 128, torch.float16, dim=64, hidden=256, config=HOPPER)
+    with (
+        recording(90),
+        pytest.raises(ValueError, match="form in Gluon: it has the fitted GELU, not 'erf': use a config"),
+    ):
+        case.run("erf")
+    with recording(80), pytest.raises(ValueError, match="it is for sm_90, not for sm_80"):
+        case.run()
+    case.config = replace(HOPPER, block_n=128)
+    with recording(90), pytest.raises(ValueError, match="its tile is 128x256x64"):
+        case.run()
+    case = make_case(1, 70, torch.float16, dim=64, hidden=256, config=HOPPER)
+    with recording(90), pytest.raises(ValueError, match="70 is no multiple of 128"):
+        case.run()
+
+
+@needs_gpu
+@pytest.mark.parametrize(("batch", "tokens"), [(128, 256), (32, 1024), (1, 16384)])
+def test_specialised_warps_at_real_size(batch, tokens):
+    if compute_capability(DEVICE) != 90:
+        pytest.skip("needs sm_90")
+    made = {"dim": 896, "hidden": 3584}
+    ours = make_case(batch, tokens, torch.bfloat16, config=HOPPER, **made)
+    plain = make_case(batch, tokens, torch.bfloat16, config=GemmConfig(HOPPER_ROWS, 128, 64, 8, 4, 3), **made)
+    h, partials = ours.run()
+    truth_h, truth_sums = ours.reference("erf")
+    assert_close("h", h, truth_h, ours.reference("erf", torch.bfloat16)[0], max_ratio=0.1)
+    assert_close("sums", partials.double().sum(1), truth_sums, floor=2e-4, max_ratio=5e-3)
+    for name, a, b in zip(("h", "partials"), (h, partials), plain.run(), strict=True):
+        assert_same_bits(name, a, b)
 
 
 @needs_gpu

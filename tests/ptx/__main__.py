@@ -33,6 +33,23 @@ def _quick(args: argparse.Namespace) -> Iterator[Result]:
 
     for cc in args.cc or _QUICK_CCS:
         yield from _run_cases(quick(cc), args)
+        if cc == 90 and not args.only and (not args.op or "expand" in args.op):
+            yield _two_forms_of_expand()
+
+
+def _two_forms_of_expand() -> Result:
+    """The kernel of specialised warps leaves the bits that the plain one leaves."""
+    from capacitor_kernels.ops.expand import HOPPER, HOPPER_ROWS
+    from capacitor_kernels.tuning import GemmConfig
+
+    from . import cases
+    from .compare import same_bits
+
+    # tiles of as many rows, so that partial sums are of as many
+    forms = (cases.Form(90, config=config) for config in (HOPPER, GemmConfig(HOPPER_ROWS, 128, 64, 8, 4, 3)))
+    made = (cases.expand(form, 2, 256, 384, 512, sms=3) for form in forms)
+    ok, text = same_bits(*made)
+    return Result(ok, f"sm_90 bf16 expand by specialised warps against the plain kernel: {text}")
 
 
 def _cases(args: argparse.Namespace) -> Iterator[Result]:

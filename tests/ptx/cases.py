@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -86,7 +88,17 @@ def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == torch.float64 else x.to(dtype)
 
 
-def expand(form: Form, batch: int, tokens: int, dim: int, hidden: int, gelu: str = "fit", bias: str = "fp32") -> Case:
+def expand(
+    form: Form,
+    batch: int,
+    tokens: int,
+    dim: int,
+    hidden: int,
+    gelu: str = "fit",
+    bias: str = "fp32",
+    sms: int = 132,
+) -> Case:
+    """`sms` is how many programs share the tiles where the config's form is persistent."""
     dtype, total = form.dtype, batch * tokens
     config = form.config_for("expand", tokens_per_image=tokens, dim=dim, hidden=hidden)
     y = randn(total, dim, seed=1, dtype=dtype)
@@ -98,7 +110,8 @@ def expand(form: Form, batch: int, tokens: int, dim: int, hidden: int, gelu: str
         return {"h": ((batch * tokens, hidden), dtype), "partials": (partials, torch.float32)}
 
     def call(images: Tensors, weights: Tensors, outs: Tensors, batch: int) -> None:
-        ck.expand(**images, **weights, **outs, tokens_per_image=tokens, gelu=gelu, config=form.config)
+        with patch.object(import_module("capacitor_kernels.ops._expand_hopper"), "SMS", sms):
+            ck.expand(**images, **weights, **outs, tokens_per_image=tokens, gelu=gelu, config=form.config)
 
     def truth(images: Tensors, weights: Tensors, batch: int) -> Tensors:
         # the fit is further from the exact GELU than float32 rounds; in two bytes it is judged against erf

@@ -60,15 +60,18 @@ def execute(device: Device, case: Case, images: Tensors, batch: int) -> Tensors:
     return case.results(outputs, batch)
 
 
-def run_case(case: Case, bits: bool = False, mutate: Callable[[str], str] | None = None) -> Verdict:
+def run_case(
+    case: Case, bits: bool = False, mutate: Callable[[str], str] | None = None, last_warps_first: bool = True
+) -> Verdict:
     """Execute a case and judge it.
 
     Args:
         bits: also ask whether the order of CTAs, or the images beside one, change its bits.
         mutate: breaks the PTX.
+        last_warps_first: which of specialised warps go on until they have to wait.
     """
     start = time.perf_counter()
-    device = Device(case.cc, mutate=mutate)
+    device = Device(case.cc, mutate=mutate, last_warps_first=last_warps_first)
     inputs = case.images | case.weights
     before = {name: t.clone() for name, t in inputs.items()}
     try:
@@ -122,7 +125,7 @@ def judge(case: Case, got: Tensors, truth: Tensors, eager: Tensors) -> tuple[lis
 def _bits(case: Case, got: Tensors) -> list[str]:
     """Complaints about bits that depend on what they may not depend on."""
     rng = np.random.default_rng(1)
-    shuffled = Device(case.cc, max_lanes=_FEW_LANES, order=lambda ids: rng.permutation(ids))
+    shuffled = Device(case.cc, max_lanes=_FEW_LANES, order=lambda ids: rng.permutation(ids), last_warps_first=False)
     again = execute(shuffled, case, case.images, case.batch)
     out = [f"bits of {name} depend on the order of CTAs" for name in got if _differ(got[name], again[name])]
     if case.batch > 1 and case.batch_free:
@@ -148,3 +151,10 @@ def _apart(a: Tensor, b: Tensor) -> float:
 def _differ(a: Tensor, b: Tensor) -> bool:
     raw: list[Any] = [t.contiguous().flatten().view(torch.uint8) for t in (a, b)]
     return not torch.equal(*raw)
+
+
+def same_bits(first: Case, second: Case) -> tuple[bool, str]:
+    """Whether two cases of the same inputs have results of the same bits, and where not."""
+    got = [execute(Device(case.cc), case, case.images, case.batch) for case in (first, second)]
+    differ = [f"{name} differs" for name in got[0] if _differ(got[0][name], got[1][name])]
+    return not differ, ", ".join(differ) or f"{', '.join(got[0])} of the same bits"

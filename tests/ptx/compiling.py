@@ -11,7 +11,7 @@ import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.tools.tensor_descriptor import TensorDescriptor
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from .parse import PtxError
 
@@ -46,6 +46,11 @@ class Compiled:
     descriptors: list[Any]
 
 
+def is_descriptor(value: Any) -> bool:
+    """Whether an argument is a tensor descriptor, Triton's or Gluon's."""
+    return hasattr(value, "block_shape")
+
+
 def signature(launch: Launch) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], list[Any]]]:
     """(types by name, constants by position, divisibility hints by position) of a launch.
 
@@ -63,8 +68,10 @@ def signature(launch: Launch) -> tuple[dict[str, str], dict[tuple[int], Any], di
         elif isinstance(value, torch.Tensor):
             types[name] = "*" + _DTYPES[value.dtype]
             aligned = value.data_ptr() % _ALIGNMENT == 0
-        elif isinstance(value, TensorDescriptor):
-            types[name] = f"tensordesc<{_DTYPES[value.base.dtype]}{list(value.block_shape)}>"
+        elif is_descriptor(value):
+            # Gluon's say how their tiles lie in shared memory
+            layout = f",{value.layout!r}" if hasattr(value, "layout") else ""
+            types[name] = f"tensordesc<{_DTYPES[value.base.dtype]}{list(value.block_shape)}{layout}>"
         elif isinstance(value, float):
             types[name] = "fp32"
         elif isinstance(value, int) and not isinstance(value, bool):
@@ -86,7 +93,7 @@ def compile_launch(launch: Launch, cc: int) -> Compiled:
     if knobs.runtime.interpret or os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         raise RuntimeError("TRITON_INTERPRET is set: kernels cannot be compiled then, unset it")
     types, constants, hints = signature(launch)
-    source = ASTSource(launch.kernel, types, constants, hints)
+    source = (GluonASTSource if launch.kernel.is_gluon() else ASTSource)(launch.kernel, types, constants, hints)
     kernel = triton.compile(source, target=GPUTarget("cuda", cc, 32), options=dict(launch.options))
     metadata = kernel.metadata
     if getattr(metadata, "num_ctas", 1) != 1:

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .compiling import Compiled, compile_launch
+from .compiling import Compiled, compile_launch, is_descriptor
 from .instructions import compile_program
 from .machine import Machine
 from .memory import Shadow
@@ -57,6 +56,7 @@ class Device:
         watched_ctas: CTAs of a batch whose shared memory is checked for races.
         order: from all CTA ids to the ones to run, in order.
         mutate: from PTX to PTX, to break kernels on purpose.
+        last_warps_first: which of specialised warps go on until they have to wait: the last ones, or the first.
         launches: what ran.
     """
 
@@ -65,6 +65,7 @@ class Device:
     watched_ctas: int = 1
     order: Callable[[np.ndarray], np.ndarray] | None = None
     mutate: Callable[[str], str] | None = None
+    last_warps_first: bool = True
     launches: list[Ran] = field(default_factory=list)
     _shadows: list[Shadow] = field(default_factory=list)
 
@@ -103,6 +104,7 @@ class Device:
             granule,
             max_lanes=self.max_lanes,
             watched_ctas=self.watched_ctas,
+            last_warps_first=self.last_warps_first,
         )
         params = self._bind(machine, compiled, launch)
         grid = (*launch.grid, 1, 1)[:3]
@@ -124,7 +126,7 @@ class Device:
             if isinstance(value, torch.Tensor):
                 self._add(machine, name, value)
                 values.append(np.array([value.data_ptr()], np.uint64))
-            elif isinstance(value, TensorDescriptor):
+            elif is_descriptor(value):
                 self._add(machine, name, value.base)
                 token = _TOKEN + len(machine.descriptors)
                 if len(machine.descriptors) >= len(compiled.descriptors):
@@ -154,7 +156,7 @@ class Device:
         return next((s for s in self._shadows if s.covers(t.data_ptr(), t.nbytes)), None)
 
 
-def _tensor_map(descriptor: TensorDescriptor, made: Any) -> TensorMap:
+def _tensor_map(descriptor: Any, made: Any) -> TensorMap:
     if made["fp4_padded"] or getattr(descriptor, "padding", "zero") == "nan":
         raise PtxError("tensor descriptors with padding")
     return TensorMap(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .memory import Global, MemoryFault
+from .operands import src
 from .parse import Block, Instr, Program, PtxError
 from .shared import SHARED_BASE, Shared
 
@@ -38,6 +39,8 @@ class Machine:
         granule: bytes of shared memory over which races are told apart.
         max_lanes: threads that run at a time.
         watched_ctas: CTAs of such a batch whose shared memory is checked for races.
+        last_warps_first: where warpgroups have parts of their own, the last one goes on until it has to wait, so that a
+            copy that nothing holds back is found out; or the first one, for a product that waits for no copy.
 
     Attributes:
         memory: the buffers of the launch; add them before it.
@@ -54,10 +57,12 @@ class Machine:
         *,
         max_lanes: int = 8192,
         watched_ctas: int = 1,
+        last_warps_first: bool = True,
     ) -> None:
         self.program, self.actions = program, actions
         self.shared_bytes, self.granule = shared_bytes, granule
         self.max_lanes, self.watched_ctas = max_lanes, watched_ctas
+        self.last_warps_first = last_warps_first
         self.memory = Global()
         self.descriptors: dict[int, TensorMap] = {}
         for block in program.blocks:
@@ -200,7 +205,7 @@ class Machine:
 
 
 class _Schedule:
-    """Which lanes are at which block. The lowest block with lanes runs next."""
+    """Which lanes are at which block. The lowest block with lanes runs next, of the warpgroup whose turn it is."""
 
     def __init__(self, vm: Machine, ctas: int) -> None:
         self.vm, self.ctas = vm, ctas
@@ -208,17 +213,20 @@ class _Schedule:
         self.ready: dict[int, Lanes] = {0: None}
         # block after a barrier -> lanes that arrived
         self.arrived: dict[int, np.ndarray] = {}
+        # number of a barrier that counts arrivals anywhere in the code -> (block after it, lanes)
+        self.gathered: dict[int, list[tuple[int, np.ndarray]]] = {}
         # lanes that spin on an mbarrier
         self.spinning: dict[int, np.ndarray] = {}
         self.alive = np.full(ctas, vm.program.threads)
         self.events = -1
+        self.specialised = any(block.end == "brx" for block in self.blocks)
 
     def run(self) -> None:
         vm = self.vm
         while self.ready or self.spinning:
             if self.spinning and (vm.events != self.events or not self.ready):
                 self._wake()
-            at = min(self.ready)
+            at = min(self.ready, key=self._rank)
             lanes = self.ready.pop(at)
             block = self.blocks[at]
             vm.set_active(lanes)
@@ -227,12 +235,22 @@ class _Schedule:
             if block.end == "fall":
                 self._go(at + 1, lanes)
             elif block.end == "bar":
-                self._barrier(at, block)
+                self._gather(at, block) if block.anywhere else self._barrier(at, block)
+            elif block.end == "brx":
+                self._indirect(block)
             else:
                 self._branch(at, block)
-        if self.arrived:
-            count = sum(map(len, self.arrived.values()))
+        if self.arrived or self.gathered:
+            waiting = [*self.arrived.values(), *(lanes for group in self.gathered.values() for _, lanes in group)]
+            count = sum(map(len, waiting))
             raise PtxError(f"{vm.where()}: deadlock: {count} lanes wait for ever at a barrier")
+
+    def _rank(self, block: int) -> tuple[int, int]:
+        lanes = self.ready[block]
+        if not self.specialised or lanes is None:
+            return 0, block
+        warpgroup = int(self.vm.warp[lanes[0]]) // 4
+        return -warpgroup if self.vm.last_warps_first else warpgroup, block
 
     def _go(self, block: int, lanes: Lanes) -> None:
         if lanes is not None and len(lanes) == 0:
@@ -282,3 +300,30 @@ class _Schedule:
         self._go(at + 1, lanes[free])
         if not free.all():
             self.arrived[at + 1] = lanes[~free]
+
+    def _gather(self, at: int, block: Block) -> None:
+        """As `_barrier`, of threads that arrive at different places of the code."""
+        vm, number = self.vm, block.barrier[0].value
+        group = [*self.gathered.pop(number, []), (at + 1, vm.lanes())]
+        arrived = sum(np.bincount(vm.cta_slot[lanes], minlength=self.ctas) for _, lanes in group)
+        needed = self.alive if len(block.barrier) < 2 else np.full(self.ctas, block.barrier[1].value)
+        done = (arrived == needed) & (arrived > 0)
+        vm.shared.epoch[done] += 1
+        waiting = []
+        for after, lanes in group:
+            free = done[vm.cta_slot[lanes]]
+            self._go(after, lanes[free])
+            waiting += [] if free.all() else [(after, lanes[~free])]
+        if waiting:
+            self.gathered[number] = waiting
+
+    def _indirect(self, block: Block) -> None:
+        """Lanes go on at the label that their index says."""
+        vm = self.vm
+        lanes, index = vm.lanes(), vm.full(src(block.index, 32)(vm))
+        if (index >= len(block.targets)).any():
+            raise PtxError(
+                f"{vm.where()}: index {int(index.max())} of an indirect branch to {len(block.targets)} labels"
+            )
+        for chosen in np.unique(index).tolist():
+            self._go(block.targets[chosen], lanes[index == chosen])

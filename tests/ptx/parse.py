@@ -52,11 +52,17 @@ class Instr:
 
 @dataclass
 class Block:
-    """Straight-line code and how it ends: "fall", "ret", "bra" or "bar"."""
+    """Straight-line code and how it ends: "fall", "ret", "bra", "brx" (to one of `targets`, by index) or "bar".
+
+    `anywhere` says that a barrier counts threads wherever in the code they arrive.
+    """
 
     code: list[Instr] = field(default_factory=list)
     end: str = "fall"
     target: int = -1
+    targets: tuple[int, ...] = ()
+    index: Op | None = None
+    anywhere: bool = False
     label: tuple[str, ...] = ()
     pred: tuple[int, bool] | None = None
     barrier: tuple[Op, ...] = ()
@@ -174,6 +180,11 @@ class _Body:
         self.blocks: list[Block] = [Block()]
         self.opcodes: Counter[str] = Counter()
         self._targets = set(re.findall(r"\bbra(?:\.uni)?\s+([$\w]+)", text))
+        # lists of labels for indirect branches, by the label before them
+        self._tables: dict[str, list[str]] = {}
+        for name, listed in re.findall(r"([$\w]+):\s*\.branchtargets\s+([^;]*);", text):
+            self._tables[name] = split(listed.replace("\n", " "))
+            self._targets |= {label.strip() for label in self._tables[name]}
         self._index: dict[str, int] = {}
         self._labels: dict[str, int] = {}
         self._scopes: list[dict[str, str]] = [{}]
@@ -189,6 +200,9 @@ class _Body:
             self._scopes.pop()
         elif piece.text.startswith(".reg"):
             self._declare(piece)
+        elif piece.text.startswith(".branchtargets"):
+            # read with the labels, before the first instruction
+            pass
         elif piece.text.startswith("."):
             raise PtxError(f"line {piece.line}: directive {piece.text[:60]} is not supported")
         else:
@@ -202,6 +216,8 @@ class _Body:
                 if not found:
                     raise PtxError(f"line {block.line}: label {block.label[-1]} not found")
                 block.target = found[0]
+            elif block.end == "brx":
+                block.targets = tuple(self._labels[name.strip()] for name in self._tables[block.label[0]])
 
     def _local(self, name: str) -> str:
         return f"{name}@{self._opened}" if len(self._scopes) > 1 else name
@@ -251,6 +267,12 @@ class _Body:
             block.label = (self._local(target), target)
             block.end, block.pred, block.line = "bra", pred, piece.line
             self.blocks.append(Block())
+        elif parts[0] == "brx":
+            if pred is not None or operands[1].strip() not in self._tables:
+                raise PtxError(f"line {piece.line}: {text[:60]} is not understood")
+            block.end, block.line = "brx", piece.line
+            block.index, block.label = self._operand(operands[0]), (operands[1].strip(),)
+            self.blocks.append(Block())
         elif parts[0] in ("ret", "exit"):
             block.end, block.pred, block.line = "ret", pred, piece.line
             self.blocks.append(Block())
@@ -259,6 +281,7 @@ class _Body:
                 raise PtxError(f"line {piece.line}: predicated barrier")
             block.end, block.line = "bar", piece.line
             block.barrier = tuple(self._operand(x) for x in operands)
+            block.anywhere = parts[0] == "barrier" and "aligned" not in parts
             self.blocks.append(Block())
         else:
             ops = tuple(self._operand(x) for x in operands)

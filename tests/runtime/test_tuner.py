@@ -86,6 +86,15 @@ def test_candidates_are_distinct_and_leave_out_the_present_one():
         assert all(isinstance(config, GemmConfig) and config.split_k == 1 for config in found)
 
 
+@pytest.mark.parametrize("op", ["expand", "project"])
+def test_every_form_of_an_op_is_a_candidate(op):
+    # sm_120 ships neither form, and no row of its own is near them
+    call = dataclasses.replace(key(dtype=torch.bfloat16, cc=120), height=256, width=256)
+    found = candidates(Tuner(ModelConfig(), [call], CPU, 1.0, [op]).subjects[0])
+    forms = tuning.get_family(op).forms
+    assert forms and set(forms) <= set(found)
+
+
 @pytest.mark.parametrize("op", ["expand", "project", "dwconv", "grn", "patchify", "head"])
 def test_what_may_be_chosen_may_be_read_again(op):
     call = dataclasses.replace(key(dtype=torch.bfloat16), height=256, width=256)

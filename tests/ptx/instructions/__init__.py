@@ -46,6 +46,8 @@ _SPECIAL = {
     "membar": _nothing,
     # of one warp; the CTA's barriers end blocks
     "bar": _nothing,
+    # how many registers a warpgroup has changes no value in them
+    "setmaxnreg": _nothing,
 }
 _INT_OR_FLOAT = {"add", "sub", "mul", "mad", "min", "max", "neg", "abs", "div"}
 _FLOAT_ONLY = {"fma", "ex2", "lg2", "rcp", "rsqrt", "sqrt"}

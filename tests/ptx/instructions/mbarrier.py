@@ -100,6 +100,15 @@ def mbarrier(ins: Instr) -> Action:
                 barrier_at(vm, lane, address).arrive(count)
 
         return expect
+    if ins.parts[1:] in (("arrive", "shared__cta", "b64"), ("arrive", "shared", "b64")):
+        at, times = address_of(ins.ops[1], 32), ins.ops[2].value if len(ins.ops) > 2 else 1
+
+        def arrive(vm: Machine) -> None:
+            for lane, address in zip(vm.lanes().tolist(), at(vm).tolist(), strict=True):
+                for _ in range(times):
+                    barrier_at(vm, lane, address).arrive()
+
+        return arrive
     if ins.parts[1:3] == ("try_wait", "parity"):
         return _wait(ins)
     raise PtxError("form of mbarrier")
