@@ -43,7 +43,7 @@ def dry_run(
     chosen = options or RunOptions(progress=progress)
     folder = CacheFolder(out) if out.exists() else None
     try:
-        prepared = prepare(Path(src), out, folder, as_source(model), request, chosen, load=False)
+        prepared = prepare(os.fspath(src), out, folder, as_source(model), request, chosen, load=False)
         committed = read_log(folder).commits if folder else {}
     finally:
         if folder:

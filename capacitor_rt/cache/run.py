@@ -81,7 +81,7 @@ def cache_images(
     with _opened(out) as folder:
         mutex = Mutex(folder, note)
         try:
-            prepared = _plan(Path(src), folder, mutex, source, request, chosen)
+            prepared = _plan(os.fspath(src), folder, mutex, source, request, chosen)
             with kept(prepared.plan, prepared.cc, source.model if isinstance(source, Loaded) else prepared.model):
                 report = _run(prepared, folder, mutex, source, threads, chosen, note)
         finally:
@@ -108,7 +108,7 @@ def _opened(out: Path) -> Iterator[CacheFolder]:
 
 
 def _plan(
-    src: Path, folder: CacheFolder, mutex: Mutex, source: ModelSource, request: CacheRequest, options: RunOptions
+    src: str, folder: CacheFolder, mutex: Mutex, source: ModelSource, request: CacheRequest, options: RunOptions
 ) -> PreparedRun:
     """The plan that is there, or a new one: whoever comes first makes it, and the others wait for it."""
     with mutex:

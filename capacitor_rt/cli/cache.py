@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 
 def cache(
     src: Annotated[
-        Path,
+        str,
         typer.Argument(
             help="What to encode: a folder of images, an image, a list of paths (.txt), or tar or Parquet files: one, "
-            "a folder of them, or a pattern."
+            "a folder of them, a pattern, or a URL (s3://, hf://)."
         ),
     ],
     out: Annotated[Path, typer.Argument(help="Folder of the cache: a new one, an empty one, or one to go on with.")],
@@ -124,8 +124,8 @@ def cache(
     sides = [side for side in (size, area) if side is not None]
     if len(sides) != 1:
         raise InputError("give one of --size N (squares) and --area N (aspect-ratio buckets)")
-    if not src.exists() and not any(c in str(src) for c in "*?["):
-        raise InputError(f"{str(src)!r} does not exist: give a folder of images, one image, or files that hold images")
+    if "://" not in src and not Path(src).exists() and not any(c in src for c in "*?["):
+        raise InputError(f"{src!r} does not exist: give a folder of images, one image, or files that hold images")
     with interruptible():
         from ..cache.model_source import Checkpoint
         from ..cache.options import RunOptions

@@ -270,7 +270,7 @@ def several(cache: Path, rng: random.Random) -> str:
     for _ in range(rng.choice((2, 3))):
         try:
             done.append(MUTATORS[rng.choice(names)](cache, rng))
-        except (OSError, ValueError, IndexError, StopIteration, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, IndexError, StopIteration, KeyError, TypeError, AttributeError, MemoryError):
             # what the one before has left has no such part
             continue
     return "; ".join(done)

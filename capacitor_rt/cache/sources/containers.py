@@ -8,9 +8,11 @@ import stat
 import threading
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 from ...errors import CacheError, ImageError
 from ...images.decode import EMPTY, TOO_LARGE, UNREADABLE
+from ...images.scan import path_to_id
 from ..failures import CHANGED, IO_ERROR, OUT_OF_MEMORY, is_for_good
 
 OPEN_FILES = 64
@@ -46,6 +48,29 @@ def find_containers(src: Path, suffix: str, out: Path) -> tuple[bytes, list[byte
             f"no {suffix} files in {text!r}: give such a file, a folder of them, or a pattern like 'x-*{suffix}'"
         )
     return root or b".", relative
+
+
+class LocalFiles:
+    """Files below a folder, as `RemoteFiles` has those below a URL."""
+
+    def __init__(self, root: bytes):
+        self.root = root
+
+    def info(self, name: bytes) -> tuple[int, int]:
+        """Size, and time in nanoseconds."""
+        info = os.stat(os.path.join(self.root, name))
+        return info.st_size, info.st_mtime_ns
+
+    def open(self, name: bytes) -> Any:
+        """A file to seek in."""
+        return open(os.path.join(self.root, name), "rb")
+
+    def shown(self, name: bytes) -> str:
+        """What messages call it."""
+        return path_to_id(os.path.join(self.root, name))
+
+    def why_gone(self) -> str | None:
+        return None if os.path.isdir(self.root) else f"{path_to_id(self.root)} went away during the run"
 
 
 class Containers:

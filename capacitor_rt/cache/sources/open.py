@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ...errors import InputError
+from ...errors import CacheError, InputError
 from ...images.scan import EXTENSIONS
 from . import Source
 from .columns import ColumnsRequest
 from .files import folder_source, list_source
 from .parquet import parquet_source
+from .remote import is_url, remote_folder
 from .tar import tar_source
 
 KINDS = ("auto", "folder", "list", "tar", "parquet")
@@ -29,7 +30,7 @@ def open_source(
 
     Args:
         src: a folder of images, an image, a text file with a path in each line, or tar or Parquet files: one, a folder
-            of them, or a pattern.
+            of them, or a pattern. A URL that fsspec knows (`s3://`, `hf://`) names images or Parquet files.
         out: the cache, which is left out where it lies below `src`.
         kind: one of `KINDS`; "auto" goes by what `src` is.
         image_column: of Parquet files; None: the one that is named so, or has the type.
@@ -40,6 +41,9 @@ def open_source(
     if kind not in KINDS:
         raise InputError(f"source {kind!r} is unknown: use one of {', '.join(KINDS)}")
     columns = columns or ColumnsRequest()
+    text = os.fspath(src)
+    if is_url(text):
+        return _remote(text, out, kind, columns, image_column)
     path = Path(src)
     if kind == "auto":
         kind = _guess(path)
@@ -50,6 +54,16 @@ def open_source(
     if kind == "parquet":
         return parquet_source(path, out, columns, image_column)
     return folder_source(path, out, columns)
+
+
+def _remote(url: str, out: Path, kind: str, columns: ColumnsRequest, image_column: str | None) -> Source:
+    """A source by its URL: Parquet files, of which a data set on the hub mostly is made, or a folder of images."""
+    if kind in ("list", "tar") or (kind == "auto" and url.endswith((".tar", ".txt", ".lst", ".list"))):
+        raise CacheError(f"{url}: tar files and lists are read from local disks alone: mount or download them")
+    by_name = url.endswith(".parquet") or url.startswith("hf://")
+    if kind == "parquet" or (kind == "auto" and by_name):
+        return parquet_source(url, out, columns, image_column)
+    return remote_folder(url, columns)
 
 
 def _guess(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 import threading
@@ -15,13 +16,14 @@ import numpy as np
 from ...errors import CacheError, ImageError, InputError
 from ...extras import require_extra
 from ...images.decode import EMPTY, UNREADABLE
-from ...images.scan import path_to_id
 from ..failures import CHANGED, IO_ERROR, OUT_OF_MEMORY
 from .columns import CAPTION, LABEL, Column, Columns, ColumnsRequest, numbered, typed
-from .containers import find_containers
+from .containers import LocalFiles, find_containers
 from .listing import MISSING, Listing
+from .remote import RemoteContainers, is_url
 
 IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes", "picture")
+Files = LocalFiles | RemoteContainers
 GROUPS = 2
 """Row groups whose images one reader keeps."""
 
@@ -35,7 +37,7 @@ class ParquetSource:
         groups: of each container (a row group): the file, the group's number, its first row, and the file's time.
     """
 
-    root: bytes
+    files: Files
     listing: Listing
     columns: Columns
     column: str
@@ -50,7 +52,7 @@ class ParquetSource:
         return ParquetReader(self)
 
     def why_gone(self) -> str | None:
-        return None if os.path.isdir(self.root) else f"{path_to_id(self.root)} went away during the run"
+        return self.files.why_gone()
 
 
 class ParquetReader:
@@ -98,11 +100,10 @@ class ParquetReader:
     def _load(self, number: int) -> Any:
         pa = require_extra("pyarrow")
         name, group, _, mtime = self.source.groups[number]
-        path = os.path.join(self.source.root, name)
         try:
-            if os.stat(path).st_mtime_ns != mtime:
+            if self.source.files.info(name)[1] != mtime:
                 raise ImageError(CHANGED, "its file is another one than when it was listed")
-            with _open(path) as file:
+            with _open(self.source.files, name) as file:
                 return file.read_row_group(group, columns=[self.source.column])[self.source.column].combine_chunks()
         except MemoryError as e:
             raise ImageError(OUT_OF_MEMORY, f"no memory for row group {group}") from e
@@ -110,7 +111,7 @@ class ParquetReader:
             raise ImageError(IO_ERROR, f"row group {group} cannot be read: {str(e)[:200]}") from e
 
 
-def parquet_source(src: Path, out: Path, request: ColumnsRequest, column: str | None = None) -> ParquetSource:
+def parquet_source(src: Path | str, out: Path, request: ColumnsRequest, column: str | None = None) -> ParquetSource:
     """The images of Parquet files: a file, a folder of them, or a pattern. A task never spans two row groups.
 
     Args:
@@ -120,31 +121,31 @@ def parquet_source(src: Path, out: Path, request: ColumnsRequest, column: str | 
         CacheError: there are none, a file is damaged, or the files have different columns.
     """
     pa = require_extra("pyarrow")
-    root, names = find_containers(src, ".parquet", out)
+    files, names = _find(src, out)
     groups: list[tuple[bytes, int, int, int]] = []
     containers: list[bytes] = []
     counts: list[int] = []
     schema: Any = None
     for name in names:
-        path = os.path.join(root, name)
+        path = files.shown(name)
         try:
-            info = os.stat(path)
-            with _open(path) as file:
+            size, mtime = files.info(name)
+            with _open(files, name) as file:
                 if schema is None:
                     schema = file.schema_arrow
                     column = column or _image_column(schema, path)
                 if column not in file.schema_arrow.names:
-                    raise CacheError(f"{path_to_id(path)} has no column {column!r}")
+                    raise CacheError(f"{path} has no column {column!r}")
                 first = 0
                 for number in range(file.num_row_groups):
                     count = file.metadata.row_group(number).num_rows
-                    groups.append((name, number, first, info.st_mtime_ns))
+                    groups.append((name, number, first, mtime))
                     # the size belongs to the name: another file of that name is another container
-                    containers.append(name + b"?size=%d&row_group=%d" % (info.st_size, number))
+                    containers.append(name + b"?size=%d&row_group=%d" % (size, number))
                     counts.append(count)
                     first += count
         except (OSError, pa.ArrowException, ValueError) as e:
-            raise CacheError(f"{path_to_id(path)} cannot be read as Parquet: {str(e)[:200]}") from e
+            raise CacheError(f"{path} cannot be read as Parquet: {str(e)[:200]}") from e
     total = sum(counts)
     if not total:
         raise CacheError(f"the {len(names)} Parquet files of {os.fspath(src)!r} have no rows")
@@ -153,17 +154,33 @@ def parquet_source(src: Path, out: Path, request: ColumnsRequest, column: str | 
     locators = [groups[c][0] + b"/%07d" % row for c, row in zip(numbers.tolist(), offsets.tolist(), strict=True)]
     times = np.array([g[3] for g in groups], np.int64)[numbers]
     listing = Listing(locators, np.full(total, MISSING, np.int64), times, offsets, numbers, containers)
-    columns = _ParquetColumns(root, groups, listing, schema, request).columns() if request else Columns()
-    return ParquetSource(root, listing, columns, column or "", groups)
+    columns = _ParquetColumns(files, groups, listing, schema, request).columns() if request else Columns()
+    return ParquetSource(files, listing, columns, column or "", groups)
 
 
-def _open(path: bytes) -> Any:
+def _find(src: Path | str, out: Path) -> tuple[Files, list[bytes]]:
+    text = os.fspath(src)
+    if not is_url(text):
+        root, names = find_containers(Path(src), ".parquet", out)
+        return LocalFiles(root), names
+    folder, _, last = text.rpartition("/")
+    # a file, a pattern in the last part, or a folder
+    named = last.endswith(".parquet")
+    files = RemoteContainers(folder if named else text)
+    pattern = last if named else "*.parquet"
+    found = [name for name in files.found if fnmatch.fnmatchcase(name.rpartition("/")[2], pattern)]
+    if not found:
+        raise CacheError(f"no .parquet files in {text!r}")
+    return files, sorted(os.fsencode(name) for name in found)
+
+
+def _open(files: Files, name: bytes) -> Any:
     # by handle: pyarrow takes no path that is not UTF-8
     pa, pq = require_extra("pyarrow"), require_extra("pyarrow.parquet")
-    return pq.ParquetFile(pa.PythonFile(open(path, "rb"), mode="r"))
+    return pq.ParquetFile(pa.PythonFile(files.open(name), mode="r"))
 
 
-def _image_column(schema: Any, path: bytes) -> str:
+def _image_column(schema: Any, path: str) -> str:
     pa = require_extra("pyarrow")
 
     def is_image(kind: Any) -> bool:
@@ -176,7 +193,7 @@ def _image_column(schema: Any, path: bytes) -> str:
     if named or len(candidates) == 1:
         return (named or candidates)[0]
     held = ", ".join(schema.names[:20])
-    raise CacheError(f"{path_to_id(path)} has no column of images that is named so: its columns are {held}")
+    raise CacheError(f"{path} has no column of images that is named so: its columns are {held}")
 
 
 def _is_binary(kind: Any) -> bool:
@@ -187,13 +204,13 @@ def _is_binary(kind: Any) -> bool:
 class _ParquetColumns:
     def __init__(
         self,
-        root: bytes,
+        files: Files,
         groups: list[tuple[bytes, int, int, int]],
         listing: Listing,
         schema: Any,
         request: ColumnsRequest,
     ):
-        self.root, self.groups, self.listing, self.schema, self.request = root, groups, listing, schema, request
+        self.files, self.groups, self.listing, self.schema, self.request = files, groups, listing, schema, request
         self.sources: dict[str, str] = {}
         self.found: list[Column] = []
         self.names: list[str] | None = None
@@ -226,7 +243,7 @@ class _ParquetColumns:
         number = int(self.listing.containers[first])
         name, group, start, _ = self.groups[number]
         at = int(self.listing.offsets[first]) - start
-        with _open(os.path.join(self.root, name)) as file:
+        with _open(self.files, name) as file:
             table = file.read_row_group(group, columns=sorted({*self.sources.values()})).slice(at, stop - first)
         values: dict[str, list[Any]] = {}
         for column in self.found:
@@ -262,6 +279,6 @@ class _ParquetColumns:
     def _all_names(self, column: str) -> list[str]:
         found: set[str] = set()
         for name in dict.fromkeys(g[0] for g in self.groups):
-            with _open(os.path.join(self.root, name)) as file:
+            with _open(self.files, name) as file:
                 found.update(v for v in file.read(columns=[column])[column].unique().to_pylist() if v is not None)
         return numbered(sorted(found))[1] or sorted(found)
