@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .checkpoint import CheckpointSource
+from .config import ModelConfig
 from .errors import InputError
 from .fp8_calibration import Fp8Calibration, load, places
 from .reference import Autoencoder, Posterior
-from .runtime.fp8 import BlockRange, Fp8Encoder, Ranges
+from .runtime.platform import INSTALL_TRITON
+
+if TYPE_CHECKING:
+    from .runtime.fp8 import Fp8Encoder, Ranges
 
 PRECISIONS = (None, "fp8")
 
@@ -21,6 +27,14 @@ def check_precision(name: str | None) -> None:
     """Refuse a precision of the encoder that there is not."""
     if name not in PRECISIONS:
         raise InputError(f"encode_precision {name!r} is unknown: use None (that of dtype) or 'fp8'")
+
+
+def require_folding() -> None:
+    """Refuse fp8 where Triton is absent: weights are folded by the package of the kernels, which needs it."""
+    if importlib.util.find_spec("triton") is None:
+        raise InputError(
+            f"fp8 needs Triton, by whose kernels' package weights are folded: {INSTALL_TRITON} (Linux only)"
+        )
 
 
 def find_calibration(source: CheckpointSource, path: str | os.PathLike[str] | None = None) -> Fp8Calibration:
@@ -47,6 +61,8 @@ def encoding_name(calibration: Fp8Calibration) -> str:
 
 def ranges_from(calibration: Fp8Calibration) -> Ranges:
     """The ranges of a calibration as tensors."""
+    from .runtime.fp8 import BlockRange
+
     return tuple(
         BlockRange(*(torch.tensor(block[name], dtype=torch.float32) for name in ("y", "hidden", "gain")))
         for block in calibration.ranges
@@ -54,9 +70,17 @@ def ranges_from(calibration: Fp8Calibration) -> Ranges:
 
 
 class Fp8Encoding:
-    """Encoders by one calibration, made anew where the model was moved or cast."""
+    """Encoders by one calibration, made anew where the model was moved or cast.
 
-    def __init__(self, calibration: Fp8Calibration):
+    Raises:
+        InputError: the calibration is not of an encoder of this architecture; Triton is absent.
+    """
+
+    def __init__(self, calibration: Fp8Calibration, config: ModelConfig):
+        require_folding()
+        from .runtime.fp8 import check_ranges
+
+        check_ranges(ranges_from(calibration), config.encoder_depth, config.hidden_dim)
         self.calibration = calibration
         self._made: tuple[torch.device, torch.dtype, Fp8Encoder] | None = None
 
@@ -67,6 +91,8 @@ class Fp8Encoding:
             loaded: the model as loaded, whose tensors are folded.
             dtype: of what is not in 8 bits.
         """
+        from .runtime.fp8 import Fp8Encoder
+
         if self._made is None or self._made[:2] != (image.device, dtype):
             encoder = Fp8Encoder(loaded, ranges_from(self.calibration), dtype, image.device)
             self._made = (image.device, dtype, encoder)

@@ -15,10 +15,9 @@ from . import checkpoint
 from .checks import check_device, check_model_dtype, check_multiple
 from .config import ModelConfig
 from .errors import InputError, UnverifiedModelWarning
-from .fp8_encoding import Fp8Encoding, check_precision, encoding_name, find_calibration, ranges_from
+from .fp8_encoding import Fp8Encoding, check_precision, encoding_name, find_calibration
 from .reference import Posterior
 from .runtime.backend import ServedAutoencoder
-from .runtime.fp8 import check_ranges
 from .sizes import SIZE_MULTIPLE as SIZE_MULTIPLE
 
 if TYPE_CHECKING:
@@ -149,9 +148,8 @@ class PretrainedAutoencoder(ServedAutoencoder):
         model.load_checkpoint(read.tensors)
         model.source = source
         if calibration is not None:
-            check_ranges(ranges_from(calibration), read.config.encoder_depth, read.config.hidden_dim)
             model.source = dataclasses.replace(source, encoding=encoding_name(calibration))
-            model._fp8 = Fp8Encoding(calibration)
+            model._fp8 = Fp8Encoding(calibration, read.config)
             warnings.warn(
                 "encoding in fp8 is emulated in plain torch so far: its latents are those to come, at another speed",
                 stacklevel=2,

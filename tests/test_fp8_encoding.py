@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -147,3 +149,24 @@ def test_a_cache_says_fp8_and_never_mixes(calibrated):
     cache_images(
         folder / "src", folder / "eight", model, CacheRequest(64, dtype="fp32", batch=2, task_inputs=2), workers=0
     )
+
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None
+import capacitor_rt
+from capacitor_rt.cache.model_source import Checkpoint
+assert capacitor_rt.FullCapacitor.from_pretrained(sys.argv[1]).encode_precision is None
+assert Checkpoint(sys.argv[1]).identity().encoding is None
+try:
+    capacitor_rt.FullCapacitor.from_pretrained(sys.argv[1], encode_precision="fp8")
+except capacitor_rt.InputError as error:
+    print(error)
+"""
+
+
+def test_without_triton_only_fp8_is_refused(calibrated):
+    command = [sys.executable, "-c", WITHOUT_TRITON, str(calibrated[0] / "model")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("fp8 needs Triton, since the kernels' package folds the weights: pip install")

@@ -74,6 +74,9 @@ def calibrate_fp8(
         from ..fp8_calibration import refuse_existing
 
         refuse_existing(out)
+    from ..fp8_encoding import require_folding
+
+    require_folding()
     from ..evaluation.fp8 import calibrate
     from ..images.frames import Framing
 
