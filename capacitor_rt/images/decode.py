@@ -301,12 +301,15 @@ def _open(stream: BinaryIO, name: str, max_pixels: int) -> ImageFile.ImageFile:
     """
     with _decoder_errors(stream, name, None):
         stream.seek(0)
-        head = stream.read(16)
-    format, complaint = _identify(head)
+        head = stream.read(30)
+    format, complaint = _identify(head[:16])
     if format is None:
-        raise _unidentified(head, name)
+        raise _unidentified(head[:16], name)
     if complaint:
         raise ImageError(UNSUPPORTED, f"{name} is {format}: {complaint}")
+    if format == "WEBP":
+        # the plugin takes the memory of two pictures as soon as it opens one
+        _check_size(*_webp_size(head), name, max_pixels)
     with _decoder_errors(stream, name, format):
         stream.seek(0)
         image = Image.OPEN[format][0](stream, "")
@@ -316,6 +319,19 @@ def _open(stream: BinaryIO, name: str, max_pixels: int) -> ImageFile.ImageFile:
     if (area := _tile_area(image)) > max_pixels:
         raise ImageError(TOO_LARGE, f"{name} has tiles of {area} pixels: the limit is {max_pixels}")
     return image
+
+
+def _webp_size(head: bytes) -> tuple[int, int]:
+    """Width and height that the first 30 bytes of a WebP announce; 0 if they do not."""
+    kind = head[12:16]
+    if kind == b"VP8X":
+        return 1 + int.from_bytes(head[24:27], "little"), 1 + int.from_bytes(head[27:30], "little")
+    if kind == b"VP8L":
+        bits = int.from_bytes(head[21:25], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    if kind == b"VP8 ":
+        return int.from_bytes(head[26:28], "little") & 0x3FFF, int.from_bytes(head[28:30], "little") & 0x3FFF
+    return 0, 0
 
 
 def _tile_area(image: Image.Image) -> int:

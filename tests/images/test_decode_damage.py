@@ -238,3 +238,16 @@ class TestFiles:
         path.write_bytes(data[: len(data) // 2])
         assert (probe(path).width, probe(path).height) == (500, 400)
         assert reason_of(read_bytes(path)) == "truncated"
+
+
+@pytest.mark.parametrize("kind", ["VP8 ", "VP8L", "VP8X"])
+def test_a_webp_canvas_is_measured_before_memory_is_taken(kind, monkeypatch):
+    options = {"VP8 ": {}, "VP8L": {"lossless": True}, "VP8X": {"icc_profile": bytes(200)}}[kind]
+    data = files.encoded(PICTURE, "WEBP", **options)
+    assert data[12:16] == kind.encode()
+    height, width = PICTURE.shape[:2]
+    assert probe(data, max_pixels=height * width).width == width
+    monkeypatch.delitem(Image.OPEN, "WEBP")
+    monkeypatch.setitem(Image.OPEN, "WEBP", (None, lambda head: head[8:12] == b"WEBP"))
+    with pytest.raises(ImageError, match=f"{width}x{height}"):
+        probe(data, max_pixels=height * width - 1)
