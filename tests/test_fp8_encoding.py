@@ -169,4 +169,4 @@ def test_without_triton_only_fp8_is_refused(calibrated):
     command = [sys.executable, "-c", WITHOUT_TRITON, str(calibrated[0] / "model")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("fp8 needs Triton, since the kernels' package folds the weights: pip install")
+    assert done.stdout.startswith("fp8 needs Triton, by whose kernels' package weights are folded: pip install")
