@@ -37,7 +37,7 @@ LATENTS_PICTURE = "latents-pca.png"
 HELD_OUT = "held out"
 OTHER_CROPS = """\
 The README's figure for the held-out photographs is measured on them whole. These are
-resized crops of the sizes above, and their latents are stored in bfloat16."""
+resized crops of the sizes above in sRGB, and their latents are stored in bfloat16."""
 
 
 @dataclass(frozen=True)

@@ -68,10 +68,15 @@ class Visit:
         page = self.context.new_page()
         page.on("console", lambda m: self.complaints.append(m.text) if m.type in ("error", "warning") else None)
         page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        page.on("requestfailed", lambda r: self.complaints.append(f"{r.url}: {r.failure}"))
+        page.on("requestfailed", self._failed)
         page.on("request", lambda r: self.requests.append(r.url))
         page.goto(url)
         return page
+
+    def _failed(self, request: Any) -> None:
+        # a picture that another took the place of before it had arrived is no failure
+        if "ERR_ABORTED" not in request.failure:
+            self.complaints.append(f"{request.url}: {request.failure}")
 
     def close(self, origin: str = "file://") -> None:
         """Close; an error, a complaint or a request for anything but files of `origin` fails the test."""

@@ -31,7 +31,7 @@ def lpips_distance() -> tuple[Distance | None, str]:
     lock = threading.Lock()
 
     def distance(a: np.ndarray, b: np.ndarray) -> float:
-        x, y = (torch.from_numpy(np.ascontiguousarray(t)).permute(2, 0, 1)[None] / 127.5 - 1 for t in (a, b))
+        x, y = (torch.tensor(t).permute(2, 0, 1)[None] / 127.5 - 1 for t in (a, b))
         with lock, torch.no_grad():
             return float(network(x, y))
 

@@ -137,6 +137,9 @@
       pane.addEventListener("dblclick", (event) => (state.zoom ? set({ zoom: 0 }) : zoomTo(Math.max(4, fit() * 2), pointOf(pane, event))));
     }
 
+    // models of as many channels share one basis, so that their colours compare; others cannot
+    const own = new Set(models.map((model) => model.channels)).size > 1;
+    const variance = (m) => `${(100 * models[m].share).toPrecision(2)} % of the variance${own ? ", its own basis" : ""}`;
     const nameOf = (which) => (which === ORIGINAL ? "original" : models[Number(which)].name);
     const source = (which) => page.file(row, which === ORIGINAL ? ORIGINAL : which);
 
@@ -173,7 +176,7 @@
         else windowOn(view.latent, Number(latent), models[m].channels);
         view.captions[0].textContent = `${nameOf(state.reference)} | ${label}`;
         view.captions[1].textContent = `difference x ${state.gain}`;
-        view.captions[2].textContent = latent === PCA ? "latents" : `-${maps.clip} to ${maps.clip}`;
+        view.captions[2].textContent = latent === PCA ? `latents, ${variance(m)}` : `-${maps.clip} to ${maps.clip}`;
       });
       if (details.open) drawMaps();
     }
