@@ -24,6 +24,11 @@ QUIET = [
     "--disable-component-update",
     "--disable-sync",
     "--disable-dev-shm-usage",
+    # starting processes is what most tests would spend their time on
+    "--renderer-process-limit=1",
+    "--disable-site-isolation-trials",
+    "--disable-features=IsolateOrigins,site-per-process,SpareRendererForSitePerProcess",
+    "--in-process-gpu",
 ]
 
 
@@ -59,7 +64,7 @@ class Visit:
     """Pages opened in one context; everything that they ask for or complain of is kept."""
 
     def __init__(self, browser: Any, **options: Any):
-        self.context = browser.new_context(**{"viewport": {"width": 1440, "height": 900}} | options)
+        self.context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}} | options)
         self.context.set_default_timeout(15_000)
         self.complaints: list[str] = []
         self.requests: list[str] = []
@@ -78,11 +83,21 @@ class Visit:
         if "ERR_ABORTED" not in request.failure:
             self.complaints.append(f"{request.url}: {request.failure}")
 
+    def leave(self, origin: str = "file://") -> None:
+        """Close the pages; an error, a complaint or a request for anything but files of `origin` fails the test."""
+        for page in self.context.pages:
+            page.close()
+        complaints, requests = self.complaints, self.requests
+        self.complaints, self.requests = [], []
+        assert not complaints, complaints
+        assert requests and all(url.startswith(origin) for url in requests), requests
+
     def close(self, origin: str = "file://") -> None:
-        """Close; an error, a complaint or a request for anything but files of `origin` fails the test."""
-        self.context.close()
-        assert not self.complaints, self.complaints
-        assert self.requests and all(url.startswith(origin) for url in self.requests), self.requests
+        """`leave`, for good."""
+        try:
+            self.leave(origin)
+        finally:
+            self.context.close()
 
 
 def settle(page: Any) -> None:
