@@ -86,7 +86,7 @@ class LatentDataset(Dataset[LatentRow]):
     `entries(i)` all that the index says of one.
 
     Every index is compared with its hash and checked when the cache is opened, and a file of latents must begin as its
-    index says: what is returned is what the index vouches for. Held are 28 bytes per row, the ids, and the columns that
+    index says: what is returned is what the index vouches for. Held are 32 bytes per row, the ids, and the columns that
     were kept from the source. Files are opened on first use in each process, so that instances go through fork, spawn
     and pickle. Several threads may use one instance.
 

@@ -141,14 +141,14 @@ def test_a_deleted_task_is_written_again(src, out, whole):
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_task_of_which_one_file_is_missing_is_refused(src, out, which):
     task_files(out, 2)[which].unlink()
-    with pytest.raises(CacheError, match=r"is missing\n.*verify --repair"):
+    with pytest.raises(CacheError, match=r"is damaged: run .*verify --repair.*\n.* is missing"):
         run(src, out, random_model())
 
 
 def test_latents_cut_short_are_refused_before_work_starts(src, out, whole):
     _, data = task_files(out, 2)
     data.write_bytes(data.read_bytes()[:-1])
-    with pytest.raises(CacheError, match=rf"{data.name} is damaged: its header or its size .*\n.*verify --repair"):
+    with pytest.raises(CacheError, match=rf"verify --repair.*\n.*{data.name} is damaged: its header or its size"):
         run(src, out, random_model())
 
 
