@@ -213,16 +213,16 @@ class CacheFolder:
                 if _TMP_NAME.fullmatch(base):
                     yield f"{folder}/{base}" if folder else base
 
-    def set_aside(self, name: str) -> str | None:
-        """Move a file to `damaged/`, under a name that is free there; that name, or None where it is missing."""
+    def set_aside(self, name: str, where: str = DAMAGED) -> str | None:
+        """Move a file to a subfolder, under a name that is free there; that name, or None where it is missing."""
         if self.stat(name) is None:
             return None
         base = name.rpartition("/")[2]
         number = 0
-        while self.stat(f"{DAMAGED}/{base}.{number}") is not None:
+        while self.stat(f"{where}/{base}.{number}") is not None:
             number += 1
-        self.rename(name, f"{DAMAGED}/{base}.{number}")
-        return f"{DAMAGED}/{base}.{number}"
+        self.rename(name, f"{where}/{base}.{number}")
+        return f"{where}/{base}.{number}"
 
     def _irregular(self, name: str) -> CacheError:
         return CacheError(f"{self.path / name} is a link or no regular file: move it away, or give another OUT")

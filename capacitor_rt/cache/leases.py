@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import uuid
 from contextlib import suppress
 from io import FileIO
@@ -101,12 +102,20 @@ class Leases:
             with suppress(OSError):
                 self.folder.unlink(self.name(task))
 
-    def living(self) -> dict[int, str]:
-        """The tasks that living processes, this one included, have, and who has them."""
+    def living(self, touch: bool = True) -> dict[int, str]:
+        """The tasks that living processes, this one included, have, and who has them.
+
+        Args:
+            touch: ask the file server's clock, for which a file is made; else this machine's is taken.
+        """
         found = {}
         prefix = f"{self.plan8}-"
         for base in self.folder.names(LEASES):
-            if base.startswith(prefix) and base[len(prefix) :].isdecimal() and not self._is_dead(f"{LEASES}/{base}"):
+            if (
+                base.startswith(prefix)
+                and base[len(prefix) :].isdecimal()
+                and not self._is_dead(f"{LEASES}/{base}", touch)
+            ):
                 owner = self._owner(f"{LEASES}/{base}")
                 found[int(base[len(prefix) :])] = f"process {owner.pid} on {owner.host}" if owner else "?"
         return found
@@ -117,12 +126,14 @@ class Leases:
         except OSError:
             return None
 
-    def _is_dead(self, name: str) -> bool:
+    def _is_dead(self, name: str, touch: bool = True) -> bool:
         info = self.folder.stat(name)
         if info is None:
             return True
         owner = self._owner(name)
-        return (owner is not None and owner.is_dead()) or self._now() - info.st_mtime > self.stale
+        return (owner is not None and owner.is_dead()) or (
+            self._now() if touch else time.time()
+        ) - info.st_mtime > self.stale
 
     def _now(self) -> float:
         """The file server's clock: the clocks of two machines differ."""

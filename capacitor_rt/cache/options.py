@@ -22,6 +22,7 @@ class RunOptions:
         metrics: a file for `Meters.report`, kept up to date: JSON, or Prometheus text if its name ends in `.prom`.
         progress: show a bar on stderr.
         give_up: finish tasks in spite of inputs that failed for now (I/O errors and the like): they are quarantined.
+        retry_quarantined: try quarantined inputs again, and redo the tasks of those that can be decoded now.
         rank, world_size: of several processes that write one cache; they only choose where each one begins. None: the
             environment's RANK and WORLD_SIZE, or those of a Slurm array.
         backoff: seconds to wait before each further attempt at an input that failed for now.
@@ -37,6 +38,7 @@ class RunOptions:
     metrics: str | os.PathLike[str] | None = None
     progress: bool = True
     give_up: bool = False
+    retry_quarantined: bool = False
     rank: int | None = None
     world_size: int | None = None
     backoff: tuple[float, ...] = BACKOFF_SECONDS

@@ -33,6 +33,7 @@ from .plan import CacheRequest, Task
 from .prepare import PreparedRun, as_source, check_folder, outlook, prepare
 from .quarantine import quarantine_bytes, write_quarantine
 from .report import Report
+from .retry import quarantined, reopen, try_again
 from .store import TaskStore, repair_hint
 from .task_queue import TaskQueue, remove_stale
 
@@ -142,6 +143,8 @@ def _run(
         store = TaskStore(folder, plan, mutex, leases)
         for line in prepared.notes + _check(store, tasks):
             note(line)
+        if options.retry_quarantined:
+            note(_retry(prepared, store, workers, options))
         todo = [task for task in tasks if task.number not in store.commits]
         for line in outlook(prepared, folder.path, todo):
             note(line)
@@ -207,31 +210,23 @@ def _write_tasks(
     if first is None and not queue.left():
         return None
     left = sum(len(task) for task in todo)
-    quarantined, told = 0, time.monotonic()
+    failures, told = 0, time.monotonic()
     # a bar for a person, a line now and then for a log
     interval = 0.2 if os.isatty(2) else 30
     show = {"desc": "cache", "unit": "img", "disable": not options.progress, "mininterval": interval}
     with tqdm(total=plan.count, initial=plan.count - left, **show) as bar:
 
         def advance(count: int, failed: int) -> None:
-            nonlocal quarantined, told
-            quarantined += failed
-            if quarantined:
-                bar.set_postfix(quarantined=quarantined, refresh=False)
+            nonlocal failures, told
+            failures += failed
+            if failures:
+                bar.set_postfix(quarantined=failures, refresh=False)
             bar.update(count)
             if options.metrics is not None and time.monotonic() - told > METRICS_SECONDS:
                 told = time.monotonic()
                 write_metrics(options.metrics, pipeline.measure().report())
 
-        decoder = DecodePool(
-            prepared.source,
-            plan.policy,
-            plan.buckets,
-            workers=_workers(workers, prepared, todo),
-            image_timeout=options.image_timeout,
-            pixel_budget=options.pixel_budget,
-            backoff=options.backoff,
-        )
+        decoder = _pool(prepared, _workers(workers, prepared, todo), options)
         # the workers get ready while the model does
         with decoder:
             encoder = _encoder(prepared, source, note)
@@ -243,6 +238,32 @@ def _write_tasks(
     if options.metrics is not None:
         write_metrics(options.metrics, meters.report())
     return pipeline
+
+
+def _pool(prepared: PreparedRun, workers: int, options: RunOptions) -> DecodePool:
+    return DecodePool(
+        prepared.source,
+        prepared.plan.policy,
+        prepared.plan.buckets,
+        workers=workers,
+        image_timeout=options.image_timeout,
+        pixel_budget=options.pixel_budget,
+        backoff=options.backoff,
+    )
+
+
+def _retry(prepared: PreparedRun, store: TaskStore, workers: int | None, options: RunOptions) -> str:
+    """Try quarantined inputs again, and have the tasks of those that can be decoded now redone; what came of it."""
+    inputs = quarantined(store, prepared.tasks)
+    if not inputs:
+        return "nothing is quarantined"
+    tasks = Counter(inputs.values())
+    todo = [task for task in prepared.tasks if task.number in tasks]
+    better = try_again(store, inputs, _pool(prepared, _workers(workers, prepared, todo), options))
+    reopened = reopen(store, better)
+    return (
+        f"{better.total()} of {len(inputs)} quarantined inputs can be decoded now: {len(reopened)} tasks are done again"
+    )
 
 
 def _workers(wanted: int | None, prepared: PreparedRun, todo: list[Task]) -> int:

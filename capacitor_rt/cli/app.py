@@ -14,6 +14,7 @@ import typer
 from ..errors import CapacitorError, CheckpointError, InputError
 from ..version import __version__
 from .cache import cache, verify
+from .cache_status import diff, gc, status
 from .calibrate import calibrate
 from .calibrate_fp8 import calibrate_fp8
 from .doctor import doctor
@@ -34,7 +35,10 @@ app = typer.Typer(
     help="Fast runtime for the full_capacitor image autoencoder.",
 )
 
-for command in (encode, decode, inspect, cache, verify, export, push, psnr, view, probe, plan, doctor, tune, calibrate):
+for command in (
+    encode, decode, inspect, cache, verify, status, diff, gc, export, push, psnr, view, probe, plan, doctor, tune,
+    calibrate,
+):  # fmt: skip
     app.command()(command)
 app.command("calibrate-fp8")(calibrate_fp8)
 

@@ -82,7 +82,7 @@ def cache(
     backend: Backend = "auto",
     encode_precision: Annotated[
         str | None,
-        typer.Option("--encode-precision", help="fp8: encode in e4m3 by the scales of calibrate-fp8.", metavar="NAME"),
+        typer.Option("--encode-precision", help="Encode in fp8 (e4m3) by the scales of calibrate-fp8.", metavar="NAME"),
     ] = None,
     revision: Revision = None,
     source: Annotated[
@@ -106,6 +106,9 @@ def cache(
         list[str] | None,
         typer.Option(help="Column to keep in the index, of a table, of the .json in tar files, or of Parquet files."),
     ] = None,
+    retry_quarantined: Annotated[
+        bool, typer.Option("--retry-quarantined", help="Try quarantined inputs again, and cache those that can be now.")
+    ] = False,
     give_up: Annotated[
         bool,
         typer.Option(
@@ -153,6 +156,7 @@ def cache(
             workers=workers,
             progress=not quiet,
             give_up=give_up,
+            retry_quarantined=retry_quarantined,
             image_timeout=image_timeout,
             metrics=metrics,
             source=source,

@@ -1,0 +1,141 @@
+"""How far a cache is: what is done, who is at work, how fast, and whether the disk will do."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import CacheError
+from ..extras import require_extra
+from .commits import read_log
+from .folder import DAMAGED, GENERATIONS, INDEX, LEASES, TASKS, CacheFolder
+from .leases import Leases
+from .mutex import Mutex
+from .plan import PLAN, load_plan
+from .quarantine import quarantine_bytes
+
+WINDOW_SECONDS = 600.0
+"""Tasks that were finished within so long before the latest one tell the rate."""
+
+
+@dataclass
+class Status:
+    """What there is of a cache.
+
+    Attributes:
+        inputs, tasks: numbers that the plan has.
+        done_inputs, done_tasks, rows, nbytes: what is committed: inputs, tasks, rows with latents, bytes of latents.
+        quarantined: number of inputs by reason, of what is committed.
+        workers: who is at work on which task.
+        rate: inputs per second, lately; None where too little was done to tell.
+        left_seconds: until all is done, at that rate, if someone is at work.
+        left_nbytes: bytes of latents still to be written, at what inputs have taken so far.
+        free_nbytes: free on the disk.
+        litter_nbytes: of what `gc` would remove.
+    """
+
+    inputs: int
+    tasks: int
+    done_inputs: int = 0
+    done_tasks: int = 0
+    rows: int = 0
+    nbytes: int = 0
+    quarantined: Counter[str] = field(default_factory=Counter)
+    workers: dict[int, str] = field(default_factory=dict)
+    rate: float | None = None
+    left_seconds: float | None = None
+    left_nbytes: int = 0
+    free_nbytes: int = 0
+    litter_nbytes: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """For programs."""
+        return {**self.__dict__, "quarantined": dict(self.quarantined), "workers": list(self.workers.values())}
+
+
+def status(root: str | os.PathLike[str]) -> Status:
+    """How far a cache is. Nothing is changed, and only small files are read.
+
+    Raises:
+        CacheError: there is no cache, or its plan or a needed index is damaged.
+    """
+    for extra in ("pyarrow", "xxhash"):
+        require_extra(extra)
+    with CacheFolder(root) as folder:
+        plan = load_plan(folder)
+        if plan is None:
+            raise CacheError(f"{folder.path} is no latent cache: it has no {PLAN}")
+        found = Status(plan.count, plan.task_count, free_nbytes=shutil.disk_usage(folder.path).free)
+        commits = {n: c for n, c in read_log(folder).commits.items() if n < plan.task_count}
+        found.done_inputs = sum(c.inputs for c in commits.values())
+        found.done_tasks, found.rows = len(commits), sum(c.rows for c in commits.values())
+        found.nbytes = sum(c.data_bytes for c in commits.values())
+        lines = quarantine_bytes(folder, plan, commits).splitlines()
+        found.quarantined = Counter(json.loads(line)["reason"] for line in lines)
+        if folder.names(LEASES):
+            found.workers = Leases(folder, Mutex(folder), plan.plan8).living(touch=False)
+        found.rate = _rate({n: c.inputs for n, c in commits.items()}, folder, plan.index_name)
+        left = found.inputs - found.done_inputs
+        if found.rate and found.workers:
+            found.left_seconds = left / found.rate
+        if found.done_inputs:
+            found.left_nbytes = round(left * found.nbytes / found.done_inputs)
+        found.litter_nbytes = sum(size for _, size in litter(folder, set(found.workers), plan.plan8))
+    return found
+
+
+def _rate(inputs: dict[int, int], folder: CacheFolder, name: Any) -> float | None:
+    times = sorted((info.st_mtime, inputs[n]) for n in inputs if (info := folder.stat(name(n))) is not None)
+    recent = [(at, count) for at, count in times if at > times[-1][0] - WINDOW_SECONDS]
+    if len(recent) < 2 or recent[-1][0] <= recent[0][0]:
+        return None
+    # what the first of them has taken is not known
+    return sum(count for _, count in recent[1:]) / (recent[-1][0] - recent[0][0])
+
+
+def litter(folder: CacheFolder, living: set[int], plan8: str) -> list[tuple[str, int]]:
+    """Names and bytes of files that no run and no reader needs: what was moved away, and what killed runs have left."""
+    found = []
+    for sub in (DAMAGED, GENERATIONS):
+        found += [f"{sub}/{base}" for base in folder.names(sub)]
+    for name in folder.temporary():
+        sub, _, base = name.rpartition("/")
+        number = base.removeprefix(f"{plan8}-").partition(".")[0] if sub in (TASKS, INDEX) else ""
+        # one of no task is of whoever plans or accounts: of no one, once it is old
+        info = folder.stat(name)
+        is_old = info is not None and time.time() - info.st_mtime > WINDOW_SECONDS
+        if is_old and (not sub or (number.isdecimal() and int(number) not in living)):
+            found.append(name)
+    sizes = [(name, folder.stat(name)) for name in found]
+    return [(name, info.st_size) for name, info in sizes if info is not None]
+
+
+def collect(root: str | os.PathLike[str], *, dry_run: bool = False) -> list[tuple[str, int]]:
+    """Remove what no run and no reader needs; names and bytes. `dry_run` only names it.
+
+    Raises:
+        CacheError: there is no cache.
+    """
+    for extra in ("pyarrow", "xxhash"):
+        require_extra(extra)
+    with CacheFolder(root) as folder:
+        plan = load_plan(folder)
+        if plan is None:
+            raise CacheError(f"{folder.path} is no latent cache: it has no {PLAN}")
+        if dry_run:
+            return litter(folder, set(), plan.plan8)
+        with Mutex(folder) as mutex:
+            living = set(Leases(folder, mutex, plan.plan8).living()) if folder.names(LEASES) else set()
+            found = litter(folder, living, plan.plan8)
+            for name, _ in found:
+                folder.unlink(name)
+            for sub in (DAMAGED, GENERATIONS):
+                folder.remove_folder(sub)
+            if not living:
+                mutex.remove()
+    return found

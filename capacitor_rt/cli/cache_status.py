@@ -1,0 +1,84 @@
+"""`capacitor-rt status`, `diff` and `gc`: looking at caches, and clearing them of what nobody needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .interrupts import bytes_text
+from .terminal import echo, echo_json, note
+
+
+def status(
+    root: Annotated[Path, typer.Argument(help="Folder of the cache.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Say how far a cache is, who is at work on it, how fast, and whether the disk will do.
+
+    Ends with 0 if every input is done, 1 if some are still to be done.
+    """
+    from ..cache.status import status as look
+
+    found = look(root)
+    unfinished = found.done_tasks < found.tasks
+    if as_json:
+        echo_json(found.to_json())
+        raise typer.Exit(int(unfinished))
+    done = f"{found.done_inputs} of {found.inputs} inputs are done ({found.done_inputs / found.inputs:.1%})"
+    echo(f"{done}, {found.done_tasks} of {found.tasks} tasks")
+    echo(f"{found.rows} rows, {bytes_text(found.nbytes)} of latents")
+    for reason, count in found.quarantined.most_common():
+        echo(f"quarantined: {reason} {count}")
+    for task, who in sorted(found.workers.items()):
+        echo(f"task {task}: {who}")
+    if unfinished:
+        _print_outlook(found.rate, found.left_seconds, found.left_nbytes, found.free_nbytes)
+    if found.litter_nbytes:
+        echo(f"{bytes_text(found.litter_nbytes)} can be removed by `capacitor-rt gc {root}`")
+    raise typer.Exit(int(unfinished))
+
+
+def _print_outlook(rate: float | None, seconds: float | None, left: int, free: int) -> None:
+    if rate is not None:
+        when = f", {seconds / 3600:.1f} h to go" if seconds is not None else ", and nobody is at work now"
+        echo(f"{rate:.1f} inputs/s lately{when}")
+    if left:
+        enough = "" if left <= free else ": too little, free some"
+        echo(f"about {bytes_text(left)} are still to be written, {bytes_text(free)} are free{enough}")
+
+
+def diff(
+    old: Annotated[Path, typer.Argument(help="Folder of a cache.")],
+    new: Annotated[Path, typer.Argument(help="Folder of another.")],
+) -> None:
+    """Say what differs between two caches: settings, and inputs added, removed, changed or encoded otherwise.
+
+    Ends with 0 if they are the same, 1 if they differ.
+    """
+    from ..cache.compare import compare
+
+    found = compare(old, new)
+    for line in found.settings:
+        echo(line)
+    for kind, count in found.counts.items():
+        if count:
+            shown = ", ".join(map(repr, found.examples[kind])) + (", ..." if count > len(found.examples[kind]) else "")
+            echo(f"{count} {kind}: {shown}")
+    echo(f"{found.same} the same")
+    raise typer.Exit(int(bool(found)))
+
+
+def gc(
+    root: Annotated[Path, typer.Argument(help="Folder of the cache.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be removed, and remove nothing.")] = False,
+) -> None:
+    """Remove what a repaired or retried cache has moved away, and what killed runs have left."""
+    from ..cache.status import collect
+
+    found = collect(root, dry_run=dry_run)
+    for name, size in found:
+        note(f"{name}: {bytes_text(size)}")
+    done = "would be removed" if dry_run else "removed"
+    echo(f"{len(found)} files, {bytes_text(sum(size for _, size in found))} {done}")
