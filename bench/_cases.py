@@ -6,6 +6,7 @@ and dtypes, its options are the plan's, launch config included, and its FLOPs an
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from capacitor_kernels.launch import Launch, recording
 from capacitor_kernels.ops.attention import work as attention_work
 from capacitor_kernels.ops.whiten import work as whiten_work
 from capacitor_rt import ModelConfig
+from capacitor_rt.config import DicoConfig
 from capacitor_rt.runtime.arena import TensorSpec
 from capacitor_rt.runtime.host_ops import host_function
 from capacitor_rt.runtime.launch_cases import as_in_the_model, squares
@@ -102,7 +104,9 @@ class Case:
 
 
 def make_case(op: str, images: Images, model: ModelConfig, dtype: torch.dtype, cc: int) -> Case:
-    """The case of one op: the first step of it in the plan that has one."""
+    """The case of one op: the first step of it in the plan that has one, of a sibling's where `model`'s has none."""
+    if op in OF_SIBLINGS:
+        model = dataclasses.replace(model, dico=DicoConfig("irdiffae_v1"))
     if op in BY_HAND:
         step, specs = BY_HAND[op](images, model, dtype, cc)
     else:
@@ -164,6 +168,10 @@ def _expand(y: Tensor, w1: Tensor, b1: Tensor, sumsq: Tensor, tokens_per_image: 
     return reference.expand(y, w1, b1, sumsq, tokens_per_image=tokens_per_image)
 
 
+def _channel_attention(partials: Tensor, w: Tensor, b: Tensor, tokens_per_image: int) -> Tensor:
+    return reference.channel_attention(partials.sum(1), w, b, tokens_per_image=tokens_per_image)
+
+
 def _grn(partials: Tensor, gamma: Tensor) -> Tensor:
     return reference.grn(partials.sum(1), gamma)
 
@@ -181,7 +189,9 @@ PLAIN: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
     "dwconv": (reference.dwconv, ("y", "sumsq")),
     "expand": (_expand, ("h", "partials")),
     "grn": (_grn, ("gain",)),
+    "channel_attention": (_channel_attention, ("factor",)),
     "project": (reference.project, ("out",)),
+    "rmsnorm": (reference.rmsnorm, ("out",)),
     "head": (_head, ("latents",)),
     "fuse_skip": (reference.fuse_skip, ("out",)),
     "unpatchify": (reference.unpatchify, ("image",)),
@@ -189,6 +199,7 @@ PLAIN: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
     "attention": (_attention, ("out",)),
 }
 DECODES = ("fuse_skip", "unpatchify")
+OF_SIBLINGS = ("channel_attention", "rmsnorm")
 # an op leaves sums per tile, the plain function sums over all of them
 REDUCED: dict[str, Callable[[Tensor], Tensor]] = {
     "sumsq": lambda t: t.sum(1, keepdim=True),

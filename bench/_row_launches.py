@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from capacitor_kernels.launch import Launch
     from capacitor_kernels.tuning import ConfigRow
     from capacitor_rt import ModelConfig
+    from capacitor_rt.runtime.plan import LaunchPlan, Step
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "uint8": "uint8"}
 THROUGHPUT_BATCH = 32
@@ -91,7 +92,7 @@ def launches_at(
     found: dict[Any, tuple[str, dict[str, int], Launch, list[Call]]] = {}
     users: list[Call] = []
     torch_dtype = getattr(torch, _DTYPES[dtype])
-    for model in dict.fromkeys(_shallow(config) for config in KNOWN_MODELS.values() if config.dico is None):
+    for model in dict.fromkeys(_shallow(config) for config in KNOWN_MODELS.values()):
         for call in calls(dtype):
             users.append(call)
             for batch in (1,) if use == "latency" else (THROUGHPUT_BATCH, ODD_BATCH):
@@ -117,7 +118,7 @@ def _by_plans(row: ConfigRow) -> Iterator[tuple[Call, list[Launch]]]:
 
     dtype = getattr(torch, _DTYPES[row.dtype])
     batch = 1 if row.use == "latency" else THROUGHPUT_BATCH
-    for model in dict.fromkeys(_shallow(config) for config in KNOWN_MODELS.values() if config.dico is None):
+    for model in dict.fromkeys(_shallow(config) for config in KNOWN_MODELS.values()):
         if row.shape.get("dim", model.model_dim) != model.model_dim:
             continue
         for call in calls(row.dtype):
@@ -129,13 +130,33 @@ def _by_plans(row: ConfigRow) -> Iterator[tuple[Call, list[Launch]]]:
                     plan = make_plan(model, key)
                 if dict(row.shape) in seen:
                     for step, launches in trace(plan):
-                        if step.op == row.family:
+                        if step.op == row.family and _is_of(plan, step, row):
                             yield call, launches
+
+
+def _is_of(plan: LaunchPlan, step: Step, row: ConfigRow) -> bool:
+    """Whether a step is of the row's own shape, which the row's config was forced on every step of its op for."""
+    weight = {"expand": ("w1", "dim", "hidden"), "project": ("w2", "hidden", "dim"), "patchify": ("w", "depth", "dim")}
+    if row.family not in weight:
+        return True
+    argument, *sizes = weight[row.family]
+    return plan.spec(step.args[argument]).shape == tuple(row.shape[size] for size in sizes)
 
 
 def _shallow(config: ModelConfig) -> ModelConfig:
     """One block of each kind: more of them queue the same launches again."""
-    return dataclasses.replace(config, encoder_depth=1, decoder_depth=3, decoder_start_blocks=1, decoder_end_blocks=1)
+    if config.dico is not None and config.dico.is_flat:
+        return dataclasses.replace(config, encoder_depth=min(config.encoder_depth, 2), decoder_depth=2)
+    # of DiCo blocks the last one of a chain leaves no sums behind
+    deep = 1 if config.dico is None else 2
+    start = end = deep
+    return dataclasses.replace(
+        config,
+        encoder_depth=deep,
+        decoder_depth=start + 1 + end,
+        decoder_start_blocks=start,
+        decoder_end_blocks=end,
+    )
 
 
 def _grids(row: ConfigRow) -> list[tuple[int, int]]:
@@ -146,7 +167,7 @@ def _grids(row: ConfigRow) -> list[tuple[int, int]]:
         tokens = row.shape["tokens_per_image"]
         height = next(n for n in range(math.isqrt(tokens), 0, -1) if tokens % n == 0)
         return [(height, tokens // height)]
-    # GRN's tiles follow from what expand makes of an image
+    # tiles follow from what expand or dwconv makes of an image
     return [(8, 8), (16, 16), (32, 32), (64, 64)]
 
 

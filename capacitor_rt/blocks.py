@@ -161,14 +161,13 @@ class DicoBlock(nn.Module):
             gate1, gate2 = torch.tanh(gate1), torch.tanh(gate2)
         return scale1, gate1, scale2, gate2
 
-    def own_gates(self) -> tuple[Tensor, Tensor]:
-        """The encoder's gates `[D]` of both paths, as they multiply."""
-        raw = (self.gate_conv, self.gate_mlp)
-        return (torch.tanh(raw[0]), torch.tanh(raw[1])) if self.reading.encoder_gate == "tanh" else raw
+    def own_gates(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        """The encoder's learned gates `[D]` of both paths, as they multiply."""
+        return (torch.tanh(first), torch.tanh(second)) if self.reading.encoder_gate == "tanh" else (first, second)
 
     def forward(self, x: Tensor, modulation: Tensor | None = None) -> Tensor:
         if modulation is None:
-            gate1, gate2 = (gate[:, None, None] for gate in self.own_gates())
+            gate1, gate2 = (gate[:, None, None] for gate in self.own_gates(self.gate_conv, self.gate_mlp))
             mid = x + gate1 * self.mix(self.norm1(x))
             return mid + gate2 * self.mlp(self.norm2(mid))
         scale1, gate1, scale2, gate2 = (m[:, :, None, None].to(x.dtype) for m in self.split(modulation))

@@ -73,17 +73,18 @@ def unit_noise(shape: tuple[int, ...], seed: int | None, device: torch.device, s
     return noise.to(device, non_blocking=True)
 
 
-def token_mask(shape: Sequence[int], ratio: float, seed: int | None) -> Tensor:
-    """Tokens that guidance by tokens drops: bool `[B,1,h,w]` for latents of `shape [B,Z,h,w]`, on the CPU.
+def token_mask(shape: Sequence[int], ratio: float, seed: int | None, device: torch.device | str = "cpu") -> Tensor:
+    """Tokens that guidance by tokens drops: bool `[B,1,h,w]` for latents of `shape [B,Z,h,w]`.
 
-    Of each group of 2x2 tokens the share `ratio`, chosen at random by `seed`. How the published code draws its mask is
-    not known: only the groups are.
+    Of each group of 2x2 tokens the share `ratio`, chosen at random by `seed`, the same on every device. How the
+    published code draws its mask is not known: only the groups are. Nothing waits for the device.
     """
     batch, _, height, width = shape
     generator = None if seed is None else torch.Generator("cpu").manual_seed(seed)
     groups = (batch, 4, -(-height // 2), -(-width // 2))
     order = torch.rand(groups, generator=generator, device="cpu").argsort(1)
-    return pixel_shuffle((order < round(4 * ratio)).float(), 2)[..., :height, :width].bool()
+    mask = pixel_shuffle((order < round(4 * ratio)).float(), 2)[..., :height, :width].bool().contiguous()
+    return mask.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else mask.to(device)
 
 
 def ddim(predict_x0: PredictX0, x: Tensor, levels: list[NoiseLevel]) -> Tensor:

@@ -156,13 +156,17 @@ class FullCapacitor(PretrainedAutoencoder):
         if noise is None:
             # for the whole batch, however it is split: a seed gives the same image
             noise = self._noise(shape, inference, latents)
-        if self._traced(latents):
+        if drop == "tokens" and dropped is None:
+            dropped = self._dropped(latents, inference.seed)
+        if drop != "tokens" and self._traced(latents):
             settings = (inference.num_steps, inference.sampler, inference.schedule)
             guidance = (inference.pdg, float(inference.pdg_strength))
             z = self._bottleneck(latents)
             return _write(torch.ops.capacitor_rt.decode(z, noise, self._number, *settings, *guidance), out)
         image = self._by_triton(
-            "decoder", latents, lambda runtime: runtime.decode(self._bottleneck(latents), noise, inference, out)
+            "decoder",
+            latents,
+            lambda runtime: runtime.decode(self._bottleneck(latents), noise, inference, out, dropped),
         )
         if image is not None:
             return image

@@ -189,7 +189,7 @@ class Autoencoder(nn.Module):
         z = z.to(self.dtype)
         drop = inference.drop_for(self.config)
         if drop == "tokens" and dropped is None and self.config.dico is not None:
-            dropped = token_mask(z.shape, self.config.dico.pdg_mask_ratio, inference.seed).to(z.device)
+            dropped = token_mask(z.shape, self.config.dico.pdg_mask_ratio, inference.seed, z.device)
         dropped = dropped if drop == "tokens" else None
 
         def predict_x0(x_t: Tensor, t: float) -> Tensor:

@@ -9,17 +9,33 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-OPS = ("patchify", "dwconv", "expand", "grn", "project", "head", "fuse_skip", "unpatchify", "whiten", "attention")
+OPS = (
+    "patchify",
+    "dwconv",
+    "expand",
+    "grn",
+    "channel_attention",
+    "project",
+    "rmsnorm",
+    "head",
+    "fuse_skip",
+    "unpatchify",
+    "whiten",
+    "attention",
+)
 _MODULES = ("jit", "launch", "ops", "reference", "tuning", "user_rows")
 _NAMES = {
     **{name: f"ops.{name}" for name in OPS},
     "GemmConfig": "tuning",
+    "channel_attention_sums_shape": "ops.channel_attention",
     "compute_capability": "launch",
     "dewhiten": "ops.whiten",
+    "dwconv_partials_shape": "ops.dwconv",
     "dwconv_sumsq_shape": "ops.dwconv",
     "expand_partials_shape": "ops.expand",
     "lookup": "tuning",
     "pack_patchify_weight": "ops.patchify",
+    "project_sumsq_shape": "ops.project",
     "project_workspace_shape": "ops.project",
 }
 __all__ = ["OPS", *sorted(_NAMES), *_MODULES]

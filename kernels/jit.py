@@ -53,14 +53,52 @@ def gelu_erf(x):
 
 @triton.jit
 def gelu(x, KIND: tl.constexpr):
-    """GELU of a float32 tile; KIND is "fit" or "erf"."""
-    return gelu_erf(x) if KIND == "erf" else gelu_fit(x)
+    """GELU of a float32 tile; KIND is "fit" or "erf", or "none" for the tile as it is."""
+    if KIND == "none":
+        return x
+    else:
+        return gelu_erf(x) if KIND == "erf" else gelu_fit(x)
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)) of a float32 tile, within 4 ulp; zero below -88."""
+    return reciprocal_approx(1.0 + exp2_approx(x * -1.4426950408889634))
+
+
+@triton.jit
+def silu(x):
+    """x * sigmoid(x) of a float32 tile."""
+    return x * sigmoid(x)
 
 
 @triton.jit
 def add_scaled(a, g):
     """a + a*g in the tile's own dtype with one rounding: one HFMA2 for two bfloat16 elements."""
     return tl.fma(a, g, a)
+
+
+@triton.jit
+def scaled(a, g, KIND: tl.constexpr):
+    """A tile times what meets it on its way to the tensor cores: KIND "add" is a + a*g, "multiply" a*g."""
+    return add_scaled(a, g) if KIND == "add" else a * g
+
+
+@triton.jit
+def ordered_sum(partials_ptr, image, tiles, offs_f, HIDDEN: tl.constexpr, UNROLL: tl.constexpr):
+    """Sum of an image's partials `[B, tiles, HIDDEN]` in tile order; UNROLL loads are in flight at a time."""
+    acc = tl.zeros(offs_f.shape, dtype=tl.float32)
+    ptrs = partials_ptr + image.to(tl.int64) * tiles * HIDDEN + offs_f
+    tile = tl.full((), 0, tl.int32)
+    # not range(): the interpreter of Triton 3.6 cannot take its bounds from an argument under numpy 2.4
+    while tile < tiles:
+        for ahead in tl.static_range(UNROLL):
+            # one comparison of a block: Triton 3.9's interpreter gets `block & scalar` wrong
+            last = tl.where(tile + ahead < tiles, HIDDEN, 0)
+            acc += tl.load(ptrs, mask=offs_f < last, other=0.0)
+            ptrs += HIDDEN
+        tile += UNROLL
+    return acc
 
 
 @triton.jit

@@ -28,15 +28,21 @@ def expand(
     sumsq: torch.Tensor,
     *,
     tokens_per_image: int,
+    scaled_sumsq: torch.Tensor | None = None,
     eps: float = 1e-6,
     gelu: str = "erf",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(h [T, F], sums [B, F]): h = gelu(rmsnorm(y) @ w1 + b1) and the sums of h^2 over each image."""
+    """(h [T, F], sums [B, F]): h = gelu(rmsnorm(y) @ w1 + b1) and the sums of h^2 over each image.
+
+    `scaled_sumsq` are those of y times what w1 has folded in, for a second norm; gelu "none" is no activation.
+    """
     wide = _wide(y.dtype)
     rstd = torch.rsqrt(sumsq.to(wide).sum(1, keepdim=True) / y.shape[1] + eps)
+    if scaled_sumsq is not None:
+        rstd = rstd * torch.rsqrt(rstd.square() * scaled_sumsq.to(wide).sum(1, keepdim=True) / y.shape[1] + eps)
     normed = (y.to(wide) * rstd).to(y.dtype)
     pre = normed @ w1.to(y.dtype) + b1.to(y.dtype)
-    h = gelu_fit(pre) if gelu == "fit" else F.gelu(pre)
+    h = pre if gelu == "none" else gelu_fit(pre) if gelu == "fit" else F.gelu(pre)
     return h, h.to(wide).square().view(-1, tokens_per_image, h.shape[1]).sum(1)
 
 
@@ -48,17 +54,50 @@ def grn(sums: torch.Tensor, gamma: torch.Tensor, *, eps: float = 1e-6) -> torch.
 
 def project(
     h: torch.Tensor,
-    gain: torch.Tensor,
+    gain: torch.Tensor | None,
     w2: torch.Tensor,
     b2: torch.Tensor,
     residual: torch.Tensor,
     *,
     tokens_per_image: int,
+    multiply: bool = False,
 ) -> torch.Tensor:
-    """out [T, D] = (h * (1 + gain)) @ w2 + b2 + residual, one gain row [F] per image."""
-    per_token = gain.to(h.dtype).repeat_interleave(tokens_per_image, dim=0)
-    scaled = h + h * per_token
+    """out [T, D] = (h * (1 + gain)) @ w2 + b2 + residual, one gain row [F] per image.
+
+    With `multiply` h is multiplied by the gain itself; without a gain it is taken as it is.
+    """
+    scaled = h
+    if gain is not None:
+        per_token = gain.to(h.dtype).repeat_interleave(tokens_per_image, dim=0)
+        scaled = h * per_token if multiply else h + h * per_token
     return residual.to(h.dtype) + (scaled @ w2.to(h.dtype) + b2.to(h.dtype))
+
+
+def rmsnorm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, eps: float = 1e-6) -> torch.Tensor:
+    """out [T, D] = x / sqrt(mean_c x^2 + eps) * weight + bias, in float32 or better, rounded once."""
+    wide = x.to(_wide(x.dtype))
+    normed = wide * torch.rsqrt(wide.square().mean(1, keepdim=True) + eps)
+    return (normed * weight.to(wide.dtype) + bias.to(wide.dtype)).to(x.dtype)
+
+
+def row_squares(x: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
+    """[T, 1]: the sums over channels of x^2, or of (scale * x)^2, in float32 or better."""
+    wide = x.to(_wide(x.dtype))
+    return (wide if scale is None else wide * scale.to(wide.dtype)).square().sum(1, keepdim=True)
+
+
+def channel_attention(sums: torch.Tensor, w: torch.Tensor, b: torch.Tensor, *, tokens_per_image: int) -> torch.Tensor:
+    """factor [B, D] = sigmoid(sums / tokens_per_image @ w + b), sums [B, D] over each image, in the dtype of w."""
+    mean = (sums / tokens_per_image).to(w.dtype)
+    return torch.sigmoid(mean @ w + b.to(w.dtype))
+
+
+def dwconv_silu(
+    x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, *, batch: int, height: int, width: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(y [T, C], sums [B, C]): y = silu(depthwise 7x7 of x plus b), and its sums over each image."""
+    y = F.silu(dwconv(x, w, b, batch=batch, height=height, width=width)[0])
+    return y, y.to(_wide(y.dtype)).view(batch, -1, y.shape[1]).sum(1)
 
 
 def dwconv(
@@ -74,7 +113,7 @@ def dwconv(
 
 
 def patchify(
-    image: torch.Tensor,
+    image: torch.Tensor | None,
     w: torch.Tensor,
     b: torch.Tensor,
     *,
@@ -82,7 +121,14 @@ def patchify(
     layout: str = "nchw",
     latents: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """tokens [T, D]: patches (K in the layout's order), followed by latents, times w plus b, in the dtype of w."""
+    """tokens [T, D]: patches (K in the layout's order), followed by latents, times w plus b, in the dtype of w.
+
+    Without an image it is the latents alone.
+    """
+    if image is None:
+        if latents is None:
+            raise ValueError("neither image nor latents")
+        return latents.permute(0, 2, 3, 1).reshape(-1, latents.shape[1]).to(w.dtype) @ w + b.to(w.dtype)
     if image.dtype == torch.uint8:
         image = image.to(_wide(w.dtype)) / 127.5 - 1.0
     nchw = image if layout == "nchw" else image.permute(0, 3, 1, 2)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..checks import IMAGE_DTYPES, LATENT_DTYPES, check_choice, check_dtype, odd_range
 from ..config import FullCapacitorInferenceConfig, ModelConfig
-from ..diffusion import unit_noise
+from ..diffusion import token_mask, unit_noise
 from ..errors import InputError, NotFoldableError
 from ..reference import Autoencoder
 from . import ops
@@ -100,7 +100,7 @@ class ServedAutoencoder(Autoencoder):
             InputError: the Triton backend was asked for where it cannot run.
         """
         if self._runtime is None and self._fast:
-            why = _why_not_launched(self.config) or why_not_triton(self.device)
+            why = why_not_triton(self.device)
             if why is not None:
                 raise InputError(f"{why}, or use backend='torch'")
             if self.device.type == "cuda":
@@ -302,6 +302,16 @@ class ServedAutoencoder(Autoencoder):
                 f"{amount(free_bytes(like.device))} are free on {like.device}: decode fewer at a time"
             ) from error
 
+    def _dropped(self, like: Tensor, seed: int | None) -> Tensor:
+        """Tokens that guidance by tokens leaves out, for the whole batch of latents."""
+        if like.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise InputError(
+                "the tokens that guidance leaves out are drawn on the CPU, which a CUDA graph that is being captured "
+                "cannot do: pass dropped="
+            )
+        ratio = self.config.dico.pdg_mask_ratio if self.config.dico is not None else 0.0
+        return token_mask(like.shape, ratio, seed, like.device)
+
     def _noise_of_a_seed(self, what: tuple[tuple[int, ...], int, str], device: torch.device) -> Tensor:
         """Noise of a (shape, seed, source) on a GPU, kept by stream: another one would have to wait for the copy."""
         with _drawing:
@@ -377,7 +387,6 @@ class ServedAutoencoder(Autoencoder):
             return self._backend
         config = self.config
         fits = config.in_channels == 3 and config.depthwise_kernel_size == 7 and dtype in HALF_DTYPES
-        fits = fits and _why_not_launched(config) is None
         return "triton" if fits and device.type == "cuda" and why_not_triton(device) is None else "torch"
 
     def _drop_runtime(self) -> None:
@@ -400,13 +409,6 @@ class ServedAutoencoder(Autoencoder):
         self._number = ops.register(self)
         if self._as_loaded is not None:
             self._as_loaded = self._as_loaded.copied(self)
-
-
-def _why_not_launched(config: ModelConfig) -> str | None:
-    """Why there are no launches for an architecture; None where there are."""
-    if config.dico is None:
-        return None
-    return f"the Triton backend has no launches for the channel attention of {config.dico.sibling}: use backend='auto'"
 
 
 def _loaded(model: ServedAutoencoder, _keys: object) -> None:

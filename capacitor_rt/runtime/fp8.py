@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -27,7 +28,8 @@ from capacitor_kernels import reference
 
 from ..errors import InputError
 from ..reference import Autoencoder, Posterior
-from .fold import PackedBlock, PackedEncoder, fold_encoder, pack
+from .fold import fold_encoder
+from .packed import PackedBlock, PackedEncoder, pack
 
 E4M3_LARGEST = 448.0
 HEADROOM = 2.0
@@ -143,7 +145,7 @@ class Fp8Encoder:
         self.blocks: tuple[Fp8Block, ...] | None = None
         if ranges is not None:
             check_ranges(ranges, len(folded.blocks), model.config.hidden_dim)
-            exact = (pack(block, torch.float32, self.device) for block in folded.blocks)
+            exact = (pack(block, torch.float32, self.device) for block in cast("list[PackedBlock]", folded.blocks))
             self.blocks = tuple(fp8_block(b, seen, dtype) for b, seen in zip(exact, ranges, strict=True))
 
     @torch.no_grad()
@@ -183,7 +185,7 @@ class Fp8Encoder:
         grid: tuple[int, int],
         observe: Callable[[int, BlockRange], None] | None,
     ) -> Tensor:
-        packed, per_image = self.packed.blocks[i], math.prod(grid)
+        packed, per_image = cast("PackedBlock", self.packed.blocks[i]), math.prod(grid)
         y, sumsq = reference.dwconv(x, packed.dw_w, packed.dw_b, batch=batch, height=grid[0], width=grid[1])
         if self.blocks is None:
             options = {"tokens_per_image": per_image, "gelu": "fit"}

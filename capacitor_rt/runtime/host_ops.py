@@ -1,4 +1,4 @@
-"""The ops that steps of a plan name: those of `capacitor_kernels`, and two in plain torch. Each knows its work."""
+"""The ops that steps of a plan name: those of `capacitor_kernels`, and a few in plain torch. Each knows its work."""
 
 from __future__ import annotations
 
@@ -36,9 +36,34 @@ def _combine_work(*, out: TensorSpec, coefficients: tuple[float, ...], **images:
     return Work((2 * passes - 1) * out.numel, (3 * passes - 1) * out.nbytes)
 
 
+def drop_tokens(*, x: Tensor, row: Tensor, dropped: Tensor, out: Tensor) -> None:
+    """`out [T,D]` is `x [T,D]`, or `row [D]` where `dropped [B,1,h,w]` is not zero; allocates a mask of T."""
+    torch.where(dropped.view(-1, 1) != 0, row, x, out=out)
+
+
+def _drop_tokens_work(*, x: TensorSpec, row: TensorSpec, dropped: TensorSpec, out: TensorSpec) -> Work:
+    return Work(0, x.nbytes + row.nbytes + dropped.nbytes + out.nbytes)
+
+
+def drop_latents(*, latents: Tensor, dropped: Tensor, out: Tensor) -> None:
+    """`out [B,Z+1,h,w]`: latents `[B,Z,h,w]`, zero where `dropped [B,1,h,w]` is one, then `dropped` itself."""
+    channels = latents.shape[1]
+    kept, mask = out[:, :channels], out[:, channels:]
+    mask.copy_(dropped)
+    kept.copy_(latents)
+    # zero times what is not finite would not be zero
+    kept.masked_fill_(mask != 0, 0.0)
+
+
+def _drop_latents_work(*, latents: TensorSpec, dropped: TensorSpec, out: TensorSpec) -> Work:
+    return Work(0, latents.nbytes + dropped.nbytes + 2 * out.nbytes)
+
+
 _PLAIN: dict[str, tuple[Callable[..., None], Callable[..., Work]]] = {
     "broadcast": (broadcast, _broadcast_work),
     "combine": (combine, _combine_work),
+    "drop_latents": (drop_latents, _drop_latents_work),
+    "drop_tokens": (drop_tokens, _drop_tokens_work),
 }
 
 

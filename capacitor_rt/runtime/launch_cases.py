@@ -17,7 +17,7 @@ from torch import Tensor
 from capacitor_kernels import dewhiten, reference, tuning, whiten
 from capacitor_kernels.launch import INTERPRETED, Launch, dtype_name, recording
 
-from ..config import ModelConfig
+from ..config import DicoConfig, ModelConfig
 from .arena import TensorSpec
 from .host_ops import host_function
 from .plan import PlanKey, Step, make_plan
@@ -27,10 +27,12 @@ Tensors = dict[str, Tensor]
 # op -> arguments that it writes
 OUTPUTS: dict[str, tuple[str, ...]] = {
     "patchify": ("tokens",),
-    "dwconv": ("y", "sumsq"),
+    "dwconv": ("y", "sumsq", "partials"),
     "expand": ("h", "partials"),
     "grn": ("gain", "norms"),
-    "project": ("out", "workspace"),
+    "channel_attention": ("factor", "sums"),
+    "project": ("out", "sumsq", "scaled_sumsq", "workspace"),
+    "rmsnorm": ("out", "sumsq"),
     "head": ("latents", "mean", "logsnr"),
     "fuse_skip": ("out",),
     "unpatchify": ("image",),
@@ -41,6 +43,7 @@ OUTPUTS: dict[str, tuple[str, ...]] = {
 # an op leaves sums per tile, plain torch the sum of all
 SUMMED: dict[str, Callable[[Tensor], Tensor]] = {
     "sumsq": partial(torch.sum, dim=1, keepdim=True),
+    "scaled_sumsq": partial(torch.sum, dim=1, keepdim=True),
     "partials": partial(torch.sum, dim=1),
 }
 
@@ -103,6 +106,8 @@ class LaunchCase:
         given = {a: _values(self.step, a, s, draw, place).to(device) for a, s in self.specs.items() if a not in written}
         if self.step.op == "expand":
             given["sumsq"] = squares(given["y"], self.specs["sumsq"].shape[1])
+            if "scaled_sumsq" in given:
+                given["scaled_sumsq"] = squares(given["y"] * 1.5, self.specs["scaled_sumsq"].shape[1])
         # what a launch leaves out shows
         out = {a: torch.full(self.specs[a].shape, math.nan, dtype=self.specs[a].dtype, device=device) for a in written}
         return Prepared(partial(self._op, **given, **out, **self.step.options), given, out)
@@ -128,18 +133,32 @@ class LaunchCase:
         o, specs = self.step.options, self.specs
         match self.step.op:
             case "patchify":
-                return {"tokens": reference.patchify(**t, patch=o["patch"], layout=o["layout"])}
+                image = {"image": t.get("image")}
+                return {"tokens": reference.patchify(**{**t, **image}, patch=o["patch"], layout=o["layout"])}
+            case "dwconv" if "partials" in specs:
+                y, sums = reference.dwconv_silu(**t, batch=o["batch"], height=o["height"], width=o["width"])
+                return {"y": y, "partials": sums}
             case "dwconv":
                 y, sumsq = reference.dwconv(**t, batch=o["batch"], height=o["height"], width=o["width"])
                 return {"y": y, "sumsq": sumsq}
             case "expand":
-                h, partials = reference.expand(**t, tokens_per_image=o["tokens_per_image"])
-                return {"h": h, "partials": partials}
+                # the fit is judged against the exact GELU
+                gelu = "none" if o["gelu"] == "none" else "erf"
+                h, partials = reference.expand(**t, tokens_per_image=o["tokens_per_image"], gelu=gelu)
+                return {"h": h, "partials": partials} if "partials" in specs else {"h": h}
             case "grn":
                 sums = t["partials"].sum(1)
                 return {"gain": reference.grn(sums, t["gamma"]), "norms": sums.sqrt()}
+            case "channel_attention":
+                sums = t["partials"].sum(1)
+                per_image = o["tokens_per_image"]
+                return {"factor": reference.channel_attention(sums, t["w"], t["b"], tokens_per_image=per_image)}
             case "project":
-                return {"out": reference.project(**t, tokens_per_image=o["tokens_per_image"])}
+                return self._project(t)
+            case "rmsnorm":
+                written = {"out": reference.rmsnorm(t["x"], t["weight"], t["bias"])} if "out" in specs else {}
+                sumsq = {"sumsq": reference.row_squares(written.get("out", t["x"]))} if "sumsq" in specs else {}
+                return written | sumsq
             case "head":
                 _, channels, *grid = next(specs[name] for name in ("latents", "mean") if name in specs).shape
                 found = reference.head(**t, grid=(grid[0], grid[1]), channels=channels, norm=o["norm"])
@@ -157,6 +176,15 @@ class LaunchCase:
                 return {"out": reference.attention(**t, tokens_per_image=o["tokens_per_image"])}
             case _:
                 return {"out": reference.dewhiten(**t)}
+
+    def _project(self, t: Mapping[str, Tensor]) -> Tensors:
+        o = self.step.options
+        operands = {"gain": None, **{name: t[name] for name in ("h", "gain", "w2", "b2", "residual") if name in t}}
+        options = {"tokens_per_image": o["tokens_per_image"], "multiply": o.get("multiply", False)}
+        out = reference.project(**operands, **options)
+        sums = {"sumsq": reference.row_squares(out)} if "sumsq" in self.specs else {}
+        scaled = {"scaled_sumsq": reference.row_squares(out, t["scale"])} if "scaled_sumsq" in self.specs else {}
+        return {"out": out, **sums, **scaled}
 
 
 def cases(at: Sizes, dtype: torch.dtype, cc: int) -> Iterator[LaunchCase]:
@@ -179,8 +207,32 @@ def cases(at: Sizes, dtype: torch.dtype, cc: int) -> Iterator[LaunchCase]:
             if case.name not in seen:
                 seen.add(case.name)
                 yield case
+    yield from _siblings(at, dtype, cc)
     yield from _whitening(at, dtype, cc)
     yield from _attention(at, dtype, cc)
+
+
+def _siblings(at: Sizes, dtype: torch.dtype, cc: int) -> Iterator[LaunchCase]:
+    """Every form that plans of the models with channel attention have beside those above."""
+    # two blocks: the last one of a chain leaves no sums of squares
+    config = replace(at.config, encoder_depth=2, dico=DicoConfig("irdiffae_v1"))
+    asked = (
+        _key("encode", 2, config, at.even, dtype, torch.uint8, "nchw", cc),
+        _key("decode", 2, config, at.masked, dtype, torch.float32, "nchw", cc),
+        _key("encode", 1, config, at.even, dtype, torch.uint8, "nchw", cc, "latency"),
+        _key("encode", 1, config, at.many, dtype, torch.uint8, "nchw", cc),
+    )
+    ops = ("rmsnorm", "expand", "dwconv", "channel_attention", "project", "patchify")
+    seen = set()
+    for key in asked:
+        for step in make_plan(config, key).steps:
+            # many tiles matter to their sums alone
+            wanted = ("channel_attention",) if key.height == at.many[0] * config.patch_size else ops
+            plain = step.op == "patchify" and "image" in step.args
+            case = launch_case(config, key, step.op, step)
+            if step.op in wanted and not plain and case.name not in seen:
+                seen.add(case.name)
+                yield case
 
 
 def _key(
@@ -198,25 +250,39 @@ def _key(
     return PlanKey(direction, batch, height, width, dtype, image_dtype, layout, cc, use)
 
 
-def launch_case(model: ModelConfig, key: PlanKey, op: str) -> LaunchCase:
-    """The first step of an op in the plan of a key."""
+def launch_case(model: ModelConfig, key: PlanKey, op: str, step: Step | None = None) -> LaunchCase:
+    """A step of the plan of a key, by default the first one of an op."""
     plan = make_plan(model, key)
-    step = next(step for step in plan.steps if step.op == op)
+    step = step or next(step for step in plan.steps if step.op == op)
     specs = {argument: plan.spec(ref) for argument, ref in step.args.items()}
     config: Any = step.options.get("config")
     form = [op, f"{key.batch}x{key.height // model.patch_size}x{key.width // model.patch_size}"]
     if op == "patchify":
-        form += [key.layout, dtype_name(specs["image"].dtype)]
+        form += [key.layout, dtype_name(specs["image"].dtype)] if "image" in specs else []
         form += ["latents", dtype_name(specs["latents"].dtype)] if "latents" in specs else []
     if op == "head":
         form.append("latents" if "latents" in specs else "posterior")
-    if op == "grn":
+    if op in ("grn", "channel_attention"):
         form.append("split" if config.split else "fused")
+    if model.dico is not None:
+        form += _dico_form(op, step)
     if getattr(config, "split_k", 1) > 1:
         form.append(f"split_k {config.split_k}")
     if getattr(config, "tma", False):
         form.append("tma")
     return LaunchCase(" ".join(form), step, specs)
+
+
+def _dico_form(op: str, step: Step) -> list[str]:
+    """In what a step of a DiCo model differs from others of its op, those of full_capacitor included."""
+    sums = [name for name in ("sumsq", "scaled_sumsq") if name in step.args]
+    if op == "expand":
+        return [*(["no GELU"] if step.options["gelu"] == "none" else ["two norms"]), *sums[1:]]
+    if op == "project":
+        return ["times" if step.options.get("multiply") else "plain", *sums]
+    if op == "rmsnorm":
+        return [*(["norm"] if "out" in step.args else []), *sums]
+    return ["SiLU"] if op == "dwconv" else []
 
 
 def _whitening(at: Sizes, dtype: torch.dtype, cc: int) -> Iterator[LaunchCase]:
@@ -253,10 +319,15 @@ def as_in_the_model(step: Step, name: str, x: Tensor) -> Tensor:
     """Normal values x of a step's argument at the scale that the model has them. May write to x."""
     if name in ("rstd", "std", "whiten_rstd"):
         x = x.exp()
+    elif name == "gain" and step.options.get("multiply"):
+        x = x.sigmoid()
     elif name in ("gamma", "gain"):
         x *= 0.3
     elif name == "h":
         x = torch.nn.functional.gelu(x)
+    elif name == "partials" and step.op == "channel_attention":
+        # sums whose mean over an image is of the order of one
+        x *= step.options["tokens_per_image"] / x.shape[1]
     elif name == "partials":
         x = x.square()
     elif step.args[name].startswith("weight:") and x.dim() == 2:

@@ -95,16 +95,24 @@ class Runtime:
         return Posterior(out["mean"], out.get("logsnr"))
 
     def decode(
-        self, latents: Tensor, noise: Tensor, inference: FullCapacitorInferenceConfig, out: Tensor | None = None
+        self,
+        latents: Tensor,
+        noise: Tensor,
+        inference: FullCapacitorInferenceConfig,
+        out: Tensor | None = None,
+        dropped: Tensor | None = None,
     ) -> Tensor:
-        """Image of checked latents `[B,Z,h,w]` (whitened, or raw where whitening is not folded) and unit noise."""
+        """Image of checked latents `[B,Z,h,w]` (whitened, or raw where whitening is not folded) and unit noise.
+
+        `dropped [B,1,h,w]` are the tokens that guidance by tokens leaves out.
+        """
         settings = replace(inference, seed=None, noise="cpu")
         if inference.num_steps <= weights.MAX_TIMES:
-            return self._latents("decode", latents, noise, settings, None, out)
+            return self._latents("decode", latents, noise, settings, None, out, dropped)
 
         # too many times to hold all their weights: one step after another, folding as it goes
         def predict(x: Tensor, t: float) -> Tensor:
-            return self._latents("predict", latents, x, settings, t, None)
+            return self._latents("predict", latents, x, settings, t, None, dropped)
 
         image = sample(predict, noise, self.config, inference)
         return image if out is None else copy_into(out, image)
@@ -171,11 +179,13 @@ class Runtime:
         inference: FullCapacitorInferenceConfig,
         at: float | None,
         out: Tensor | None,
+        dropped: Tensor | None,
     ) -> Tensor:
         batch, _, height, width = noise.shape
         key = self._key(direction, batch, height, width, latents.dtype, "nchw", inference, at)
         outputs = {} if out is None else {"image": out}
-        return self._run(key, {"latents": latents, "noise": noise}, outputs)["image"]
+        inputs = {"latents": latents, "noise": noise} | ({} if dropped is None else {"dropped": dropped})
+        return self._run(key, inputs, outputs)["image"]
 
     def _run(self, key: PlanKey, inputs: Mapping[str, Tensor], outputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """A batch as replays of one micro-batch and a tail, into the given outputs or fresh ones."""

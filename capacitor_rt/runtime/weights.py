@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import blocks, reference
 from ..errors import NotFoldableError
 from ..reference import Autoencoder
-from . import fold
+from . import fold, packed
 from .as_loaded import Watch
 from .memory import DeviceMemoryError, amount, free_bytes, retire
 from .plan import LaunchPlan
@@ -27,7 +27,11 @@ FOLDED = (
     nn.ModuleList,
     reference.AdaLNBase,
     reference.AdaLNDelta,
+    blocks.AffineRMSNorm,
     blocks.Block,
+    blocks.ChannelAttention,
+    blocks.ConvMLP,
+    blocks.DicoBlock,
     reference.Decoder,
     reference.Encoder,
     blocks.GRN,
@@ -127,7 +131,7 @@ class PackedWeights:
         return self._decoders[time]
 
     def _pack(
-        self, part: str, folded: Callable[[Autoencoder], fold.PackedEncoder | fold.PackedDecoder]
+        self, part: str, folded: Callable[[Autoencoder], packed.PackedEncoder | packed.PackedDecoder]
     ) -> dict[str, Tensor]:
         model = self._model
         _refuse(part, getattr(model, part))
@@ -137,7 +141,7 @@ class PackedWeights:
         try:
             # an enclosing autocast would round products of the fold
             with torch.autocast("cpu", enabled=False):
-                return fold.named_tensors(fold.pack(folded(self._to_fold(model)), self._dtype, self._device))
+                return packed.named_tensors(packed.pack(folded(self._to_fold(model)), self._dtype, self._device))
         except torch.OutOfMemoryError as error:
             size = sum(p.numel() for p in getattr(model, part).parameters()) * self._dtype.itemsize
             message = (

@@ -11,6 +11,10 @@ image are read from its edge and weighted zero; where the tiles cover the width 
 masked, and where one tile is the whole width they are not even loaded. Taps are added in the order dy, dx whatever the
 config, so the bits of y depend on nothing but the pixel's neighbourhood. Other forms lost: kernels/NOTES.md.
 
+DiCo blocks take y = silu(...) and, for their channel attention, the sums of y over the pixels of each tile instead:
+
+    partials[b, i, c] = sum of y[t, c] over tile i of image b, from the float32 values
+
 FLOPs 2*49*T*C; bytes T*C * (itemsize(x) + itemsize(y)) + 50*C * itemsize(w) + 4*T*ceil(C/block_c).
 """
 
@@ -24,7 +28,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..jit import load_tile
+from ..jit import load_tile, silu
 from ..launch import (
     FLOATS,
     Launch,
@@ -40,6 +44,8 @@ from ..launch import (
     run_launches,
 )
 from ..tuning import Family, Shape, lookup, next_power_of_2, register
+
+SILU_REGISTERS = 168
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,7 @@ def dwconv_kernel(
     bias_ptr,
     y_ptr,
     sumsq_ptr,
+    partials_ptr,
     height,
     width,
     row_tiles,
@@ -88,6 +95,7 @@ def dwconv_kernel(
     EVEN_W: tl.constexpr,
     FULL_W: tl.constexpr,
     PACKED: tl.constexpr,
+    SILU: tl.constexpr,
 ):
     EVEN_C: tl.constexpr = CHANNELS % BLOCK_C == 0
     CHANNEL_TILES: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
@@ -152,6 +160,8 @@ def dwconv_kernel(
             acc += (even, odd)
         w_ptrs += 7 * CHANNELS
 
+    if SILU:
+        sums = tl.zeros([STRIPS, BLOCK_C], tl.float32)
     # every lane gets the sum of squares of every pixel; the one that keeps it stores it
     columns = tl.arange(0, PADDED_COLS)[None, :]
     squares = tl.zeros([STRIPS, PADDED_COLS], tl.float32)
@@ -161,11 +171,21 @@ def dwconv_kernel(
         even = acc[2 * s]
         odd = acc[2 * s + 1]
         y = tl.reshape(tl.join(even, odd), [STRIPS, BLOCK_C])
+        if SILU:
+            y = silu(y)
         in_y = s < left if EVEN_C else (s < left) & in_c
         tl.store(y_ptrs + s * CHANNELS, y.to(y_ptr.dtype.element_ty), mask=in_y)
-        squares = tl.where(columns == s, tl.sum(even * even + odd * odd, axis=1, keep_dims=True), squares)
-    sumsq_ptrs = sumsq_ptr + (first + h * width + w0 + columns) * CHANNEL_TILES + pid_c
-    tl.store(sumsq_ptrs, squares, mask=(columns < left) & (columns < COLS))
+        if SILU:
+            sums += tl.where(in_y, y, 0.0)
+        else:
+            squares = tl.where(columns == s, tl.sum(even * even + odd * odd, axis=1, keep_dims=True), squares)
+    if SILU:
+        # [1, BLOCK_C]
+        total = tl.sum(sums, axis=0, keep_dims=True)
+        tl.store(partials_ptr + tile.to(tl.int64) * CHANNELS + offs_c, total, mask=in_c)
+    else:
+        sumsq_ptrs = sumsq_ptr + (first + h * width + w0 + columns) * CHANNEL_TILES + pid_c
+        tl.store(sumsq_ptrs, squares, mask=(columns < left) & (columns < COLS))
 
 
 def dwconv_sumsq_shape(tokens: int, channels: int, config: DwconvConfig) -> tuple[int, int]:
@@ -173,19 +193,30 @@ def dwconv_sumsq_shape(tokens: int, channels: int, config: DwconvConfig) -> tupl
     return tokens, cdiv(channels, config.block_c)
 
 
+def dwconv_partials_shape(
+    batch: int, height: int, width: int, channels: int, config: DwconvConfig
+) -> tuple[int, int, int]:
+    """Shape [B, tiles of pixels, C] of the float32 sums that `dwconv` with SiLU writes with this config."""
+    return batch, cdiv(height, config.strips_y) * cdiv(width, config.strips_x * config.cols), channels
+
+
 def dwconv(
     x: torch.Tensor,
     w: torch.Tensor,
     b: torch.Tensor,
     y: torch.Tensor,
-    sumsq: torch.Tensor,
+    sumsq: torch.Tensor | None = None,
     *,
     batch: int,
     height: int,
     width: int,
+    partials: torch.Tensor | None = None,
     config: DwconvConfig | None = None,
 ) -> None:
     """y = depthwise 7x7 of x plus b, and the sums of squares of y over tiles of channels.
+
+    With `partials` in the place of `sumsq` it is y = silu(depthwise 7x7 of x plus b), and the sums of y over tiles of
+    pixels.
 
     Args:
         x: [T, C] bf16, fp16 or fp32 tokens, T = batch * height * width, row by row.
@@ -194,6 +225,7 @@ def dwconv(
         y: [T, C] output, bf16, fp16 or fp32.
         sumsq: output of shape `dwconv_sumsq_shape(...)`, fp32.
         batch, height, width: images and their grid in tokens.
+        partials: output of shape `dwconv_partials_shape(...)`, fp32; asks for SiLU.
         config: launch parameters; looked up by the grid when None.
 
     Raises:
@@ -215,7 +247,13 @@ def dwconv(
     if config is None:
         key = {"height": height, "width": width, "dim": channels}
         config = lookup("dwconv", compute_capability(x), key, x.dtype)
-    check_tensor("sumsq", sumsq, shape=dwconv_sumsq_shape(tokens, channels, config), dtypes=torch.float32, like=x)
+    if (sumsq is None) == (partials is None):
+        raise ValueError("pass sumsq, or partials for the form with SiLU: one of them")
+    if sumsq is not None:
+        check_tensor("sumsq", sumsq, shape=dwconv_sumsq_shape(tokens, channels, config), dtypes=torch.float32, like=x)
+    if partials is not None:
+        shape = dwconv_partials_shape(batch, height, width, channels, config)
+        check_tensor("partials", partials, shape=shape, dtypes=torch.float32, like=x)
     # a tile's pixels are indexed in 32 bits from its image's first, rows below the image included
     check_int32("elements of one image", (height + config.strips_y) * (width + config.cols) * channels)
     row_tiles = cdiv(height, config.strips_y)
@@ -228,6 +266,7 @@ def dwconv(
         "bias_ptr": b,
         "y_ptr": y,
         "sumsq_ptr": sumsq,
+        "partials_ptr": partials,
         "height": height,
         "width": width,
         "row_tiles": row_tiles,
@@ -241,14 +280,26 @@ def dwconv(
         "EVEN_W": width % (config.strips_x * config.cols) == 0,
         "FULL_W": config.strips_x == 1 and width == config.cols,
         "PACKED": x.dtype == torch.bfloat16 and channels % 2 == 0,
+        "SILU": partials is not None,
     }
-    options = compiler_options(config.num_warps, 1, config.maxnreg)
+    # the sums of SiLU take registers beside those that rows are cut to
+    maxnreg = config.maxnreg if partials is None or config.maxnreg is None else max(config.maxnreg, SILU_REGISTERS)
+    options = compiler_options(config.num_warps, 1, maxnreg)
     run_launches([Launch(dwconv_kernel, (programs,), args, options)], x.device)
 
 
-def work(*, x: TensorLike, w: TensorLike, b: TensorLike, y: TensorLike, sumsq: TensorLike, **options: Any) -> Work:
+def work(
+    *,
+    x: TensorLike,
+    w: TensorLike,
+    b: TensorLike,
+    y: TensorLike,
+    sumsq: TensorLike | None = None,
+    partials: TensorLike | None = None,
+    **options: Any,
+) -> Work:
     """FLOPs and bytes of `dwconv` called with these arguments."""
-    return Work(2 * 49 * prod(x.shape), nbytes_of(x, w, b, y, sumsq))
+    return Work(2 * 49 * prod(x.shape), nbytes_of(x, w, b, y, sumsq, partials))
 
 
 def _cost(shape: Shape, config: DwconvConfig) -> float:

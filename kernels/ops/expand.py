@@ -4,6 +4,9 @@
     h       = gelu(rstd * (y @ w1) + b1)                      [T, F]
     partials[b, i, f] = sum of h[t, f]^2 over tile i of image b
 
+DiCo blocks take it without GELU for their first 1x1, and for their MLP behind two norms, `s` being what w1 has folded
+in between them: rstd * rsqrt(rstd^2 * sum_c (s[c] y[t, c])^2 / D + eps). Neither asks for partials.
+
 RMSNorm has no weight, so it is a row scale and commutes with the product: it moves to the epilogue and costs no pass
 over memory. The squares are summed in float32 before h is rounded. A tile never mixes images. D and F are constexprs,
 and GELU is a fit, so that a tile of 128x128 leaves room for two CTAs on an SM: one's epilogue hides under the other's
@@ -51,7 +54,7 @@ from ..launch import (
 )
 from ..tuning import Family, GemmConfig, Shape, gemm_default, lookup, register, suits_image
 
-GELU_KINDS = ("fit", "erf")
+GELU_KINDS = ("fit", "erf", "none")
 # the form of specialised warps: rows of one of the two consumers, and what each tile takes
 HOPPER_ROWS = 64
 HOPPER = GemmConfig(2 * HOPPER_ROWS, 256, 64, group_m=8, num_warps=4, num_stages=4, tma=True, gluon=True)
@@ -63,6 +66,7 @@ def expand_kernel(
     w_ptr,
     bias_ptr,
     sumsq_ptr,
+    scaled_sumsq_ptr,
     h_ptr,
     partials_ptr,
     tokens_per_image,
@@ -72,6 +76,8 @@ def expand_kernel(
     DIM: tl.constexpr,
     HIDDEN: tl.constexpr,
     SUMSQ_TILES: tl.constexpr,
+    SCALED_TILES: tl.constexpr,
+    PARTIALS: tl.constexpr,
     GELU: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -109,6 +115,11 @@ def expand_kernel(
     for tile in tl.static_range(SUMSQ_TILES):
         sumsq += tl.load(sumsq_ptr + first * SUMSQ_TILES + rows * SUMSQ_TILES + tile)
     rstd = tl.rsqrt(sumsq / DIM + eps)
+    if SCALED_TILES > 0:
+        scaled = tl.zeros((BLOCK_M,), dtype=tl.float32)
+        for tile in tl.static_range(SCALED_TILES):
+            scaled += tl.load(scaled_sumsq_ptr + first * SCALED_TILES + rows * SCALED_TILES + tile)
+        rstd *= tl.rsqrt(rstd * rstd * (scaled / DIM) + eps)
     in_n = offs_n < HIDDEN
     bias = tl.load(bias_ptr + offs_n, mask=in_n, other=0.0).to(tl.float32)
     h = gelu(acc * rstd[:, None] + bias[None, :], GELU)  # [BLOCK_M, BLOCK_N]
@@ -119,10 +130,11 @@ def expand_kernel(
         tl.store(h_ptrs, stored)
     else:
         tl.store(h_ptrs, stored, mask=(offs_m[:, None] < left) & in_n[None, :])
-    squares = h * h
-    if not EVEN_M:
-        squares = tl.where(offs_m[:, None] < left, squares, 0.0)
-    tl.store(partials_ptr + pid_m.to(tl.int64) * HIDDEN + offs_n, tl.sum(squares, axis=0), mask=in_n)
+    if PARTIALS:
+        squares = h * h
+        if not EVEN_M:
+            squares = tl.where(offs_m[:, None] < left, squares, 0.0)
+        tl.store(partials_ptr + pid_m.to(tl.int64) * HIDDEN + offs_n, tl.sum(squares, axis=0), mask=in_n)
 
 
 def expand_partials_shape(batch: int, tokens_per_image: int, hidden: int, config: GemmConfig) -> tuple[int, int, int]:
@@ -136,9 +148,10 @@ def expand(
     b1: torch.Tensor,
     sumsq: torch.Tensor,
     h: torch.Tensor,
-    partials: torch.Tensor,
+    partials: torch.Tensor | None = None,
     *,
     tokens_per_image: int,
+    scaled_sumsq: torch.Tensor | None = None,
     eps: float = 1e-6,
     gelu: str = "fit",
     config: GemmConfig | None = None,
@@ -151,9 +164,11 @@ def expand(
         b1: [F], fp32 or the dtype of y.
         sumsq: [T, n] fp32 partial sums over channels of y^2; their sum over n divided by D is the mean square.
         h: [T, F] output, dtype of y.
-        partials: output of shape `expand_partials_shape(...)`, fp32.
-        eps: added to the mean square.
-        gelu: "fit" (within 2.54e-5 of exact) or "erf".
+        partials: output of shape `expand_partials_shape(...)`, fp32; not computed when None.
+        scaled_sumsq: [T, m] fp32 partial sums of squares of y times the scale that w1 has folded in, for a second norm
+            behind the first and that scale; `sumsq` itself where there is no scale. One norm when None.
+        eps: added to the mean squares.
+        gelu: "fit" (within 2.54e-5 of exact), "erf", or "none" for no activation.
         config: launch parameters; looked up by the shape of one image when None. CAPACITOR_EXPAND=gluon makes that the
             form of specialised warps wherever it can serve, CAPACITOR_EXPAND=plain never.
 
@@ -167,14 +182,20 @@ def expand(
     batch = check_rows("y", tokens, tokens_per_image)
     if gelu not in GELU_KINDS:
         raise ValueError(f"gelu is {gelu!r}, expected one of {GELU_KINDS}")
+    key = {"tokens_per_image": tokens_per_image, "dim": dim, "hidden": hidden}
     if config is None:
-        key = {"tokens_per_image": tokens_per_image, "dim": dim, "hidden": hidden}
         config = lookup("expand", compute_capability(y), key, y.dtype)
+    if config.gluon and (partials is None or scaled_sumsq is not None):
+        # what DiCo blocks take is the plain kernel's alone
+        config = _default(compute_capability(y), key, y.dtype, "throughput")
     check_tensor("b1", b1, shape=(hidden,), dtypes=(torch.float32, y.dtype), like=y)
     check_tensor("sumsq", sumsq, shape=(tokens, None), dtypes=torch.float32, like=y)
     check_tensor("h", h, shape=(tokens, hidden), dtypes=y.dtype, like=y)
+    if scaled_sumsq is not None:
+        check_tensor("scaled_sumsq", scaled_sumsq, shape=(tokens, None), dtypes=torch.float32, like=y)
     partials_shape = expand_partials_shape(batch, tokens_per_image, hidden, config)
-    check_tensor("partials", partials, shape=partials_shape, dtypes=torch.float32, like=y)
+    if partials is not None:
+        check_tensor("partials", partials, shape=partials_shape, dtypes=torch.float32, like=y)
     check_tma(config.tma, y=y, w1=w1)
     if config.gluon:
         _check_hopper(config, compute_capability(y), tokens_per_image, dim, hidden, y.dtype, gelu)
@@ -189,6 +210,7 @@ def expand(
         "w_ptr": TensorDescriptor.from_tensor(w1, [config.block_k, config.block_n]) if config.tma else w1,
         "bias_ptr": b1,
         "sumsq_ptr": sumsq,
+        "scaled_sumsq_ptr": scaled_sumsq,
         "h_ptr": h,
         "partials_ptr": partials,
         "tokens_per_image": tokens_per_image,
@@ -198,6 +220,8 @@ def expand(
         "DIM": dim,
         "HIDDEN": hidden,
         "SUMSQ_TILES": sumsq.shape[1],
+        "SCALED_TILES": 0 if scaled_sumsq is None else scaled_sumsq.shape[1],
+        "PARTIALS": partials is not None,
         "GELU": gelu,
         "EVEN_M": tokens_per_image % config.block_m == 0,
         "TMA": config.tma,
@@ -205,7 +229,7 @@ def expand(
         **config.tile(),
     }
     # rows cap registers where the fit stays under the cap; erf would spill
-    maxnreg = config.maxnreg if gelu == "fit" else None
+    maxnreg = config.maxnreg if gelu != "erf" else None
     options = compiler_options(config.num_warps, config.num_stages, maxnreg)
     run_launches([Launch(expand_kernel, (programs,), args, options)], y.device)
 
@@ -217,11 +241,12 @@ def work(
     b1: TensorLike,
     sumsq: TensorLike,
     h: TensorLike,
-    partials: TensorLike,
+    partials: TensorLike | None = None,
+    scaled_sumsq: TensorLike | None = None,
     **options: Any,
 ) -> Work:
     """FLOPs and bytes of `expand` called with these arguments."""
-    return Work(2 * y.shape[0] * prod(w1.shape), nbytes_of(y, w1, b1, sumsq, h, partials))
+    return Work(2 * y.shape[0] * prod(w1.shape), nbytes_of(y, w1, b1, sumsq, scaled_sumsq, h, partials))
 
 
 def _default(cc: int, shape: Shape, dtype: torch.dtype, use: str) -> GemmConfig:

@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..jit import ordered_sum
 from ..launch import (
     FLOATS,
     Launch,
@@ -53,23 +54,6 @@ class GrnConfig:
 
 
 @triton.jit
-def _ordered_sum(partials_ptr, image, tiles, offs_f, HIDDEN: tl.constexpr, UNROLL: tl.constexpr):
-    """Sum of an image's partials in tile order; UNROLL loads are in flight at a time."""
-    acc = tl.zeros(offs_f.shape, dtype=tl.float32)
-    ptrs = partials_ptr + image.to(tl.int64) * tiles * HIDDEN + offs_f
-    tile = tl.full((), 0, tl.int32)
-    # not range(): the interpreter of Triton 3.6 cannot take its bounds from an argument under numpy 2.4
-    while tile < tiles:
-        for ahead in tl.static_range(UNROLL):
-            # one comparison of a block: Triton 3.9's interpreter gets `block & scalar` wrong
-            last = tl.where(tile + ahead < tiles, HIDDEN, 0)
-            acc += tl.load(ptrs, mask=offs_f < last, other=0.0)
-            ptrs += HIDDEN
-        tile += UNROLL
-    return acc
-
-
-@triton.jit
 def grn_fused_kernel(
     partials_ptr,
     gamma_ptr,
@@ -84,7 +68,7 @@ def grn_fused_kernel(
     image = tl.program_id(0)
     offs_f = tl.arange(0, BLOCK_F)
     in_f = offs_f < HIDDEN
-    norms = tl.sqrt(_ordered_sum(partials_ptr, image, tiles, offs_f, HIDDEN, UNROLL))
+    norms = tl.sqrt(ordered_sum(partials_ptr, image, tiles, offs_f, HIDDEN, UNROLL))
     mean = tl.sum(norms, axis=0) / HIDDEN
     gamma = tl.load(gamma_ptr + offs_f, mask=in_f, other=0.0).to(tl.float32)
     out = image.to(tl.int64) * HIDDEN + offs_f
@@ -105,7 +89,7 @@ def grn_norms_kernel(
     image = tl.program_id(0)
     offs_f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     in_f = offs_f < HIDDEN
-    norms = tl.sqrt(_ordered_sum(partials_ptr, image, tiles, offs_f, HIDDEN, UNROLL))
+    norms = tl.sqrt(ordered_sum(partials_ptr, image, tiles, offs_f, HIDDEN, UNROLL))
     tl.store(norms_ptr + image.to(tl.int64) * HIDDEN + offs_f, norms, mask=in_f)
 
 

@@ -241,7 +241,7 @@ def _config(x: torch.Tensor, channels: int, per_image: int, norm: bool) -> GemmC
         )
     # all channels in a tile, with fewer rows and a shallower pipeline to pay for them
     block_n = next_power_of_2(channels)
-    return replace(config, block_m=max(16, 64 * 64 // block_n), block_n=block_n, block_k=16, num_warps=8, num_stages=2)
+    return replace(config, block_m=max(16, 64 * 128 // block_n), block_n=block_n, block_k=16, num_warps=8, num_stages=2)
 
 
 def work(

@@ -2,6 +2,7 @@
 
     encoder:  tokens[t, :] = patch(image)[t, :] @ w + b                                  w [3pp, D]
     decoder:  tokens[t, :] = [patch(x_t)[t, :], latents[:, t]] @ w + b                   w [3pp + Z, D]
+    without an image, latents alone: tokens[t, :] = latents[:, t] @ w + b                w [Z, D]
 
 The convolution has kernel = stride = p, so a token is a linear map of its own patch. In the decoder patchify, latent_up
 and fuse_in are linear in a row too, and dewhitening is affine: folded at load, they leave one weight for the noised
@@ -59,6 +60,7 @@ def patchify_kernel(
     grid_w,
     tiles_m,
     PATCH: tl.constexpr,
+    IMAGE: tl.constexpr,
     LATENTS: tl.constexpr,
     ALIGNED: tl.constexpr,
     DIM: tl.constexpr,
@@ -69,7 +71,7 @@ def patchify_kernel(
     GROUP_M: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    PIXELS: tl.constexpr = 3 * PATCH * PATCH
+    PIXELS: tl.constexpr = 3 * PATCH * PATCH if IMAGE else 0
     EVEN_K: tl.constexpr = PIXELS % BLOCK_K == 0
     EVEN_N: tl.constexpr = DIM % BLOCK_N == 0
     NORMALIZE: tl.constexpr = image_ptr.dtype.element_ty == tl.uint8
@@ -91,19 +93,20 @@ def patchify_kernel(
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     w_ptrs = w_ptr + offs_k[:, None] * DIM + offs_n[None, :]
-    for k in range(0, PIXELS, BLOCK_K):
-        kk = k + offs_k
-        if NHWC:
-            offset = kk // (3 * PATCH) * (3 * width) + kk % (3 * PATCH)
-        else:
-            offset = kk // (PATCH * PATCH) * plane + kk // PATCH % PATCH * width + kk % PATCH
-        in_k = kk < PIXELS
-        x = load_tile(image_ptr + first[:, None] + offset[None, :], in_k[None, :], EVEN_K)
-        if NORMALIZE:
-            x = x.to(tl.float32) * (1.0 / 127.5) - 1.0
-        w = load_tile(w_ptrs, in_k[:, None] & in_n[None, :], EVEN_K and EVEN_N)
-        acc = tl.dot(x.to(dtype), w, acc, input_precision=PRECISION)
-        w_ptrs += BLOCK_K * DIM
+    if IMAGE:
+        for k in range(0, PIXELS, BLOCK_K):
+            kk = k + offs_k
+            if NHWC:
+                offset = kk // (3 * PATCH) * (3 * width) + kk % (3 * PATCH)
+            else:
+                offset = kk // (PATCH * PATCH) * plane + kk // PATCH % PATCH * width + kk % PATCH
+            in_k = kk < PIXELS
+            x = load_tile(image_ptr + first[:, None] + offset[None, :], in_k[None, :], EVEN_K)
+            if NORMALIZE:
+                x = x.to(tl.float32) * (1.0 / 127.5) - 1.0
+            w = load_tile(w_ptrs, in_k[:, None] & in_n[None, :], EVEN_K and EVEN_N)
+            acc = tl.dot(x.to(dtype), w, acc, input_precision=PRECISION)
+            w_ptrs += BLOCK_K * DIM
 
     if LATENTS > 0:
         EVEN_Z: tl.constexpr = LATENTS % BLOCK_K == 0
@@ -142,7 +145,7 @@ def pack_patchify_weight(weight: torch.Tensor, *, patch: int, layout: str = "nch
 
 
 def patchify(
-    image: torch.Tensor,
+    image: torch.Tensor | None,
     w: torch.Tensor,
     b: torch.Tensor,
     tokens: torch.Tensor,
@@ -156,7 +159,7 @@ def patchify(
 
     Args:
         image: [B, 3, H, W] (layout "nchw") or [B, H, W, 3] ("nhwc"); uint8 is taken as x/127.5 - 1, bf16, fp16 or fp32
-            as it is. H and W are multiples of patch.
+            as it is. H and W are multiples of patch. None for latents alone.
         w: [3pp (+ Z), D] bf16, fp16 or fp32, pixel rows from `pack_patchify_weight` of the same layout, latent rows
             after them. The products run in this dtype.
         b: [D], fp32 or the dtype of w.
@@ -170,28 +173,22 @@ def patchify(
     _check_layout(layout)
     if patch < 1:
         raise ValueError(f"patch is {patch}, expected at least 1")
-    channel_axis = 1 if layout == "nchw" else 3
-    shape = tuple(3 if axis == channel_axis else None for axis in range(4))
-    check_tensor("image", image, shape=shape, dtypes=IMAGE_DTYPES)
-    batch, height, width = (size for axis, size in enumerate(image.shape) if axis != channel_axis)
-    grid_h, grid_w = check_patches(batch, height, width, patch)
-    channels = 0
-    if latents is not None:
-        check_tensor("latents", latents, shape=(batch, None, grid_h, grid_w), dtypes=FLOATS, like=image)
-        channels = latents.shape[1]
-    depth, count = 3 * patch * patch + channels, batch * grid_h * grid_w
-    check_tensor("w", w, shape=(depth, None), dtypes=FLOATS, like=image)
+    batch, grid_h, grid_w = _grid(image, latents, patch, layout)
+    channels = 0 if latents is None else latents.shape[1]
+    depth, count = (0 if image is None else 3 * patch * patch) + channels, batch * grid_h * grid_w
+    first = latents if image is None else image
+    check_tensor("w", w, shape=(depth, None), dtypes=FLOATS, like=first)
     dim = w.shape[1]
-    check_tensor("b", b, shape=(dim,), dtypes=(torch.float32, w.dtype), like=image)
-    check_tensor("tokens", tokens, shape=(count, dim), dtypes=FLOATS, like=image)
+    check_tensor("b", b, shape=(dim,), dtypes=(torch.float32, w.dtype), like=w)
+    check_tensor("tokens", tokens, shape=(count, dim), dtypes=FLOATS, like=w)
     if config is None:
         key = {"tokens_per_image": grid_h * grid_w, "dim": dim, "depth": depth}
-        config = lookup("patchify", compute_capability(image), key, w.dtype)
-    check_int32("values of one image", 3 * height * width)
+        config = lookup("patchify", compute_capability(w), key, w.dtype)
+    check_int32("values of one image", 3 * grid_h * grid_w * patch * patch)
     check_int32("number of latents that a tile reaches over", (2 * grid_h * grid_w + config.block_m) * channels)
     tiles_m, programs = flat_tiles(count, dim, config)
     args = {
-        "image_ptr": image,
+        "image_ptr": w if image is None else image,
         "latents_ptr": w if latents is None else latents,
         "w_ptr": w,
         "bias_ptr": b,
@@ -201,6 +198,7 @@ def patchify(
         "grid_w": grid_w,
         "tiles_m": tiles_m,
         "PATCH": patch,
+        "IMAGE": image is not None,
         "LATENTS": channels,
         "ALIGNED": grid_h * grid_w % 16 == 0,
         "DIM": dim,
@@ -208,7 +206,28 @@ def patchify(
         "PRECISION": dot_precision(w.dtype),
         **config.tile(),
     }
-    run_launches([Launch(patchify_kernel, (programs,), args, config.options())], image.device)
+    run_launches([Launch(patchify_kernel, (programs,), args, config.options())], w.device)
+
+
+def _grid(image: torch.Tensor | None, latents: torch.Tensor | None, patch: int, layout: str) -> tuple[int, int, int]:
+    """(B, h, w) of the tokens of checked inputs."""
+    if image is None:
+        if latents is None:
+            raise ValueError("neither image nor latents are given: pass at least one of them")
+        check_tensor("latents", latents, shape=(None, None, None, None), dtypes=FLOATS)
+        if 0 in latents.shape:
+            raise ValueError(
+                f"latents have shape {list(latents.shape)}, expected at least one image, channel and pixel"
+            )
+        return latents.shape[0], latents.shape[2], latents.shape[3]
+    channel_axis = 1 if layout == "nchw" else 3
+    shape = tuple(3 if axis == channel_axis else None for axis in range(4))
+    check_tensor("image", image, shape=shape, dtypes=IMAGE_DTYPES)
+    batch, height, width = (size for axis, size in enumerate(image.shape) if axis != channel_axis)
+    grid_h, grid_w = check_patches(batch, height, width, patch)
+    if latents is not None:
+        check_tensor("latents", latents, shape=(batch, None, grid_h, grid_w), dtypes=FLOATS, like=image)
+    return batch, grid_h, grid_w
 
 
 def _check_layout(layout: str) -> None:
@@ -218,7 +237,7 @@ def _check_layout(layout: str) -> None:
 
 def work(
     *,
-    image: TensorLike,
+    image: TensorLike | None = None,
     w: TensorLike,
     b: TensorLike,
     tokens: TensorLike,

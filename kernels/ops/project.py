@@ -11,6 +11,11 @@ operand as it lies in memory. There shared memory limits a product more than the
 operand once for a whole warpgroup: the wider that is, the better, and 256 divides tokens where it does not divide 896
 columns.
 
+DiCo blocks multiply h by the gain itself, their channel attention (a factor below one has no place in 1 + gain), or
+take h as it is; and they leave sums of squares of each row of out, or of out times a scale, for the RMSNorm behind it:
+
+    sumsq[t, i] = sum of out[t, d]^2 over column tile i, from the float32 values
+
 Few tokens (one image): `split_k` > 1 gives each slice of K its own programs, which leave float32 sums in a workspace; a
 second launch adds them in order, with bias and residual. What was tried besides is in kernels/NOTES.md.
 
@@ -29,7 +34,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..jit import add_scaled, grouped_tile, image_tile, load_tile
+from ..jit import grouped_tile, image_tile, load_tile, scaled
 from ..launch import (
     FLOATS,
     Launch,
@@ -46,7 +51,17 @@ from ..launch import (
     nbytes_of,
     run_launches,
 )
-from ..tuning import LATENCY_PROGRAMS, Family, GemmConfig, Shape, gemm_default, lookup, register, suits_image
+from ..tuning import (
+    LATENCY_PROGRAMS,
+    Family,
+    GemmConfig,
+    Shape,
+    gemm_default,
+    lookup,
+    next_power_of_2,
+    register,
+    suits_image,
+)
 
 REDUCE_BLOCK = 1024
 # rows of the transposed form's tile where images are whole tiles of it
@@ -62,6 +77,9 @@ def project_kernel(
     residual_ptr,
     out_ptr,
     workspace_ptr,
+    scale_ptr,
+    sumsq_ptr,
+    scaled_sumsq_ptr,
     tokens,
     tokens_per_image,
     tiles_per_image,
@@ -76,6 +94,9 @@ def project_kernel(
     EVEN_M: tl.constexpr,
     TMA: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    GAIN: tl.constexpr,
+    SUMSQ: tl.constexpr,
+    SCALED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     # a slice is a whole number of K blocks
@@ -95,23 +116,31 @@ def project_kernel(
     acc = tl.zeros((BLOCK_N, BLOCK_M) if TRANSPOSED else (BLOCK_M, BLOCK_N), dtype=tl.float32)
     h_ptrs = h_ptr if TMA else h_ptr + first * HIDDEN + rows[:, None] * HIDDEN + offs_k[None, :]
     w_ptrs = w_ptr if TMA else w_ptr + offs_k[:, None] * DIM + offs_n[None, :]
-    gain_ptrs = gain_ptr if TMA else gain_ptr + image.to(tl.int64) * HIDDEN + offs_k
+    if GAIN != "none":
+        gain_ptrs = gain_ptr if TMA else gain_ptr + image.to(tl.int64) * HIDDEN + offs_k
     for k in range(0, SLICE, BLOCK_K):
         if TMA:
             h = h_ptr.load([first.to(tl.int32), k_first + k])
             w = w_ptr.load([k_first + k, pid_n * BLOCK_N])
-            gain = gain_ptr.load([image, k_first + k])  # [1, BLOCK_K]
+            if GAIN != "none":
+                gain = gain_ptr.load([image, k_first + k])  # [1, BLOCK_K]
         else:
             h = load_tile(h_ptrs, offs_k[None, :] < HIDDEN - k, EVEN_K)
             w = load_tile(w_ptrs, (offs_k[:, None] < HIDDEN - k) & (offs_n[None, :] < DIM), EVEN_K and EVEN_N)
             h_ptrs += BLOCK_K
             w_ptrs += BLOCK_K * DIM
-            gain = load_tile(gain_ptrs, offs_k < HIDDEN - k, EVEN_K)[None, :]
-            gain_ptrs += BLOCK_K
+            if GAIN != "none":
+                gain = load_tile(gain_ptrs, offs_k < HIDDEN - k, EVEN_K)[None, :]
+                gain_ptrs += BLOCK_K
         if TRANSPOSED:
-            acc = tl.dot(add_scaled(tl.trans(w), gain), tl.trans(h), acc, input_precision=PRECISION)
+            a = tl.trans(w)
+            if GAIN != "none":
+                a = scaled(a, gain, GAIN)
+            acc = tl.dot(a, tl.trans(h), acc, input_precision=PRECISION)
         else:
-            acc = tl.dot(add_scaled(h, gain), w, acc, input_precision=PRECISION)
+            if GAIN != "none":
+                h = scaled(h, gain, GAIN)
+            acc = tl.dot(h, w, acc, input_precision=PRECISION)
     if TRANSPOSED:
         acc = tl.trans(acc)  # [BLOCK_M, BLOCK_N]
 
@@ -129,6 +158,15 @@ def project_kernel(
             tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty))
         else:
             tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=inside)
+        if SUMSQ:
+            # columns past the last are zero: no weight, bias or residual
+            TILES_N: tl.constexpr = (DIM + BLOCK_N - 1) // BLOCK_N
+            sums_at = offs_m * TILES_N + pid_n
+            tl.store(sumsq_ptr + first * TILES_N + sums_at, tl.sum(acc * acc, axis=1), mask=offs_m < left)
+            if SCALED:
+                scale = tl.load(scale_ptr + offs_n, mask=offs_n < DIM, other=0.0)[None, :]
+                scaled_sums = tl.sum(acc * acc * (scale * scale), axis=1)
+                tl.store(scaled_sumsq_ptr + first * TILES_N + sums_at, scaled_sums, mask=offs_m < left)
 
 
 @triton.jit
@@ -152,6 +190,43 @@ def project_reduce_kernel(
     tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def project_reduce_rows_kernel(
+    workspace_ptr,
+    bias_ptr,
+    residual_ptr,
+    out_ptr,
+    scale_ptr,
+    sumsq_ptr,
+    scaled_sumsq_ptr,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    SCALED: tl.constexpr,
+):
+    # as project_reduce_kernel, a row per program, which also leaves its sums of squares
+    row = tl.program_id(0)
+    columns = tl.arange(0, PADDED)
+    inside = columns < DIM
+    at = row.to(tl.int64) * DIM + columns
+    slice_size = tl.num_programs(0).to(tl.int64) * DIM
+    acc = tl.zeros((PADDED,), dtype=tl.float32)
+    for part in tl.static_range(SPLIT_K):
+        acc += tl.load(workspace_ptr + part * slice_size + at, mask=inside, other=0.0)
+    acc += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    acc += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(sumsq_ptr + row, tl.sum(acc * acc, axis=0))
+    if SCALED:
+        scale = tl.load(scale_ptr + columns, mask=inside, other=0.0)
+        tl.store(scaled_sumsq_ptr + row, tl.sum(acc * acc * (scale * scale), axis=0))
+
+
+def project_sumsq_shape(tokens: int, dim: int, config: GemmConfig) -> tuple[int, int]:
+    """Shape [T, column tiles] of the float32 sums of squares that `project` writes with this config."""
+    return tokens, cdiv(dim, config.block_n) if config.split_k == 1 else 1
+
+
 def project_workspace_shape(tokens: int, dim: int, config: GemmConfig) -> tuple[int, int, int] | None:
     """Shape [split_k, T, D] of the float32 workspace that `project` needs with this config; None for none."""
     return (config.split_k, tokens, dim) if config.split_k > 1 else None
@@ -159,13 +234,17 @@ def project_workspace_shape(tokens: int, dim: int, config: GemmConfig) -> tuple[
 
 def project(
     h: torch.Tensor,
-    gain: torch.Tensor,
+    gain: torch.Tensor | None,
     w2: torch.Tensor,
     b2: torch.Tensor,
     residual: torch.Tensor,
     out: torch.Tensor,
     *,
     tokens_per_image: int,
+    multiply: bool = False,
+    sumsq: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    scaled_sumsq: torch.Tensor | None = None,
     workspace: torch.Tensor | None = None,
     config: GemmConfig | None = None,
 ) -> None:
@@ -173,11 +252,14 @@ def project(
 
     Args:
         h: [T, F] bf16, fp16 or fp32 hidden activations, T = images * tokens_per_image.
-        gain: [images, F] from `grn`, dtype of h.
+        gain: [images, F] from `grn`, dtype of h; None takes h as it is.
         w2: [F, D], dtype of h.
         b2: [D], fp32 or the dtype of h.
         residual: [T, D], dtype of h.
         out: [T, D] output, dtype of h; may be `residual` itself, which is then updated in place.
+        multiply: h * gain in the place of h * (1 + gain), for a gain from `channel_attention`.
+        sumsq: fp32 output of shape `project_sumsq_shape(...)`, sums of squares of out; not computed when None.
+        scale, scaled_sumsq: [D] fp32, and an fp32 output as `sumsq` for out * scale; both or neither, beside sumsq.
         workspace: fp32 of shape `project_workspace_shape(...)`, where the config splits K.
         config: launch parameters; looked up by the shape of one image when None.
 
@@ -187,7 +269,10 @@ def project(
     check_tensor("h", h, shape=(None, None), dtypes=FLOATS)
     tokens, hidden = h.shape
     batch = check_rows("h", tokens, tokens_per_image)
-    check_tensor("gain", gain, shape=(batch, hidden), dtypes=h.dtype, like=h)
+    if gain is not None:
+        check_tensor("gain", gain, shape=(batch, hidden), dtypes=h.dtype, like=h)
+    elif multiply:
+        raise ValueError("multiply needs a gain: pass it, or leave both out")
     check_tensor("w2", w2, shape=(hidden, None), dtypes=h.dtype, like=h)
     dim = w2.shape[1]
     check_tensor("b2", b2, shape=(dim,), dtypes=(torch.float32, h.dtype), like=h)
@@ -196,58 +281,94 @@ def project(
     if config is None:
         key = {"tokens_per_image": tokens_per_image, "hidden": hidden, "dim": dim}
         config = lookup("project", compute_capability(h), key, h.dtype)
+    _check_sums(h, dim, config, sumsq, scale, scaled_sumsq)
     needed = project_workspace_shape(tokens, dim, config)
     if needed is not None:
         if workspace is None:
             raise ValueError(f"workspace is missing: split_k {config.split_k} needs float32 of shape {list(needed)}")
         check_tensor("workspace", workspace, shape=needed, dtypes=torch.float32, like=h)
         check_int32("elements of a split projection", tokens * dim)
-    check_tma(config.tma, h=h, gain=gain, w2=w2)
+    check_tma(config.tma, h=h, w2=w2, **({} if gain is None else {"gain": gain}))
     tiles_per_image = cdiv(tokens_per_image, config.block_m)
     tiles_m = batch * tiles_per_image
     programs = tiles_m * cdiv(dim, config.block_n)
     check_int32("number of tiles", programs)
     # the workspace is never touched without a split; a tensor keeps the signature one and the same
     ends = {"bias_ptr": b2, "residual_ptr": residual, "out_ptr": out, "workspace_ptr": workspace if needed else out}
-    args = ends | {
-        "h_ptr": TensorDescriptor.from_tensor(h, [config.block_m, config.block_k]) if config.tma else h,
-        "gain_ptr": TensorDescriptor.from_tensor(gain, [1, config.block_k]) if config.tma else gain,
-        "w_ptr": TensorDescriptor.from_tensor(w2, [config.block_k, config.block_n]) if config.tma else w2,
-        "tokens": tokens,
-        "tokens_per_image": tokens_per_image,
-        "tiles_per_image": tiles_per_image,
-        "tiles_m": tiles_m,
-        "HIDDEN": hidden,
-        "DIM": dim,
-        "SPLIT_K": config.split_k,
-        "EVEN_M": tokens_per_image % config.block_m == 0,
-        "TMA": config.tma,
-        "TRANSPOSED": config.transposed,
-        "PRECISION": dot_precision(h.dtype),
-        **config.tile(),
-    }
+    by_descriptors = config.tma and gain is not None
+    sums = {"scale_ptr": scale, "sumsq_ptr": sumsq, "scaled_sumsq_ptr": scaled_sumsq}
+    # with slices of K the second launch takes them
+    whole = sums if needed is None else dict.fromkeys(sums)
+    args = (
+        ends
+        | whole
+        | {
+            "h_ptr": TensorDescriptor.from_tensor(h, [config.block_m, config.block_k]) if config.tma else h,
+            "gain_ptr": TensorDescriptor.from_tensor(gain, [1, config.block_k]) if by_descriptors else gain,
+            "w_ptr": TensorDescriptor.from_tensor(w2, [config.block_k, config.block_n]) if config.tma else w2,
+            "tokens": tokens,
+            "tokens_per_image": tokens_per_image,
+            "tiles_per_image": tiles_per_image,
+            "tiles_m": tiles_m,
+            "HIDDEN": hidden,
+            "DIM": dim,
+            "SPLIT_K": config.split_k,
+            "EVEN_M": tokens_per_image % config.block_m == 0,
+            "TMA": config.tma,
+            "TRANSPOSED": config.transposed,
+            "GAIN": "none" if gain is None else "multiply" if multiply else "add",
+            "SUMSQ": whole["sumsq_ptr"] is not None,
+            "SCALED": whole["scaled_sumsq_ptr"] is not None,
+            "PRECISION": dot_precision(h.dtype),
+            **config.tile(),
+        }
+    )
     launches = [Launch(project_kernel, (programs, config.split_k), args, config.options())]
-    if needed is not None:
+    if needed is not None and sumsq is None:
         count = tokens * dim
-        sums = ends | {"count": count, "DIM": dim, "SPLIT_K": config.split_k, "BLOCK": REDUCE_BLOCK}
+        reduce = ends | {"count": count, "DIM": dim, "SPLIT_K": config.split_k, "BLOCK": REDUCE_BLOCK}
         grid = (cdiv(count, REDUCE_BLOCK),)
-        launches.append(Launch(project_reduce_kernel, grid, sums, compiler_options(4, 1)))
+        launches.append(Launch(project_reduce_kernel, grid, reduce, compiler_options(4, 1)))
+    elif needed is not None:
+        reduce = ends | sums | {"DIM": dim, "PADDED": next_power_of_2(dim), "SPLIT_K": config.split_k}
+        reduce["SCALED"] = scaled_sumsq is not None
+        launches.append(Launch(project_reduce_rows_kernel, (tokens,), reduce, compiler_options(4, 1)))
     run_launches(launches, h.device)
+
+
+def _check_sums(
+    h: torch.Tensor,
+    dim: int,
+    config: GemmConfig,
+    sumsq: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    scaled_sumsq: torch.Tensor | None,
+) -> None:
+    if (scale is None) != (scaled_sumsq is None) or (scale is not None and sumsq is None):
+        raise ValueError("pass scale and scaled_sumsq both, and beside sumsq, or neither")
+    shape = project_sumsq_shape(h.shape[0], dim, config)
+    for name, t, expected in (("sumsq", sumsq, shape), ("scale", scale, (dim,)), ("scaled_sumsq", scaled_sumsq, shape)):
+        if t is not None:
+            check_tensor(name, t, shape=expected, dtypes=torch.float32, like=h)
 
 
 def work(
     *,
     h: TensorLike,
-    gain: TensorLike,
+    gain: TensorLike | None = None,
     w2: TensorLike,
     b2: TensorLike,
     residual: TensorLike,
     out: TensorLike,
+    sumsq: TensorLike | None = None,
+    scale: TensorLike | None = None,
+    scaled_sumsq: TensorLike | None = None,
     workspace: TensorLike | None = None,
     **options: Any,
 ) -> Work:
     """FLOPs and bytes of `project` called with these arguments; the workspace is written and read."""
-    nbytes = nbytes_of(h, gain, w2, b2, residual, out) + 2 * nbytes_of(workspace)
+    ends = nbytes_of(b2, residual, out, sumsq, scale, scaled_sumsq)
+    nbytes = nbytes_of(h, gain, w2) + ends + 2 * nbytes_of(workspace)
     return Work(2 * h.shape[0] * prod(w2.shape), nbytes)
 
 
@@ -268,6 +389,8 @@ def _default(cc: int, shape: Shape, dtype: torch.dtype, use: str) -> GemmConfig:
     if cc == 89 and config.num_warps == 4 and tokens_per_image % config.block_m and config.block_n == 128:
         # masked tiles of 128 x 128 spill
         config = replace(config, block_n=64, block_k=min(64, 2 * config.block_k), num_stages=3)
+    if cc == 80 and _is_masked_square(config, shape):
+        config = replace(config, block_n=min(config.block_n, 64))
     if use == "throughput":
         return config
     programs = cdiv(tokens_per_image, config.block_m) * cdiv(dim, config.block_n)
@@ -275,8 +398,15 @@ def _default(cc: int, shape: Shape, dtype: torch.dtype, use: str) -> GemmConfig:
     return replace(config, split_k=min(8, most, max(1, LATENCY_PROGRAMS // programs)))
 
 
+def _is_masked_square(config: GemmConfig, shape: Shape) -> bool:
+    """Whether D -> D, the product by a factor, masks its last tile: 128 columns spill 24 bytes on sm_80 there."""
+    return shape["hidden"] <= shape["dim"] and shape["tokens_per_image"] % config.block_m != 0
+
+
 def _suits(config: GemmConfig, shape: Shape) -> bool:
     """Whether a row pads images of this shape little enough; tiles of 256 rows are for images that fill them."""
+    if not config.transposed and _is_masked_square(config, shape):
+        return False
     masked = shape["tokens_per_image"] % config.block_m != 0
     return suits_image(config, shape) and not (config.block_m >= WIDE_ROWS and masked)
 

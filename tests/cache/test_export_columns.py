@@ -152,8 +152,21 @@ def test_labels_captions_and_columns_of_the_cache_need_no_option(tmp_path):
     samples = list(read_shard(tmp_path / "mds" / "shard.00000.mds", encodings))
     assert [s["caption"] for s in samples] == [members[f"{i:08d}.txt"].decode() for i in range(6)]
     assert [s["source"] for s in samples] == [f"s{i}" for i in range(6)] and np.isnan(samples[5]["score"])
+    with pytest.raises(InputError, match="DDT takes labels from the folders of its images"):
+        export(cache, tmp_path / "ddt", "ddt")
     # an option counts before what the cache has
     (tmp_path / "other.json").write_text(json.dumps(dict.fromkeys(names, 5)))
     export(cache, tmp_path / "five", "lightningdit", labels=str(tmp_path / "other.json"))
     labels = load_file(tmp_path / "five" / "latents_rank00_shard000.safetensors")["labels"]
     assert labels.tolist() == [5] * 6
+
+
+def test_folders_that_the_cache_took_for_labels_stay_folders(tmp_path):
+    cache = make_cache(tmp_path, each=1, columns=ColumnsRequest("folder"))
+    export(cache, tmp_path / "ddt", "ddt")
+    assert sorted(p.relative_to(tmp_path / "ddt").as_posix() for p in (tmp_path / "ddt").rglob("*.pt")) == [
+        "ant/000.webp.pt",
+        "bee/000.png.pt",
+        "cat/000.png.pt",
+    ]
+    assert json.loads((tmp_path / "ddt" / "capacitor.json").read_bytes())["classes"] == list(CLASSES)

@@ -98,9 +98,9 @@ def test_shared_memory_fits(compiled):
 def test_products_run_on_tensor_cores(compiled):
     products = [f for f in compiled[0] if f["dot"] and f["dtype"] != "fp32"]
     assert {f["family"] for f in products} >= {"expand", "project"}
-    slow = [
-        f"{_name(f)}: {f['instructions']}" for f in products if MATRIX_INSTRUCTION[f["cc"]] not in f["instructions"]
-    ]
+    # 16 rows, one of each image, are fewer than wgmma and tcgen05 multiply
+    wanted = [("mma" if f["family"] == "channel_attention" else MATRIX_INSTRUCTION[f["cc"]], f) for f in products]
+    slow = [f"{_name(f)}: {f['instructions']}" for instruction, f in wanted if instruction not in f["instructions"]]
     assert not slow, "\n".join(slow)
 
 
@@ -148,7 +148,8 @@ def test_committed_table_is_current(compiled):
 @pytest.mark.aot
 def test_every_form_that_the_runtime_queues_is_compiled(compiled):
     forms = {
-        ("patchify", 768): {"encode uint8 nhwc", "encode uint8 nchw, posterior", "encode bf16 nchw"},
+        # the siblings with channel attention have norms between the patches and the latents: two products
+        ("patchify", 768): {"encode uint8 nhwc", "encode uint8 nchw, posterior", "encode bf16 nchw", "decode"},
         ("patchify", 896): {"decode bf16 latents", "decode fp32 latents"},
         ("head", None): {"encode", "posterior"},
         ("unpatchify", 768): {"decode"},

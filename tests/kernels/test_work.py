@@ -11,8 +11,17 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from capacitor_kernels import OPS, dwconv_sumsq_shape, expand_partials_shape, project_workspace_shape, reference
+from capacitor_kernels import (
+    OPS,
+    dwconv_partials_shape,
+    dwconv_sumsq_shape,
+    expand_partials_shape,
+    project_sumsq_shape,
+    project_workspace_shape,
+    reference,
+)
 from capacitor_kernels.launch import Work, nbytes_of, recording
+from capacitor_kernels.ops.channel_attention import ChannelAttentionConfig
 from capacitor_kernels.ops.dwconv import DwconvConfig
 from capacitor_kernels.ops.grn import GrnConfig
 from capacitor_kernels.tuning import GemmConfig
@@ -66,6 +75,26 @@ def project(config: GemmConfig) -> Call:
     return Call("project", tensors, {"tokens_per_image": PER_IMAGE, "config": config}, ("workspace",))
 
 
+def project_with_sums(config: GemmConfig) -> Call:
+    call = project(config)
+    sums = t(*project_sumsq_shape(TOKENS, DIM, config), dtype=F32)
+    tensors = call.tensors | {"sumsq": sums, "scale": t(DIM, dtype=F32), "scaled_sumsq": t(*sums.shape, dtype=F32)}
+    return Call("project", tensors, call.options | {"multiply": True}, call.twice)
+
+
+def channel_attention(split: bool, twice: tuple[str, ...] = ()) -> Call:
+    tensors = {
+        "partials": t(BATCH, 4, DIM, dtype=F32),
+        "w": t(DIM, DIM),
+        "b": t(DIM, dtype=F32),
+        "factor": t(BATCH, DIM),
+    }
+    config = ChannelAttentionConfig(split, block_c=16, block_n=16, block_k=16, num_warps=1, num_stages=1)
+    if split:
+        tensors["sums"] = t(BATCH, 1, DIM, dtype=F32)
+    return Call("channel_attention", tensors, {"tokens_per_image": PER_IMAGE, "config": config}, twice)
+
+
 def grn(config: GrnConfig, twice: tuple[str, ...] = ()) -> Call:
     tensors = {"partials": t(BATCH, 4, HIDDEN, dtype=F32), "gamma": t(HIDDEN, dtype=F32)}
     tensors |= {"gain": t(BATCH, HIDDEN), "norms": t(BATCH, HIDDEN, dtype=F32)}
@@ -91,6 +120,7 @@ SUMSQ = t(*dwconv_sumsq_shape(TOKENS, DIM, CONV), dtype=F32)
 CONV_TENSORS = {"x": t(TOKENS, DIM), "w": t(49, DIM, dtype=F32), "b": t(DIM, dtype=F32), "y": t(TOKENS, DIM)}
 EXPAND_TENSORS = {"y": t(TOKENS, DIM), "w1": t(DIM, HIDDEN), "b1": t(HIDDEN, dtype=F32), "h": t(TOKENS, HIDDEN)}
 PARTIALS = t(*expand_partials_shape(BATCH, PER_IMAGE, HIDDEN, GEMM), dtype=F32)
+NORMED = {"x": t(TOKENS, DIM), "weight": t(DIM, dtype=F32), "bias": t(DIM, dtype=F32), "out": t(TOKENS, DIM)}
 OUT = {"tokens": t(TOKENS, DIM), "w": t(DIM, PIXELS), "b": t(PIXELS, dtype=F32)}
 CALLS = {
     "patchify uint8": patchify("nhwc", U8, None),
@@ -104,6 +134,27 @@ CALLS = {
         "expand",
         EXPAND_TENSORS | {"sumsq": SUMSQ, "partials": PARTIALS},
         {"tokens_per_image": PER_IMAGE, "gelu": "fit", "config": GEMM},
+    ),
+    "channel_attention": channel_attention(False),
+    "channel_attention in two launches": channel_attention(True, ("sums",)),
+    "rmsnorm": Call("rmsnorm", NORMED | {"sumsq": t(TOKENS, 1, dtype=F32)}, {}),
+    "sums of squares": Call("rmsnorm", {"x": t(TOKENS, DIM), "sumsq": t(TOKENS, 1, dtype=F32)}, {}),
+    "expand behind two norms": Call(
+        "expand",
+        EXPAND_TENSORS | {"sumsq": SUMSQ, "scaled_sumsq": t(*SUMSQ.shape, dtype=F32)},
+        PER_TOKENS | {"gelu": "fit", "config": GEMM},
+    ),
+    "dwconv with SiLU": Call(
+        "dwconv",
+        CONV_TENSORS | {"partials": t(*dwconv_partials_shape(BATCH, HEIGHT, WIDTH, DIM, CONV), dtype=F32)},
+        {"batch": BATCH, "height": HEIGHT, "width": WIDTH, "config": CONV},
+    ),
+    "project with sums": project_with_sums(GEMM),
+    "project split with sums": project_with_sums(SPLIT),
+    "patchify of latents alone": Call(
+        "patchify",
+        {"latents": latents_of(F32), "w": t(Z, DIM), "b": t(DIM, dtype=F32), "tokens": t(TOKENS, DIM)},
+        {"image": None, "patch": PATCH, "layout": "nchw", "config": GEMM},
     ),
     "grn": grn(GrnConfig(split=False, block_f=16, num_warps=1)),
     "grn in two launches": grn(GrnConfig(split=True, block_f=16, num_warps=1), ("norms",)),
@@ -126,6 +177,9 @@ CALLS = {
     "whiten": whiten(),
     "attention": Call("attention", {name: t(TOKENS, DIM) for name in "qkv"} | {"out": t(TOKENS, DIM)}, PER_TOKENS),
 }
+
+
+NO_PRODUCTS = ("grn", "whiten", "rmsnorm", "channel_attention")
 
 
 def test_every_op_is_here():
@@ -186,10 +240,22 @@ def _reference(call: Call) -> None:
         options = {}
     if call.op == "patchify":
         options["latents"] = call.tensors.get("latents")
-    getattr(reference, call.op)(*(call.tensors[name] for name in inputs), **options)
+    getattr(reference, call.op)(*(call.tensors.get(name) for name in inputs), **options)
 
 
-@pytest.mark.parametrize("name", [name for name, call in CALLS.items() if call.op not in ("grn", "whiten")])
+def test_flops_of_what_siblings_add():
+    sums, products = BATCH * 4 * DIM, 2 * BATCH * DIM * DIM
+    for name in ("channel_attention", "channel_attention in two launches"):
+        assert CALLS[name].work().flops == sums + products
+    with Elementwise() as counter:
+        reference.rmsnorm(*(NORMED[name].float() for name in ("x", "weight", "bias")))
+    # the squares and their sum, which torch takes in other words; the products with rstd and weight; the bias
+    assert counter.count == 3 * TOKENS * DIM + TOKENS
+    assert CALLS["rmsnorm"].work().flops == 5 * TOKENS * DIM
+    assert CALLS["sums of squares"].work().flops == 2 * TOKENS * DIM
+
+
+@pytest.mark.parametrize("name", [name for name, call in CALLS.items() if call.op not in NO_PRODUCTS])
 def test_flops_of_products_are_what_torch_counts(name):
     with FlopCounterMode(display=False) as counter:
         _reference(CALLS[name])

@@ -13,7 +13,7 @@ from capacitor_kernels import tuning
 from capacitor_kernels.ops.expand import HOPPER
 from capacitor_kernels.tuning import ConfigRow, GemmConfig
 
-from . import cases
+from . import cases, dico_cases
 from .cases import DTYPES, NAMES, Case, Form
 
 CCS = (80, 89, 90, 100, 120)
@@ -66,12 +66,31 @@ def quick(cc: int) -> Iterator[Make]:
         yield partial(cases.project, turned(config=transposed(split_k=2)), 1, 130, 520, 136)
         yield partial(cases.project, turned(torch.float16, transposed()), 2, 35, 200, 136)
         yield partial(cases.grn, form, 2, 3, 200)
+        yield from _dico(form, 35, _GRID, 104)
         yield partial(cases.dwconv, form, 2, *_GRID, 104)
         yield partial(cases.dwconv, form, 1, 16, 16, 128)
         yield partial(cases.unpatchify, form, 1, _GRID, 8, 104, "uint8")
         yield partial(cases.whiten, form, 2, _GRID, 16)
         yield partial(cases.whiten, form, 2, _GRID, 16, inverse=True, out="fp32")
         yield partial(cases.attention, form, 2, 35, 72)
+
+
+def _dico(form: Form, tokens: int, grid: tuple[int, int], dim: int) -> Iterator[Make]:
+    """What models with channel attention add."""
+    yield partial(dico_cases.expand, form, 2, tokens, dim, dim)
+    yield partial(dico_cases.expand, form, 2, tokens, dim, 2 * dim, "scaled")
+    yield partial(dico_cases.dwconv, form, 2, *grid, dim)
+    yield partial(dico_cases.channel_attention, form, 3, 3, dim)
+    yield partial(dico_cases.project, form, 2, tokens, dim, dim)
+    yield partial(dico_cases.project, form, 2, tokens, 2 * dim, dim, multiply=False, sums="plain")
+    split = replace(form, config=GemmConfig(64, 64, 64, 8, 4, 3, split_k=2), label="split")
+    yield partial(dico_cases.project, split, 1, tokens, 4 * dim, dim)
+    if form.cc == 90 and form.dtype != torch.float32:
+        turned = replace(form, config=transposed(), label="transposed")
+        yield partial(dico_cases.project, turned, 2, 2 * tokens, 200, 136)
+        yield partial(dico_cases.project, turned, 2, 2 * tokens, 200, 136, multiply=False, sums="plain")
+    yield partial(dico_cases.rmsnorm, form, 2, tokens, dim)
+    yield partial(dico_cases.latents_up, form, 2, grid, 16, dim)
 
 
 def odd(cc: int, dtype: torch.dtype) -> Iterator[Make]:
@@ -98,6 +117,13 @@ def odd(cc: int, dtype: torch.dtype) -> Iterator[Make]:
         yield partial(cases.grn, form, 3, 1 + dim % 7, hidden)
         yield partial(cases.whiten, form, 3, _GRID, dim, inverse=True)
         yield partial(cases.attention, form, 3, 35, dim)
+    for batch, tokens, grid, dim in ((3, 35, _GRID, 90), (2, 144, (12, 12), _DIM), (1, 1, (1, 1), 33)):
+        yield from _dico(form, tokens, grid, dim)
+        yield partial(dico_cases.expand, form, batch, tokens, dim, dim, "two")
+        yield partial(dico_cases.project, form, batch, tokens, dim, dim, multiply=False, sums="none")
+        yield partial(dico_cases.channel_attention, form, 17, 20, dim)
+        yield partial(dico_cases.rmsnorm, form, batch, tokens, dim, norm=False)
+        yield partial(dico_cases.rmsnorm, form, batch, tokens, dim, sums=False)
     # the rows of 256 tokens, descriptors included, with a last tile that is cut
     yield partial(cases.expand, form, 2, 250, _DIM, _HIDDEN)
     yield partial(cases.project, form, 2, 250, _HIDDEN, _DIM)
@@ -145,6 +171,7 @@ def _row(form: Form, row: ConfigRow, batch: int) -> Iterator[Make]:
         yield partial(cases.project, form, one, tokens, shape["hidden"], shape["dim"])
     elif row.family == "dwconv":
         yield partial(cases.dwconv, form, one, shape["height"], shape["width"], shape["dim"])
+        yield partial(dico_cases.dwconv, form, one, shape["height"], shape["width"], shape["dim"])
     elif row.family == "patchify":
         latents = shape["depth"] - 3 * _PATCH**2
         images = [("fp32", "nchw"), ("bf16", "nchw")]
@@ -163,6 +190,11 @@ def _row(form: Form, row: ConfigRow, batch: int) -> Iterator[Make]:
     elif row.family == "whiten":
         for inverse in (False, True):
             yield partial(cases.whiten, form, 2, _ROW_GRID, _CHANNELS, inverse)
+    elif row.family == "channel_attention":
+        yield partial(dico_cases.channel_attention, form, 2, shape["tiles"], shape["dim"])
+    elif row.family == "rmsnorm":
+        yield partial(dico_cases.rmsnorm, form, 2, _FEW_TOKENS, shape["dim"])
+        yield partial(dico_cases.rmsnorm, form, 2, _FEW_TOKENS, shape["dim"], norm=False)
     elif row.family == "attention":
         for few in (_FEW_TOKENS, _FEW_TOKENS + 2):
             yield partial(cases.attention, form, 2, few, shape["dim"])

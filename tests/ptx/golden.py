@@ -15,7 +15,7 @@ from capacitor_kernels.launch import recording
 from capacitor_rt import FullCapacitor, FullCapacitorInferenceConfig
 from capacitor_rt.diffusion import unit_noise
 from capacitor_rt.reference import Posterior
-from capacitor_rt.runtime import fold
+from capacitor_rt.runtime import fold, packed
 from capacitor_rt.runtime.arena import ALIGNMENT
 from capacitor_rt.runtime.executor import Executor
 from capacitor_rt.runtime.plan import LaunchPlan, PlanKey, make_plan
@@ -102,7 +102,7 @@ class ExecutedModel:
     def _fold(self, at: tuple[float, float] | None) -> dict[str, Tensor]:
         if at not in self._weights:
             folded = fold.fold_encoder(self._model) if at is None else fold.fold_decoder(self._model, *at)
-            self._weights[at] = fold.named_tensors(fold.pack(folded, self.dtype, torch.device("cpu")))
+            self._weights[at] = packed.named_tensors(packed.pack(folded, self.dtype, torch.device("cpu")))
         return self._weights[at]
 
 
@@ -135,7 +135,8 @@ def check_folder(folder: Path, cc: int, dtype: str = "bf16", every: bool = False
 
 def _keys(io: dict[str, Tensor], every: bool) -> list[str]:
     decodes = sorted(key for key in io if key.startswith("decode_"))
-    return ["latents", "posterior", *(key for key in decodes if every or key.startswith(_QUICK_DECODES))]
+    posterior = ["posterior"] if "posterior_mean" in io else []
+    return ["latents", *posterior, *(key for key in decodes if every or key.startswith(_QUICK_DECODES))]
 
 
 def _outputs(

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from capacitor_rt import FullCapacitorInferenceConfig, ModelConfig
-from capacitor_rt.config import KNOWN_MODELS
+from capacitor_rt.config import KNOWN_MODELS, READINGS, SIBLINGS, DicoConfig
 from capacitor_rt.reference import Autoencoder
 from capacitor_rt.runtime import fold
 from capacitor_rt.runtime.arena import ALIGNMENT, Buffer, lay_out
@@ -25,15 +25,19 @@ CCS = (80, 86, 89, 90, 100, 120)
 # op -> the arguments that it writes
 WRITES = {
     "patchify": ("tokens",),
-    "dwconv": ("y", "sumsq"),
+    "dwconv": ("y", "sumsq", "partials"),
     "expand": ("h", "partials"),
     "grn": ("gain", "norms"),
-    "project": ("out", "workspace"),
+    "channel_attention": ("factor", "sums"),
+    "project": ("out", "sumsq", "scaled_sumsq", "workspace"),
+    "rmsnorm": ("out", "sumsq"),
     "head": ("latents", "mean", "logsnr"),
     "fuse_skip": ("out",),
     "unpatchify": ("image",),
     "broadcast": ("out",),
     "combine": ("out",),
+    "drop_latents": ("out",),
+    "drop_tokens": ("out",),
 }
 
 
@@ -61,8 +65,17 @@ inferences = st.builds(
 
 
 @st.composite
+def dico_configs(draw) -> DicoConfig:
+    reading = {name: draw(st.sampled_from(choices)) for name, choices in READINGS.items()}
+    return DicoConfig(draw(st.sampled_from(SIBLINGS)), **reading)
+
+
+@st.composite
 def configs(draw) -> ModelConfig:
     start, middle, end = (draw(st.integers(0, 2)) for _ in range(3))
+    dico = draw(st.none() | dico_configs())
+    if dico is not None and dico.is_flat:
+        start = end = 0
     return ModelConfig(
         patch_size=draw(st.sampled_from([8, 16])),
         model_dim=draw(st.sampled_from([16, 24, 56])),
@@ -74,14 +87,13 @@ def configs(draw) -> ModelConfig:
         adaln_low_rank_rank=2,
         bottleneck_posterior_kind=draw(st.sampled_from(["diagonal_gaussian", "deterministic"])),
         bottleneck_norm_mode=draw(st.sampled_from(["disabled", "channel_wise"])),
+        dico=dico,
     )
 
 
 @st.composite
 def plans(draw) -> tuple[ModelConfig, LaunchPlan]:
-    config = draw(
-        st.one_of(configs(), st.sampled_from([known for known in KNOWN_MODELS.values() if known.dico is None]))
-    )
+    config = draw(st.one_of(configs(), st.sampled_from(list(KNOWN_MODELS.values()))))
     directions = ["encode", "posterior", "decode", "predict"] if config.encoder_depth else ["decode", "predict"]
     direction = draw(st.sampled_from(directions))
     sides = st.integers(1, 12).map(lambda n: n * config.patch_size)
@@ -91,7 +103,9 @@ def plans(draw) -> tuple[ModelConfig, LaunchPlan]:
         "use": draw(st.sampled_from(["throughput", "latency"])),
     }
     if direction in ("decode", "predict"):
-        changes["inference"] = draw(inferences)
+        changes["inference"] = dataclasses.replace(
+            draw(inferences), pdg_drop=draw(st.sampled_from([None, *config.drops]))
+        )
     else:
         changes["layout"] = draw(st.sampled_from(["nchw", "nhwc"]))
     return config, make_plan(config, key_of(direction, draw(st.integers(1, 6)), draw(sides), draw(sides), **changes))

@@ -15,7 +15,7 @@ CASES = [
     (name, direction, cc)
     for name, config in KNOWN_MODELS.items()
     for direction in ("encode", "posterior", "decode")
-    if config.dico is None and (direction == "decode" or config.encoder_depth)
+    if direction == "decode" or config.encoder_depth
     for cc in (80, 89, 90, 100, 120)
 ]
 

@@ -30,7 +30,7 @@ class _ClassFolders(RowFiles):
         """Of the input; under the number of its class unless its top folder is the class."""
         assert self.rows.labels is not None, "required"
         path = str(relative_path(self.rows.ids[i]))
-        if self.request.labels == "folder":
+        if self.rows.labels_are_folders:
             return path
         digits = max(4, len(str(int(self.rows.labels.numbers.max()))))
         return f"{int(self.rows.labels.numbers[i]):0{digits}d}/{path}"
@@ -104,7 +104,7 @@ class Ddt(_ClassFolders):
     reader = "torch"
 
     def check(self) -> None:
-        if self.request.labels != "folder":
+        if not self.rows.labels_are_folders:
             raise InputError("DDT takes labels from the folders of its images: use --labels folder")
         self.check_names("rename one and cache again")
 

@@ -236,6 +236,12 @@ class Rows:
             )
         return None
 
+    @property
+    def labels_are_folders(self) -> bool:
+        """Whether a row's label is the number of its top folder."""
+        origins = {column["name"]: column["from"] for column in self.dataset.plan.columns}
+        return (self.request.labels or origins.get("label")) == "folder"
+
     def _find_captions(self) -> Sequence[str] | None:
         if self.request.captions is not None:
             found = read_captions(self.request.captions, self.ids, self.request.images)

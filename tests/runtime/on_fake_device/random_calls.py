@@ -36,6 +36,7 @@ from fake_triton import forget_kernels
 from runtime_cases import tiny
 
 from capacitor_rt import FullCapacitorInferenceConfig
+from capacitor_rt.config import DicoConfig
 from capacitor_rt.errors import InputError
 from capacitor_rt.runtime import weights
 
@@ -101,8 +102,11 @@ class Sequence:
         budget = self.random.choice((None, None, 1, 20_000, 100_000))
         dtype, graphs = self.random.choice(DTYPES), self.random.random() < 0.9
         overlap = self.random.random() < 0.3
-        self.log.append(f"model {dtype} cuda_graphs={graphs} overlap={overlap} memory_budget={budget}")
-        return tiny(device="cuda", dtype=dtype, cuda_graphs=graphs, overlap=overlap, memory_budget=budget)
+        changes: dict[str, Any] = {}
+        if self.random.random() < 0.25:
+            changes["dico"] = DicoConfig("mdiffae_v2")
+        self.log.append(f"model {dtype} cuda_graphs={graphs} overlap={overlap} memory_budget={budget} {changes}")
+        return tiny(device="cuda", dtype=dtype, cuda_graphs=graphs, overlap=overlap, memory_budget=budget, **changes)
 
     def new_call(self, drawing: bool = True) -> Callable[[], Any]:
         """A random call of the model, with inputs of the current stream; `drawing` noise of a seed, or given all."""
@@ -121,13 +125,17 @@ class Sequence:
             return lambda: model.encode(image, out=target)
         steps, sampler = pick((1, 1, 2, 3, 4)), pick(("ddim", "dpmpp_2m"))
         drawn = pick((None, 0, 1)) if drawing else None
-        inference = FullCapacitorInferenceConfig(steps, sampler, pdg=pick((False, True)), seed=drawn)
+        drop = pick(model.config.drops)
+        inference = FullCapacitorInferenceConfig(steps, sampler, pdg=pick((False, True)), seed=drawn, pdg_drop=drop)
         latents = torch.zeros(batch, 4, height // 8, width // 8, device="cuda")
         shape = (batch, 3, height, width)
         noise = torch.zeros(shape, device="cuda") if drawn is None else None
         target = torch.empty(shape, device="cuda") if out else None
         self.log.append(f"decode {shape} {inference} out={out}")
-        return lambda: model.decode(latents, inference_config=inference, noise=noise, out=target)
+        given = {"noise": noise, "out": target}
+        if inference.pdg and drop == "tokens" and drawn is None:
+            given["dropped"] = torch.zeros(batch, 1, height // 8, width // 8, device="cuda")
+        return lambda: model.decode(latents, inference_config=inference, **given)
 
     def attempt(self, call: Callable[[], Any]) -> bool:
         """Whether a call succeeded; errors of ours are fine, all others end the sequence."""

@@ -12,6 +12,7 @@ import torch
 from runtime_cases import ONE_STEP, tiny
 
 from capacitor_rt import FullCapacitorInferenceConfig
+from capacitor_rt.config import SIBLINGS, DicoConfig
 from capacitor_rt.errors import InputError
 from capacitor_rt.runtime.memory import DeviceMemoryError
 
@@ -50,6 +51,38 @@ def test_every_call_runs_on_every_architecture(gpu, dtype):
         assert model.encode_posterior(images()).mean.shape == (2, 4, 2, 1)
     assert (model.stats().captures, model.stats().replays) == (3, 6)
     assert gpu.counts["compile"] == gpu.counts["load"] > 0
+
+
+@pytest.mark.parametrize("gpu", ARCHITECTURES, indirect=True)
+@pytest.mark.parametrize("sibling", SIBLINGS)
+def test_a_sibling_runs_on_every_architecture(gpu, sibling):
+    depth = {"decoder_start_blocks": 0} if sibling == "mdiffae_v1" else {"decoder_depth": 2, "decoder_end_blocks": 1}
+    model = model_on_gpu(dico=DicoConfig(sibling), encoder_depth=2, **depth)
+    calls = 0
+    for _ in range(2):
+        latents = model.encode(images(3))
+        assert latents.is_cuda and latents.shape == (3, 4, 2, 1)
+        for drop in model.config.drops:
+            settings = FullCapacitorInferenceConfig(num_steps=2, seed=0, pdg=True, pdg_drop=drop)
+            assert model.decode(latents, inference_config=settings).shape == (3, 3, 16, 8)
+        calls = 1 + len(model.config.drops)
+    assert (model.stats().captures, model.stats().replays) == (calls, 2 * calls)
+    # memory that runs out, in one image after the other
+    gpu.limit = gpu.allocated + 40_000
+    assert model.encode(images(8)).shape == (8, 4, 2, 1)
+
+
+def test_tokens_are_not_drawn_inside_a_capture(faults):
+    model = model_on_gpu(dico=DicoConfig("mdiffae_v2"))
+    latents, noise = torch.zeros(1, 4, 2, 1, device="cuda"), torch.zeros(1, 3, 16, 8, device="cuda")
+    dropped = torch.ones(1, 1, 2, 1, device="cuda")
+    settings = FullCapacitorInferenceConfig(pdg=True, pdg_drop="tokens")
+    model.decode(latents, inference_config=settings, noise=noise)
+    graph, result = captured(lambda: model.decode(latents, inference_config=settings, noise=noise, dropped=dropped))
+    graph.replay()
+    assert result.shape == (1, 3, 16, 8)
+    with pytest.raises(InputError, match="which a CUDA graph that is being captured cannot do: pass dropped="):
+        captured(lambda: model.decode(latents, inference_config=settings, noise=noise))
 
 
 def test_halves_of_a_batch_are_two_branches_of_one_graph(gpu):
