@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from ..model import FullCapacitor
 
 LATENT_FORMAT = "capacitor-latent/1"
-MOST_NAME_BYTES = 255
-"""Of the file systems of Linux."""
+FILE_NAME_BYTES = 255
+"""Most bytes of a file's name on Linux."""
 
 
 class Sampler(str, Enum):
@@ -84,9 +84,9 @@ def refuse_existing(target: Path) -> None:
 def refuse_long_name(target: Path) -> None:
     """One name that the file system does not take is the fault of one input."""
     length = len(os.fsencode(target.name))
-    if length > MOST_NAME_BYTES:
+    if length > FILE_NAME_BYTES:
         raise InputError(
-            f"{target.name} cannot be a file: its name has {length} bytes, {MOST_NAME_BYTES} are allowed: shorten the "
+            f"{target.name} cannot be a file: its name has {length} bytes, {FILE_NAME_BYTES} are allowed: shorten the "
             "name of the input"
         )
 
@@ -177,13 +177,16 @@ def decode(
     targets = {path: target for source in sources for path, target in source.targets.items()}
     refuse_collisions(targets, "decode")
     for target in targets.values():
-        if len(os.fsencode(target.name)) <= MOST_NAME_BYTES:
+        if len(os.fsencode(target.name)) <= FILE_NAME_BYTES:
             refuse_existing(target)
     image_module = require_extra("PIL.Image")
     from ..images.frames import to_uint8
 
     capacitor = load_model(model, revision, device, compute_dtype, backend)
     failed = written = 0
+    for line in (line for source in sources for line in source.refused):
+        note(f"error: {line}")
+        failed += 1
     with progress(len(targets), "picture") as advance:
         for source in sources:
             try:

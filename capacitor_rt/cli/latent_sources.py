@@ -45,6 +45,11 @@ class LatentFile:
         """Source and picture, as far as they are known before the file is read."""
         return {self.path: self.target}
 
+    @property
+    def refused(self) -> list[str]:
+        """Rows that are left out: none."""
+        return []
+
     def __len__(self) -> int:
         return 1
 
@@ -71,7 +76,10 @@ class CacheRows:
         limit: most rows.
 
     Raises:
-        CacheError: the cache cannot be read. InputError: no id matches, or an id cannot be a file's name.
+        CacheError: the cache cannot be read. InputError: no id matches.
+
+    Attributes:
+        refused: why rows are left out whose ids cannot be names of files.
     """
 
     def __init__(self, root: Path, out: Path, ids: list[str], limit: int | None):
@@ -81,10 +89,16 @@ class CacheRows:
         self.path = root
         self.dataset: LatentDataset = LatentDataset(root, verify=True, allow_partial=True)
         rows = self._matching(ids)
-        self.rows = rows[:limit]
+        self.rows: list[int] = []
+        self.refused: list[str] = []
         self.targets: dict[Path, Path] = {}
-        for i in self.rows:
-            relative = id_to_relative(self.dataset.ids[i])
+        for i in rows[:limit]:
+            try:
+                relative = id_to_relative(self.dataset.ids[i])
+            except InputError as error:
+                self.refused.append(f"{root}: {error}")
+                continue
+            self.rows.append(i)
             self.targets[root / relative] = out / relative.with_name(picture_name(relative.name))
 
     def _matching(self, ids: list[str]) -> list[int]:
@@ -138,7 +152,7 @@ def find_latents(inputs: list[Path], out: Path, ids: list[str], limit: int | Non
             left -= sum(map(len, found))
     if ids and not any(isinstance(source, CacheRows) for source in sources):
         raise InputError("--id chooses rows of a cache by their ids: give a cache, or leave it away")
-    return [source for source in sources if len(source)]
+    return [source for source in sources if len(source) or source.refused]
 
 
 def note_space(source: Source, space: str | None, model_space: str, any_space: bool) -> None:

@@ -55,6 +55,18 @@ def test_encode_decode_psnr(run, tmp_path):
     assert (tmp_path / "scores.csv").read_bytes().count(b"latin1-") == 1
 
 
+def test_a_row_of_a_cache_whose_picture_can_have_no_name(run, tmp_path):
+    (tmp_path / "in").mkdir()
+    for i, name in enumerate(("plain.jpg", "z" * 251 + ".jpg")):
+        (tmp_path / "in" / name).write_bytes(files.encoded(files.texture(32, 32, i), "JPEG"))
+    code, out, err = run("cache", "in", "cache", "--model", P16, "--size", "32", "--workers", "0", "-q")
+    assert code == 0, err
+    code, out, err = run("decode", "cache", "-o", "pictures", "--model", P16)
+    assert code == 3 and "1 images written to pictures, 1 failed" in out
+    assert err.startswith("error: ") and ("too long" in err or "are allowed" in err)
+    assert os.listdir(tmp_path / "pictures") == ["plain.jpg.png"]
+
+
 def test_damaged_tiffs_leave_stderr_to_the_program(run, tmp_path):
     (tmp_path / "in").mkdir()
     good = files.encoded(files.texture(64, 64), "TIFF", compression="tiff_lzw")
