@@ -70,6 +70,7 @@ class Visit:
         self.requests: list[str] = []
 
     def open(self, url: str) -> Any:
+        """A page in a tab of its own."""
         page = self.context.new_page()
         page.on("console", lambda m: self.complaints.append(m.text) if m.type in ("error", "warning") else None)
         page.on("pageerror", lambda error: self.complaints.append(str(error)))
