@@ -65,6 +65,19 @@ def test_a_golden_model_is_right():
         assert _passed(output, what), f"{what} was not checked"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dico_ir", "dico_m2"])
+def test_a_golden_sibling_is_right(name):
+    output = _run("--golden", f"tests/golden/{name}", "--cc", "90")
+    for what in (
+        "latents",
+        "decode_ddim1_linear_seed7",
+        "decode_ddim1_linear_pdg2_seed7",
+        "decode_dpmpp4_linear_seed7",
+    ):
+        assert _passed(output, what), f"{what} was not checked"
+
+
 def test_a_wrong_golden_output_fails(tmp_path):
     from safetensors.torch import load_file, save_file
 
