@@ -22,6 +22,8 @@ from torch.utils.data import DataLoader
 from torchvision_ops import import_beside_torchvision
 from trainer_code import checkout, cut, load, package
 
+from capacitor_rt.cache.export import mds
+
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
@@ -41,7 +43,9 @@ def unpatchified(latents):
 
 def streaming():
     try:
-        return import_beside_torchvision("streaming")
+        module = import_beside_torchvision("streaming")
+        mds._reader.cache_clear()
+        return module
     except ImportError as e:
         pytest.skip(
             f"mosaicml-streaming is not installed ({e}): it wants numpy below 2.2, in an environment of its own"

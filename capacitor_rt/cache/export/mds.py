@@ -7,6 +7,7 @@ micro_diffusion (datasets/latents_loader.py) reshapes the bytes of `latents_256`
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -209,8 +210,10 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+@lru_cache(maxsize=1)
 def _reader() -> Any:
     """The module with streaming's `MDSReader`, None where it cannot be imported."""
+    # asked once: a failed import leaves modules behind, and the next one would succeed
     if not is_installed("streaming"):
         return None
     try:
