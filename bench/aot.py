@@ -79,6 +79,7 @@ SPILLED_BEFORE = (
     Size(90, "bf16", (128, 128), "throughput", ("expand", "project")),
     Size(89, "bf16", (15, 17), "throughput", ("project",)),
     Size(80, "bf16", (16, 16), "latency", ("unpatchify",)),
+    Size(80, "bf16", (32, 32), "latency", ("unpatchify",)),
 )
 GRIDS = ((8, 8), (14, 14), (15, 17), (16, 16), (32, 32), (64, 64), (128, 128))
 

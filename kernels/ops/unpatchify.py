@@ -183,7 +183,7 @@ def _default(cc: int, shape: Shape, dtype: torch.dtype, use: str) -> GemmConfig:
     """Half the columns of a plain GEMM tile: 64-bit addresses and the noise take the registers of the other half."""
     config = flat_gemm_default(cc, shape["tokens_per_image"], shape["depth"], shape["dim"], dtype, use)
     # to make room for a fifth small CTA on sm_80, ptxas would spill
-    maxnreg = 128 if cc == 80 and use == "latency" and config.num_warps == 4 else None
+    maxnreg = 128 if cc == 80 and use == "latency" and config.block_m <= 64 else None
     return replace(config, block_n=min(config.block_n, 64), maxnreg=maxnreg)
 
 
