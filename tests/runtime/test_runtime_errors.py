@@ -12,7 +12,7 @@ from runtime_cases import DEVICE, ONE_STEP, tiny
 
 from capacitor_kernels import launch
 from capacitor_rt import FullCapacitor, InputError
-from capacitor_rt.runtime import backend, first_contact, fold, graphs, memory, platform, runtime, weights
+from capacitor_rt.runtime import backend, first_contact, graphs, memory, packed, platform, runtime, weights
 from capacitor_rt.runtime.backend import ServedAutoencoder
 from capacitor_rt.runtime.memory import DeviceMemoryError
 
@@ -97,7 +97,7 @@ def test_weights_that_do_not_fit_leave_the_model_usable(small_device, monkeypatc
         raise out_of_memory()
 
     with monkeypatch.context() as patch:
-        patch.setattr(fold, "pack", pack)
+        patch.setattr(packed, "pack", pack)
         with pytest.raises(DeviceMemoryError, match=r"the packed encoder needs about [\d.]+ MiB, and 3.0 MiB are free"):
             model.encode(image)
     assert torch.equal(model.encode(image), tiny().encode(image))
