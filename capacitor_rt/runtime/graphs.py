@@ -22,7 +22,7 @@ from .stats import Stats
 MAX_BOUND = 256
 """Plans kept; the driver holds some memory of its own for each captured graph."""
 # torch allows one capture at a time in a process
-_capturing = threading.Lock()
+capturing = threading.RLock()
 # by device and branch: torch hands out 32 streams in turn, and would come round to those of its users
 _capture_streams: dict[tuple[torch.device, int], torch.cuda.Stream] = {}
 
@@ -61,8 +61,8 @@ class Bound:
         device = self.arena.device
         caller = torch.cuda.current_stream(device)
         graph = torch.cuda.CUDAGraph()
-        with _capturing:
-            side, *others = (_capture_stream(device, i) for i in range(len(self.executors)))
+        with capturing:
+            side, *others = (capture_stream(device, i) for i in range(len(self.executors)))
             side.wait_stream(caller)
             try:
                 with torch.cuda.stream(side):
@@ -106,7 +106,8 @@ class Bound:
             raise RuntimeError(f"replay of {self.key} failed: {error}") from error
 
 
-def _capture_stream(device: torch.device, branch: int) -> torch.cuda.Stream:
+def capture_stream(device: torch.device, branch: int = 0) -> torch.cuda.Stream:
+    """The stream that is captured on a device; hold `capturing` for as long as it is used."""
     if (device, branch) not in _capture_streams:
         _capture_streams[device, branch] = torch.cuda.Stream(device)
     return _capture_streams[device, branch]

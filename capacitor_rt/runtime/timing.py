@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from .graphs import capture_stream, capturing
+
 L2_FACTOR = 3
 GRAPH_MILLISECONDS = 8.0
 WARM_SECONDS = 0.4
@@ -124,20 +126,21 @@ def _graph(variant: Variant, device: torch.device) -> Ready:
     # the driver under-reports the L2 of some parts; an eighth of a gigabyte covers every current one
     count = min(copies_for(variant.nbytes, max(properties.L2_cache_size, 64 << 20)), 64)
     calls = [variant.make() for _ in range(count)]
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call()
-        stream.synchronize()
-        once = elapsed_us(lambda: [call() for call in calls], device) / count
-    rounds = max(1, min(200, round(GRAPH_MILLISECONDS * 1e3 / (once * count))))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for _ in range(rounds):
+    with capturing:
+        stream = capture_stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
             for call in calls:
                 call()
-    torch.cuda.synchronize(device)
+            stream.synchronize()
+            once = elapsed_us(lambda: [call() for call in calls], device) / count
+        rounds = max(1, min(200, round(GRAPH_MILLISECONDS * 1e3 / (once * count))))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for _ in range(rounds):
+                for call in calls:
+                    call()
+        torch.cuda.synchronize(device)
 
     # `calls` stays alive with the closure: the graph holds pointers into its tensors
     def replay(_keep: Any = calls) -> float:
