@@ -67,8 +67,9 @@ def square_bucket(side: int, multiple: int) -> Size:
 def bucket_table(area_side: int, multiple: int, max_aspect: float = 4.0) -> tuple[Size, ...]:
     """The sizes of at most `area_side`^2 pixels that cannot grow: aspect-ratio buckets, sorted, without duplicates.
 
-    A size is in the table if both sides are multiples of `multiple`, the longer is at most `max_aspect` times the
-    shorter, and no other such size is at least as high and as wide. With (H, W) the table holds (W, H).
+    A size is in the table if both sides are multiples of `multiple`, the longer over the shorter is at most
+    `max_aspect`, and no other such size is at least as high and as wide. With (H, W) the table holds (W, H). The
+    ratio is the correctly rounded quotient, so that 12 x 10 fits 1.2, which is a little less than 6/5 in binary.
 
     Raises:
         InputError: no size fits, or an argument out of range.
@@ -81,8 +82,10 @@ def bucket_table(area_side: int, multiple: int, max_aspect: float = 4.0) -> tupl
     widest: list[Size] = []
     height = multiple
     while height * multiple <= area_side**2:
-        width = min(area_side**2 // height, int(height * max_aspect)) // multiple * multiple
-        if width and height <= max_aspect * width:
+        width = min(area_side**2 // height, int(height * max_aspect) + 1) // multiple * multiple
+        while width / height > max_aspect:
+            width -= multiple
+        if width and height / width <= max_aspect:
             widest.append(Size(height, width))
         height += multiple
     # heights ascend, so a size is dominated exactly if a later one is at least as wide

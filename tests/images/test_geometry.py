@@ -6,7 +6,7 @@ from fractions import Fraction
 import image_files as files
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -38,13 +38,12 @@ def tables(draw):
 
 def legal_sizes(area_side: int, multiple: int, max_aspect: float) -> set[Size]:
     sides = range(multiple, area_side**2 // multiple + 1, multiple)
-    limit = Fraction(max_aspect)
     found = set()
     for height in sides:
         for width in sides:
             if height * width > area_side**2:
                 break
-            if max(height, width) <= limit * min(height, width):
+            if max(height, width) / min(height, width) <= max_aspect:
                 found.add(Size(height, width))
     return found
 
@@ -52,6 +51,7 @@ def legal_sizes(area_side: int, multiple: int, max_aspect: float) -> set[Size]:
 class TestBuckets:
     @settings(max_examples=30, deadline=None)
     @given(tables())
+    @example((11, 1, 1.2))
     def test_exactly_the_sizes_that_cannot_grow(self, arguments):
         legal = legal_sizes(*arguments)
         table = bucket_table(*arguments)
