@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import os
-import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -127,16 +126,11 @@ def save(calibration: Fp8Calibration, path: Path) -> None:
     """
     refuse_existing(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex}")
     try:
-        part.write_text(json.dumps(calibration.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        # a rename would replace what was written in the meantime
-        os.link(part, path)
+        strict_json.write_new(path, calibration.to_dict())
     except FileExistsError:
         refuse_existing(path)
         raise
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def refuse_existing(path: Path) -> None:

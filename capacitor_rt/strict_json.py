@@ -6,6 +6,8 @@ import json
 import math
 import os
 import stat
+import uuid
+from pathlib import Path
 from typing import Any, BinaryIO
 
 # more digits than any number of 64 bits has
@@ -111,3 +113,19 @@ def _real(text: str) -> float:
 
 def _constant(text: str) -> float:
     raise StrictJSONError(f"{text} is no JSON number")
+
+
+def write_new(path: Path, document: Any) -> None:
+    """Write a document as JSON, whole or not at all.
+
+    Raises:
+        FileExistsError: the file exists; it is never replaced. OSError: it cannot be written. ValueError: a number is
+            not finite.
+    """
+    part = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex}")
+    try:
+        part.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        # a rename would replace what was written in the meantime
+        os.link(part, path)
+    finally:
+        part.unlink(missing_ok=True)

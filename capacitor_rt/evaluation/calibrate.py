@@ -9,10 +9,8 @@ latents are on as they are is told by their distance from either.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
-import uuid
 from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
@@ -22,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import strict_json
 from ..checkpoint import tensors_sha256
 from ..errors import CapacitorError, ImageError, InputError
 from ..flux2_space import LEAST_IMAGES, ChannelLines, Flux2Calibration
@@ -131,16 +130,11 @@ def save(calibration: Flux2Calibration, path: str | os.PathLike[str]) -> None:
     """
     path = Path(path)
     refuse_existing(path)
-    temporary = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex}")
     try:
-        temporary.write_text(json.dumps(calibration.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        # a rename would replace what was written in the meantime
-        os.link(temporary, path)
+        strict_json.write_new(path, calibration.to_dict())
     except FileExistsError:
         refuse_existing(path)
         raise
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def refuse_existing(path: Path) -> None:
