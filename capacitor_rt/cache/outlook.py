@@ -12,13 +12,13 @@ import numpy as np
 
 from ..errors import ImageError
 from ..images.decode import probe
-from ..images.geometry import Size, assign, place
+from ..images.geometry import Size, assign
 from ..model import FullCapacitor
 from .commits import read_log
 from .folder import CacheFolder
 from .model_source import ModelSource
 from .options import RunOptions
-from .plan import CacheRequest
+from .plan import CachePlan, CacheRequest
 from .prepare import PreparedRun, as_source, check_folder, prepare, room
 from .report import DryRun
 from .sources import Source
@@ -51,7 +51,7 @@ def dry_run(
     plan, tasks = prepared.plan, prepared.tasks
     todo = [task for task in tasks if task.number not in committed]
     ordinals = np.unique(np.linspace(0, plan.count - 1, min(plan.count, SAMPLE)).round().astype(int))
-    buckets, failed = _look(prepared.source, plan.buckets, ordinals.tolist(), workers or os.cpu_count() or 1)
+    buckets, failed = _look(prepared.source, plan, ordinals.tolist(), workers or os.cpu_count() or 1)
     scale = plan.count / len(ordinals)
     counts = {bucket: round(n * scale) for bucket, n in sorted(buckets.items())}
     nbytes = sum(n * plan.row_bytes(bucket) for bucket, n in counts.items())
@@ -75,18 +75,16 @@ def _progress(prepared: PreparedRun, todo: int) -> list[str]:
     return [f"going on: {done} of {len(prepared.tasks)} tasks are done"] if todo and done else []
 
 
-def _look(
-    source: Source, buckets: tuple[Size, ...], ordinals: Iterable[int], workers: int
-) -> tuple[Counter[Size], Counter[str]]:
+def _look(source: Source, plan: CachePlan, ordinals: Iterable[int], workers: int) -> tuple[Counter[Size], Counter[str]]:
     """Number of inputs by bucket, and by the reason why they have none."""
-    reader = source.open()
+    reader, policy = source.open(), plan.policy
 
     def one(ordinal: int) -> Size | str:
         try:
             header = probe(reader.read(ordinal))
             size = Size(header.height, header.width)
-            bucket = assign(size, buckets)
-            place(size, bucket)
+            bucket = assign(size, plan.buckets)
+            policy.place(size, bucket)
             return bucket
         except ImageError as e:
             return e.reason

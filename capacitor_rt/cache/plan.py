@@ -60,6 +60,7 @@ class CacheRequest:
         dtype: type of the stored tensors, "bf16", "fp16" or "fp32".
         decode: "exact", or "fast": large JPEGs are shrunk while they are decoded, as `PixelPolicy` says.
         icc: "srgb" brings images with a colour profile to sRGB, "ignore" passes profiles over.
+        crop: "center", or "adm": the square crop of ADM and DiT, see `images.adm`.
         posterior: store `logsnr` too.
         flip: store the latents of the mirrored images too.
         batch: images per encode call. None takes an existing plan's, or else one that fits the size.
@@ -81,6 +82,7 @@ class CacheRequest:
     task_inputs: int | None = None
     decode: str = "exact"
     icc: str = "srgb"
+    crop: str = "center"
     shard_rows: InitVar[int | None] = None
 
     def __post_init__(self, shard_rows: int | None) -> None:
@@ -92,11 +94,13 @@ class CacheRequest:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} {value} is too small: it is at least 1")
+        if self.area and self.crop == "adm":
+            raise InputError("crop adm is square, and an area has buckets of many shapes: use --size, or crop center")
         self.policy()
 
     def policy(self) -> PixelPolicy:
         """How bytes become pixels."""
-        return PixelPolicy(decode=self.decode, icc=self.icc, background=self.background)
+        return PixelPolicy(decode=self.decode, icc=self.icc, background=self.background, crop=self.crop)
 
     def buckets(self, multiple: int) -> tuple[Size, ...]:
         """Sizes in pixels, legal for a model whose sides are multiples of `multiple`."""
@@ -156,7 +160,8 @@ class CachePlan:
         """How bytes become pixels."""
         fields = self.fields["pixels"]
         names = ("decode", "icc", "upscale", "max_pixels")
-        return PixelPolicy(**{name: fields[name] for name in names}, background=tuple(fields["background"]))
+        chosen = {name: fields[name] for name in names} | {"crop": self.fields["geometry"]["crop"]}
+        return PixelPolicy(**chosen, background=tuple(fields["background"]))
 
     @property
     def columns(self) -> list[dict[str, str]]:
@@ -314,7 +319,7 @@ def geometry(request: CacheRequest) -> dict[str, Any]:
         "side": request.side,
         "max_aspect": float(request.max_aspect) if request.area else 1.0,
         "resize": "cover",
-        "crop": "center",
+        "crop": request.crop,
     }
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..images.color import ICC_POLICIES
 from ..images.geometry import UPSCALE_POLICIES
-from ..images.load import DECODE_POLICIES
+from ..images.load import CROPS, DECODE_POLICIES
 from .schema import HEX64, Anything, Choice, Invalid, ListOf, MapOf, Number, Optional, Record, Text
 
 FORMAT = "capacitor-latents/2"
@@ -36,7 +36,7 @@ PLAN_SCHEMA = Record(
                 "multiple": _SIDE,
                 "buckets": ListOf(ListOf(_SIDE, 2, 2), 1, 1 << 16),
                 "resize": Text(longest=40),
-                "crop": Text(longest=40),
+                "crop": Choice(CROPS),
             }
         ),
         "pixels": Record(
@@ -97,6 +97,9 @@ def _check_values(fields: dict[str, Any]) -> None:
         raise Invalid("a bucket's side is no multiple of the model's stride")
     if len({tuple(b) for b in geometry["buckets"]}) < len(geometry["buckets"]):
         raise Invalid("a bucket is there twice")
+    square = all(height == width for height, width in geometry["buckets"])
+    if geometry["crop"] == "adm" and not (square and fields["pixels"]["decode"] == "exact"):
+        raise Invalid("crop adm is square, of images that are decoded exactly")
     if store["tensors"] != [kind for kind in KINDS if kind in store["tensors"]] or "latents" not in store["tensors"]:
         raise Invalid("store.tensors are not latents and what belongs to them")
     largest = max(h * w for h, w in geometry["buckets"]) // model["stride"] ** 2

@@ -52,6 +52,13 @@ def cache(
     icc: Annotated[
         str, typer.Option(help="Colour profiles: srgb applies them, ignore passes them over.", metavar="HOW")
     ] = "srgb",
+    crop: Annotated[
+        str,
+        typer.Option(
+            help="What of an image fills a square: center, or adm (center_crop_arr of ADM, DiT, REPA, LightningDiT).",
+            metavar="HOW",
+        ),
+    ] = "center",
     dtype: Annotated[Dtype, typer.Option(help="Type that the latents are stored in.")] = Dtype.bf16,
     posterior: Annotated[
         bool, typer.Option("--posterior", help="Store logsnr too, so that samples can be drawn.")
@@ -146,6 +153,7 @@ def cache(
             background=parse_background(background),
             decode=decode,
             icc=icc,
+            crop=crop,
             dtype=dtype.value,
             posterior=posterior,
             flip=flip,

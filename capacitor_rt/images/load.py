@@ -14,14 +14,16 @@ from typing import Any
 import numpy as np
 
 from ..errors import ImageError, InputError
+from . import adm
 from .color import ICC_POLICIES
 from .decode import CORRUPT, DEFAULT_MAX_PIXELS, Buffer, ImageHeader, OpenedImage, check_background, open_image
-from .geometry import UPSCALE_POLICIES, Placement, Size, apply, assign, place
+from .geometry import TOO_SMALL, UPSCALE_POLICIES, Placement, Size, apply, assign, place
 from .jpeg import MOST_SHRINK, shrunk
 from .resample import MOST_WASTE
 
 DECODE_POLICIES = ("exact", "fast")
-FILTER = "lanczos"
+CROPS = ("center", "adm")
+FILTER, RESAMPLE = "lanczos", "int16"
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class PixelPolicy:
         background: RGB, 0-255, behind transparent pixels.
         upscale: "allow", or "refuse" for images smaller than their bucket.
         max_pixels: largest width x height that is decoded.
+        crop: "center": resized until the bucket is just covered, then cropped at the centre; "adm": as ADM, DiT and
+            those after them did it, see `images.adm`, which is a matter of squares and of `exact` decoding.
 
     Raises:
         InputError: a value that is none of these.
@@ -45,18 +49,39 @@ class PixelPolicy:
     background: tuple[int, int, int] = (255, 255, 255)
     upscale: str = "allow"
     max_pixels: int = DEFAULT_MAX_PIXELS
+    crop: str = "center"
 
     def __post_init__(self) -> None:
-        for name, known in (("decode", DECODE_POLICIES), ("icc", ICC_POLICIES), ("upscale", UPSCALE_POLICIES)):
+        choices = {"decode": DECODE_POLICIES, "icc": ICC_POLICIES, "upscale": UPSCALE_POLICIES, "crop": CROPS}
+        for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise InputError(f"{name} {getattr(self, name)!r} is unknown: use one of {', '.join(known)}")
         check_background(self.background)
+        if self.crop == "adm" and self.decode != "exact":
+            raise InputError(f"crop adm halves the whole picture, which decode {self.decode} does not have: use exact")
         if self.max_pixels < 1:
             raise InputError(f"max_pixels {self.max_pixels} allows no image: use 1 or more")
 
     def fields(self) -> dict[str, Any]:
         """Everything that the pixels depend on beside the file and its placement, as JSON has it."""
-        return asdict(self) | {"background": list(self.background), "filter": FILTER, "resample": "int16"}
+        fields = asdict(self) | {"background": list(self.background)}
+        # it is a matter of the placement
+        del fields["crop"]
+        names = (adm.FILTER, adm.RESAMPLE) if self.crop == "adm" else (FILTER, RESAMPLE)
+        return fields | dict(zip(("filter", "resample"), names, strict=True))
+
+    def place(self, size: Size, bucket: Size) -> Placement:
+        """How an upright image of `size` comes into `bucket`.
+
+        Raises:
+            ImageError: "too_small" by the policy, or "too_large" where the resize alone would be.
+        """
+        if self.crop == "center":
+            return place(size, bucket, upscale=self.upscale)
+        placement = adm.place_adm(size, bucket)
+        if placement.upscaled and self.upscale == "refuse":
+            raise ImageError(TOO_SMALL, f"image of {size} (height x width) is smaller than its bucket {bucket}")
+        return placement
 
 
 @dataclass(frozen=True)
@@ -105,8 +130,9 @@ def load_image(
     image = open_image(data, name=name, max_pixels=policy.max_pixels)
     size = Size(image.header.height, image.header.width)
     bucket = assign(size, buckets)
-    placement = place(size, bucket, upscale=policy.upscale)
-    with admit(image.memory + _resizing_memory(size, placement)):
+    placement = policy.place(size, bucket)
+    resizing = adm.memory(size, placement) if policy.crop == "adm" else _resizing_memory(size, placement)
+    with admit(image.memory + resizing):
         pixels = frame(image, policy, placement, buffer)
     if out is not None:
         view = out[: pixels.size].reshape(pixels.shape)
@@ -127,7 +153,10 @@ def frame(image: OpenedImage, policy: PixelPolicy, placement: Placement, buffer:
     height, width = pixels.shape[:2] if orientation < 5 else pixels.shape[1::-1]
     if (height, width) != (shrunk(image.header.height, shrink), shrunk(image.header.width, shrink)):
         raise ImageError(CORRUPT, f"pixels of {height}x{width}, where the header says {image.header}")
-    pixels = apply(pixels, placement, FILTER, orientation)
+    if policy.crop == "adm":
+        pixels = adm.apply_adm(pixels, placement, orientation)
+    else:
+        pixels = apply(pixels, placement, FILTER, orientation)
     color = image.color_map(policy.icc)
     return color(pixels) if color else pixels
 

@@ -18,7 +18,7 @@ MANIFEST = "capacitor.json"
 LOG = "capacitor.jsonl"
 FORMAT = "capacitor-export/1"
 # what a run notes and another may differ in
-_FOR_THE_RECORD = ("code",)
+_FOR_THE_RECORD = ("code", "pixels")
 
 
 @dataclass(frozen=True)

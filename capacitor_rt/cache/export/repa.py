@@ -125,4 +125,5 @@ def _policy(plan: dict[str, Any]) -> PixelPolicy:
         decode=fields.get("decode", "exact"),
         icc="ignore" if icc in ("ignore", "ignored") else "srgb",
         background=tuple(fields["background"]),
+        crop=fields["crop"],
     )

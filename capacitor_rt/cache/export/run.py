@@ -207,6 +207,7 @@ def _manifest(rows: Rows) -> dict[str, Any]:
         "format": FORMAT,
         "export": request.format,
         "cache": {"plan": plan.id, "latent_space": rows.dataset.latent_space, "rows": len(rows)},
+        "pixels": {"crop": plan.fields["geometry"]["crop"], "filter": plan.fields["pixels"]["filter"]},
         "latents": {
             "layout": request.layout,
             "space": request.space,
