@@ -86,7 +86,7 @@ def compile_launch(launch: Launch, cc: int) -> tuple[Any, int, int]:
 
 def ctas_per_sm(cc: int, registers: int, smem: int, warps: int) -> int:
     """CTAs that fit on one SM; registers are given out to a warp in units of 256."""
-    from capacitor_kernels.tuning import REGISTERS_PER_SM, SMEM_RESERVED_PER_CTA, limits
+    from capacitor_kernels.gpu_limits import REGISTERS_PER_SM, SMEM_RESERVED_PER_CTA, limits
 
     limit = limits(cc)
     by_registers = REGISTERS_PER_SM // (-(-registers * 32 // 256) * 256 * warps)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ._compile import signature
 
 if TYPE_CHECKING:
+    from capacitor_kernels.config_rows import ConfigRow
     from capacitor_kernels.launch import Launch
-    from capacitor_kernels.tuning import ConfigRow
     from capacitor_rt import ModelConfig
     from capacitor_rt.runtime.plan import LaunchPlan, Step
 

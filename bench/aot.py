@@ -120,9 +120,9 @@ class Facts:
 
 def compile_row(cc: int, family: str, index: int) -> list[Facts]:
     """Facts of every different launch of one config row."""
-    from capacitor_kernels import tuning
+    from capacitor_kernels import config_rows
 
-    row = tuning.rows(cc, family)[index]
+    row = config_rows.rows(cc, family)[index]
     where: dict[str, Any] = {"family": family, "cc": cc, "dtype": row.dtype, "use": row.use, "shape": dict(row.shape)}
     config = dataclasses.asdict(row.config)
     return [_facts(launch, "row", config, queued_by, **where) for launch, queued_by in launches_of(row)]
@@ -178,17 +178,17 @@ def compile_rows(ccs: Sequence[int], families: Sequence[str], jobs: int, every_s
 
     Those of sizes follow: `SPILLED_BEFORE`, or all of `GRIDS` in both dtypes and uses.
     """
-    from capacitor_kernels import tuning
+    from capacitor_kernels import config_rows
 
     names = tuple(families) or OPS
-    rows = [(cc, name, i) for name in names for cc in ccs for i in range(len(tuning.rows(cc, name)))]
+    rows = [(cc, name, i) for name in names for cc in ccs for i in range(len(config_rows.rows(cc, name)))]
     sizes = SPILLED_BEFORE
     if every_size:
         sizes = tuple(
             Size(cc, dtype, grid, use)
             for cc in ccs
             for dtype in ("bf16", "fp16")
-            for use in tuning.USES
+            for use in config_rows.USES
             for grid in GRIDS
         )
     wanted = [
@@ -260,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("TRITON_INTERPRET is set: kernels cannot be compiled then, unset it", file=sys.stderr)
         return 2
     os.environ.setdefault("TRITON_CACHE_DIR", str(Path.cwd() / ".triton_cache"))
-    from capacitor_kernels.tuning import COMPUTE_CAPABILITIES
+    from capacitor_kernels.gpu_limits import COMPUTE_CAPABILITIES
 
     facts = compile_rows(args.cc or COMPUTE_CAPABILITIES, args.family or (), args.jobs, args.all)
     out = args.out or ("-" if args.all else str(DEFAULT_TABLE))

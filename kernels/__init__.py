@@ -23,10 +23,10 @@ OPS = (
     "whiten",
     "attention",
 )
-_MODULES = ("jit", "launch", "ops", "reference", "tuning", "user_rows")
+_MODULES = ("config_rows", "gemm", "gpu_limits", "jit", "launch", "ops", "reference", "tuning", "user_rows")
 _NAMES = {
     **{name: f"ops.{name}" for name in OPS},
-    "GemmConfig": "tuning",
+    "GemmConfig": "gemm",
     "channel_attention_sums_shape": "ops.channel_attention",
     "compute_capability": "launch",
     "dewhiten": "ops.whiten",

@@ -176,6 +176,11 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def next_power_of_2(n: int) -> int:
+    """Smallest power of two that is at least n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
 def dot_precision(dtype: torch.dtype) -> str:
     """`input_precision` of tl.dot: float32 products stay float32 instead of TF32; others ignore it."""
     return "ieee" if dtype == torch.float32 else "tf32"

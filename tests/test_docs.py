@@ -16,7 +16,7 @@ import xxhash
 from cache_cases import pixels
 from PIL import Image
 
-from capacitor_kernels.tuning import LIMITS
+from capacitor_kernels.gpu_limits import LIMITS
 from capacitor_rt import FullCapacitorInferenceConfig, LatentDataset, ModelConfig
 from capacitor_rt.cache import CacheRequest, cache_images
 from capacitor_rt.cache.failures import NAN_LATENT, RETRYABLE

@@ -206,12 +206,12 @@ def _gpus() -> Iterator[Finding]:
 
 def _configs(index: int, cc: int) -> Iterator[Finding]:
     """Which config file serves a GPU that the kernels run on."""
-    from capacitor_kernels import tuning
+    from capacitor_kernels import config_rows, gpu_limits
 
-    served = tuning.base_cc(cc)
-    families = tuning.config_families(served)
+    served = gpu_limits.base_cc(cc)
+    families = config_rows.config_families(served)
     relative = "" if served == cc else f", the nearest to sm_{cc}"
-    smem = tuning.limits(cc).smem_per_cta
+    smem = gpu_limits.limits(cc).smem_per_cta
     found = f"sm_{served}.json{relative}: rows for {', '.join(sorted(families))}; {smem / 1024:.0f} KiB per CTA"
     yield Finding(f"configs {index}", OK, f"the Triton backend runs in bfloat16 and float16 with {found}")
     yield _tuned(index, cc)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from capacitor_kernels import tuning
+from capacitor_kernels import config_rows, tuning
 from capacitor_kernels.user_rows import UserRowsError
 
 from ..config import ModelConfig
@@ -83,10 +83,10 @@ def keep_configs(configs: Mapping[str, Any], cc: int) -> Iterator[None]:
         raise ConfigError(str(error)) from error
 
 
-def row_document(row: tuning.ConfigRow) -> dict[str, Any]:
+def row_document(row: config_rows.ConfigRow) -> dict[str, Any]:
     """A row as a config file has it."""
     return _without_evidence(row) | {"evidence": dict(row.evidence)}
 
 
-def _without_evidence(row: tuning.ConfigRow) -> dict[str, Any]:
+def _without_evidence(row: config_rows.ConfigRow) -> dict[str, Any]:
     return {"shape": dict(row.shape), "dtype": row.dtype, "use": row.use, "config": asdict(row.config)}

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from capacitor_kernels.gpu_limits import base_cc
 from capacitor_kernels.launch import dtype_name
-from capacitor_kernels.tuning import base_cc
 
 from ..config import ModelConfig
 from ..errors import InputError

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from capacitor_kernels import tuning, user_rows
+from capacitor_kernels import config_rows, gemm, gpu_limits, tuning, user_rows
 from capacitor_kernels.launch import INTERPRETED, Launch, dtype_name
 
 from ..config import ModelConfig
@@ -224,18 +224,19 @@ class Tuner:
 
 def candidates(subject: Subject) -> list[Any]:
     """Configs worth a measurement, likely ones first, the present one left out."""
-    family, present, dtype = tuning.get_family(subject.op), subject.present, subject.key.dtype
+    family, present, dtype = config_rows.get_family(subject.op), subject.present, subject.key.dtype
     cc = subject.key.cc
-    found = [row.config for row in (*tuning.in_force(cc, family.name), *tuning.rows(tuning.base_cc(cc), family.name))]
-    found += [family.default(tuning.base_cc(cc), subject.shape, dtype, use) for use in tuning.USES]
+    shipped = config_rows.rows(gpu_limits.base_cc(cc), family.name)
+    found = [row.config for row in (*tuning.in_force(cc, family.name), *shipped)]
+    found += [family.default(gpu_limits.base_cc(cc), subject.shape, dtype, use) for use in config_rows.USES]
     found += [*family.forms, *_neighbours(present)]
-    if family.config is tuning.GemmConfig:
+    if family.config is gemm.GemmConfig:
         for (block_m, block_n), (block_k, stages), warps in _tiles():
             tile = replace(present, block_m=block_m, block_n=block_n, block_k=block_k, maxnreg=None)
             found.append(replace(tile, num_warps=warps, num_stages=stages))
     else:
         found += [config for one in _neighbours(present) for config in _neighbours(one)]
-    found += [row.config for known in tuning.COMPUTE_CAPABILITIES for row in tuning.rows(known, family.name)]
+    found += [row.config for known in gpu_limits.COMPUTE_CAPABILITIES for row in config_rows.rows(known, family.name)]
     if cc < 90:
         found = [config for config in found if not getattr(config, "tma", False)]
     if subject.key.use == "throughput":

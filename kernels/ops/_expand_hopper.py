@@ -19,8 +19,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ..gemm import GemmConfig
 from ..launch import Launch
-from ..tuning import GemmConfig
 
 # the copy's name changed in Triton 3.8
 _copy = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared

@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..config_rows import Family, Shape, register
 from ..jit import exp2_approx
 from ..launch import (
     FLOATS,
@@ -35,10 +36,11 @@ from ..launch import (
     compute_capability,
     dot_precision,
     nbytes_of,
+    next_power_of_2,
     run_launches,
     same_memory,
 )
-from ..tuning import Family, Shape, lookup, next_power_of_2, register
+from ..tuning import lookup
 
 MOST_COLUMNS = 512
 LOG2_E = log2(2.718281828459045)

@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..config_rows import Family, Shape, register
 from ..jit import load_tile, ordered_sum, sigmoid
 from ..launch import (
     FLOATS,
@@ -35,9 +36,10 @@ from ..launch import (
     compute_capability,
     dot_precision,
     nbytes_of,
+    next_power_of_2,
     run_launches,
 )
-from ..tuning import Family, Shape, lookup, next_power_of_2, register
+from ..tuning import lookup
 
 # every program adds up all tiles of its images: more of them take longer than a second launch
 FUSED_TILES = 8

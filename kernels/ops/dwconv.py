@@ -28,6 +28,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..config_rows import Family, Shape, register
 from ..jit import load_tile, silu
 from ..launch import (
     FLOATS,
@@ -41,9 +42,10 @@ from ..launch import (
     compiler_options,
     compute_capability,
     nbytes_of,
+    next_power_of_2,
     run_launches,
 )
-from ..tuning import Family, Shape, lookup, next_power_of_2, register
+from ..tuning import lookup
 
 SILU_REGISTERS = 168
 

@@ -33,6 +33,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..config_rows import Family, Shape, register
+from ..gemm import GemmConfig, gemm_default, suits_image
 from ..jit import gelu, grouped_tile, image_tile, load_tile
 from ..launch import (
     FLOATS,
@@ -52,7 +54,7 @@ from ..launch import (
     nbytes_of,
     run_launches,
 )
-from ..tuning import Family, GemmConfig, Shape, gemm_default, lookup, register, suits_image
+from ..tuning import lookup
 
 GELU_KINDS = ("fit", "erf", "none")
 # the form of specialised warps: rows of one of the two consumers, and what each tile takes

@@ -17,6 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..config_rows import Family, Shape, register
+from ..gemm import GemmConfig, flat_gemm_default, flat_tiles
 from ..jit import grouped_tile, load_tile
 from ..launch import (
     FLOATS,
@@ -31,7 +33,7 @@ from ..launch import (
     run_launches,
     same_memory,
 )
-from ..tuning import Family, GemmConfig, Shape, flat_gemm_default, flat_tiles, lookup, register
+from ..tuning import lookup
 
 
 @triton.jit(do_not_specialize=["tiles_m"])

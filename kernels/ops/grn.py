@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..config_rows import Family, Shape, register
 from ..jit import ordered_sum
 from ..launch import (
     FLOATS,
@@ -34,9 +35,10 @@ from ..launch import (
     compiler_options,
     compute_capability,
     nbytes_of,
+    next_power_of_2,
     run_launches,
 )
-from ..tuning import Family, Shape, lookup, next_power_of_2, register
+from ..tuning import lookup
 
 # more tiles than this keep a single program busy for longer than a second launch takes
 FUSED_TILES = 8

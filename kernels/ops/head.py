@@ -22,6 +22,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..config_rows import Family, Shape, register
+from ..gemm import GemmConfig, flat_gemm_default, flat_tiles
 from ..jit import grouped_tile, load_tile
 from ..launch import (
     FLOATS,
@@ -33,9 +35,10 @@ from ..launch import (
     compute_capability,
     dot_precision,
     nbytes_of,
+    next_power_of_2,
     run_launches,
 )
-from ..tuning import Family, GemmConfig, Shape, flat_gemm_default, flat_tiles, lookup, next_power_of_2, register
+from ..tuning import lookup
 
 NORM_EPS = 1e-6
 NORM_MAX_CHANNELS = 512

@@ -28,6 +28,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..config_rows import Family, Shape, register
+from ..gemm import GemmConfig, flat_gemm_default, flat_tiles
 from ..jit import grouped_tile, load_tile
 from ..launch import (
     FLOATS,
@@ -42,7 +44,7 @@ from ..launch import (
     nbytes_of,
     run_launches,
 )
-from ..tuning import Family, GemmConfig, Shape, flat_gemm_default, flat_tiles, lookup, register
+from ..tuning import lookup
 
 LAYOUTS = ("nchw", "nhwc")
 IMAGE_DTYPES = (torch.uint8, *FLOATS)

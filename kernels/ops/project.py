@@ -34,6 +34,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..config_rows import Family, Shape, register
+from ..gemm import LATENCY_PROGRAMS, GemmConfig, gemm_default, suits_image
 from ..jit import grouped_tile, image_tile, load_tile, scaled
 from ..launch import (
     FLOATS,
@@ -49,19 +51,10 @@ from ..launch import (
     compute_capability,
     dot_precision,
     nbytes_of,
+    next_power_of_2,
     run_launches,
 )
-from ..tuning import (
-    LATENCY_PROGRAMS,
-    Family,
-    GemmConfig,
-    Shape,
-    gemm_default,
-    lookup,
-    next_power_of_2,
-    register,
-    suits_image,
-)
+from ..tuning import lookup
 
 REDUCE_BLOCK = 1024
 # rows of the transposed form's tile where images are whole tiles of it

@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..config_rows import Family, Shape, register
 from ..launch import (
     FLOATS,
     Launch,
@@ -31,9 +32,10 @@ from ..launch import (
     compiler_options,
     compute_capability,
     nbytes_of,
+    next_power_of_2,
     run_launches,
 )
-from ..tuning import Family, Shape, lookup, next_power_of_2, register
+from ..tuning import lookup
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 import triton
 
 from bench import _compile, _row_launches, aot
-from capacitor_kernels import tuning
+from capacitor_kernels import config_rows, gpu_limits
 from capacitor_kernels.launch import Launch
 from capacitor_kernels.ops.project import WIDE_ROWS
 
@@ -51,8 +51,8 @@ def _name(fact: dict) -> str:
 @pytest.mark.aot
 def test_every_row_of_every_gpu_is_compiled(compiled):
     facts, _ = compiled
-    for cc in tuning.COMPUTE_CAPABILITIES:
-        for row in tuning.rows(cc):
+    for cc in gpu_limits.COMPUTE_CAPABILITIES:
+        for row in config_rows.rows(cc):
             found = [f for f in facts if f["cc"] == cc and f["family"] == row.family and f["shape"] == row.shape]
             assert all(f["source"] == "row" for f in found)
             assert any(f["use"] == row.use and f["dtype"] == row.dtype for f in found), (cc, row)
@@ -87,9 +87,9 @@ def test_no_spills(compiled):
 @pytest.mark.aot
 def test_shared_memory_fits(compiled):
     over = [
-        f"{_name(f)}: {f['smem']} of {tuning.LIMITS[f['cc']].smem_per_cta} bytes"
+        f"{_name(f)}: {f['smem']} of {gpu_limits.LIMITS[f['cc']].smem_per_cta} bytes"
         for f in compiled[0]
-        if f["smem"] > tuning.LIMITS[f["cc"]].smem_per_cta
+        if f["smem"] > gpu_limits.LIMITS[f["cc"]].smem_per_cta
     ]
     assert not over, "\n".join(over)
 
@@ -135,7 +135,7 @@ def test_the_form_of_specialised_warps_compiles_without_stack(compiled):
     assert len(facts) == 4
     for fact in facts:
         assert fact["stack"] == 0 and fact["ctas"] == 1, fact
-        assert fact["registers"] * 384 <= tuning.REGISTERS_PER_SM and fact["instructions"]["wgmma"] == 8, fact
+        assert fact["registers"] * 384 <= gpu_limits.REGISTERS_PER_SM and fact["instructions"]["wgmma"] == 8, fact
 
 
 @pytest.mark.aot
@@ -157,7 +157,7 @@ def test_every_form_that_the_runtime_queues_is_compiled(compiled):
         ("expand", None): {"encode, posterior, decode"},
     }
     for (family, depth), expected in forms.items():
-        for cc in tuning.COMPUTE_CAPABILITIES:
+        for cc in gpu_limits.COMPUTE_CAPABILITIES:
             of_rows = [f for f in compiled[0] if f["source"] == "row"]
             mine = [f for f in of_rows if (f["family"], f["cc"], f["shape"].get("depth")) == (family, cc, depth)]
             assert {f["queued_by"] for f in mine} == expected, (family, cc)
@@ -165,7 +165,7 @@ def test_every_form_that_the_runtime_queues_is_compiled(compiled):
 
 @pytest.mark.parametrize(("family", "written"), [("unpatchify", ("image_ptr",)), ("head", ("latents_ptr",))])
 def test_what_is_compiled_stores_float32_as_the_runtime_does(family, written):
-    (row,) = tuning.rows(90, family)
+    (row,) = config_rows.rows(90, family)
     queued = dict(_row_launches._by_plans(row))
     for call, (launch,) in queued.items():
         if call.direction != "posterior":
@@ -175,7 +175,7 @@ def test_what_is_compiled_stores_float32_as_the_runtime_does(family, written):
 
 
 def test_a_row_of_no_known_model_is_refused():
-    row = tuning.rows(90, "expand")[0]
+    row = config_rows.rows(90, "expand")[0]
     stray = dataclasses.replace(row, shape={**row.shape, "dim": 640})
     with pytest.raises(ValueError, match=r"no plan of a known model looks up expand at .*640.*: remove this row"):
         _row_launches.launches_of(stray)

@@ -30,8 +30,9 @@ from capacitor_kernels import (
     project_workspace_shape,
     reference,
 )
+from capacitor_kernels.gemm import GemmConfig
 from capacitor_kernels.ops.dwconv import DwconvConfig
-from capacitor_kernels.tuning import GemmConfig, lookup
+from capacitor_kernels.tuning import lookup
 
 DIM, HIDDEN = 72, 200
 GEMM = GemmConfig(64, 64, 32, group_m=4, num_warps=4, num_stages=2)

@@ -23,9 +23,10 @@ from kernel_cases import (
 )
 
 from capacitor_kernels import reference
+from capacitor_kernels.gpu_limits import COMPUTE_CAPABILITIES
 from capacitor_kernels.launch import compute_capability
 from capacitor_kernels.ops.dwconv import DwconvConfig, dwconv, dwconv_sumsq_shape
-from capacitor_kernels.tuning import COMPUTE_CAPABILITIES, lookup
+from capacitor_kernels.tuning import lookup
 
 CHANNELS = 72
 # few large programs, since the interpreter's time goes by their number; together they cover a tile as wide as the

@@ -25,9 +25,11 @@ from kernel_cases import (
 )
 
 from capacitor_kernels import reference, tuning
+from capacitor_kernels.config_rows import ConfigRow
+from capacitor_kernels.gemm import GemmConfig
 from capacitor_kernels.launch import INTERPRETED, cdiv, compute_capability, recording
 from capacitor_kernels.ops.expand import HOPPER, HOPPER_ROWS, expand, expand_partials_shape
-from capacitor_kernels.tuning import ConfigRow, GemmConfig, lookup
+from capacitor_kernels.tuning import lookup
 
 DIM, HIDDEN = 72, 200
 CONFIG = GemmConfig(128, 128, 64, group_m=4, num_warps=4, num_stages=2)

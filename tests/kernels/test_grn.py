@@ -18,9 +18,10 @@ from kernel_cases import (
 )
 
 from capacitor_kernels import reference
+from capacitor_kernels.gpu_limits import COMPUTE_CAPABILITIES
 from capacitor_kernels.launch import compute_capability
 from capacitor_kernels.ops.grn import GrnConfig, grn
-from capacitor_kernels.tuning import COMPUTE_CAPABILITIES, lookup
+from capacitor_kernels.tuning import lookup
 
 FUSED = GrnConfig(split=False, block_f=256, num_warps=4)
 SPLIT = GrnConfig(split=True, block_f=64, num_warps=4)

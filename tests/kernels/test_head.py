@@ -24,8 +24,9 @@ from kernel_cases import (
 )
 
 from capacitor_kernels import reference
+from capacitor_kernels.gemm import GemmConfig
 from capacitor_kernels.ops.head import head
-from capacitor_kernels.tuning import GemmConfig, lookup
+from capacitor_kernels.tuning import lookup
 
 DIM, CHANNELS = 72, 24
 CONFIG = GemmConfig(128, 32, 64, group_m=4, num_warps=4, num_stages=2)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from kernel_cases import DEVICE, guarded_input, guarded_output, randn
 
-from capacitor_kernels import dwconv_sumsq_shape, jit, launch, reference, tuning
+from capacitor_kernels import dwconv_sumsq_shape, gpu_limits, jit, launch, reference, tuning
 from capacitor_kernels.launch import recording, same_memory
 from capacitor_kernels.ops.dwconv import dwconv
 from capacitor_kernels.ops.fuse_skip import fuse_skip
@@ -220,7 +220,7 @@ def test_meta_tensors_are_recorded_and_refused_elsewhere():
         grn(partials, gamma, gain, norms=norms, config=split)
 
 
-@pytest.mark.parametrize("cc", tuning.COMPUTE_CAPABILITIES)
+@pytest.mark.parametrize("cc", gpu_limits.COMPUTE_CAPABILITIES)
 def test_configs_are_looked_up_for_the_recorded_compute_capability(cc):
     key = {"height": 16, "width": 16, "dim": 896}
     config = tuning.lookup("dwconv", cc, key, torch.bfloat16)

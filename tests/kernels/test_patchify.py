@@ -25,9 +25,10 @@ from kernel_cases import (
 )
 
 from capacitor_kernels import reference
+from capacitor_kernels.gemm import GemmConfig
 from capacitor_kernels.launch import compute_capability
 from capacitor_kernels.ops.patchify import pack_patchify_weight, patchify
-from capacitor_kernels.tuning import GemmConfig, lookup
+from capacitor_kernels.tuning import lookup
 
 DIM, PATCH, LATENTS = 40, 8, 24
 CONFIG = GemmConfig(128, 64, 64, group_m=4, num_warps=4, num_stages=2)

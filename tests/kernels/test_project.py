@@ -24,9 +24,10 @@ from kernel_cases import (
 )
 
 from capacitor_kernels import reference
+from capacitor_kernels.gemm import GemmConfig
 from capacitor_kernels.launch import INTERPRETED, compute_capability
 from capacitor_kernels.ops.project import project, project_workspace_shape
-from capacitor_kernels.tuning import GemmConfig, lookup
+from capacitor_kernels.tuning import lookup
 
 DIM, HIDDEN = 72, 200
 CONFIG = GemmConfig(128, 128, 64, group_m=4, num_warps=4, num_stages=2)

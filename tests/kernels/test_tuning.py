@@ -12,8 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capacitor_kernels import OPS, tuning
-from capacitor_kernels.tuning import COMPUTE_CAPABILITIES, ConfigRow, GemmConfig
+from capacitor_kernels import OPS, config_rows, gemm, gpu_limits, tuning
+from capacitor_kernels.config_rows import ConfigRow
+from capacitor_kernels.gemm import GemmConfig
+from capacitor_kernels.gpu_limits import COMPUTE_CAPABILITIES
 
 SHAPE = {"tokens_per_image": 256, "dim": 896, "hidden": 3584}
 BF16 = torch.bfloat16
@@ -22,7 +24,7 @@ BF16 = torch.bfloat16
 @pytest.mark.parametrize("cc", COMPUTE_CAPABILITIES)
 @pytest.mark.parametrize("family", ["expand", "project"])
 def test_exact_row_wins(family, cc):
-    row = next(r for r in tuning.rows(cc, family) if r.shape == SHAPE and r.use == "throughput")
+    row = next(r for r in config_rows.rows(cc, family) if r.shape == SHAPE and r.use == "throughput")
     assert tuning.lookup(family, cc, SHAPE, BF16) == row.config
 
 
@@ -45,7 +47,7 @@ def test_a_row_that_pads_too_much_is_passed_over():
 )
 def test_default_serves_what_no_row_covers(change, dtype):
     shape = SHAPE | change
-    family = tuning.get_family("expand")
+    family = config_rows.get_family("expand")
     assert tuning.lookup("expand", 90, shape, dtype) == family.default(90, shape, dtype, "throughput")
 
 
@@ -58,7 +60,7 @@ def test_latency_rows_are_only_for_latency():
 @pytest.mark.parametrize("cc", COMPUTE_CAPABILITIES)
 @pytest.mark.parametrize("family", ["expand", "project"])
 def test_rows_for_latency_reach_one_octave(cc, family):
-    far = next(r for r in tuning.rows(cc, family) if r.shape["tokens_per_image"] == 1024 and r.use == "latency")
+    far = next(r for r in config_rows.rows(cc, family) if r.shape["tokens_per_image"] == 1024 and r.use == "latency")
     near = tuning.lookup(family, cc, SHAPE | {"tokens_per_image": 896}, BF16, use="latency")
     assert near == far.config
     # an image of 1024 x 1024 has programs enough for large tiles: the row of a quarter of it would slow it down
@@ -93,7 +95,7 @@ def test_lookup_refuses(args, message):
     ("cc", "base"), [(80, 80), (86, 89), (87, 80), (90, 90), (103, 100), (110, 100), (121, 120), (130, 120)]
 )
 def test_relatives_share_rows(cc, base):
-    assert tuning.base_cc(cc) == base
+    assert gpu_limits.base_cc(cc) == base
     assert tuning.lookup("expand", cc, SHAPE, BF16) == tuning.lookup("expand", base, SHAPE, BF16)
 
 
@@ -107,22 +109,22 @@ def test_relatives_share_rows(cc, base):
     ],
 )
 def test_bad_rows_name_file_and_row(raw, message):
-    family = tuning.get_family("expand")
+    family = config_rows.get_family("expand")
     with pytest.raises(ValueError, match=message):
-        tuning._parse_row(family, 90, 3, {"shape": SHAPE, "dtype": "bf16", "config": {}} | raw)
+        config_rows.parse_row(family, 90, 3, {"shape": SHAPE, "dtype": "bf16", "config": {}} | raw)
 
 
 def test_a_family_registers_once():
-    family = tuning.get_family("expand")
-    assert tuning.register(family) is family
+    family = config_rows.get_family("expand")
+    assert config_rows.register(family) is family
     with pytest.raises(ValueError, match="expand is registered twice"):
-        tuning.register(dataclasses.replace(family, near=("dim",)))
+        config_rows.register(dataclasses.replace(family, near=("dim",)))
 
 
 @pytest.mark.parametrize("cc", COMPUTE_CAPABILITIES)
 def test_every_row_of_every_file_belongs_to_a_family(cc):
-    assert set(tuning.config_families(cc)) <= set(OPS)
-    rows = tuning.rows(cc)
+    assert set(config_rows.config_families(cc)) <= set(OPS)
+    rows = config_rows.rows(cc)
     assert {row.family for row in rows} >= {"expand", "grn", "project"}
     keys = [(row.family, tuple(sorted(row.shape.items())), row.dtype, row.use) for row in rows]
     assert len(keys) == len(set(keys)), "two rows for one shape"
@@ -139,8 +141,8 @@ def test_nearest_row_is_by_ratio(monkeypatch):
     )
     monkeypatch.setattr(tuning, "rows", lambda cc, family: rows)
     tuning._cached_lookup.cache_clear()
-    family = tuning.get_family("expand")
-    monkeypatch.setitem(tuning._FAMILIES, "expand", dataclasses.replace(family, accepts=None))
+    family = config_rows.get_family("expand")
+    monkeypatch.setitem(config_rows._FAMILIES, "expand", dataclasses.replace(family, accepts=None))
     found = [tuning.lookup("expand", 90, SHAPE | {"tokens_per_image": n}, BF16).block_m for n in (40, 50)]
     tuning._cached_lookup.cache_clear()
     # 40 is 2.5 times 16 and 3.2 times below 128
@@ -156,21 +158,21 @@ def test_nearest_row_is_by_ratio(monkeypatch):
     dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
 )
 def test_default_fits_every_gpu(cc, tokens, n, k, dtype):
-    config = tuning.gemm_default(cc, tokens, n, k, dtype)
+    config = gemm.gemm_default(cc, tokens, n, k, dtype)
     for size in (config.block_m, config.block_n, config.block_k):
         assert size >= 16 and size & (size - 1) == 0
     assert config.block_n < 2 * max(n, 9) and config.block_k < 2 * max(k, 9)
     itemsize = torch.finfo(dtype).bits // 8
-    smem = tuning.gemm_smem(config, itemsize, buffers=config.num_stages)
-    assert smem <= tuning.LIMITS[cc].smem_per_cta
-    assert smem + tuning.SMEM_RESERVED_PER_CTA <= tuning.LIMITS[cc].smem_per_sm // 2, "two CTAs on an SM"
+    smem = gemm.gemm_smem(config, itemsize, buffers=config.num_stages)
+    assert smem <= gpu_limits.LIMITS[cc].smem_per_cta
+    assert smem + gpu_limits.SMEM_RESERVED_PER_CTA <= gpu_limits.LIMITS[cc].smem_per_sm // 2, "two CTAs on an SM"
     # the accumulator alone may take half of the registers
     assert config.block_m * config.block_n / (32 * config.num_warps) <= 128
 
 
 ALONE = """
 import json, sys
-from capacitor_kernels import tuning
+from capacitor_kernels import config_rows, tuning
 imported = lambda: sorted(m.rpartition(".")[2] for m in sys.modules if m.startswith("capacitor_kernels.ops."))
 seen = [imported()]
 import torch
@@ -184,10 +186,10 @@ for name in ("launch", "ops.grn", "antigravity", ""):
         assert f"no kernel family {name!r}: import the module that registers it; known: ['attention', " in str(error)
 assert "antigravity" not in sys.modules
 seen.append(imported())
-tuning.rows(90, "whiten")
+config_rows.rows(90, "whiten")
 seen.append(imported())
-seen.append(sorted({row.family for row in tuning.rows(90)}))
-seen.append([f.name for f in tuning.families()])
+seen.append(sorted({row.family for row in config_rows.rows(90)}))
+seen.append([f.name for f in config_rows.families()])
 print(json.dumps(seen))
 """
 

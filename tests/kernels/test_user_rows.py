@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from capacitor_kernels import tuning, user_rows
-from capacitor_kernels.tuning import GemmConfig
+from capacitor_kernels.gemm import GemmConfig
 from capacitor_kernels.user_rows import UserRowsError
 
 SHAPE = {"tokens_per_image": 256, "dim": 896, "hidden": 3584}

@@ -19,8 +19,9 @@ from kernel_cases import (
 )
 
 from capacitor_kernels import reference
+from capacitor_kernels.gpu_limits import COMPUTE_CAPABILITIES
 from capacitor_kernels.ops.whiten import WhitenConfig, dewhiten, whiten
-from capacitor_kernels.tuning import COMPUTE_CAPABILITIES, lookup
+from capacitor_kernels.tuning import lookup
 
 SHAPES = [(1, 5, 1, 1), (3, 24, 7, 5), (2, 40, 14, 14), (1, 16, 32, 32), (1, 3, 50, 41), (1, 128, 16, 16)]
 FORMS = {"whiten": (whiten, reference.whiten), "dewhiten": (dewhiten, reference.dewhiten)}

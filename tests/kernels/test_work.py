@@ -20,11 +20,11 @@ from capacitor_kernels import (
     project_workspace_shape,
     reference,
 )
+from capacitor_kernels.gemm import GemmConfig
 from capacitor_kernels.launch import Work, nbytes_of, recording
 from capacitor_kernels.ops.channel_attention import ChannelAttentionConfig
 from capacitor_kernels.ops.dwconv import DwconvConfig
 from capacitor_kernels.ops.grn import GrnConfig
-from capacitor_kernels.tuning import GemmConfig
 
 BF16, F32, U8 = torch.bfloat16, torch.float32, torch.uint8
 BATCH, HEIGHT, WIDTH, PATCH = 2, 3, 5, 4

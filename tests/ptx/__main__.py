@@ -39,8 +39,8 @@ def _quick(args: argparse.Namespace) -> Iterator[Result]:
 
 def _two_forms_of_expand() -> Result:
     """The kernel of specialised warps leaves the bits that the plain one leaves."""
+    from capacitor_kernels.gemm import GemmConfig
     from capacitor_kernels.ops.expand import HOPPER, HOPPER_ROWS
-    from capacitor_kernels.tuning import GemmConfig
 
     from . import cases
     from .compare import same_bits

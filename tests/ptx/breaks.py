@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
+from capacitor_kernels.gemm import GemmConfig
 from capacitor_kernels.ops.expand import HOPPER
-from capacitor_kernels.tuning import GemmConfig
 
 from . import cases
 from .cases import Case, Form

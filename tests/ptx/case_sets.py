@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from capacitor_kernels import tuning
+from capacitor_kernels import config_rows
+from capacitor_kernels.config_rows import ConfigRow
+from capacitor_kernels.gemm import GemmConfig
 from capacitor_kernels.ops.expand import HOPPER
-from capacitor_kernels.tuning import ConfigRow, GemmConfig
 
 from . import cases, dico_cases
 from .cases import DTYPES, NAMES, Case, Form
@@ -151,8 +152,8 @@ def odd(cc: int, dtype: torch.dtype) -> Iterator[Make]:
 
 def rows(cc: int, dtype: torch.dtype) -> Iterator[Make]:
     """Every shipped config row at its own shape, in every form that the runtime queues."""
-    for family in tuning.families():
-        for index, row in enumerate(tuning.rows(cc, family.name)):
+    for family in config_rows.families():
+        for index, row in enumerate(config_rows.rows(cc, family.name)):
             if DTYPES[row.dtype] == dtype:
                 latency = row.use == "latency"
                 form = Form(cc, dtype, row.config, f"row {index} {row.use}", batch_free=not latency)

@@ -8,10 +8,10 @@ import time
 import pytest
 import torch
 
-from capacitor_kernels import tuning, user_rows
+from capacitor_kernels import config_rows, tuning, user_rows
+from capacitor_kernels.gemm import GemmConfig
 from capacitor_kernels.launch import INTERPRETED
 from capacitor_kernels.ops.grn import GrnConfig
-from capacitor_kernels.tuning import GemmConfig
 from capacitor_rt import InputError, ModelConfig
 from capacitor_rt.config import FullCapacitorInferenceConfig
 from capacitor_rt.runtime import launch_cases, tuner
@@ -91,7 +91,7 @@ def test_every_form_of_an_op_is_a_candidate(op):
     # sm_120 ships neither form, and no row of its own is near them
     call = dataclasses.replace(key(dtype=torch.bfloat16, cc=120), height=256, width=256)
     found = candidates(Tuner(ModelConfig(), [call], CPU, 1.0, [op]).subjects[0])
-    forms = tuning.get_family(op).forms
+    forms = config_rows.get_family(op).forms
     assert forms and set(forms) <= set(found)
 
 
