@@ -78,10 +78,7 @@ def _rows(root: str | os.PathLike[str]) -> tuple[CachePlan, dict[str, tuple[Any,
             raise CacheError(f"{folder.path} is no latent cache: it has no {PLAN}")
         rows: dict[str, tuple[Any, Any]] = {}
         for _, commit in sorted(read_log(folder).commits.items()):
-            try:
-                table = read_index(folder, plan, commit)
-            except FileNotFoundError:
-                raise CacheError(f"{folder.path / plan.index_name(commit.task)} is missing") from None
+            table = read_index(folder, plan, commit)
             columns = (table[name].to_pylist() for name in ("id", "bytes_hash", "row_hash"))
             rows |= {id: (content, row) for id, content, row in zip(*columns, strict=True)}
     return plan, rows

@@ -163,10 +163,7 @@ class LatentDataset(Dataset[LatentRow]):
         self.buckets: tuple[Size, ...] = tuple(sizes[n] for n in order)
 
     def _read_index(self, commit: Commit, folder: CacheFolder | None = None) -> Any:
-        try:
-            return read_index(folder or self._opened(), self.plan, commit)
-        except FileNotFoundError:
-            raise CacheError(f"{self.root / self.plan.index_name(commit.task)} is missing") from None
+        return read_index(folder or self._opened(), self.plan, commit)
 
     def _open_files(self) -> None:
         self._folder: CacheFolder | None = None

@@ -153,6 +153,11 @@ def has_header(fd: int, placed: Layout) -> bool:
     return os.pread(fd, len(placed.header), 0) == placed.header
 
 
+def has_padding(fd: int, placed: Layout) -> bool:
+    """Whether all that lies between the tensors of a file is zero."""
+    return all(os.pread(fd, gap, tensor.end) == bytes(gap) for tensor, gap in placed.gaps())
+
+
 def disk_row_hashes(
     folder: CacheFolder, name: str, plan: CachePlan, placed: Layout, block: int = 64
 ) -> dict[int, list[bytes]]:

@@ -169,7 +169,7 @@ def _committed_hashes(folder: CacheFolder, plan: CachePlan, ordinals: list[int])
     for commit in read_log(folder).commits.values():
         try:
             table = read_index(folder, plan, commit)
-        except (CacheError, FileNotFoundError):
+        except CacheError:
             # whoever builds on it will say so
             continue
         for ordinal, digest in zip(table["input"].to_pylist(), table["bytes_hash"].to_pylist(), strict=True):

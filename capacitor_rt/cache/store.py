@@ -21,6 +21,7 @@ from .latent_files import (
     expected_hashes,
     file_chunks,
     has_header,
+    has_padding,
     index_hash_in_header,
     layout,
     row_hashes,
@@ -102,8 +103,7 @@ class TaskStore:
                     return f"{self.folder.path / data} is damaged: its hash is not that of its commit line"
                 self.stamps.add(data, commit.data_xxh3)
         except FileNotFoundError:
-            missing = next((n for n in (index, data) if self.folder.stat(n) is None), data)
-            return f"{self.folder.path / missing} is missing"
+            return f"{self.folder.path / data} is missing"
         except CacheError as e:
             return str(e)
         return None
@@ -139,7 +139,7 @@ class TaskStore:
         counts = cached_counts(table)
         placed = layout(self.plan, task.number, counts, named)
         with self.folder.open(data) as file:
-            whole = has_header(file.fileno(), placed)
+            whole = has_header(file.fileno(), placed) and has_padding(file.fileno(), placed)
         ok = is_ok(table)
         wanted = expected_hashes(
             table["bucket"].to_numpy(zero_copy_only=False)[ok].astype(np.int64),
@@ -210,13 +210,16 @@ def read_index(folder: CacheFolder, plan: CachePlan, commit: Commit) -> Any:
     """The index of a committed task, compared with its commit line and checked.
 
     Raises:
-        FileNotFoundError; CacheError: it is damaged.
+        CacheError: it is missing or damaged.
     """
     name = plan.index_name(commit.task)
-    with folder.open(name) as file:
-        # before anything is read: a file may be said to have any size
-        whole = os.fstat(file.fileno()).st_size == commit.index_bytes
-    body = folder.read(name, INDEX_BYTES) if whole else b""
+    try:
+        with folder.open(name) as file:
+            # before anything is read: a file may be said to have any size
+            whole = os.fstat(file.fileno()).st_size == commit.index_bytes
+        body = folder.read(name, INDEX_BYTES) if whole else b""
+    except FileNotFoundError:
+        raise CacheError(f"{folder.path / name} is missing") from None
     if not whole or xxh3(body).hexdigest() != commit.index_xxh3:
         raise CacheError(f"{folder.path / name} is damaged: its hash is not that of its commit line")
     return parse_index(body, folder.path / name, plan, commit.task)

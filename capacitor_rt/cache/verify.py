@@ -210,8 +210,6 @@ def _task_problems(
     hint = repair_hint(folder)
     try:
         table = read_index(folder, plan, commit)
-    except FileNotFoundError:
-        return [f"index {folder.path / index} cannot be read (No such file or directory): {hint}"]
     except CacheError as e:
         return [f"index {e}: {hint}"]
     counts = cached_counts(table)

@@ -90,7 +90,7 @@ def test_missing_and_damaged_indexes_are_named(cache):
     problems = verify(cache).problems
     assert len(problems) == 2
     assert index[0].name in problems[0] and "is damaged: its hash" in problems[0]
-    assert index[1].name in problems[1] and "cannot be read" in problems[1]
+    assert index[1].name in problems[1] and "is missing" in problems[1]
 
 
 def test_swapped_tasks_are_found(cache):

@@ -1,4 +1,7 @@
-"""Command line of the mutants: a line per finding, a line of counts per surface; exit code 1 for a finding."""
+"""Command line of the mutants: what each finding is and how to have it again, a line of counts per surface.
+
+Exit code 1 for a finding.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,12 @@ def campaign(surface: Surface, seed: int, first: int, mutants: int | None, minut
         for verdict in judge(surface, seed, numbers):
             counts[verdict.outcome if not verdict.is_finding else "findings"] += 1
             if verdict.is_finding:
-                print(f"{surface.name} {seed}:{verdict.number} {verdict.what}: {verdict.outcome}", flush=True)
+                again = f"--surface {surface.name} --seed {seed} --first {verdict.number} --mutants 1"
+                print(
+                    f"{surface.name} {seed}:{verdict.number} {verdict.what}: {verdict.outcome}\n"
+                    f"  again: python -m tests.fuzz {again}",
+                    flush=True,
+                )
             elif verdict.outcome == REFUSED:
                 slowest, largest = max(slowest, verdict.seconds), max(largest, verdict.peak)
         number = numbers.stop

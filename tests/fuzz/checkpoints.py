@@ -13,6 +13,8 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from .forked import Surface
+
 GOLDEN = Path(__file__).parents[1] / "golden"
 CORPUS = Path(__file__).parent / "corpus" / "checkpoints"
 MODELS = ("p8", "p8", "p16")
@@ -288,7 +290,7 @@ def special(path: Path, rng: random.Random) -> str:
     return f"{path.name}: {kind}"
 
 
-class Checkpoints:
+class Checkpoints(Surface):
     """Checkpoint folders, read by `from_pretrained` and by `capacitor-rt inspect`."""
 
     name = "checkpoints"

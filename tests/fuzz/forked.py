@@ -11,8 +11,9 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from capacitor_rt.errors import CapacitorError
 
@@ -27,7 +28,7 @@ ADDRESS_BYTES = 8 << 30
 BATCH = 50
 
 
-class Surface(Protocol):
+class Surface:
     """A kind of file and what reads it."""
 
     name: str
@@ -36,23 +37,31 @@ class Surface(Protocol):
 
     def warm(self) -> None:
         """Read something good, so that the children find every module imported."""
+        raise NotImplementedError
 
     def write(self, seed: int, number: int, folder: Path) -> str:
         """Write mutant `number` of `seed` into an empty folder; what was done to it, in words."""
+        raise NotImplementedError
+
+    def again(self, case: Path, folder: Path) -> None:
+        """Write what once was a finding into an empty folder, from its folder in the corpus."""
+        shutil.copytree(case, folder, dirs_exist_ok=True)
 
     def read(self, folder: Path) -> None:
         """Read it as a user would. An error of the library refuses the mutant; every other one is a finding."""
+        raise NotImplementedError
 
 
-class Corpus:
+class Corpus(Surface):
     """The mutants of a surface that once were findings, by the order of their names."""
 
     def __init__(self, surface: Surface):
         self.name, self.corpus, self.warm, self.read = surface.name, surface.corpus, surface.warm, surface.read
+        self.again = surface.again
         self.cases = sorted(p for p in surface.corpus.iterdir() if p.is_dir())
 
     def write(self, seed: int, number: int, folder: Path) -> str:
-        shutil.copytree(self.cases[number], folder, dirs_exist_ok=True)
+        self.again(self.cases[number], folder)
         return self.cases[number].name
 
 
@@ -70,6 +79,15 @@ class Verdict(NamedTuple):
         return self.outcome not in (TAKEN, REFUSED)
 
 
+def scratch() -> str | None:
+    """Where mutants are written: in memory where there is room, since a surface may wait for the disk often."""
+    with suppress(OSError):
+        free = os.statvfs("/dev/shm")
+        if free.f_bavail * free.f_frsize > 1 << 30 and os.access("/dev/shm", os.W_OK):
+            return "/dev/shm"
+    return None
+
+
 def judge(surface: Surface, seed: int, numbers: range) -> Iterator[Verdict]:
     """The verdicts on the mutants of these numbers, in order."""
     todo = list(numbers)
@@ -81,7 +99,7 @@ def judge(surface: Surface, seed: int, numbers: range) -> Iterator[Verdict]:
 
 def _one_child(surface: Surface, seed: int, batch: list[int]) -> Iterator[Verdict]:
     """Verdicts of one child; it ends early with the mutant that killed it. Returns the number of mutants judged."""
-    folder = Path(tempfile.mkdtemp(prefix="capacitor-fuzz-"))
+    folder = Path(tempfile.mkdtemp(prefix="capacitor-fuzz-", dir=scratch()))
     receive, send = os.pipe()
     child = os.fork()
     if child == 0:
@@ -131,9 +149,12 @@ def _work(surface: Surface, seed: int, batch: list[int], folder: Path, send: int
             for number in batch:
                 place = folder / str(number)
                 place.mkdir()
-                what = surface.write(seed, number, place)
-                results.write(pickle.dumps(what))
-                verdict = _read(surface, number, what, place)
+                try:
+                    what = surface.write(seed, number, place)
+                    results.write(pickle.dumps(what))
+                    verdict = _read(surface, number, what, place)
+                except Exception as error:
+                    verdict = Verdict(number, "?", f"no mutant: {_raw(error)}")
                 results.write(pickle.dumps(verdict))
                 shutil.rmtree(place)
         code = 0
@@ -153,8 +174,7 @@ def _read(surface: Surface, number: int, what: str, place: Path) -> Verdict:
     except CapacitorError:
         outcome = REFUSED
     except BaseException as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        outcome = f"{type(error).__name__} at {Path(last.filename).name}:{last.lineno}: {str(error)[:200]}"
+        outcome = _raw(error)
     signal.setitimer(signal.ITIMER_PROF, 0)
     signal.setitimer(signal.ITIMER_REAL, 0)
     seconds, peak = time.process_time() - start, _status("VmHWM") - before
@@ -163,6 +183,11 @@ def _read(surface: Surface, number: int, what: str, place: Path) -> Verdict:
     if outcome == REFUSED and peak > PEAK_BYTES:
         outcome = f"refused after {peak >> 20} MiB"
     return Verdict(number, what, outcome, seconds, peak)
+
+
+def _raw(error: BaseException) -> str:
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} at {Path(last.filename).name}:{last.lineno}: {str(error)[:200]}"
 
 
 def _reset_peak() -> int:

@@ -25,6 +25,8 @@ from capacitor_rt.images.decode import decode_image, open_image, probe
 from capacitor_rt.images.geometry import bucket_table
 from capacitor_rt.images.load import PixelPolicy, load_image
 
+from .forked import Surface
+
 CORPUS = Path(__file__).parent / "corpus" / "images"
 # smaller than the default, so that a mutant with room for more is quickly judged
 MAX_PIXELS = 3 << 20
@@ -216,7 +218,7 @@ class Disagreement(Exception):
     """What must be equal is not, or what must not happen did."""
 
 
-class Images:
+class Images(Surface):
     """Image files as `capacitor_rt.images` reads them."""
 
     name = "images"
