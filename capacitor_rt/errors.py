@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 
 class CapacitorError(Exception):
@@ -11,6 +12,17 @@ class CapacitorError(Exception):
     def __init__(self, message: str, problems: Iterable[str] = ()):
         self.problems = list(problems)
         super().__init__("\n  ".join([message, *self.problems]))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # as it is: the arguments of a subclass are not those of an exception
+        return _restored, (type(self), self.args, self.__dict__)
+
+
+def _restored(kind: type[CapacitorError], args: tuple[Any, ...], state: dict[str, Any]) -> CapacitorError:
+    error = kind.__new__(kind)
+    error.args = args
+    error.__dict__.update(state)
+    return error
 
 
 class UnverifiedModelWarning(UserWarning):

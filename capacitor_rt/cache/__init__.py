@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .coordinators import cache_on
     from .dataset import LatentDataset, LatentRow
     from .model_source import Checkpoint
     from .options import RunOptions
@@ -22,6 +23,7 @@ _EXPORTS = {
     "LatentDataset": ("dataset", "LatentDataset"),
     "LatentRow": ("dataset", "LatentRow"),
     "cache_images": ("run", "cache_images"),
+    "cache_on": ("coordinators", "cache_on"),
     "ColumnsRequest": ("sources", "ColumnsRequest"),
     "RunOptions": ("options", "RunOptions"),
     "dry_run": ("outlook", "dry_run"),
@@ -39,6 +41,7 @@ __all__ = [
     "LatentRow",
     "RunOptions",
     "cache_images",
+    "cache_on",
     "dry_run",
 ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -38,7 +38,8 @@ class Meters:
             ("idle").
         ahead: decoded chunks that were ready when one was wanted, on average.
         images: that were read.
-        wall: of all.
+        wall: of all; of several processes, of the one that took longest.
+        processes: that shared the work, whose seconds are added up here.
     """
 
     workers: int
@@ -49,18 +50,39 @@ class Meters:
     ahead: float = 0.0
     images: int = 0
     wall: float = 0.0
+    processes: int = 1
+
+    @classmethod
+    def joined(cls, several: Sequence[Meters]) -> Meters:
+        """Those of processes, at least one, that worked side by side."""
+        n = len(several)
+        seconds, waits = (
+            {name: sum(part[name] for part in parts) for name in parts[0]}
+            for parts in ([m.seconds for m in several], [m.waits for m in several])
+        )
+        return cls(
+            workers=sum(m.workers for m in several),
+            cores=max(m.cores for m in several),
+            device=several[0].device,
+            seconds=seconds,
+            waits=waits,
+            ahead=sum(m.ahead for m in several) / n,
+            images=sum(m.images for m in several),
+            wall=max(m.wall for m in several),
+            processes=n,
+        )
 
     def occupancy(self) -> dict[str, float]:
         """Share of the time since the workers' start that each stage has worked, 0 to 1; of decoding, its workers'."""
-        wall = max(self.running, 1e-9)
+        wall = max(self.running, 1e-9) * self.processes
         shares = {stage: seconds / wall for stage, seconds in self.seconds.items() if stage != "read"}
-        shares["decode"] /= max(self.workers, 1)
+        shares["decode"] *= self.processes / max(self.workers, self.processes)
         return {stage: min(share, 1.0) for stage, share in shares.items()}
 
     @property
     def running(self) -> float:
         """Seconds since the workers had started."""
-        return self.wall - self.waits["start"]
+        return self.wall - self.waits["start"] / self.processes
 
     def device_waiting(self) -> float:
         """Share of the time that the device did nothing."""
@@ -103,12 +125,13 @@ class Meters:
         return "write", "the disk is slow: another OUT, or a smaller --dtype"
 
     def _filling(self) -> tuple[str, str]:
-        return "pixels copied into batches", "one more process per GPU (RANK and WORLD_SIZE) shares the work"
+        return "pixels copied into batches", f"share the work: --coordinators {self.processes + 1}"
 
     def __str__(self) -> str:
         share = {stage: f"{stage} {value:.0%}" for stage, value in self.occupancy().items()}
         share["decode"] += f" of {self.workers} workers" if self.workers else " in this process"
-        return f"{', '.join(share.values())}; {self.advice()}"
+        where = f" in {self.processes} processes" if self.processes > 1 else ""
+        return f"{', '.join(share.values())}{where}; {self.advice()}"
 
     def report(self) -> dict[str, Any]:
         """Everything, as JSON has it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from .decoding import BACKOFF_SECONDS
@@ -24,7 +25,7 @@ class RunOptions:
         give_up: finish tasks in spite of inputs that failed for now (I/O errors and the like): they are quarantined.
         retry_quarantined: try quarantined inputs again, and redo the tasks of those that can be decoded now.
         rank, world_size: of several processes that write one cache; they only choose where each one begins. None: the
-            environment's RANK and WORLD_SIZE, or those of a Slurm array.
+            environment's RANK and WORLD_SIZE, or those of a Slurm array or of `srun`.
         backoff: seconds to wait before each further attempt at an input that failed for now.
         heartbeat, stale: seconds between touches of a lease, and after which an untouched one is taken over.
         source: what kind of source the inputs are, one of `sources.open.KINDS`.
@@ -50,14 +51,22 @@ class RunOptions:
 
     def place(self) -> tuple[int, int]:
         """Rank and world size."""
-        env = os.environ
-        slurm = "SLURM_ARRAY_TASK_ID" in env and "SLURM_ARRAY_TASK_COUNT" in env
-        try:
-            rank = int(env.get("RANK", env["SLURM_ARRAY_TASK_ID"] if slurm else 0))
-            first = int(env.get("SLURM_ARRAY_TASK_MIN", 0)) if slurm and "RANK" not in env else 0
-            size = int(env.get("WORLD_SIZE", env["SLURM_ARRAY_TASK_COUNT"] if slurm else 1))
-        except ValueError:
-            rank, first, size = 0, 0, 1
-        rank = rank - first if self.rank is None else self.rank
-        size = size if self.world_size is None else self.world_size
-        return rank % max(size, 1), max(size, 1)
+        rank, size = _place(os.environ)
+        rank = rank if self.rank is None else self.rank
+        size = max(size if self.world_size is None else self.world_size, 1)
+        return rank % size, size
+
+
+def _place(env: Mapping[str, str]) -> tuple[int, int]:
+    """Rank and world size by the variables of torchrun, of a Slurm array, or of `srun`, whichever are there."""
+    for rank, size, first in (
+        ("RANK", "WORLD_SIZE", ""),
+        ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN"),
+        ("SLURM_PROCID", "SLURM_NTASKS", ""),
+    ):
+        if rank in env and size in env:
+            try:
+                return int(env[rank]) - int(env.get(first, 0)), int(env[size])
+            except ValueError:
+                return 0, 1
+    return 0, 1

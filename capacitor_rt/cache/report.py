@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from ..images.geometry import Size
 from .meters import Meters
@@ -16,10 +17,9 @@ class Report:
     Attributes:
         inputs, cached, tasks, nbytes: numbers of inputs, of rows and of committed tasks, and bytes of their latents.
         quarantined: number of inputs by reason.
-        failed: number of inputs that failed for now, by reason; their tasks are not finished, and the next run tries
-            again.
+        failures: reason and message of inputs that failed for now, by id; their tasks are not finished, and the next
+            run tries again.
         unfinished: tasks that are not finished because of them.
-        examples: a few of these inputs with what happened, one line each.
         new_images: inputs that this run has read.
         seconds: wall time of the run, planning included.
         meters: what its stages did; None if there was nothing to encode.
@@ -30,12 +30,21 @@ class Report:
     quarantined: Counter[str]
     tasks: int
     nbytes: int
-    failed: Counter[str] = field(default_factory=Counter)
+    failures: dict[str, tuple[str, str]] = field(default_factory=dict)
     unfinished: int = 0
-    examples: list[str] = field(default_factory=list)
     new_images: int = 0
     seconds: float = 0.0
     meters: Meters | None = None
+
+    @property
+    def failed(self) -> Counter[str]:
+        """Number of inputs that failed for now, by reason."""
+        return Counter(reason for reason, _ in self.failures.values())
+
+    @property
+    def examples(self) -> list[str]:
+        """A few of these inputs with what happened, one line each."""
+        return [f"{id}: {message}" for id, (_, message) in list(self.failures.items())[:3]]
 
     @property
     def exit_code(self) -> int:
@@ -43,6 +52,22 @@ class Report:
         if self.unfinished:
             return 1
         return 3 if self.quarantined.total() else 0
+
+
+def joined(reports: Sequence[Report]) -> Report:
+    """The report of several runs, at least one, that have shared the tasks of one cache."""
+    # the one that accounted last has seen the most
+    last = max(reports, key=lambda report: report.tasks)
+    meters = [report.meters for report in reports if report.meters is not None]
+    failures = {id: why for report in reports for id, why in report.failures.items()}
+    return replace(
+        last,
+        # what failed for one may have succeeded for another
+        failures=failures if last.unfinished else {},
+        new_images=sum(report.new_images for report in reports),
+        seconds=max(report.seconds for report in reports),
+        meters=Meters.joined(meters) if meters else None,
+    )
 
 
 @dataclass

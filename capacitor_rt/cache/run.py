@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from ..errors import CacheError
 from ..model import FullCapacitor
@@ -24,7 +23,7 @@ from .encoder import BatchEncoder
 from .folder import CacheFolder, make_dir
 from .kept_configs import kept
 from .leases import Leases
-from .meters import write_metrics
+from .meters import Meters
 from .model_source import Loaded, ModelSource
 from .mutex import Mutex
 from .options import RunOptions
@@ -36,10 +35,10 @@ from .report import Report
 from .retry import quarantined, reopen, try_again
 from .store import TaskStore, repair_hint
 from .task_queue import TaskQueue, remove_stale
+from .watch import Bar, Watch
 
 _log = logging.getLogger("capacitor_rt")
 POLL_SECONDS = 0.5
-METRICS_SECONDS = 10.0
 BYTES_PER_WORKER = 16 << 20
 """Of inputs: with less than this for each, more workers take longer to start than they save."""
 UNKNOWN_BYTES = 100_000
@@ -56,6 +55,7 @@ def cache_images(
     progress: bool = True,
     note: Callable[[str], None] = _log.info,
     options: RunOptions | None = None,
+    watch: Watch | None = None,
 ) -> Report:
     """Encode every image of `src` into the latent cache `out`, or go on with it. Originals are only read.
 
@@ -69,6 +69,7 @@ def cache_images(
         workers, progress: as in `RunOptions`, whose values they replace.
         note: told, line by line, what a user may want to know before the work starts; default the logger
             `capacitor_rt`.
+        watch: told how far the work is; default a bar on stderr, as `options` has it.
 
     Raises:
         CacheError: `out` belongs to another plan or to other inputs; a file is damaged; the disk is full.
@@ -77,6 +78,7 @@ def cache_images(
     begin = time.perf_counter()
     chosen = options or RunOptions(progress=progress)
     threads = chosen.workers if workers is None else workers
+    watch = watch or Bar(chosen.progress, chosen.metrics)
     source, out = as_source(model), Path(out)
     check_folder(out)
     with _opened(out) as folder:
@@ -84,7 +86,7 @@ def cache_images(
         try:
             prepared = _plan(os.fspath(src), folder, mutex, source, request, chosen)
             with kept(prepared.plan, prepared.cc, source.model if isinstance(source, Loaded) else prepared.model):
-                report = _run(prepared, folder, mutex, source, threads, chosen, note)
+                report = _run(prepared, folder, mutex, source, threads, chosen, note, watch)
         finally:
             _clear(folder, mutex)
     report.seconds = time.perf_counter() - begin
@@ -132,6 +134,7 @@ def _run(
     workers: int | None,
     options: RunOptions,
     note: Callable[[str], None],
+    watch: Watch,
 ) -> Report:
     plan, tasks = prepared.plan, prepared.tasks
     leases = Leases(folder, mutex, plan.plan8, heartbeat=options.heartbeat, stale=options.stale)
@@ -151,7 +154,7 @@ def _run(
         pipeline = None
         try:
             if todo:
-                pipeline = _write_tasks(prepared, store, todo, source, workers, options, note)
+                pipeline = _write_tasks(prepared, store, todo, source, workers, options, note, watch)
         except BaseException:
             # what is done so far; the reason why the run ends matters more than this file
             with suppress(CacheError, OSError):
@@ -160,9 +163,8 @@ def _run(
         report = _account(store, len(tasks))
     if pipeline is not None:
         report.new_images, report.meters = pipeline.read, pipeline.measure() if pipeline.read else None
-        report.failed = Counter(row["reason"] for row in pipeline.unfinished)
         listing = prepared.source.listing
-        report.examples = [f"{listing.id(row['input'])}: {row['message']}" for row in pipeline.unfinished[:3]]
+        report.failures = {listing.id(row["input"]): (row["reason"], row["message"]) for row in pipeline.unfinished}
     report.unfinished = len(tasks) - report.tasks
     return report
 
@@ -201,6 +203,7 @@ def _write_tasks(
     workers: int | None,
     options: RunOptions,
     note: Callable[[str], None],
+    watch: Watch,
 ) -> Pipeline | None:
     """Write what is to be done, together with whoever else is at it. None if there was nothing to encode."""
     plan = prepared.plan
@@ -209,34 +212,27 @@ def _write_tasks(
     first = next(iter(queue), None)
     if first is None and not queue.left():
         return None
-    left = sum(len(task) for task in todo)
-    failures, told = 0, time.monotonic()
-    # a bar for a person, a line now and then for a log
-    interval = 0.2 if os.isatty(2) else 30
-    show = {"desc": "cache", "unit": "img", "disable": not options.progress, "mininterval": interval}
-    with tqdm(total=plan.count, initial=plan.count - left, **show) as bar:
-
-        def advance(count: int, failed: int) -> None:
-            nonlocal failures, told
-            failures += failed
-            if failures:
-                bar.set_postfix(quarantined=failures, refresh=False)
-            bar.update(count)
-            if options.metrics is not None and time.monotonic() - told > METRICS_SECONDS:
-                told = time.monotonic()
-                write_metrics(options.metrics, pipeline.measure().report())
-
+    meters: Meters | None = None
+    watch.begin(plan.count, plan.count - sum(len(task) for task in todo))
+    try:
         decoder = _pool(prepared, _workers(workers, prepared, todo), options)
         # the workers get ready while the model does
         with decoder:
             encoder = _encoder(prepared, source, note)
             if encoder.on_gpu:
                 decoder.pin()
-            pipeline = Pipeline(store, prepared.source, decoder, encoder, give_up=options.give_up, advance=advance)
+            pipeline = Pipeline(
+                store,
+                prepared.source,
+                decoder,
+                encoder,
+                give_up=options.give_up,
+                advance=lambda inputs, quarantined: watch.advance(inputs, quarantined, pipeline.measure),
+            )
             _until_done(pipeline, queue, first)
             meters = pipeline.measure()
-    if options.metrics is not None:
-        write_metrics(options.metrics, meters.report())
+    finally:
+        watch.end(meters)
     return pipeline
 
 

@@ -17,11 +17,13 @@ from .options import (
     ComputeDtype,
     Device,
     Dtype,
+    Gpus,
     Model,
     Revision,
     SquareSide,
     parse_background,
     resolve_device,
+    visible_gpus,
 )
 from .terminal import echo, note
 
@@ -85,6 +87,10 @@ def cache(
         typer.Option(help="Keep what the stages do in this file: JSON, or Prometheus text if it ends in .prom."),
     ] = None,
     device: Device = "auto",
+    gpus: Gpus = None,
+    coordinators: Annotated[
+        int | None, typer.Option(min=1, help="Processes that encode on the device, or on each of --gpus.")
+    ] = None,
     compute_dtype: ComputeDtype = None,
     backend: Backend = "auto",
     encode_precision: Annotated[
@@ -136,6 +142,8 @@ def cache(
         raise InputError("give one of --size N (squares) and --area N (aspect-ratio buckets)")
     if "://" not in src and not Path(src).exists() and not any(c in src for c in "*?["):
         raise InputError(f"{src!r} does not exist: give a folder of images, one image, or files that hold images")
+    if gpus is not None and device not in ("auto", "cuda"):
+        raise InputError(f"--gpus {gpus} and --device {device} exclude each other: give one of them")
     with interruptible():
         from ..cache.model_source import Checkpoint
         from ..cache.options import RunOptions
@@ -145,7 +153,8 @@ def cache(
         from ..cache.sources import ColumnsRequest
 
         compute = compute_dtype.full_name if compute_dtype else None
-        checkpoint = Checkpoint(model, resolve_device(device), compute, revision, backend, encode_precision)
+        devices = _devices(gpus, device, coordinators)
+        checkpoint = Checkpoint(model, devices[0], compute, revision, backend, encode_precision)
         request = CacheRequest(
             side=sides[0],
             area=area is not None,
@@ -174,10 +183,21 @@ def cache(
         if dry_run:
             _print_dry_run(describe_run(src, out, checkpoint, request, options=options))
             return
-        report = cache_images(src, out, checkpoint, request, note=_remark, options=options)
+        if gpus is None and coordinators is None:
+            report = cache_images(src, out, checkpoint, request, note=_remark, options=options)
+        else:
+            from ..cache.coordinators import cache_on
+
+            report = cache_on(devices, src, out, checkpoint, request, note=_remark, options=options)
     _print_report(report, out)
     if report.exit_code:
         raise typer.Exit(report.exit_code)
+
+
+def _devices(gpus: str | None, device: str, coordinators: int | None) -> list[str]:
+    """The device of each process that encodes."""
+    each = visible_gpus(gpus) if gpus is not None else [resolve_device(device)]
+    return [name for name in each for _ in range(coordinators or 1)]
 
 
 def verify(

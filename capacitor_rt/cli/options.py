@@ -72,6 +72,28 @@ def check_device_name(name: str) -> str:
     return name
 
 
+def parse_gpus(wanted: str) -> list[int]:
+    """Numbers of GPUs in a list such as "0,1,3".
+
+    Raises:
+        InputError: it is none, or names one twice.
+    """
+    parts = [part.strip() for part in wanted.split(",")]
+    if not all(part.isdecimal() and part.isascii() for part in parts):
+        raise InputError(f"gpus {wanted!r} is neither 'all' nor a list of numbers such as 0,1,3")
+    numbers = [int(part) for part in parts]
+    if len(set(numbers)) < len(numbers):
+        raise InputError(f"gpus {wanted!r} names a GPU twice: use --coordinators for more processes on each")
+    return numbers
+
+
+def check_gpus(wanted: str | None) -> str | None:
+    """A list of GPUs as it is; InputError for what is none."""
+    if wanted is not None and wanted != "all":
+        parse_gpus(wanted)
+    return wanted
+
+
 def parse_background(text: str) -> tuple[int, int, int]:
     """RRGGBB to a colour.
 
@@ -134,6 +156,15 @@ AreaSide = Annotated[
 Background = Annotated[
     str, typer.Option(help="Colour behind transparent pixels, as RRGGBB.", callback=check_background)
 ]
+Gpus = Annotated[
+    str | None,
+    typer.Option(
+        "--gpus",
+        help="A process on each GPU, which share the work: all, or numbers such as 0,1,3.",
+        metavar="LIST",
+        callback=check_gpus,
+    ),
+]
 Steps = Annotated[int, typer.Option(min=1, help="Number of passes through the decoder; the model is made for 1.")]
 Seed = Annotated[int, typer.Option(help="Seed of the decoder's start noise.")]
 ImagePaths = Annotated[list[Path], typer.Argument(help="Image files, or folders of them.", show_default=False)]
@@ -145,12 +176,17 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text
 
 
 def resolve_device(name: str) -> str:
-    """`name`, or for "auto" a GPU where there is one."""
-    if name != "auto":
+    """`name`, or for "auto" a GPU where there is one. Of several processes on a machine's GPUs each gets its own."""
+    if name not in ("auto", "cuda"):
         return name
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "auto" and not torch.cuda.is_available():
+        return "cpu"
+    # of torchrun and of Slurm, which give every process all GPUs unless they are told otherwise
+    local = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or ""
+    count = torch.cuda.device_count()
+    return f"cuda:{int(local) % count}" if local.isdecimal() and count > 1 else "cuda"
 
 
 def load_model(model: str, revision: str | None, device: str, dtype: Dtype | None, backend: str) -> FullCapacitor:
@@ -182,3 +218,23 @@ def list_images(inputs: list[Path]) -> list[tuple[Path, Path]]:
         else:
             raise InputError(f"{str(item)!r} does not exist: give image files or folders")
     return found
+
+
+def visible_gpus(wanted: str) -> list[str]:
+    """Devices that `--gpus` names: "all", or numbers of GPUs as CUDA counts those that it sees.
+
+    Raises:
+        InputError: there is none, or none of that number.
+    """
+    import torch
+
+    count = torch.cuda.device_count()
+    if not count:
+        raise InputError("there is no GPU here: give --device cpu --coordinators N instead of --gpus")
+    if wanted == "all":
+        return [f"cuda:{i}" for i in range(count)]
+    numbers = parse_gpus(wanted)
+    missing = [i for i in numbers if i >= count]
+    if missing:
+        raise InputError(f"there is no GPU {missing[0]}: CUDA sees {count}, from 0 to {count - 1}")
+    return [f"cuda:{i}" for i in numbers]

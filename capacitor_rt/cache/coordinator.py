@@ -1,0 +1,139 @@
+"""One of several coordinators that a command starts: a run in a process of its own, which tells what it does.
+
+Messages are pairs of a word and what belongs to it. A coordinator makes its plan, or waits to be told to go on while
+another does, and ends when whoever started it is gone.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
+
+from ..errors import CacheError, CapacitorError
+from .meters import Meters
+from .model_source import ModelSource
+from .options import RunOptions
+from .plan import CacheRequest
+
+NOTE, BEGIN, ADVANCE, REPORT, ERROR, STOPPED = "note", "begin", "advance", "report", "error", "stopped"
+GO = "go"
+# between two messages of progress
+_TELL_SECONDS = 0.2
+
+Tell = Callable[[str, Any], None]
+
+
+class Setup(NamedTuple):
+    """What a coordinator has to know: the arguments of `cache_images`."""
+
+    src: str
+    out: str
+    model: ModelSource
+    request: CacheRequest
+    options: RunOptions
+
+
+class Progress(NamedTuple):
+    """Inputs that were done since the last message, those of them that were quarantined, and the meters as of now."""
+
+    inputs: int
+    quarantined: int
+    meters: Meters
+
+
+class Teller:
+    """The watch of a run that tells another process."""
+
+    def __init__(self, tell: Tell):
+        self.tell = tell
+        self._inputs = self._quarantined = 0
+        self._told = 0.0
+
+    def begin(self, total: int, done: int) -> None:
+        self.tell(BEGIN, (total, done))
+
+    def advance(self, inputs: int, quarantined: int, measure: Callable[[], Meters]) -> None:
+        self._inputs += inputs
+        self._quarantined += quarantined
+        if time.monotonic() - self._told > _TELL_SECONDS:
+            self._send(measure())
+
+    def end(self, meters: Meters | None) -> None:
+        if meters is not None:
+            self._send(meters)
+
+    def _send(self, meters: Meters) -> None:
+        self.tell(ADVANCE, Progress(self._inputs, self._quarantined, meters))
+        self._inputs = self._quarantined = 0
+        self._told = time.monotonic()
+
+
+def coordinate(setup: Setup, tell: Tell) -> None:
+    """Do a run and tell how it goes and ends. Raises nothing but KeyboardInterrupt."""
+    from .run import cache_images
+
+    try:
+        report = cache_images(
+            setup.src,
+            setup.out,
+            setup.model,
+            setup.request,
+            note=lambda line: tell(NOTE, line),
+            options=setup.options,
+            watch=Teller(tell),
+        )
+        tell(REPORT, report)
+    except CapacitorError as e:
+        tell(ERROR, e)
+    except Exception:
+        trace = traceback.format_exc().strip().splitlines()
+        tell(ERROR, CacheError(f"a coordinator failed: {trace[-1]}", trace))
+
+
+def main(fd: int) -> None:
+    """Serve whoever holds the other end of a socket."""
+    lock = threading.Lock()
+    connection = Connection(fd)
+
+    def tell(word: str, what: Any) -> None:
+        with lock:
+            connection.send((word, what))
+
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        setup: Setup = connection.recv()
+        # what takes seconds comes before the word to go on
+        from . import run  # noqa: F401
+
+        if connection.recv() != GO:
+            return
+        threading.Thread(target=_end_with, args=(connection,), name="parent", daemon=True).start()
+        coordinate(setup, tell)
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        # nobody may be there to hear it
+        with suppress(OSError):
+            tell(STOPPED, None)
+        sys.exit(128 + signal.SIGTERM)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        sys.exit(1)
+
+
+def _stop(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _end_with(connection: Connection) -> None:
+    """Stop this process once the other end is closed: no coordinator outlives the command."""
+    try:
+        connection.recv()
+    except (EOFError, OSError):
+        os.kill(os.getpid(), signal.SIGTERM)
