@@ -24,7 +24,8 @@ from capacitor_rt import ModelConfig
 from capacitor_rt.config import DicoConfig
 from capacitor_rt.runtime.arena import TensorSpec
 from capacitor_rt.runtime.host_ops import host_function
-from capacitor_rt.runtime.launch_cases import as_in_the_model, squares
+from capacitor_rt.runtime.launch_cases import as_in_the_model, resize_step, squares
+from capacitor_rt.runtime.pictures import tables
 from capacitor_rt.runtime.plan import PlanKey, Step, make_plan
 
 
@@ -80,7 +81,7 @@ class Case:
         inputs = _inputs(self.op, self.specs)
         tensors = {
             name: _values(self.step, name, spec, device)
-            if name in inputs
+            if name in inputs or name in READ_BY_THE_OP_ALONE
             else torch.empty(spec.shape, dtype=spec.dtype, device=device)
             for name, spec in self.specs.items()
         }
@@ -153,8 +154,13 @@ def _attention_step(
     return Step("attention", args, options, attention_work(**specs, **options)), specs
 
 
+def _resize_step(images: Images, model: ModelConfig, dtype: torch.dtype, cc: int) -> tuple[Step, dict[str, TensorSpec]]:
+    """By hand: it makes the pixels that a plan begins with, here of pictures three times as high and four as wide."""
+    return resize_step([(3 * images.height, 4 * images.width)] * images.batch, images.height, images.width, cc)
+
+
 # ops that are no step of a plan
-BY_HAND = {"whiten": _whiten_step, "attention": _attention_step}
+BY_HAND = {"whiten": _whiten_step, "attention": _attention_step, "resize": _resize_step}
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, tokens_per_image: int) -> Tensor:
@@ -197,7 +203,10 @@ PLAIN: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
     "unpatchify": (reference.unpatchify, ("image",)),
     "whiten": (reference.whiten, ("out",)),
     "attention": (_attention, ("out",)),
+    "resize": (reference.resize, ("out",)),
 }
+# the table of pictures, which plain torch takes from the CPU
+READ_BY_THE_OP_ALONE = ("images",)
 DECODES = ("fuse_skip", "unpatchify")
 OF_SIBLINGS = ("channel_attention", "rmsnorm")
 # an op leaves sums per tile, the plain function sums over all of them
@@ -229,6 +238,8 @@ def _plain(op: str, step: Step, specs: Mapping[str, TensorSpec]) -> Callable[...
     if op == "head":
         _, known["channels"], *grid = specs["latents"].shape
         known["grid"] = tuple(grid)
+    if op == "resize":
+        known["shape"] = specs["out"].shape
     options = {name: known[name] for name in _parameters(op) if name in known}
     dtypes = [specs[name].dtype for name in outputs]
 
@@ -242,6 +253,8 @@ def _plain(op: str, step: Step, specs: Mapping[str, TensorSpec]) -> Callable[...
 
 def _values(step: Step, name: str, spec: TensorSpec, device: torch.device) -> Tensor:
     """Normal values at the scale that the model has them, never zeros, on which GPUs run faster."""
+    if step.op == "resize" and (known := tables(step.options["sizes"])).get(name) is not None:
+        return known[name].to(device)
     if spec.dtype == torch.uint8:
         return torch.randint(0, 256, spec.shape, dtype=torch.uint8, device=device)
     x = torch.randn(spec.shape, device=device)

@@ -55,7 +55,7 @@ def launches_of(row: ConfigRow) -> list[tuple[Launch, str]]:
     """
     found: dict[Any, tuple[Launch, list[Call]]] = {}
     users: list[Call] = []
-    by_hand = {"whiten": _whiten, "attention": _attention}
+    by_hand = {"whiten": _whiten, "attention": _attention, "resize": _resize}
     for call, launches in by_hand.get(row.family, _by_plans)(row):
         users.append(call)
         for launch in launches:
@@ -183,6 +183,12 @@ def _attention(row: ConfigRow) -> Iterator[tuple[Call, list[Launch]]]:
 
     for side in (FLUX2_STRIDE * math.isqrt(row.shape["tokens_per_image"]), MASKED_SIDE):
         yield Call(f"FLUX.2 {side}x{side}", row.dtype), _by_hand(row, side)
+
+
+def _resize(row: ConfigRow) -> Iterator[tuple[Call, list[Launch]]]:
+    """Square images of the row's pixels."""
+    side = math.isqrt(row.shape["pixels"])
+    yield Call(f"the cache {side}x{side}", row.dtype), _by_hand(row, side)
 
 
 def _by_hand(row: ConfigRow, side: int) -> list[Launch]:

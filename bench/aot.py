@@ -8,10 +8,10 @@
 
 A row is compiled for the compute capability of its file: every different launch that the runtime's plans of the known
 models queue with it goes through Triton's compiler and ptxas; registers and stack come from the cubin. Whitening, which
-plans fold into other ops, and attention, which serves the FLUX.2 VAE, are called by hand. At a size, it is what plans
-queue with the configs that `lookup` returns there, masked tiles and analytical defaults included. Compiled kernels are
-cached in TRITON_CACHE_DIR, which is `.triton_cache` in the current directory unless set. TRITON_INTERPRET must not be
-set.
+plans fold into other ops, attention, which serves the FLUX.2 VAE, and resizing are called by hand. At a size, it is
+what plans queue with the configs that `lookup` returns there, masked tiles and analytical defaults included. Compiled
+kernels are cached in TRITON_CACHE_DIR, which is `.triton_cache` in the current directory unless set. TRITON_INTERPRET
+must not be set.
 """
 
 from __future__ import annotations

@@ -22,8 +22,9 @@ OPS = (
     "unpatchify",
     "whiten",
     "attention",
+    "resize",
 )
-_MODULES = ("config_rows", "gemm", "gpu_limits", "jit", "launch", "ops", "reference", "tuning", "user_rows")
+_MODULES = ("config_rows", "gemm", "gpu_limits", "jit", "launch", "ops", "pictures", "reference", "tuning", "user_rows")
 _NAMES = {
     **{name: f"ops.{name}" for name in OPS},
     "GemmConfig": "gemm",

@@ -6,8 +6,12 @@ float32 or better, as in the model; everything else happens in the dtype of the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
+
+from .pictures import Field
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -213,3 +217,28 @@ def attention(
     scores = q @ k.transpose(1, 2) * (q.shape[2] ** -0.5 if scale is None else scale)
     weights = torch.softmax(scores.to(_wide(q.dtype)), dim=2).to(q.dtype)
     return (weights @ v).flatten(0, 1)
+
+
+def resize(source: torch.Tensor, weights: torch.Tensor, *, sizes: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """out [B, H, W, 3] uint8, zero where no picture of the table `sizes` goes; sums are taken in int64."""
+    flat, tables = source.long(), weights.long()
+    channels = torch.arange(3, device=source.device)
+    out = torch.zeros(tuple(shape), dtype=torch.uint8, device=source.device)
+    for row in sizes.tolist():
+        a, b = (torch.arange(row[field], device=source.device) for field in (Field.LENGTH_A, Field.LENGTH_B))
+        at = 16 * row[Field.SOURCE] + row[Field.ORIGIN] + b[:, None] * row[Field.STEP_B] + a * row[Field.STEP_A]
+        pixels = flat[at[..., None] + channels]
+        for axis, dim in (("A", 1), ("B", 0)):
+            count, taps, begin, precision = (
+                row[Field[f"{name}_{axis}"]] for name in ("COUNT", "TAPS", "WEIGHTS", "PRECISION")
+            )
+            first, w = tables[begin : begin + count * (1 + taps)].view(1 + taps, count).split((1, taps))
+            inputs = (first + torch.arange(taps, device=source.device)[:, None]).clamp(0, pixels.shape[dim] - 1)
+            # [taps, count, the other axis, 3]
+            windows = pixels.movedim(dim, 0)[inputs]
+            sums = (windows * w[:, :, None, None]).sum(0) + (1 << precision >> 1)
+            pixels = (sums >> precision).clamp(0, 255).movedim(0, dim)
+        b, a = (torch.arange(size, device=source.device) for size in pixels.shape[:2])
+        into = row[Field.OUT] + b[:, None] * row[Field.OUT_B] + a * row[Field.OUT_A]
+        out[row[Field.IMAGE]].view(-1)[into[..., None] + channels] = pixels.to(torch.uint8)
+    return out

@@ -111,8 +111,8 @@ def by_matrices(pixels: np.ndarray, window: Window, filter: str, columns_first: 
     height, width = pixels.shape[:2]
     rows = axis_weights(filter, height, window.height, window.top, window.bottom)
     columns = axis_weights(filter, width, window.width, window.left, window.right)
-    top, bottom = _span(filter, height, window.height, window.top, window.bottom)
-    left, right = _span(filter, width, window.width, window.left, window.right)
+    top, bottom = span(filter, height, window.height, window.top, window.bottom)
+    left, right = span(filter, width, window.width, window.left, window.right)
     needed = pixels[top:bottom, left:right]
     if columns_first:
         return _along_width(_along_height(needed, rows, top), columns, left)
@@ -148,7 +148,7 @@ def _by_torch(pixels: np.ndarray, window: Window, filter: str, columns_first: bo
         picture = to_size(picture, window.height, width)[:, :, window.top : window.bottom]
         resized = to_size(picture, window.bottom - window.top, window.width)
     else:
-        top, bottom = _span(filter, height, window.height, window.top, window.bottom)
+        top, bottom = span(filter, height, window.height, window.top, window.bottom)
         if bottom - top < (1 - _LEAST_SAVING) * height:
             narrow = torch.empty(1, height, window.width, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
             # the other rows are read for no row that is wanted
@@ -199,7 +199,7 @@ def _parts(resized: int, size: int = 4096) -> Iterator[tuple[int, int]]:
     return ((begin, min(begin + size, resized)) for begin in range(0, resized, size))
 
 
-def _span(filter: str, length: int, resized: int, begin: int, end: int) -> tuple[int, int]:
+def span(filter: str, length: int, resized: int, begin: int, end: int) -> tuple[int, int]:
     """Begin and end of the input pixels that the output pixels `begin` to `end` read."""
     scale = length / resized
     support = FILTERS[filter][1] * max(scale, 1.0)

@@ -6,7 +6,7 @@ A case is a step of a plan of a small model, so its config is the one that serve
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,10 +16,12 @@ from torch import Tensor
 
 from capacitor_kernels import dewhiten, reference, tuning, whiten
 from capacitor_kernels.launch import INTERPRETED, Launch, dtype_name, recording
+from capacitor_kernels.pictures import between_bytes
 
 from ..config import DicoConfig, ModelConfig
 from .arena import TensorSpec
-from .host_ops import host_function
+from .host_ops import host_function, work_of
+from .pictures import table, tables
 from .plan import PlanKey, Step, make_plan
 
 Grid = tuple[int, int]
@@ -39,6 +41,7 @@ OUTPUTS: dict[str, tuple[str, ...]] = {
     "whiten": ("out",),
     "dewhiten": ("out",),
     "attention": ("out",),
+    "resize": ("out", "workspace"),
 }
 # an op leaves sums per tile, plain torch the sum of all
 SUMMED: dict[str, Callable[[Tensor], Tensor]] = {
@@ -49,21 +52,22 @@ SUMMED: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Sizes(NamedTuple):
-    """A model of one block each way, grids of tokens (whole tiles, the last one masked, several to an image), and the
-    width of an attention."""
+    """A model of one block each way, grids of tokens (whole tiles, the last one masked, several to an image), the width
+    of an attention, and heights and widths of pictures, the last one being what the others are resized to."""
 
     config: ModelConfig
     even: Grid
     masked: Grid
     many: Grid
     attention: int
+    pictures: tuple[Grid, ...]
 
 
 _ONE_BLOCK = ModelConfig(encoder_depth=1, decoder_depth=1, decoder_start_blocks=1, decoder_end_blocks=0)
 # a hidden layer wide enough to be split
 _TINY = replace(_ONE_BLOCK, patch_size=8, model_dim=24, mlp_ratio=24, bottleneck_dim=4, adaln_low_rank_rank=2)
-FULL = Sizes(_ONE_BLOCK, (16, 16), (15, 17), (64, 64), 512)
-TINY = Sizes(_TINY, (4, 4), (3, 5), (40, 40), 24)
+FULL = Sizes(_ONE_BLOCK, (16, 16), (15, 17), (64, 64), 512, ((300, 400), (768, 1024), (37, 35), (256, 256)))
+TINY = Sizes(_TINY, (4, 4), (3, 5), (40, 40), 24, ((9, 12), (16, 10), (8, 8)))
 
 
 def sizes() -> Sizes:
@@ -109,7 +113,7 @@ class LaunchCase:
             if "scaled_sumsq" in given:
                 given["scaled_sumsq"] = squares(given["y"] * 1.5, self.specs["scaled_sumsq"].shape[1])
         # what a launch leaves out shows
-        out = {a: torch.full(self.specs[a].shape, math.nan, dtype=self.specs[a].dtype, device=device) for a in written}
+        out = {a: _blank(self.specs[a], device) for a in written}
         return Prepared(partial(self._op, **given, **out, **self.step.options), given, out)
 
     @property
@@ -174,6 +178,8 @@ class LaunchCase:
                 return {"out": reference.whiten(**t)}
             case "attention":
                 return {"out": reference.attention(**t, tokens_per_image=o["tokens_per_image"])}
+            case "resize":
+                return {"out": reference.resize(t["source"], t["weights"], sizes=o["sizes"], shape=specs["out"].shape)}
             case _:
                 return {"out": reference.dewhiten(**t)}
 
@@ -210,6 +216,7 @@ def cases(at: Sizes, dtype: torch.dtype, cc: int) -> Iterator[LaunchCase]:
     yield from _siblings(at, dtype, cc)
     yield from _whitening(at, dtype, cc)
     yield from _attention(at, dtype, cc)
+    yield from _resize(at, cc)
 
 
 def _siblings(at: Sizes, dtype: torch.dtype, cc: int) -> Iterator[LaunchCase]:
@@ -307,8 +314,38 @@ def _attention(at: Sizes, dtype: torch.dtype, cc: int) -> Iterator[LaunchCase]:
         yield LaunchCase(f"attention 2x{h}x{w}", Step("attention", args, options), specs)
 
 
+def _resize(at: Sizes, cc: int) -> Iterator[LaunchCase]:
+    """By hand: it makes the pixels that a plan begins with."""
+    *given, (h, w) = at.pictures
+    step, specs = resize_step(given, h, w, cc)
+    yield LaunchCase(f"resize {len(given)}x{h}x{w}", step, specs)
+
+
+def resize_step(pictures: Sequence[Grid], height: int, width: int, cc: int) -> tuple[Step, dict[str, TensorSpec]]:
+    """Pictures of these heights and widths to a batch of one size, and the specs of the tensors."""
+    sizes, source, weights = table(pictures, height, width)
+    specs = {
+        "source": TensorSpec((source,), torch.uint8),
+        "weights": TensorSpec((weights,), torch.int32),
+        "images": TensorSpec(tuple(sizes.shape), torch.int32),
+        "workspace": TensorSpec((int(between_bytes(sizes).sum()),), torch.uint8),
+        "out": TensorSpec((len(pictures), height, width, 3), torch.uint8),
+    }
+    config = tuning.lookup("resize", cc, {"pixels": height * width}, torch.uint8)
+    args = {name: f"{'output' if name in OUTPUTS['resize'] else 'input'}:{name}" for name in specs}
+    work = work_of("resize")(**specs, sizes=sizes)
+    return Step("resize", args, {"sizes": sizes, "config": config}, work), specs
+
+
+def _blank(spec: TensorSpec, device: torch.device) -> Tensor:
+    filler = 0xA5 if spec.dtype == torch.uint8 else math.nan
+    return torch.full(spec.shape, filler, dtype=spec.dtype, device=device)
+
+
 def _values(step: Step, name: str, spec: TensorSpec, draw: torch.Generator | None, place: torch.device) -> Tensor:
     """Random values at the scale that the model has them."""
+    if step.op == "resize" and (known := tables(step.options["sizes"])).get(name) is not None:
+        return known[name].to(place)
     if spec.dtype == torch.uint8:
         return torch.randint(0, 256, spec.shape, generator=draw, dtype=torch.uint8, device=place)
     x = torch.randn(spec.shape, generator=draw, dtype=torch.float32, device=place)

@@ -25,6 +25,8 @@ from capacitor_kernels.launch import Work, nbytes_of, recording
 from capacitor_kernels.ops.channel_attention import ChannelAttentionConfig
 from capacitor_kernels.ops.dwconv import DwconvConfig
 from capacitor_kernels.ops.grn import GrnConfig
+from capacitor_kernels.pictures import Field, between_bytes
+from capacitor_rt.runtime.pictures import table
 
 BF16, F32, U8 = torch.bfloat16, torch.float32, torch.uint8
 BATCH, HEIGHT, WIDTH, PATCH = 2, 3, 5, 4
@@ -115,6 +117,15 @@ def whiten() -> Call:
     return Call("whiten", {"z": latents_of(BF16), "out": latents_of(F32)} | statistics, {})
 
 
+def resize() -> Call:
+    # two rows of 5 pixels become three of four by 3 and 2 taps, and 7 of 5 by 5 and 5
+    sizes, source, weights = table([(2, 5), (7, 5)], 3, 4)
+    tensors = {"source": t(source, dtype=U8), "weights": t(weights, dtype=torch.int32), "images": sizes}
+    between = t(int(between_bytes(sizes).sum()), dtype=U8)
+    tensors |= {"workspace": between, "out": t(2, 3, 4, 3, dtype=U8)}
+    return Call("resize", tensors, {"sizes": sizes}, ("workspace",))
+
+
 PER_TOKENS = {"tokens_per_image": PER_IMAGE}
 SUMSQ = t(*dwconv_sumsq_shape(TOKENS, DIM, CONV), dtype=F32)
 CONV_TENSORS = {"x": t(TOKENS, DIM), "w": t(49, DIM, dtype=F32), "b": t(DIM, dtype=F32), "y": t(TOKENS, DIM)}
@@ -176,10 +187,11 @@ CALLS = {
     ),
     "whiten": whiten(),
     "attention": Call("attention", {name: t(TOKENS, DIM) for name in "qkv"} | {"out": t(TOKENS, DIM)}, PER_TOKENS),
+    "resize": resize(),
 }
 
 
-NO_PRODUCTS = ("grn", "whiten", "rmsnorm", "channel_attention")
+NO_PRODUCTS = ("grn", "whiten", "rmsnorm", "channel_attention", "resize")
 
 
 def test_every_op_is_here():
@@ -253,6 +265,16 @@ def test_flops_of_what_siblings_add():
     assert counter.count == 3 * TOKENS * DIM + TOKENS
     assert CALLS["rmsnorm"].work().flops == 5 * TOKENS * DIM
     assert CALLS["sums of squares"].work().flops == 2 * TOKENS * DIM
+
+
+def test_flops_of_resizing_are_two_for_each_value_and_tap():
+    # the second picture is turned: its height comes first
+    first = 3 * (2 * 4 * 5 + 5 * 4 * 5)
+    second = 3 * (3 * 4 * 3 + 3 * 4 * 5)
+    sizes = CALLS["resize"].options["sizes"]
+    taps = [[row[Field.TAPS_A], row[Field.TAPS_B]] for row in sizes.tolist()]
+    assert taps == [[5, 3], [5, 5]]
+    assert CALLS["resize"].work().flops == 2 * (first + second)
 
 
 @pytest.mark.parametrize("name", [name for name, call in CALLS.items() if call.op not in NO_PRODUCTS])

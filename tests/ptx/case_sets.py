@@ -74,6 +74,7 @@ def quick(cc: int) -> Iterator[Make]:
         yield partial(cases.whiten, form, 2, _GRID, 16)
         yield partial(cases.whiten, form, 2, _GRID, 16, inverse=True, out="fp32")
         yield partial(cases.attention, form, 2, 35, 72)
+        yield partial(cases.resize, Form(cc, torch.uint8), [(30, 41), (9, 100)], 12, 16)
 
 
 def _dico(form: Form, tokens: int, grid: tuple[int, int], dim: int) -> Iterator[Make]:
@@ -118,6 +119,9 @@ def odd(cc: int, dtype: torch.dtype) -> Iterator[Make]:
         yield partial(cases.grn, form, 3, 1 + dim % 7, hidden)
         yield partial(cases.whiten, form, 3, _GRID, dim, inverse=True)
         yield partial(cases.attention, form, 3, 35, dim)
+    # sides below, above and of the size wanted, rows of more values than a tile and of one pixel
+    yield partial(cases.resize, Form(cc, torch.uint8), [(16, 7), (1, 1), (40, 33), (16, 90)], 16, 90)
+    yield partial(cases.resize, Form(cc, torch.uint8), [(23, 3), (5, 64)], 7, 1)
     for batch, tokens, grid, dim in ((3, 35, _GRID, 90), (2, 144, (12, 12), _DIM), (1, 1, (1, 1), 33)):
         yield from _dico(form, tokens, grid, dim)
         yield partial(dico_cases.expand, form, batch, tokens, dim, dim, "two")
@@ -151,12 +155,12 @@ def odd(cc: int, dtype: torch.dtype) -> Iterator[Make]:
 
 
 def rows(cc: int, dtype: torch.dtype) -> Iterator[Make]:
-    """Every shipped config row at its own shape, in every form that the runtime queues."""
+    """Every shipped config row at its own shape, in every form that the runtime queues; those for bytes with bf16."""
     for family in config_rows.families():
         for index, row in enumerate(config_rows.rows(cc, family.name)):
-            if DTYPES[row.dtype] == dtype:
+            if DTYPES[row.dtype] in (dtype, torch.uint8 if dtype == torch.bfloat16 else dtype):
                 latency = row.use == "latency"
-                form = Form(cc, dtype, row.config, f"row {index} {row.use}", batch_free=not latency)
+                form = Form(cc, DTYPES[row.dtype], row.config, f"row {index} {row.use}", batch_free=not latency)
                 yield from _row(form, row, 1 if latency else 2)
 
 
@@ -199,5 +203,8 @@ def _row(form: Form, row: ConfigRow, batch: int) -> Iterator[Make]:
     elif row.family == "attention":
         for few in (_FEW_TOKENS, _FEW_TOKENS + 2):
             yield partial(cases.attention, form, 2, few, shape["dim"])
+    elif row.family == "resize":
+        # which is executed at fewer pixels than its row is for
+        yield partial(cases.resize, form, [(40, 61), (33, 20)], 32, 32)
     else:
         raise ValueError(f"no cases for the family {row.family}: add them to tests/ptx/cases.py and here")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
@@ -14,7 +14,9 @@ from torch import Tensor
 
 import capacitor_kernels as ck
 from capacitor_kernels import reference
+from capacitor_kernels.pictures import between_bytes
 from capacitor_kernels.tuning import lookup
+from capacitor_rt.runtime.pictures import table, tent_weights
 
 Tensors = dict[str, Tensor]
 Specs = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -400,4 +402,29 @@ def attention(form: Form, batch: int, tokens: int, dim: int) -> Case:
         outputs=lambda batch: {"out": ((batch * tokens, dim), dtype)},
         call=call,
         reference=lambda images, weights, batch: {"out": reference.attention(**images, tokens_per_image=tokens)},
+    )
+
+
+def resize(form: Form, pictures: Sequence[tuple[int, int]], height: int, width: int) -> Case:
+    """Pictures of these heights and widths, every second one turned."""
+    sizes, source, _ = table(pictures, height, width)
+    shape = (len(pictures), height, width, 3)
+    between = int(between_bytes(sizes).sum())
+
+    def call(images: Tensors, weights: Tensors, outs: Tensors, batch: int) -> None:
+        ck.resize(**weights, images=sizes.clone(), **outs, sizes=sizes, config=form.config)
+
+    def truth(images: Tensors, weights: Tensors, batch: int) -> Tensors:
+        return {"out": reference.resize(weights["source"], weights["weights"], sizes=sizes, shape=shape)}
+
+    return form.case(
+        "resize",
+        f"{' '.join(f'{rows}x{columns}' for rows, columns in pictures)} to {height}x{width}",
+        1,
+        {},
+        {"source": _pixels((source,), torch.uint8, 37), "weights": tent_weights(sizes)},
+        outputs=lambda batch: {"out": (shape, torch.uint8), "workspace": ((between,), torch.uint8)},
+        call=call,
+        reference=truth,
+        results=lambda outs, batch: {"out": outs["out"]},
     )

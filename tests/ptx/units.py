@@ -99,6 +99,7 @@ _INTEGER = {
     "lop3.b32 %r5, %r2, %r3, %r4, 0xE8;": lambda x, y, z: (x & y) | (x & z) | (y & z),
     "prmt.b32 %r5, %r2, %r3, %r4;": _permuted,
     "min.s32 %r5, %r2, %r3;": lambda x, y, z: min(_signed(x), _signed(y)),
+    "min.relu.s32 %r5, %r2, %r3;": lambda x, y, z: max(min(_signed(x), _signed(y)), 0),
     "setp.lt.u32 %p1, %r2, %r3; selp.b32 %r5, %r2, %r4, %p1;": lambda x, y, z: x if x < y else z,
     "setp.gt.s32 %p1, %r2, 0; mov.b32 %r5, 7; @%p1 add.s32 %r5, %r2, 1; @!%p1 sub.s32 %r5, %r2, %r3;": lambda x, y, z: (
         x + 1 if _signed(x) > 0 else x - y

@@ -31,7 +31,8 @@ def wrong(rows: list[CheckRow]) -> set[str]:
 def test_all_is_well_here():
     rows = check_launches(PLACE, DTYPE)
     assert [row for row in rows if not row.ok] == []
-    assert all(0 < row.error <= row.bound for row in rows)
+    # whole numbers are exact
+    assert all((row.error > 0) == (not row.name.startswith("resize")) and row.error <= row.bound for row in rows)
     assert {row.name.split()[0] for row in rows} == {*OPS, "dewhiten", "encode", "decode"}
     assert len({row.name for row in rows}) == len(rows)
     text = "\n".join(row.name for row in rows)

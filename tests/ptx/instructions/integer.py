@@ -21,6 +21,9 @@ def arithmetic(ins: Instr) -> Action:
     kind, bits = TYPES[parts[-1]]
     if kind == "p":
         return _logic(ins)
+    if parts[1:] == ("relu", "s32") and name in ("min", "max"):
+        out, a, b, two = dst(ops[0], 32), value(ops[1], "s32"), value(ops[2], "s32"), _BINARY[name]
+        return lambda vm: out(vm, np.maximum(two(a(vm), b(vm)), np.int32(0)))
     if len(parts) > 2 and parts[1] not in ("lo", "hi", "wide", parts[-1]):
         raise PtxError(f"modifier {parts[1]} of {name}")
     if name in ("mul", "mad"):

@@ -1,0 +1,102 @@
+"""Pictures that are decoded and not resized yet, each with all that resizing it takes, as one run of bytes.
+
+A record is a row of `capacitor_kernels.pictures.Field` in int32, the weights of both axes, and the pixels that the
+wanted window reads, each part on a multiple of 16 bytes, places counted from the record's begin. Whoever holds the
+bytes can resize: `capacitor_kernels.ops.resize` on a GPU, with the bits that `resample` gives.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from capacitor_kernels.pictures import UNIT, Field
+
+from .resample import Window, axis_weights, span
+
+_ROW_BYTES = -(-4 * len(Field) // UNIT) * UNIT
+
+
+class _Axis(NamedTuple):
+    """One axis: the input pixels `begin` to `end` that are read, and what the record says of it.
+
+    `pixels` is how many are written. `table`, int32, is `first [pixels]` and then `taps [taps, pixels]`, with zeros up
+    to a multiple of 16 bytes.
+    """
+
+    begin: int
+    end: int
+    pixels: int
+    taps: int
+    precision: int
+    table: np.ndarray
+
+
+def record_bytes(shape: tuple[int, ...], window: Window, filter: str) -> int:
+    """Bytes of the record of a stored picture of `shape` (H, W, 3), of which `window` is wanted."""
+    rows, columns = _axes(shape[0], shape[1], window, filter)
+    pixels = 3 * (rows.end - rows.begin) * (columns.end - columns.begin)
+    return _ROW_BYTES + rows.table.nbytes + columns.table.nbytes + _whole(pixels)
+
+
+def write_record(pixels: np.ndarray, window: Window, orientation: int, filter: str, out: np.ndarray) -> int:
+    """Write the record of uint8 `[H,W,3]` pixels to the begin of `out`, uint8 `[N]` on a multiple of 16; its bytes.
+
+    Args:
+        window: what is wanted of the picture resized, as it is stored.
+        orientation: EXIF's: the resized picture is to be turned upright as that says.
+    """
+    rows, columns = _axes(pixels.shape[0], pixels.shape[1], window, filter)
+    needed = pixels[rows.begin : rows.end, columns.begin : columns.end]
+    steps = {id(columns): 3, id(rows): 3 * needed.shape[1]}
+    # what is turned by 90 degrees is resampled along its height first
+    a, b = (rows, columns) if orientation >= 5 else (columns, rows)
+    tables = np.concatenate((a.table, b.table))
+    source = _ROW_BYTES + tables.nbytes
+    row = dict.fromkeys(Field, 0)
+    row |= {Field.SOURCE: source // UNIT, Field.STEP_A: steps[id(a)], Field.STEP_B: steps[id(b)]}
+    row |= {Field.LENGTH_A: a.end - a.begin, Field.LENGTH_B: b.end - b.begin}
+    row |= {Field.COUNT_A: a.pixels, Field.COUNT_B: b.pixels, Field.TAPS_A: a.taps, Field.TAPS_B: b.taps}
+    row |= {Field.WEIGHTS_A: _ROW_BYTES // 4, Field.WEIGHTS_B: _ROW_BYTES // 4 + len(a.table)}
+    row |= {Field.PRECISION_A: a.precision, Field.PRECISION_B: b.precision}
+    # upright, a runs along the width
+    step_a, step_b = 3, 3 * a.pixels
+    if orientation in (2, 3, 6, 7):
+        row[Field.OUT], step_a = step_a * (a.pixels - 1), -step_a
+    if orientation in (3, 4, 7, 8):
+        row[Field.OUT], step_b = row[Field.OUT] + step_b * (b.pixels - 1), -step_b
+    row |= {Field.OUT_A: step_a, Field.OUT_B: step_b}
+    out[: 4 * len(Field)].view(np.int32)[:] = [row[field] for field in Field]
+    out[_ROW_BYTES:source].view(np.int32)[:] = tables
+    np.copyto(out[source : source + needed.size].reshape(needed.shape), needed)
+    return source + _whole(needed.size)
+
+
+def write_ready(pixels: np.ndarray, out: np.ndarray) -> int:
+    """Write the record of pixels that are resized and upright already, and will be copied; its bytes."""
+    height, width = pixels.shape[:2]
+    return write_record(pixels, Window(height, width, 0, 0, height, width), 1, "box", out)
+
+
+def _axes(height: int, width: int, window: Window, filter: str) -> tuple[_Axis, _Axis]:
+    return (
+        _axis(filter, height, window.height, window.top, window.bottom),
+        _axis(filter, width, window.width, window.left, window.right),
+    )
+
+
+@lru_cache(maxsize=256)
+def _axis(filter: str, length: int, resized: int, begin: int, end: int) -> _Axis:
+    first_read, last_read = span(filter, length, resized, begin, end)
+    weights = axis_weights(filter, length, resized, begin, end)
+    count, taps = weights.taps.shape
+    table = np.zeros(-(-count * (1 + taps) // 4) * 4, np.int32)
+    table[:count] = weights.first - first_read
+    table[count : count * (1 + taps)] = weights.taps.T.ravel()
+    return _Axis(first_read, last_read, count, taps, weights.precision, table)
+
+
+def _whole(nbytes: int) -> int:
+    return -(-nbytes // UNIT) * UNIT
