@@ -24,6 +24,7 @@ from .folder import CacheFolder
 from .index import cached_counts, is_ok
 from .latent_files import Layout, has_header, layout, read_rows, row_hashes
 from .plan import CachePlan, load_plan
+from .quantization import bad_numbers, values_of
 from .store import read_index
 
 OPEN_FILES = 128
@@ -40,10 +41,10 @@ class _Row(TypedDict):
 class LatentRow(_Row, total=False):
     """A row of a latent cache, which `torch.utils.data.default_collate` takes as it is.
 
-    `latents` is `[C,h,w]` in the stored dtype; `logsnr`, `latents_flip` and `logsnr_flip` have the same shape and are
-    there where the cache has them. `id` is the input's locator as text, `height` and `width` are the bucket's in
-    pixels. A cache with labels, captions or other columns gives them under their names; a missing caption is "", any
-    other missing value is left out of no row: it is -1, NaN, "" or False.
+    `latents` is `[C,h,w]` in the stored dtype, float32 where that is int8; `logsnr`, `latents_flip` and `logsnr_flip`
+    have the same shape and are there where the cache has them. `id` is the input's locator as text, `height` and
+    `width` are the bucket's in pixels. A cache with labels, captions or other columns gives them under their names; a
+    missing caption is "", any other missing value is left out of no row: it is -1, NaN, "" or False.
     """
 
     logsnr: Tensor
@@ -93,24 +94,29 @@ class LatentDataset(Dataset[LatentRow]):
     Args:
         root: folder of the cache.
         verify: compare each row with its hash when it is read.
+        raw: tensors as they are stored: of a cache in int8 integers, with `latents_scale` and `latents_offset`, float32
+            `[C]`, beside `latents`, and so of every kind; `quantization.dequantize` makes values of them, on any
+            device.
         allow_partial: open a cache that is not finished, as far as it is.
 
     Raises:
         CacheError: there is no cache, it is not finished, or its plan or index is damaged.
     """
 
-    def __init__(self, root: str | os.PathLike[str], *, verify: bool = False, allow_partial: bool = False):
+    def __init__(
+        self, root: str | os.PathLike[str], *, verify: bool = False, allow_partial: bool = False, raw: bool = False
+    ):
         for extra in ("pyarrow", "xxhash"):
             require_extra(extra)
         self.root = Path(root)
         self.verify = verify
+        self.raw = raw
         self._open_files()
         with CacheFolder(self.root) as folder:
             plan = load_plan(folder)
             if plan is None:
                 raise CacheError(f"{self.root} is no latent cache: it has no plan.json")
             self.plan: CachePlan = plan
-            self._dtype: torch.dtype = getattr(torch, plan.dtype)
             self._load_index(folder, allow_partial)
 
     def _load_index(self, folder: CacheFolder, allow_partial: bool) -> None:
@@ -228,7 +234,7 @@ class LatentDataset(Dataset[LatentRow]):
         return os.fsdecode(id_to_path(self._ids[self._position(i)].as_py()))
 
     def tensors(self, i: int) -> dict[str, Tensor]:
-        """The tensors of row `i` alone, each `[C,h,w]` in the stored dtype.
+        """The tensors of row `i` alone, each `[C,h,w]`, as `raw` has them.
 
         Raises:
             CacheError: the file is missing, damaged or cut short; with `verify`, also if the row does not match its
@@ -271,9 +277,11 @@ class LatentDataset(Dataset[LatentRow]):
             flip: sample the posterior of the mirrored image.
 
         Raises:
-            InputError: the row has no `logsnr`, or with `flip` none of the mirrored image.
+            InputError: the row has no `logsnr`, or with `flip` none of the mirrored image, or it is `raw` integers.
         """
         tensors = cast("Mapping[str, Tensor]", row)
+        if tensors["latents"].dtype == torch.int8:
+            raise InputError("the row holds raw int8: open the cache without raw=True to draw from it")
         suffix = "_flip" if flip else ""
         try:
             latents, logsnr = tensors[f"latents{suffix}"].float(), tensors[f"logsnr{suffix}"].float()
@@ -322,8 +330,8 @@ class LatentDataset(Dataset[LatentRow]):
         file, placed = self._file(task)
         what = self.root / self.plan.data_name(self._commits[task].task)
         tensors = {
-            kind: read_rows(file.fileno(), placed.tensors[number, kind], self._dtype, row, len(run), what)
-            for kind in self.plan.tensors
+            part.name: read_rows(file.fileno(), placed.tensors[number, part.name], row, len(run), what)
+            for part in self.plan.parts
         }
         if self.verify:
             for k, digest in enumerate(row_hashes(list(tensors.values()))):
@@ -333,6 +341,10 @@ class LatentDataset(Dataset[LatentRow]):
                         f"row {row + k} of {self.plan.buckets[number]} in {what} ({self._ids[i].as_py()!r}) is "
                         "damaged: it does not match its hash; run `capacitor-rt verify` for the whole cache"
                     )
+        if why := bad_numbers(tensors):
+            raise CacheError(f"{what} is damaged: of row {row} to {row + len(run) - 1}, {why}")
+        if not self.raw:
+            tensors = values_of(tensors, self.plan.tensors)
         for k, at in enumerate(run):
             # a row alone is its own memory already
             found[at] = {kind: t[k] for kind, t in tensors.items()}

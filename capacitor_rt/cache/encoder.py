@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..reference import Autoencoder
 from ..runtime.backend import ServedAutoencoder
+from .quantization import stored_as, values_of
 
 
 @dataclass
@@ -27,8 +28,8 @@ class Encoded:
     """A batch under way, which is on the host once `BatchEncoder.fetch` has returned it.
 
     Attributes:
-        tensors: by name, `[B,C,h,w]` in the stored dtype.
-        stats: min, max, mean and standard deviation of each row of `latents` as stored, float32 `[B,4]`.
+        tensors: the parts by name, as they are stored: `[B,C,h,w]`, and `[B,C]` of what turns integers into values.
+        stats: min, max, mean and standard deviation of each row of `latents` as a reader gets it, float32 `[B,4]`.
         finite: whether all values of all tensors of the row are finite, bool `[B]`.
         marks: of a batch on a GPU.
     """
@@ -55,7 +56,7 @@ class BatchEncoder:
     def __init__(self, model: Autoencoder, tensors: tuple[str, ...], dtype: str):
         self.model = model
         self.names = tensors
-        self.dtype: torch.dtype = getattr(torch, dtype)
+        self.dtype = dtype
         self.on_gpu = model.device.type == "cuda"
         self.busy = self.waited = self.seconds = 0.0
 
@@ -106,8 +107,8 @@ class BatchEncoder:
         tensors = self._encode(pixels, "")
         if "latents_flip" in self.names:
             tensors |= self._encode(pixels.flip(2), "_flip")
-        tensors = {name: tensors[name].to(self.dtype).contiguous() for name in self.names}
-        rows = tensors["latents"].float().flatten(1)
+        tensors = stored_as({name: tensors[name] for name in self.names}, self.dtype)
+        rows = values_of(tensors, ["latents"])["latents"].float().flatten(1)
         low, high = rows.aminmax(dim=1)
         stats = torch.stack((low, high, rows.mean(1), rows.std(1, correction=0)), 1)
         finite = torch.stack([t.isfinite().flatten(1).all(1) for t in tensors.values()]).all(0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,18 +22,19 @@ from .hashing import byte_view, xxh3
 from .plan import FORMAT, CachePlan
 
 ALIGN = 4096
-CODES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+CODES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "int8": "I8"}
 PADDING = "padding"
 
 
 @dataclass(frozen=True)
 class Placed:
-    """A tensor of a file: `[rows, *shape]`, whose data begins at byte `begin` of the file."""
+    """A tensor of a file: `[rows, *shape]` of type `dtype`, whose data begins at byte `begin` of the file."""
 
     bucket: int
-    kind: str
+    part: str
+    dtype: str
     rows: int
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     begin: int
     row_nbytes: int
 
@@ -48,7 +49,7 @@ class Layout:
 
     Attributes:
         header: the bytes before the data, a multiple of 4 KiB.
-        tensors: by (number of the bucket, kind), in the order of their data.
+        tensors: by (number of the bucket, name of the part), in the order of their data.
         nbytes: size of the file.
     """
 
@@ -79,40 +80,37 @@ def layout(plan: CachePlan, task: int, counts: dict[int, int], index_xxh3: str) 
             "latent_space": plan.fields["model"]["latent_space"],
         }
     }
-    places: list[tuple[int, str, int, tuple[int, int, int], int, int]] = []
+    places: list[Placed] = []
     at = 0
-    order = [(number, kind) for number in sorted(counts) for kind in plan.tensors]
-    for number, kind in order:
+    order = [(number, part) for number in sorted(counts) for part in plan.parts]
+    for number, part in order:
         bucket, rows = plan.buckets[number], counts[number]
-        shape, row_nbytes = plan.row_shape(bucket), plan.row_bytes(bucket) // len(plan.tensors)
+        shape, row_nbytes = part.shape(plan.row_shape(bucket)), part.nbytes(plan.row_shape(bucket))
         stop = at + rows * row_nbytes
-        entries[f"{kind}/{bucket}"] = {
-            "dtype": CODES[plan.dtype],
+        entries[f"{part.name}/{bucket}"] = {
+            "dtype": CODES[part.dtype],
             "shape": [rows, *shape],
             "data_offsets": [at, stop],
         }
-        places.append((number, kind, rows, shape, at, row_nbytes))
+        places.append(Placed(number, part.name, part.dtype, rows, shape, at, row_nbytes))
         at = stop
         gap = -at % ALIGN
-        if gap and (number, kind) != order[-1]:
+        if gap and (number, part) != order[-1]:
             # a hole would be no safetensors file
             entries[f"{PADDING}/{len(places) - 1}"] = {"dtype": "U8", "shape": [gap], "data_offsets": [at, at + gap]}
             at += gap
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGN)
     header = len(text).to_bytes(8, "little") + text
-    tensors = {
-        (number, kind): Placed(number, kind, rows, shape, len(header) + begin, nbytes)
-        for number, kind, rows, shape, begin, nbytes in places
-    }
+    tensors = {(p.bucket, p.part): replace(p, begin=len(header) + p.begin) for p in places}
     return Layout(header, tensors, len(header) + at)
 
 
 def file_chunks(placed: Layout, pieces: Mapping[tuple[int, str], Sequence[Tensor]]) -> Iterator[bytes | memoryview]:
-    """The bytes of a task's file. `pieces`: rows of each tensor in order, contiguous `[n,C,h,w]` on the CPU."""
+    """The bytes of a task's file. `pieces`: rows of each part in order, contiguous `[n,...]` on the CPU."""
     yield placed.header
     for tensor, gap in placed.gaps():
-        yield from (byte_view(piece).data for piece in pieces[tensor.bucket, tensor.kind])
+        yield from (byte_view(piece).data for piece in pieces[tensor.bucket, tensor.part])
         if gap:
             yield bytes(gap)
 
@@ -126,13 +124,13 @@ def row_hashes(tensors: Sequence[Tensor]) -> list[bytes]:
     return [d.digest() for d in digests]
 
 
-def read_rows(fd: int, tensor: Placed, dtype: torch.dtype, start: int, count: int, what: object) -> Tensor:
-    """Rows `start` to `start + count` of a tensor, `[count,C,h,w]`, in memory of their own.
+def read_rows(fd: int, tensor: Placed, start: int, count: int, what: object) -> Tensor:
+    """Rows `start` to `start + count` of a tensor, `[count,...]`, in memory of their own.
 
     Plain reads, not a memory map: safe from any number of threads, quick on network file systems, and a file cut
     short is an error rather than a signal.
     """
-    rows = torch.empty(count, *tensor.shape, dtype=dtype)
+    rows = torch.empty(count, *tensor.shape, dtype=getattr(torch, tensor.dtype))
     view = byte_view(rows).data
     at = tensor.begin + start * tensor.row_nbytes
     while view:
@@ -141,7 +139,7 @@ def read_rows(fd: int, tensor: Placed, dtype: torch.dtype, start: int, count: in
         except OSError as e:
             raise CacheError(f"{what} cannot be read: {e.strerror}") from e
         if n == 0:
-            raise CacheError(f"{what} is damaged: it ends before row {start + count - 1} of {tensor.kind}")
+            raise CacheError(f"{what} is damaged: it ends before row {start + count - 1} of {tensor.part}")
         view, at = view[n:], at + n
     return rows
 
@@ -166,15 +164,14 @@ def disk_row_hashes(
     Raises:
         FileNotFoundError; CacheError: it cannot be read, or is cut short.
     """
-    dtype = getattr(torch, plan.dtype)
     hashes: dict[int, list[bytes]] = {}
     with folder.open(name) as file:
         for number in dict.fromkeys(bucket for bucket, _ in placed.tensors):
-            tensors = [placed.tensors[number, kind] for kind in plan.tensors]
+            tensors = [placed.tensors[number, part.name] for part in plan.parts]
             hashes[number] = []
             for start in range(0, tensors[0].rows, block):
                 count = min(block, tensors[0].rows - start)
-                rows = [read_rows(file.fileno(), t, dtype, start, count, folder.path / name) for t in tensors]
+                rows = [read_rows(file.fileno(), t, start, count, folder.path / name) for t in tensors]
                 hashes[number] += row_hashes(rows)
     return hashes
 

@@ -40,6 +40,7 @@ class Meters:
         images: that were read.
         wall: of all; of several processes, of the one that took longest.
         processes: that shared the work, whose seconds are added up here.
+        costs: what storage types cost, where that was measured, as `dtype_costs.as_json` gives it.
     """
 
     workers: int
@@ -51,6 +52,7 @@ class Meters:
     images: int = 0
     wall: float = 0.0
     processes: int = 1
+    costs: dict[str, dict[str, float | None]] = field(default_factory=dict)
 
     @classmethod
     def joined(cls, several: Sequence[Meters]) -> Meters:
@@ -70,6 +72,7 @@ class Meters:
             images=sum(m.images for m in several),
             wall=max(m.wall for m in several),
             processes=n,
+            costs=next((m.costs for m in several if m.costs), {}),
         )
 
     def occupancy(self) -> dict[str, float]:
@@ -137,7 +140,9 @@ class Meters:
         """Everything, as JSON has it."""
         rate = self.images / self.wall if self.wall else 0.0
         derived = {"images_per_second": rate, "device_waiting": self.device_waiting(), "limit": self.limit()}
-        return asdict(self) | derived | {"advice": self.advice()}
+        fields = asdict(self)
+        costs = fields.pop("costs")
+        return fields | derived | {"advice": self.advice()} | costs
 
 
 def write_metrics(path: str | os.PathLike[str], report: Mapping[str, Any]) -> None:
@@ -164,7 +169,8 @@ def prometheus(report: Mapping[str, Any]) -> str:
     for name, value in report.items():
         metric = f"capacitor_cache_{name}"
         if isinstance(value, Mapping):
-            samples = [(f'{{stage="{key}"}}', number) for key, number in value.items()]
+            label = "dtype" if name.startswith("dtype_") else "stage"
+            samples = [(f'{{{label}="{key}"}}', number) for key, number in value.items() if number is not None]
         elif isinstance(value, (int, float)):
             samples = [("", value)]
         else:

@@ -31,6 +31,8 @@ class RunOptions:
         source: what kind of source the inputs are, one of `sources.open.KINDS`.
         image_column: of Parquet files; None: the one that is named so, or has the type.
         columns: labels, captions and other columns to be kept.
+        measure: images on which a run that makes a new plan measures what each storage type costs; None: 4 where
+            latents are stored in int8, otherwise none.
     """
 
     workers: int | None = None
@@ -48,6 +50,7 @@ class RunOptions:
     source: str = "auto"
     image_column: str | None = None
     columns: ColumnsRequest = field(default_factory=ColumnsRequest)
+    measure: int | None = None
 
     def place(self) -> tuple[int, int]:
         """Rank and world size."""

@@ -18,7 +18,8 @@ from .commits import read_log
 from .folder import CacheFolder
 from .model_source import ModelSource
 from .options import RunOptions
-from .plan import CachePlan, CacheRequest
+from .parts import row_nbytes
+from .plan import DTYPES, CachePlan, CacheRequest
 from .prepare import PreparedRun, as_source, check_folder, prepare, room
 from .report import DryRun
 from .sources import Source
@@ -66,6 +67,11 @@ def dry_run(
         todo_nbytes=todo_nbytes,
         inputs=plan.task_inputs,
         notes=prepared.notes + _progress(prepared, len(todo)) + room(out, todo_nbytes),
+        files=2 * len(tasks),
+        by_dtype={
+            name: sum(n * row_nbytes(plan.tensors, dtype, plan.row_shape(bucket)) for bucket, n in counts.items())
+            for name, dtype in DTYPES.items()
+        },
         sampled=len(ordinals) if len(ordinals) < plan.count else None,
     )
 

@@ -16,8 +16,6 @@ from dataclasses import InitVar, dataclass
 from functools import cached_property
 from typing import Any
 
-import numpy as np
-
 from ..errors import CacheError, InputError
 from ..images.decode import decoder_versions
 from ..images.geometry import Size, bucket_table, square_bucket
@@ -27,8 +25,9 @@ from ..version import __version__
 from .folder import CacheFolder, PendingFile
 from .hashing import canonical_json
 from .model_source import ModelIdentity
+from .parts import INT8, Part, parts_of, row_nbytes, value_dtype
 from .plan_schema import FORMAT as FORMAT
-from .plan_schema import ITEM_SIZE, OLD_FORMAT, check_plan_fields
+from .plan_schema import OLD_FORMAT, check_plan_fields
 from .schema import Invalid
 from .sources import Source
 
@@ -37,7 +36,7 @@ PLAN_BYTES = 16 << 20
 PIPELINE = 2
 """Raised whenever the same plan would give other pixels or other files than before."""
 
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "int8": INT8}
 MODEL_NAMES = ("id", "revision", "latent_space")
 TASK_BYTES = 512 << 20
 TASK_INPUTS = 8192
@@ -57,7 +56,8 @@ class CacheRequest:
         area: sort the images into buckets of about `side`^2 pixels by their aspect ratio.
         max_aspect: longer side over shorter side of the longest bucket.
         background: colour behind transparent pixels, three numbers of 0 to 255.
-        dtype: type of the stored tensors, "bf16", "fp16" or "fp32".
+        dtype: type of the stored tensors, "bf16", "fp16", "fp32", or "int8" with a scale per row and channel, see
+            `quantization`.
         decode: "exact", or "fast": large JPEGs are shrunk while they are decoded, as `PixelPolicy` says.
         icc: "srgb" brings images with a colour profile to sRGB, "ignore" passes profiles over.
         crop: "center", or "adm": the square crop of ADM and DiT, see `images.adm`.
@@ -170,11 +170,23 @@ class CachePlan:
 
     @property
     def dtype(self) -> str:
+        """Type that the tensors are stored in."""
         return self.fields["store"]["dtype"]
 
     @property
+    def value_dtype(self) -> str:
+        """Type of the values that a reader gets: float32 of integers, otherwise `dtype`."""
+        return value_dtype(self.dtype)
+
+    @property
     def tensors(self) -> tuple[str, ...]:
+        """Kinds of tensors of a row."""
         return tuple(self.fields["store"]["tensors"])
+
+    @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        """What is stored of a row: each kind's parts, in the order of the file and of the row's hash."""
+        return tuple(part for kind in self.tensors for part in parts_of(kind, self.dtype))
 
     @property
     def batch(self) -> int:
@@ -193,13 +205,13 @@ class CachePlan:
         return f"index/{self.plan8}-{task:06d}.parquet"
 
     def row_shape(self, bucket: Size) -> tuple[int, int, int]:
-        """Shape of one row of each tensor: `[C, H/s, W/s]`."""
+        """Shape of one row of each kind: `[C, H/s, W/s]`."""
         model = self.fields["model"]
         return model["channels"], bucket.height // model["stride"], bucket.width // model["stride"]
 
     def row_bytes(self, bucket: Size) -> int:
-        """Bytes of one row, all its tensors together."""
-        return int(np.prod(self.row_shape(bucket))) * ITEM_SIZE[self.dtype] * len(self.tensors)
+        """Bytes of one row, all its kinds and their parts together."""
+        return row_nbytes(self.tensors, self.dtype, self.row_shape(bucket))
 
     def text(self) -> bytes:
         """The bytes of `plan.json`."""

@@ -7,11 +7,11 @@ from typing import Any
 from ..images.color import ICC_POLICIES
 from ..images.geometry import UPSCALE_POLICIES
 from ..images.load import CROPS, DECODE_POLICIES
+from .parts import FLOATS, ITEM_SIZE
 from .schema import HEX64, Anything, Choice, Invalid, ListOf, MapOf, Number, Optional, Record, Text
 
 FORMAT = "capacitor-latents/2"
 OLD_FORMAT = "capacitor-latents/1"
-ITEM_SIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 KINDS = ("latents", "logsnr", "latents_flip", "logsnr_flip")
 
 _SIDE = Number(1, 1 << 24)
@@ -60,7 +60,7 @@ PLAN_SCHEMA = Record(
                 "config": MapOf(Anything()),
                 "channels": Number(1, 1 << 16),
                 "stride": Number(1, 1 << 12),
-                "compute_dtype": Choice(tuple(ITEM_SIZE)),
+                "compute_dtype": Choice(FLOATS),
                 "encoding": Text("[a-z0-9-]{1,40}"),
             },
             optional=("encoding",),

@@ -185,7 +185,13 @@ def outlook(prepared: PreparedRun, out: Path, todo: list[Task]) -> list[str]:
 
 def _progress(prepared: PreparedRun, todo: list[Task]) -> list[str]:
     done, tasks = len(prepared.tasks) - len(todo), len(prepared.tasks)
-    return [f"going on: {done} of {tasks} tasks are done"] if todo and done else []
+    if not todo:
+        return []
+    if done:
+        return [f"going on: {done} of {tasks} tasks are done"]
+    most = prepared.nbytes(todo)
+    size = f"{most / 1e9:.4g} GB" if most >= 1e9 else f"{most / 1e6:.4g} MB" if most >= 1e6 else f"{most / 1e3:.4g} kB"
+    return [f"to be written: {tasks} tasks, {2 * tasks} files, up to {size} of latents in {prepared.plan.dtype}"]
 
 
 def room(out: Path, need: int) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from ..images.geometry import Size
+from .dtype_costs import DtypeCost
 from .meters import Meters
 
 
@@ -23,6 +24,7 @@ class Report:
         new_images: inputs that this run has read.
         seconds: wall time of the run, planning included.
         meters: what its stages did; None if there was nothing to encode.
+        costs: what each storage type costs, where it was measured.
     """
 
     inputs: int
@@ -35,6 +37,7 @@ class Report:
     new_images: int = 0
     seconds: float = 0.0
     meters: Meters | None = None
+    costs: list[DtypeCost] = field(default_factory=list)
 
     @property
     def failed(self) -> Counter[str]:
@@ -67,6 +70,7 @@ def joined(reports: Sequence[Report]) -> Report:
         new_images=sum(report.new_images for report in reports),
         seconds=max(report.seconds for report in reports),
         meters=Meters.joined(meters) if meters else None,
+        costs=next((report.costs for report in reports if report.costs), []),
     )
 
 
@@ -81,6 +85,8 @@ class DryRun:
         todo, todo_nbytes: the same of what is still to be written.
         inputs: most inputs per task.
         notes: what a user may want to know before the work starts, one line per note.
+        files: files of latents and indexes, in all.
+        by_dtype: `nbytes` of each storage type.
         sampled: number of headers read, where that is not all of them: `buckets`, `quarantined` and bytes are then
             estimates.
     """
@@ -94,3 +100,5 @@ class DryRun:
     inputs: int
     notes: list[str] = field(default_factory=list)
     sampled: int | None = None
+    files: int = 0
+    by_dtype: dict[str, int] = field(default_factory=dict)

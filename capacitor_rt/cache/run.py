@@ -19,6 +19,7 @@ from ..model import FullCapacitor
 from ..reference import Autoencoder
 from .commits import read_log, rewrite_log
 from .decoding import DecodePool, usable_cores
+from .dtype_costs import DtypeCost, as_json, describe, measure_dtypes
 from .encoder import BatchEncoder
 from .folder import CacheFolder, make_dir
 from .kept_configs import kept
@@ -27,6 +28,7 @@ from .meters import Meters
 from .model_source import Loaded, ModelSource
 from .mutex import Mutex
 from .options import RunOptions
+from .parts import INT8
 from .pipeline import Pipeline
 from .plan import CacheRequest, Task
 from .prepare import PreparedRun, as_source, check_folder, outlook, prepare
@@ -39,6 +41,8 @@ from .watch import Bar, Watch
 
 _log = logging.getLogger("capacitor_rt")
 POLL_SECONDS = 0.5
+MEASURED_IMAGES = 4
+"""Of a cache in int8, on which is measured what storing costs, unless the caller says otherwise."""
 BYTES_PER_WORKER = 16 << 20
 """Of inputs: with less than this for each, more workers take longer to start than they save."""
 UNKNOWN_BYTES = 100_000
@@ -151,22 +155,40 @@ def _run(
         todo = [task for task in tasks if task.number not in store.commits]
         for line in outlook(prepared, folder.path, todo):
             note(line)
+        costs = _measure(prepared, options, note) if todo else []
         pipeline = None
         try:
             if todo:
-                pipeline = _write_tasks(prepared, store, todo, source, workers, options, note, watch)
+                pipeline = _write_tasks(prepared, store, todo, source, workers, options, note, watch, costs)
         except BaseException:
             # what is done so far; the reason why the run ends matters more than this file
             with suppress(CacheError, OSError):
                 _account(store, len(tasks))
             raise
         report = _account(store, len(tasks))
+    report.costs = costs
     if pipeline is not None:
         report.new_images, report.meters = pipeline.read, pipeline.measure() if pipeline.read else None
         listing = prepared.source.listing
         report.failures = {listing.id(row["input"]): (row["reason"], row["message"]) for row in pipeline.unfinished}
     report.unfinished = len(tasks) - report.tasks
     return report
+
+
+def _measure(prepared: PreparedRun, options: RunOptions, note: Callable[[str], None]) -> list[DtypeCost]:
+    """What storing costs, told where a new cache begins: the model is there then."""
+    dtype = prepared.plan.dtype
+    images = options.measure if options.measure is not None else MEASURED_IMAGES if dtype == INT8 else 0
+    if prepared.model is None or not images:
+        return []
+    try:
+        count, costs = measure_dtypes(prepared.plan, prepared.source, prepared.model, images)
+    except torch.OutOfMemoryError:
+        note("what storing costs is not measured: no memory to decode an image")
+        return []
+    for line in describe(count, costs, dtype):
+        note(line)
+    return costs
 
 
 def _check(store: TaskStore, tasks: list[Task]) -> list[str]:
@@ -204,6 +226,7 @@ def _write_tasks(
     options: RunOptions,
     note: Callable[[str], None],
     watch: Watch,
+    costs: list[DtypeCost],
 ) -> Pipeline | None:
     """Write what is to be done, together with whoever else is at it. None if there was nothing to encode."""
     plan = prepared.plan
@@ -229,6 +252,7 @@ def _write_tasks(
                 give_up=options.give_up,
                 advance=lambda inputs, quarantined: watch.advance(inputs, quarantined, pipeline.measure),
             )
+            pipeline.meters.costs = as_json(costs)
             _until_done(pipeline, queue, first)
             meters = pipeline.measure()
     finally:

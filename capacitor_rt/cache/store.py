@@ -40,7 +40,7 @@ class TaskData:
         columns: of the index without `row` and `row_hash`, over all inputs; an Arrow array or a list each.
         bucket: number of the bucket of each input with latents, in the order of the inputs, int `[R]`.
         cached: positions of these inputs in the task, int `[R]`.
-        pieces: of each (bucket, kind) the rows in order, contiguous `[n,C,h,w]` on the CPU.
+        pieces: of each (bucket, name of a part) the rows in order, contiguous `[n,...]` on the CPU.
     """
 
     columns: dict[str, Any]
@@ -202,8 +202,8 @@ class TaskStore:
 
     def _hashes(self, number: int, found: TaskData) -> list[bytes]:
         """Row hashes of a bucket, piece by piece."""
-        kinds: list[Sequence[Tensor]] = [found.pieces[number, kind] for kind in self.plan.tensors]
-        return [digest for pieces in zip(*kinds, strict=True) for digest in row_hashes(pieces)]
+        parts: list[Sequence[Tensor]] = [found.pieces[number, part.name] for part in self.plan.parts]
+        return [digest for pieces in zip(*parts, strict=True) for digest in row_hashes(pieces)]
 
 
 def read_index(folder: CacheFolder, plan: CachePlan, commit: Commit) -> Any:

@@ -9,16 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..errors import CacheError
 from ..extras import require_extra
 from .commits import COMMITS, Commit, Log, read_log
 from .folder import DAMAGED, GENERATIONS, INDEX, LEASES, SUBFOLDERS, TASKS, TMP, CacheFolder
 from .index import cached_counts, is_ok
-from .latent_files import has_header, layout, read_rows, row_hashes
+from .latent_files import Layout, has_header, layout, read_rows, row_hashes
 from .mutex import HELD, LOCK
 from .plan import PLAN, CachePlan, OtherFormat, Task, load_plan, plan_tasks
+from .quantization import bad_numbers
 from .quarantine import QUARANTINE, quarantine_bytes, read_quarantine
 from .sources.listing import SOURCE, Listing, load_listing
 from .stamps import STAMPS
@@ -231,6 +230,8 @@ def _task_problems(
         if size == commit.data_bytes and folder.hash(data) == commit.data_xxh3:
             if not whole:
                 problems.append(f"{folder.path / data} is damaged: its header is not that of its index: {hint}")
+            elif why := _bad_numbers(folder, plan, data, placed):
+                problems.append(f"{folder.path / data} is damaged: {why}: {hint}")
             return problems
     except FileNotFoundError:
         return [*problems, f"{folder.path / data} cannot be read (No such file or directory): {hint}"]
@@ -239,17 +240,28 @@ def _task_problems(
     return [*problems, f"{folder.path / data} is damaged: {_damaged_rows(folder, plan, data, placed, table)}: {hint}"]
 
 
+def _bad_numbers(folder: CacheFolder, plan: CachePlan, data: str, placed: Layout) -> str | None:
+    """What is wrong with the scales and offsets of a file, which no hash of theirs can tell."""
+    names = {part.name for part in plan.parts if part.per_channel}
+    with folder.open(data) as file:
+        for (number, name), tensor in placed.tensors.items():
+            if name in names:
+                numbers = read_rows(file.fileno(), tensor, 0, tensor.rows, folder.path / data)
+                if why := bad_numbers({name: numbers}):
+                    return f"in {plan.buckets[number]}, {why}"
+    return None
+
+
 def _damaged_rows(folder: CacheFolder, plan: CachePlan, data: str, placed: Any, table: Any) -> str:
     """Which rows of a file whose hash is wrong are damaged, in words."""
     kept = table.filter(is_ok(table)).select(["id", "bucket", "row", "row_hash"]).to_pylist()
-    dtype = getattr(torch, plan.dtype)
     bad = []
     try:
         with folder.open(data) as file:
             for row in kept:
-                tensors = [placed.tensors[row["bucket"], kind] for kind in plan.tensors]
+                tensors = [placed.tensors[row["bucket"], part.name] for part in plan.parts]
                 what = folder.path / data
-                values = [read_rows(file.fileno(), t, dtype, row["row"], 1, what) for t in tensors]
+                values = [read_rows(file.fileno(), t, row["row"], 1, what) for t in tensors]
                 if row_hashes(values)[0] != row["row_hash"]:
                     bad.append(f"{row['row']} of {plan.buckets[row['bucket']]} ({row['id']!r})")
     except CacheError as e:

@@ -16,11 +16,11 @@ from .options import (
     Background,
     ComputeDtype,
     Device,
-    Dtype,
     Gpus,
     Model,
     Revision,
     SquareSide,
+    StoredDtype,
     parse_background,
     resolve_device,
     visible_gpus,
@@ -61,7 +61,9 @@ def cache(
             metavar="HOW",
         ),
     ] = "center",
-    dtype: Annotated[Dtype, typer.Option(help="Type that the latents are stored in.")] = Dtype.bf16,
+    dtype: Annotated[
+        StoredDtype, typer.Option(help="Type that the latents are stored in; int8 has a scale per image and channel.")
+    ] = StoredDtype.bf16,
     posterior: Annotated[
         bool, typer.Option("--posterior", help="Store logsnr too, so that samples can be drawn.")
     ] = False,
@@ -129,6 +131,13 @@ def cache(
             help="Quarantine also what failed for now (I/O errors, timeouts), so that its task is finished.",
         ),
     ] = False,
+    measure: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Images on which a new cache measures what each --dtype costs (default: 4 with int8, else none).",
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress bar.")] = False,
 ) -> None:
@@ -178,6 +187,7 @@ def cache(
             metrics=metrics,
             source=source,
             image_column=image_column,
+            measure=measure,
             columns=ColumnsRequest(labels, captions, tuple(keep or ())),
         )
         if dry_run:
@@ -256,6 +266,8 @@ def _print_dry_run(found: DryRun) -> None:
     if found.sampled:
         note(f"estimated from the headers of {found.sampled} images")
     echo(f"{found.tasks} tasks of at most {found.inputs} images, {bytes_text(found.nbytes)} of latents in all")
+    sizes = ", ".join(f"{name} {bytes_text(nbytes)}" for name, nbytes in found.by_dtype.items())
+    echo(f"{found.files} files of latents and indexes; by --dtype: {sizes}")
     echo(f"to be written: {found.todo} tasks, {bytes_text(found.todo_nbytes)}")
 
 

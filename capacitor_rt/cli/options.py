@@ -38,6 +38,15 @@ class Dtype(str, Enum):
         return getattr(torch, self.full_name)
 
 
+class StoredDtype(str, Enum):
+    """What a cache may be stored in, by short names."""
+
+    bf16 = "bf16"
+    fp16 = "fp16"
+    fp32 = "fp32"
+    int8 = "int8"
+
+
 CHECKPOINTS = "a hub id, a folder, a .safetensors file, or 'sample' for the bundled checkpoint"
 
 BACKENDS = ("auto", "torch", "triton")

@@ -14,6 +14,7 @@ import numpy as np
 
 from ..cache.dataset import LatentDataset
 from ..cache.hashing import xxh3
+from ..cache.parts import ITEM_SIZE
 from ..errors import CacheError, ImageError, InputError
 from ..evaluation.evaluate import ImageCodec
 from ..evaluation.metrics import CosineSimilarity
@@ -48,7 +49,7 @@ def view_cache(
     dataset = LatentDataset(root, allow_partial=True)
     first = next(iter(models))
     _check_shapes(dataset, models)
-    item_size = dataset.tensors(0)["latents"].element_size()
+    item_size = ITEM_SIZE[dataset.plan.dtype]
     shown = [
         shown_model(name, codec, item_size if name == first else STORED_ITEM_SIZE) for name, codec in models.items()
     ]

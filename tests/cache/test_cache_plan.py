@@ -312,7 +312,7 @@ def test_too_little_space_is_said_beforehand(tmp_path, monkeypatch):
     monkeypatch.setattr("capacitor_rt.cache.prepare.shutil.disk_usage", lambda path: usage(1000, 990, 10))
     lines: list[str] = []
     assert run(tmp_path / "src", tmp_path / "out", random_model(), note=lines.append).cached == 3
-    assert "are to be written and" in lines[0] and "0.00 GB free" in lines[0]
+    assert "are to be written and" in lines[1] and "0.00 GB free" in lines[1]
     foreseen = dry_run(tmp_path / "src", tmp_path / "new" / "out", random_model(), REQUEST, progress=False)
     assert "are to be written and" in foreseen.notes[0]
 

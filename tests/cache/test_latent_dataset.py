@@ -70,7 +70,7 @@ def test_rows_are_in_the_order_of_the_inputs_and_those_of_the_files(rows, cache)
 def test_several_rows_are_those_one_by_one(rows, monkeypatch):
     reads = []
     original = dataset_module.read_rows
-    monkeypatch.setattr(dataset_module, "read_rows", lambda *args: reads.append(args[4]) or original(*args))
+    monkeypatch.setattr(dataset_module, "read_rows", lambda *args: reads.append(args[3]) or original(*args))
     asked = [22, 3, 4, 5, 5, 0, -1]
     several = rows.__getitems__(asked)
     # rows 0, 3 of one bucket of their tasks are no neighbours; nothing is read twice but what is asked for twice

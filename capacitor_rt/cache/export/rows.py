@@ -68,7 +68,7 @@ class Rows:
     def __init__(self, dataset: LatentDataset, request: ExportRequest):
         self.dataset = dataset
         self.request = request
-        self.dtype: torch.dtype = getattr(torch, dataset.plan.dtype)
+        self.dtype: torch.dtype = getattr(torch, dataset.plan.value_dtype)
         self.out_dtype = self.dtype if request.dtype in (None, STORED) else getattr(torch, DTYPES[str(request.dtype)])
         self._check_tensors()
         pc = require_extra("pyarrow.compute")
