@@ -2,13 +2,16 @@
 PYTHON ?= python3
 VENV   ?= .venv
 PIP    := $(VENV)/bin/python -m pip --disable-pip-version-check
+# modules are compiled when they are first imported, which most of what is installed never is (half of the time)
+INSTALL := $(PIP) install -q --no-compile
 RUN    := $(VENV)/bin/python
 CORES  ?= 2
 # one thread a test process: the processes are the parallelism
-TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_DISABLE_TELEMETRY=1
+TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_DISABLE_TELEMETRY=1 PYTHONDONTWRITEBYTECODE=
 
 TORCH  := $(shell grep '^torch==' constraints.txt)
 TRITON := $(shell grep '^triton==' constraints.txt)
+STREAMING := $(shell grep '^mosaicml-streaming==' constraints.txt)
 
 .PHONY: demo test test-ptx test-slow test-newest test-trainers test-pairs test-pair lint format bench clean
 
@@ -33,8 +36,7 @@ test-newest: $(VENV)/.test
 	$(VENV)-newest/bin/python -m pip install -q --no-deps 'triton>=3.6,<3.10' --upgrade
 	$(TEST_ENV) $(VENV)-newest/bin/python -m pytest -n $(CORES) --dist worksteal -q -m 'not slow' tests/kernels
 
-# the exporters with the packages that read their formats, one of which asks for an older numpy; checkouts of trainers
-# under CAPACITOR_TRAINERS join in
+# the exporters once more with the extra `trainers` as the index resolves it; checkouts under CAPACITOR_TRAINERS join in
 test-trainers:
 	test -x $(VENV)-trainers/bin/python || $(PYTHON) -m venv $(VENV)-trainers
 	$(VENV)-trainers/bin/python -m pip install -q '$(TORCH)' pytest -e '.[cache,trainers]'
@@ -71,27 +73,28 @@ clean:
 # because the compiled facts in the tests are those of one version
 $(VENV)/.torch: constraints.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(PIP) install -q '$(TORCH)'
-	$(PIP) install -q --no-deps '$(TRITON)'
+	$(INSTALL) '$(TORCH)'
+	$(INSTALL) --no-deps '$(TRITON)'
 	touch $@
 
 define install
 	{ grep -v '^torch==\|^triton==' constraints.txt; echo '$(TORCH)'; } > $(VENV)/constraints.txt
-	$(PIP) install -q -c $(VENV)/constraints.txt $(1)
-	$(PIP) install -q --no-deps '$(TRITON)'
+	$(INSTALL) -c $(VENV)/constraints.txt $(1)
+	$(INSTALL) --no-deps '$(TRITON)' $(2)
 	touch $@
 endef
 
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	$(call install,-e '.[view]')
 
+# streaming asks for older releases of numpy, xxhash and transformers than the others; MDS is read with these as well
 $(VENV)/.test: $(VENV)/.torch pyproject.toml
-	$(call install,-e '.[test]')
+	$(call install,-e '.[test]','$(STREAMING)')
 
 $(VENV)/.bench: $(VENV)/.torch pyproject.toml
 	$(call install,-e '.[test]')
 
 $(VENV)/.lint: constraints.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(PIP) install -q -c constraints.txt ruff mypy pre-commit
+	$(INSTALL) -c constraints.txt ruff mypy pre-commit
 	touch $@

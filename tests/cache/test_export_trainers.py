@@ -20,9 +20,7 @@ from export_cases import export, label_of, make_cache, rows_by_id
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from torchvision_ops import import_beside_torchvision
-from trainer_code import checkout, cut, load, package
-
-from capacitor_rt.cache.export import mds
+from trainer_code import checkout, cut, load, package, streaming
 
 
 @pytest.fixture(scope="module")
@@ -39,17 +37,6 @@ def many(tmp_path_factory):
 
 def unpatchified(latents):
     return F.pixel_shuffle(latents, 2)
-
-
-def streaming():
-    try:
-        module = import_beside_torchvision("streaming")
-        mds._reader.cache_clear()
-        return module
-    except ImportError as e:
-        pytest.skip(
-            f"mosaicml-streaming is not installed ({e}): it wants numpy below 2.2, in an environment of its own"
-        )
 
 
 def test_streaming_reads_mds(one, tmp_path):

@@ -1,16 +1,23 @@
-"""The trainers' own readers, loaded by path from checkouts under CAPACITOR_TRAINERS: nothing of them is kept here."""
+"""The trainers' own readers: packages of the index, and files by path from checkouts under CAPACITOR_TRAINERS.
+
+Nothing of them is kept here.
+"""
 
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
 import os
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+
+from capacitor_rt.cache.export import mds
 
 VARIABLE = "CAPACITOR_TRAINERS"
 
@@ -45,7 +52,31 @@ def package(name: str, folder: Path) -> None:
         module = sys.modules.setdefault(full, ModuleType(full))
         if not hasattr(module, "__path__"):
             module.__path__ = []
+            module.__spec__ = ModuleSpec(full, None, is_package=True)
     sys.modules[name].__path__ = [str(folder)]
+
+
+def streaming() -> ModuleType:
+    """mosaicml-streaming, of which `streaming.base` alone is run, or skip.
+
+    Its other packages want a torchvision that fits torch, and have to do with pictures and text rather than with MDS.
+    """
+    if hasattr(sys.modules.get("streaming"), "StreamingDataset"):
+        return sys.modules["streaming"]
+    spec = importlib.util.find_spec("streaming")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("mosaicml-streaming is not installed: `make test` installs it")
+    # what a failed import of the whole left behind
+    for name in [name for name in sys.modules if name.partition(".")[0] == "streaming"]:
+        del sys.modules[name]
+    package("streaming", Path(spec.submodule_search_locations[0]))
+    base = importlib.import_module("streaming.base")
+    module = sys.modules["streaming"]
+    for name in base.__all__:
+        setattr(module, name, getattr(base, name))
+    # an export that ran before may have found that streaming cannot be imported whole
+    mds._reader.cache_clear()
+    return module
 
 
 def cut(path: Path, *names: str, **namespace: Any) -> dict[str, Any]:
