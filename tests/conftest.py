@@ -6,6 +6,7 @@ import os
 from contextlib import contextmanager
 
 import pytest
+import quick_interpreter
 import torch
 
 NOBODY = 65534
@@ -14,6 +15,7 @@ HAS_GPU = torch.cuda.is_available()
 os.environ["CAPACITOR_CONFIGS"] = "shipped"
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    quick_interpreter.install()
 
 
 def _gpu_problem() -> str | None:
