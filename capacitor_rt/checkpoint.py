@@ -28,9 +28,9 @@ from torch import Tensor
 
 from . import strict_json
 from .checkpoint_schema import DERIVED, Entry, Reading, read_layout
+from .conditioning import default_freqs
 from .config import MOST_CONFIG_BYTES, ModelConfig
 from .errors import CheckpointError, ConfigError
-from .reference import default_freqs
 from .safetensors_header import read_safetensors_header, unreadable
 
 WEIGHTS_NAME = "model.safetensors"

@@ -3,8 +3,7 @@
 Start at `Autoencoder`, below. Shapes: B batch, D model width, F hidden width, Z bottleneck channels, p patch; for an
 image `[B,3,H,W]`, `h = H/p` and `w = W/p`. Latents are `[B,C,H/s,W/s]`: C = Z and s = p, or C = 4Z and s = 2p for
 models that whiten 2x2 patches of the bottleneck. Weights may be float64, float32, bfloat16 or float16. Norm statistics,
-the time embedding, AdaLN vectors, the posterior and whitening are computed in float32 at least; a `Float32Module` keeps
-its weights there when the model is cast.
+the time embedding, AdaLN vectors, the posterior and whitening are computed in float32 at least.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .blocks import AffineRMSNorm, Block, DicoBlock, RMSNorm, full
+from .conditioning import AdaLNBase, AdaLNDelta, TimeEmbed, at_least_float32
 from .config import FullCapacitorInferenceConfig, ModelConfig
 from .diffusion import PredictX0, sample, token_mask, unit_noise
 
@@ -26,25 +26,6 @@ if TYPE_CHECKING:
 
 
 STATISTICS = ("latent_norm_running_mean", "latent_norm_running_var")
-
-
-def at_least_float32(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """`fn` of `nn.Module._apply`, kept from casting a tensor below float32."""
-
-    def apply(t: Tensor) -> Tensor:
-        out = fn(t)
-        if not out.is_floating_point() or out.dtype.itemsize >= 4:
-            return out
-        return t.to(out.device, torch.promote_types(torch.float32, t.dtype))
-
-    return apply
-
-
-class Float32Module(nn.Module):
-    """A module whose tensors never go below float32, whatever `.to(dtype)` asks for."""
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        return super()._apply(at_least_float32(fn), recurse)
 
 
 class Posterior(NamedTuple):
@@ -287,50 +268,6 @@ def posterior_sample(mean: Tensor, logsnr: Tensor | None, noise: Tensor) -> Tens
     """`alpha * mean + sigma * noise`, `sigma^2 = sigmoid(-logsnr)`; `noise` is unit normal, `[B,Z,h,w]`."""
     mode = posterior_mode(mean, logsnr)
     return mode if logsnr is None else mode + torch.exp(0.5 * F.logsigmoid(-full(logsnr))) * noise
-
-
-class TimeEmbed(Float32Module):
-    """Sinusoidal embedding of `1000 t` and a two-layer MLP: `[B] -> [B, D]`, in float32."""
-
-    freqs: Tensor
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.register_buffer("freqs", default_freqs())
-        self.proj_in = nn.Linear(256, config.model_dim)
-        self.proj_out = nn.Linear(config.model_dim, config.model_dim)
-
-    def forward(self, t: Tensor) -> Tensor:
-        angles = t[:, None].to(self.freqs) * 1000.0 * self.freqs
-        return self.proj_out(F.silu(self.proj_in(torch.cat([angles.sin(), angles.cos()], 1))))
-
-
-def default_freqs() -> Tensor:
-    """The 128 frequencies `10000^(-k/127)` of the time embedding, float32."""
-    return torch.tensor([10000.0 ** (-k / 127) for k in range(128)], dtype=torch.float32)
-
-
-class AdaLNBase(Float32Module):
-    """`proj`: the modulation that all blocks share, from `SiLU(cond)`."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.proj = nn.Linear(config.model_dim, config.modulation_channels)
-
-    def forward(self, a: Tensor) -> Tensor:
-        return self.proj(a)
-
-
-class AdaLNDelta(Float32Module):
-    """One block's low-rank correction of the shared modulation."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.down = nn.Linear(config.model_dim, config.adaln_low_rank_rank, bias=False)
-        self.up = nn.Linear(config.adaln_low_rank_rank, config.modulation_channels, bias=False)
-
-    def forward(self, a: Tensor) -> Tensor:
-        return self.up(self.down(a))
 
 
 class Decoder(nn.Module):

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..conditioning import at_least_float32
 from ..errors import InputError
 from ..flux2_space import BatchNorm, Flux2Calibration
 from ..model import FullCapacitor
-from ..reference import at_least_float32
 from . import settings
 from .base import DiffusersVAE, ModelMixin
 from .config import AdapterConfig, shared_settings

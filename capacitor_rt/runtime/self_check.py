@@ -17,8 +17,9 @@ from torch import Tensor
 
 from capacitor_kernels.launch import compute_capability
 
+from ..conditioning import default_freqs
 from ..config import FullCapacitorInferenceConfig, ModelConfig
-from ..reference import Autoencoder, default_freqs
+from ..reference import Autoencoder
 from .launch_cases import Tensors, cases, sizes
 from .platform import one_line
 from .runtime import Runtime

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import blocks, reference
+from .. import blocks, conditioning, reference
 from ..errors import NotFoldableError
 from ..reference import Autoencoder
 from . import fold, packed
@@ -25,8 +25,8 @@ FOLDED = (
     nn.Conv2d,
     nn.Linear,
     nn.ModuleList,
-    reference.AdaLNBase,
-    reference.AdaLNDelta,
+    conditioning.AdaLNBase,
+    conditioning.AdaLNDelta,
     blocks.AffineRMSNorm,
     blocks.Block,
     blocks.ChannelAttention,
@@ -37,7 +37,7 @@ FOLDED = (
     blocks.GRN,
     reference.Patchify,
     blocks.RMSNorm,
-    reference.TimeEmbed,
+    conditioning.TimeEmbed,
 )
 Time = tuple[float, float]
 
