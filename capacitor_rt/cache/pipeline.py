@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -41,10 +41,11 @@ NOT_FINITE = "a latent is not finite in the stored dtype: try another compute or
 
 @dataclass
 class Waiting:
-    """A batch that is being filled: pixels `[batch,H,W,3]`, and the positions of its images in the task."""
+    """A batch that is being filled: pixels `[batch,H,W,3]`, and the positions of its `count` images in the task."""
 
     pixels: Tensor
-    positions: list[int] = field(default_factory=list)
+    positions: np.ndarray
+    count: int = 0
 
 
 class OpenTask:
@@ -62,9 +63,8 @@ class OpenTask:
         self.overflowed: list[int] = []
         self.pieces: dict[tuple[int, str], list[Tensor]] = {}
 
-    def add(self, bucket: int, positions: Sequence[int], encoded: Encoded) -> None:
-        """Add an encoded batch; rows that are not finite are left out."""
-        at = np.array(positions)
+    def add(self, bucket: int, at: np.ndarray, encoded: Encoded) -> None:
+        """Add an encoded batch, of images at these positions; rows that are not finite are left out."""
         finite = encoded.finite.numpy()
         self.overflowed += at[~finite].tolist()
         self.status[at[finite]] = True
@@ -128,7 +128,7 @@ class Pipeline:
         self.read = 0
         self.unfinished: list[dict[str, Any]] = []
         self.sizes: Counter[Size] = Counter()
-        self._under_way: deque[tuple[OpenTask, int, list[int], Encoded]] = deque()
+        self._under_way: deque[tuple[OpenTask, int, np.ndarray, Encoded]] = deque()
         self.abandoned: set[int] = set()
         self._writing: Future[float] | None = None
         self._begin: float | None = None
@@ -185,18 +185,17 @@ class Pipeline:
     def _take(self, open_task: OpenTask, chunk: DecodedChunk, chosen: range) -> None:
         """Put the images of a chunk into the open batches of their buckets."""
         columns = chunk.columns
-        statuses, buckets = columns["status"].to_pylist(), columns["bucket"].to_pylist()
-        failed = sum(status != OK for status in statuses)
+        pc = require_extra("pyarrow.compute")
+        failed = pc.sum(pc.not_equal(columns["status"], OK)).as_py() or 0
         if failed:
             self._look_at_failures(open_task, columns)
             if open_task.task.number in self.abandoned:
                 return
         open_task.chunks.append(columns)
-        first = chosen.start - open_task.task.first
+        positions = np.arange(chosen.start, chosen.stop) - open_task.task.first
         begin, encoding = time.perf_counter(), self.encoder.seconds
-        for row, (status, bucket) in enumerate(zip(statuses, buckets, strict=True)):
-            if status == OK:
-                self._put(open_task, bucket, first + row, chunk.pixels(row))
+        for rows, bucket in chunk.runs():
+            self._put(open_task, bucket, positions[rows], chunk.block(rows))
         self.meters.seconds["fill"] += time.perf_counter() - begin - (self.encoder.seconds - encoding)
         self.read += len(chosen)
         self.advance(len(chosen), failed)
@@ -216,26 +215,31 @@ class Pipeline:
             self.unfinished += found
             self.abandoned.add(open_task.task.number)
 
-    def _put(self, open_task: OpenTask, bucket: int, position: int, pixels: np.ndarray) -> None:
-        waiting = open_task.waiting.get(bucket)
-        if waiting is None:
-            size = self.store.plan.buckets[bucket]
-            buffer = self.encoder.buffer(self.store.plan.batch, size.height, size.width)
-            waiting = open_task.waiting[bucket] = Waiting(buffer)
-        waiting.pixels.numpy()[len(waiting.positions)] = pixels
-        waiting.positions.append(position)
-        if len(waiting.positions) == self.store.plan.batch:
-            self._submit(open_task, bucket)
+    def _put(self, open_task: OpenTask, bucket: int, positions: np.ndarray, pixels: np.ndarray) -> None:
+        """Put images `[N,H,W,3]` at these positions into the open batch of their bucket, and into the next ones."""
+        batch, size = self.store.plan.batch, self.store.plan.buckets[bucket]
+        while len(positions):
+            waiting = open_task.waiting.get(bucket)
+            if waiting is None:
+                buffer = self.encoder.buffer(batch, size.height, size.width)
+                waiting = open_task.waiting[bucket] = Waiting(buffer, np.empty(batch, np.int64))
+            taken = slice(waiting.count, min(waiting.count + len(positions), batch))
+            count = taken.stop - taken.start
+            np.copyto(waiting.pixels.numpy()[taken], pixels[:count])
+            waiting.positions[taken] = positions[:count]
+            waiting.count, positions, pixels = taken.stop, positions[count:], pixels[count:]
+            if waiting.count == batch:
+                self._submit(open_task, bucket)
 
     def _submit(self, open_task: OpenTask, bucket: int) -> None:
         waiting = open_task.waiting.pop(bucket)
-        count = len(waiting.positions)
+        count = waiting.count
         try:
             encoded = self.encoder.submit(waiting.pixels[:count])
         except torch.OutOfMemoryError as e:
             size = self.store.plan.buckets[bucket]
             raise CacheError(f"not enough GPU memory to encode {count} images of {size}: use a smaller batch") from e
-        self._under_way.append((open_task, bucket, waiting.positions, encoded))
+        self._under_way.append((open_task, bucket, waiting.positions[:count], encoded))
         while len(self._under_way) >= IN_FLIGHT:
             self._collect()
 

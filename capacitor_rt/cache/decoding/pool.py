@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -38,17 +38,33 @@ class DecodedChunk:
     _buckets: Sequence[Size]
     _order: Order | None = None
     _owner: Coordinator | None = None
-    _bucket_of: list[int | None] = field(default_factory=list)
+    _bucket_of: np.ndarray | None = None
+
+    def runs(self) -> list[tuple[slice, int]]:
+        """Neighbouring rows with pixels of one bucket, and the bucket's number, in order."""
+        buckets = self._numbers()
+        ends = [*(np.flatnonzero(np.diff(buckets)) + 1).tolist(), len(buckets)]
+        begins = [0, *ends[:-1]]
+        return [(slice(b, e), int(buckets[b])) for b, e in zip(begins, ends, strict=True) if e > b and buckets[b] >= 0]
+
+    def block(self, rows: slice) -> np.ndarray:
+        """uint8 `[N,H,W,3]` of rows with pixels of one bucket: a view, to be used before `release`."""
+        number, begin = self._numbers()[rows.start], int(self._offsets[rows.start])
+        if number < 0:
+            raise InputError(f"row {rows.start} has no pixels: it was not decoded")
+        bucket, count = self._buckets[number], rows.stop - rows.start
+        pixels = self._pixels[begin : begin + 3 * count * bucket.area]
+        return pixels.reshape(count, bucket.height, bucket.width, 3)
 
     def pixels(self, row: int) -> np.ndarray:
-        """uint8 `[H,W,3]` of a row with status "ok": a view, to be used before `release`."""
-        if not self._bucket_of:
-            self._bucket_of = self.columns["bucket"].to_pylist()
-        number = self._bucket_of[row]
-        if number is None:
-            raise InputError(f"row {row} has no pixels: it was not decoded")
-        bucket, begin = self._buckets[number], int(self._offsets[row])
-        return self._pixels[begin : begin + 3 * bucket.area].reshape(bucket.height, bucket.width, 3)
+        """uint8 `[H,W,3]` of a row with pixels: a view, to be used before `release`."""
+        return self.block(slice(row, row + 1))[0]
+
+    def _numbers(self) -> np.ndarray:
+        """Number of the bucket of each row, -1 without pixels."""
+        if self._bucket_of is None:
+            self._bucket_of = self.columns["bucket"].fill_null(-1).to_numpy()
+        return self._bucket_of
 
     def release(self) -> None:
         """The pixels are no longer needed: others may take their place."""
