@@ -7,7 +7,7 @@ import re
 
 import pytest
 from bench_lines import GPU, caching, call, ceilings, check, launch, write
-from browser import Visit, launched, serious_violations, settle
+from browser import Visit, serious_violations, settle
 
 from bench import _page, report
 from bench._records import RESULTS, read_folder
@@ -107,12 +107,6 @@ def test_command(tmp_path, capsys):
     assert "no part of a page" in capsys.readouterr().err
     with pytest.raises(InputError):
         _page.write_page(results(tmp_path / "results"), tmp_path / "results", tmp_path / "mine")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with launched() as browser:
-        yield browser
 
 
 def test_in_a_browser(browser, measured, unmeasured):

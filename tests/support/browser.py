@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import resources
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 import pytest
@@ -126,3 +128,14 @@ def serious_violations(page: Any, rules: list[str] | None = None) -> list[str]:
     found = page.evaluate("async (options) => (await axe.run(options)).violations", options)
     bad = [v for v in found if v["impact"] in ("serious", "critical")]
     return [f"{v['id']}: {v['help']}: {[node['html'][:200] for node in v['nodes'][:3]]}" for v in bad]
+
+
+def page_at(index: Path, **state: object) -> str:
+    """The address of a page that shows `state`."""
+    return f"{index.as_uri()}#{'&'.join(f'{key}={value}' for key, value in state.items())}"
+
+
+def address(page: Any) -> dict[str, str]:
+    """What the address of a page says of what it shows."""
+    page.wait_for_timeout(200)
+    return {key: values[0] for key, values in parse_qs(urlsplit(page.url).fragment).items()}
