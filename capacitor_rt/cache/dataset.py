@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from io import FileIO
 from pathlib import Path
 from typing import Any, TypedDict, cast, overload
 
@@ -21,14 +19,13 @@ from ..images.geometry import Size
 from ..images.scan import id_to_path
 from .commits import Commit, read_log
 from .folder import CacheFolder
-from .index import cached_counts, is_ok
-from .latent_files import Layout, has_header, layout, read_rows, row_hashes
+from .index import is_ok
+from .latent_files import Layout, layout, row_hashes
+from .latent_reader import Batch, BatchRow, LatentReader
 from .plan import CachePlan, load_plan
 from .quantization import bad_numbers, values_of
+from .rows import Rows, load_rows
 from .store import read_index
-
-OPEN_FILES = 128
-"""Files of latents that one process keeps open at a time."""
 
 
 class _Row(TypedDict):
@@ -55,13 +52,13 @@ class LatentRow(_Row, total=False):
 
 
 class Ids(Sequence[str]):
-    """The ids of all rows, as texts that are made when they are asked for."""
+    """The ids of all rows, as texts that are made when they are asked for. `column`: chunked."""
 
-    def __init__(self, array: Any):
-        self._array = array
+    def __init__(self, column: Any):
+        self._column = column
 
     def __len__(self) -> int:
-        return len(self._array)
+        return len(self._column)
 
     @overload
     def __getitem__(self, i: int) -> str: ...
@@ -69,14 +66,14 @@ class Ids(Sequence[str]):
     def __getitem__(self, i: slice) -> list[str]: ...
     def __getitem__(self, i: int | slice) -> str | list[str]:
         if isinstance(i, slice):
-            return self._array.take(list(range(*i.indices(len(self))))).to_pylist()
+            return self._column.take(list(range(*i.indices(len(self))))).to_pylist()
         if not -len(self) <= i < len(self):
             raise IndexError(f"row {i} of a cache of {len(self)} rows")
-        return self._array[i % len(self)].as_py()
+        return self._column[i % len(self)].as_py()
 
     def __iter__(self) -> Iterator[str]:
         for start in range(0, len(self), 4096):
-            yield from self._array.slice(start, 4096).to_pylist()
+            yield from self._column.slice(start, 4096).to_pylist()
 
 
 class LatentDataset(Dataset[LatentRow]):
@@ -86,10 +83,11 @@ class LatentDataset(Dataset[LatentRow]):
     sample of the posterior. `ds.ids` are the ids of all rows, `column(name)` is a column of the index over all rows,
     `entries(i)` all that the index says of one.
 
-    Every index is compared with its hash and checked when the cache is opened, and a file of latents must begin as its
-    index says: what is returned is what the index vouches for. Held are 32 bytes per row, the ids, and the columns that
-    were kept from the source. Files are opened on first use in each process, so that instances go through fork, spawn
-    and pickle. Several threads may use one instance.
+    Every index is compared with its hash and checked when a cache is opened for the first time, and a file of latents
+    must begin as its index says: what is returned is what the index vouches for. What they say of the rows, 36 bytes
+    each, the ids, and the columns that were kept from the source, is then kept in a file that all processes map
+    (`rows`). Files are opened on first use in each process, so that instances go through fork, spawn and pickle.
+    Several threads may use one instance.
 
     Args:
         root: folder of the cache.
@@ -120,7 +118,6 @@ class LatentDataset(Dataset[LatentRow]):
             self._load_index(folder, allow_partial)
 
     def _load_index(self, folder: CacheFolder, allow_partial: bool) -> None:
-        pa = require_extra("pyarrow")
         log = read_log(folder)
         commits = [commit for _, commit in sorted(log.commits.items())]
         seen, total = sum(c.inputs for c in commits), self.plan.count
@@ -130,51 +127,34 @@ class LatentDataset(Dataset[LatentRow]):
                 f"{self.root} is not finished: {seen} of {total} inputs are done{damage}: run the cache command again, "
                 "or pass allow_partial=True"
             )
-        kept = [column["name"] for column in self.plan.columns]
-        names = ["id", "bucket", "row", "row_hash", *kept]
-        tables = []
-        reached = 0
         self._commits: list[Commit] = commits
-        self._counts: list[dict[int, int]] = []
-        for number, commit in enumerate(commits):
-            table = self._read_index(commit, folder)
-            first = table["input"][0].as_py()
-            if first < reached or table.num_rows != commit.inputs or (not allow_partial and first != reached):
-                raise CacheError(f"{self.root} is damaged: task {commit.task} does not follow the one before it")
-            reached = first + table.num_rows
-            self._counts.append(cached_counts(table))
-            if sum(self._counts[-1].values()) != commit.rows:
-                raise CacheError(f"{self.root} is damaged: the commit line of task {commit.task} is not of its index")
-            table = table.filter(is_ok(table)).select(names)
-            # 32-bit offsets would end at 2 GiB of names
-            table = table.set_column(0, "id", table["id"].cast(pa.large_string()))
-            tables.append(table.append_column("task", pa.array(np.full(len(table), number, np.int32))))
-        if not any(map(len, tables)):
+        self._is_partial = allow_partial
+        # rows up to and with each task
+        self._stops: np.ndarray = np.cumsum([commit.rows for commit in commits])
+        self._own_rows: Rows | None = load_rows(folder, self.plan, commits, allow_partial)
+        if not len(self._own_rows):
             raise CacheError(f"{self.root} holds no rows: none of its {total} inputs could be cached")
-        table = pa.concat_tables(tables)
-        self._ids = _whole(table["id"])
-        self.ids: Ids = Ids(self._ids)
-        self._task = table["task"].to_numpy()
-        self._row = table["row"].to_numpy()
-        self._hash = np.frombuffer(b"".join(table["row_hash"].to_pylist()), np.dtype("V16"))
-        self._kept = table.select(kept)
-        self._number = table["bucket"].to_numpy().astype(np.int32)
-        unique, bucket = np.unique(self._number, return_inverse=True)
         # the buckets in use, ordered by height, then width
-        sizes = [self.plan.buckets[n] for n in unique]
-        order = sorted(range(len(sizes)), key=sizes.__getitem__)
-        rank = np.empty(len(order), np.int32)
-        rank[order] = np.arange(len(order), dtype=np.int32)
-        self._bucket: np.ndarray = rank[bucket.reshape(-1)]
-        self.buckets: tuple[Size, ...] = tuple(sizes[n] for n in order)
+        used = np.flatnonzero(self._own_rows.bucket_counts(len(self.plan.buckets))).tolist()
+        used.sort(key=self.plan.buckets.__getitem__)
+        self.buckets: tuple[Size, ...] = tuple(self.plan.buckets[n] for n in used)
+        self._rank = np.zeros(len(self.plan.buckets), np.int32)
+        self._rank[used] = np.arange(len(used), dtype=np.int32)
+
+    @property
+    def _rows(self) -> Rows:
+        """The table of rows, which a copy in another process maps on first use."""
+        if self._own_rows is None:
+            self._own_rows = load_rows(self._opened(), self.plan, self._commits, self._is_partial)
+        return self._own_rows
 
     def _read_index(self, commit: Commit, folder: CacheFolder | None = None) -> Any:
         return read_index(folder or self._opened(), self.plan, commit)
 
     def _open_files(self) -> None:
         self._folder: CacheFolder | None = None
-        self._files: OrderedDict[int, tuple[FileIO, Layout]] = OrderedDict()
         self._lock = threading.Lock()
+        self._reader: LatentReader | None = None
 
     def _opened(self) -> CacheFolder:
         """The folder, which is opened on first use in each process."""
@@ -184,14 +164,16 @@ class LatentDataset(Dataset[LatentRow]):
             return self._folder
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_files", "_lock", "_folder")}
+        own = ("_reader", "_lock", "_folder", "_own_rows")
+        return {k: v for k, v in self.__dict__.items() if k not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._own_rows = None
         self._open_files()
 
     def __len__(self) -> int:
-        return len(self._row)
+        return int(self._stops[-1]) if len(self._stops) else 0
 
     def __repr__(self) -> str:
         return f"LatentDataset({str(self.root)!r}, {len(self)} rows, {len(self.buckets)} buckets, {self.latent_space})"
@@ -200,15 +182,27 @@ class LatentDataset(Dataset[LatentRow]):
         return self.__getitems__([i])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[LatentRow]:
-        """Several rows: neighbours in a file are read at once. `DataLoader` asks for batches so."""
+        """Several rows: neighbours in a file are read at once. `DataLoader` asks for batches so.
+
+        Rows of one bucket lie in one tensor of each kind, which collating them does not copy.
+        """
         places = [self._position(i) for i in indices]
-        found = self._tensors(places)
-        rows = []
-        for i, tensors in zip(places, found, strict=True):
-            bucket = self.buckets[self._bucket[i]]
-            named = {"id": self._ids[i].as_py(), "height": bucket.height, "width": bucket.width}
-            rows.append(cast("LatentRow", {**tensors, **named, **self._extras(i)}))
-        return rows
+        rows: list[LatentRow | None] = [None] * len(places)
+        for batch in self._batches(places):
+            bucket = self.plan.buckets[batch.number]
+            for at, position in enumerate(batch.positions):
+                i = places[position]
+                row = BatchRow({kind: t[at] for kind, t in batch.tensors.items()})
+                row.batch, row.at = batch.tensors, at
+                row |= {"id": self._rows.value("id", i), "height": bucket.height, "width": bucket.width}
+                row |= self._extras(i)
+                rows[position] = cast("LatentRow", row)
+        return cast("list[LatentRow]", rows)
+
+    @property
+    def ids(self) -> Ids:
+        """The ids of all rows."""
+        return Ids(self._rows.table["id"])
 
     @property
     def latent_space(self) -> str:
@@ -217,8 +211,8 @@ class LatentDataset(Dataset[LatentRow]):
 
     @property
     def bucket_numbers(self) -> np.ndarray:
-        """Position in `buckets` of each row, int32 `[N]`."""
-        return self._bucket
+        """Position in `buckets` of each row, int32 `[N]`, made at each call."""
+        return self._rank[self._rows.numbers()]
 
     @property
     def label_names(self) -> list[str] | None:
@@ -227,11 +221,11 @@ class LatentDataset(Dataset[LatentRow]):
 
     def bucket(self, i: int) -> Size:
         """Image size in pixels that row `i` was encoded at."""
-        return self.buckets[self._bucket[self._position(i)]]
+        return self.plan.buckets[self._rows.place(self._position(i))[1]]
 
     def path(self, i: int) -> str:
         """Relative path of the input, for `os` functions: bytes that are not UTF-8 are surrogate escapes."""
-        return os.fsdecode(id_to_path(self._ids[self._position(i)].as_py()))
+        return os.fsdecode(id_to_path(self._rows.value("id", self._position(i))))
 
     def tensors(self, i: int) -> dict[str, Tensor]:
         """The tensors of row `i` alone, each `[C,h,w]`, as `raw` has them.
@@ -240,7 +234,8 @@ class LatentDataset(Dataset[LatentRow]):
             CacheError: the file is missing, damaged or cut short; with `verify`, also if the row does not match its
                 hash.
         """
-        return self._tensors([self._position(i)])[0]
+        (batch,) = self._batches([self._position(i)])
+        return {kind: t[0] for kind, t in batch.tensors.items()}
 
     def column(self, name: str) -> Any:
         """A column of the index, or one that was kept from the source, over all rows, in order: a `pyarrow.Array`.
@@ -251,10 +246,8 @@ class LatentDataset(Dataset[LatentRow]):
             InputError: the index has no such column.
         """
         pa = require_extra("pyarrow")
-        if name in self._kept.column_names:
-            return _whole(self._kept[name])
-        if name == "id":
-            return self._ids
+        if name == "id" or name in [column["name"] for column in self.plan.columns]:
+            return _whole(self._rows.table[name])
         chunks = []
         for commit in self._commits:
             table = self._read_index(commit)
@@ -266,8 +259,9 @@ class LatentDataset(Dataset[LatentRow]):
     def entries(self, i: int) -> dict[str, Any]:
         """All that the index says of row `i`, by the names of its columns."""
         i = self._position(i)
-        table = self._read_index(self._commits[int(self._task[i])])
-        at = np.flatnonzero(is_ok(table))[i - int(np.searchsorted(self._task, self._task[i]))]
+        task = int(np.searchsorted(self._stops, i, "right"))
+        table = self._read_index(self._commits[task])
+        at = np.flatnonzero(is_ok(table))[i - int(self._stops[task]) + self._commits[task].rows]
         return table.slice(int(at), 1).to_pylist()[0]
 
     def draw(self, row: LatentRow, generator: torch.Generator | None = None, *, flip: bool = False) -> Tensor:
@@ -303,74 +297,47 @@ class LatentDataset(Dataset[LatentRow]):
         missing = {"int64": -1, "float64": float("nan"), "string": "", "bool": False}
         values = {}
         for column in self.plan.columns:
-            value = self._kept[column["name"]][i].as_py()
+            value = self._rows.value(column["name"], i)
             values[column["name"]] = missing[column["type"]] if value is None else value
         return values
 
-    def _tensors(self, places: list[int]) -> list[dict[str, Tensor]]:
-        """The tensors of rows, each run of neighbours of one file read at once."""
-        found: list[dict[str, Tensor]] = [{} for _ in places]
-        order = sorted(range(len(places)), key=lambda at: self._key(places[at]))
-        start = 0
-        while start < len(order):
-            task, number, row = self._key(places[order[start]])
-            stop = start + 1
-            while stop < len(order) and self._key(places[order[stop]]) == (task, number, row + stop - start):
-                stop += 1
-            self._read_run(task, number, row, [order[k] for k in range(start, stop)], places, found)
-            start = stop
-        return found
-
-    def _key(self, i: int) -> tuple[int, int, int]:
-        return int(self._task[i]), int(self._number[i]), int(self._row[i])
-
-    def _read_run(
-        self, task: int, number: int, row: int, run: list[int], places: list[int], found: list[dict[str, Tensor]]
-    ) -> None:
-        file, placed = self._file(task)
-        what = self.root / self.plan.data_name(self._commits[task].task)
-        tensors = {
-            part.name: read_rows(file.fileno(), placed.tensors[number, part.name], row, len(run), what)
-            for part in self.plan.parts
-        }
+    def _batches(self, places: list[int]) -> list[Batch]:
+        """The tensors of rows, bucket by bucket, compared with their hashes where that was asked for."""
+        with self._lock:
+            if self._reader is None:
+                self._reader = LatentReader(
+                    self._opened, [part.name for part in self.plan.parts], self._name, self._layout
+                )
+            reader = self._reader
+        found = reader.batches([self._rows.place(i) for i in places])
         if self.verify:
-            for k, digest in enumerate(row_hashes(list(tensors.values()))):
-                i = places[run[k]]
-                if digest != self._hash[i].tobytes():
-                    raise CacheError(
-                        f"row {row + k} of {self.plan.buckets[number]} in {what} ({self._ids[i].as_py()!r}) is "
-                        "damaged: it does not match its hash; run `capacitor-rt verify` for the whole cache"
-                    )
-        if why := bad_numbers(tensors):
-            raise CacheError(f"{what} is damaged: of row {row} to {row + len(run) - 1}, {why}")
-        if not self.raw:
-            tensors = values_of(tensors, self.plan.tensors)
-        for k, at in enumerate(run):
-            # a row alone is its own memory already
-            found[at] = {kind: t[k] for kind, t in tensors.items()}
+            for batch in found:
+                for position, digest in zip(batch.positions, row_hashes(list(batch.tensors.values())), strict=True):
+                    if digest != self._rows.hash(places[position]):
+                        raise self._damaged(places[position], "it does not match its hash")
+        for batch in found:
+            if bad_numbers(batch.tensors):
+                for at, position in enumerate(batch.positions):
+                    if why := bad_numbers({name: t[at] for name, t in batch.tensors.items()}):
+                        raise self._damaged(places[position], why)
+        if self.raw:
+            return found
+        return [batch._replace(tensors=values_of(batch.tensors, self.plan.tensors)) for batch in found]
 
-    def _file(self, number: int) -> tuple[FileIO, Layout]:
-        with self._lock:
-            if number in self._files:
-                self._files.move_to_end(number)
-                return self._files[number]
-        commit = self._commits[number]
-        name = self.plan.data_name(commit.task)
-        try:
-            # closed when the last reader lets go of it
-            file = self._opened().open(name)
-        except FileNotFoundError:
-            raise CacheError(f"{self.root / name} cannot be read: No such file or directory") from None
-        placed = layout(self.plan, commit.task, self._counts[number], commit.index_xxh3)
-        if not has_header(file.fileno(), placed):
-            file.close()
-            raise CacheError(f"{self.root / name} is damaged: its header or its size is not that of its index")
-        entry = file, placed
-        with self._lock:
-            entry = self._files.setdefault(number, entry)
-            while len(self._files) > OPEN_FILES:
-                self._files.popitem(last=False)
-        return entry
+    def _damaged(self, i: int, why: str) -> CacheError:
+        file, number, row = self._rows.place(i)
+        return CacheError(
+            f"row {row} of {self.plan.buckets[number]} in {self.root / self._name(file)} "
+            f"({self._rows.value('id', i)!r}) is damaged: {why}; run `capacitor-rt verify` for the whole cache"
+        )
+
+    def _name(self, file: int) -> str:
+        return self.plan.data_name(self._commits[file].task)
+
+    def _layout(self, file: int) -> Layout:
+        commit, stop = self._commits[file], int(self._stops[file])
+        counts = self._rows.file_counts(file, stop - commit.rows, stop)
+        return layout(self.plan, commit.task, counts, commit.index_xxh3)
 
 
 def _whole(column: Any) -> Any:

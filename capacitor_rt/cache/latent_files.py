@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,8 @@ from .plan import FORMAT, CachePlan
 ALIGN = 4096
 CODES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "int8": "I8"}
 PADDING = "padding"
+# of one system call; the kernel takes 1024
+_MOST_PIECES = 512
 
 
 @dataclass(frozen=True)
@@ -125,23 +129,35 @@ def row_hashes(tensors: Sequence[Tensor]) -> list[bytes]:
 
 
 def read_rows(fd: int, tensor: Placed, start: int, count: int, what: object) -> Tensor:
-    """Rows `start` to `start + count` of a tensor, `[count,...]`, in memory of their own.
+    """Rows `start` to `start + count` of a tensor, `[count,...]`, in memory of their own. As `read_into`."""
+    rows = torch.empty(count, *tensor.shape, dtype=getattr(torch, tensor.dtype))
+    read_into(fd, tensor, start, [byte_view(rows).data], what)
+    return rows
+
+
+def read_into(fd: int, tensor: Placed, start: int, into: Sequence[memoryview], what: object) -> None:
+    """Read a tensor from row `start` on into one piece of memory after the other.
 
     Plain reads, not a memory map: safe from any number of threads, quick on network file systems, and a file cut
     short is an error rather than a signal.
+
+    Raises:
+        CacheError: the file cannot be read, or ends before.
     """
-    rows = torch.empty(count, *tensor.shape, dtype=getattr(torch, tensor.dtype))
-    view = byte_view(rows).data
-    at = tensor.begin + start * tensor.row_nbytes
-    while view:
+    at, left = tensor.begin + start * tensor.row_nbytes, deque(into)
+    rows = sum(piece.nbytes for piece in into) // tensor.row_nbytes
+    while left:
         try:
-            n = os.preadv(fd, [view], at)
+            n = os.preadv(fd, list(islice(left, _MOST_PIECES)), at)
         except OSError as e:
             raise CacheError(f"{what} cannot be read: {e.strerror}") from e
         if n == 0:
-            raise CacheError(f"{what} is damaged: it ends before row {start + count - 1} of {tensor.part}")
-        view, at = view[n:], at + n
-    return rows
+            raise CacheError(f"{what} is damaged: it ends before row {start + rows - 1} of {tensor.part}")
+        at += n
+        while left and n >= left[0].nbytes:
+            n -= left.popleft().nbytes
+        if n:
+            left[0] = left[0][n:]
 
 
 def has_header(fd: int, placed: Layout) -> bool:

@@ -19,6 +19,7 @@ from .mutex import HELD, LOCK
 from .plan import PLAN, CachePlan, OtherFormat, Task, load_plan, plan_tasks
 from .quantization import bad_numbers
 from .quarantine import QUARANTINE, quarantine_bytes, read_quarantine
+from .rows import ROWS
 from .sources.listing import SOURCE, Listing, load_listing
 from .stamps import STAMPS
 from .store import read_index, repair_hint, strange_plan
@@ -179,7 +180,7 @@ class _Check:
         for number in log.commits:
             parts |= {plan.index_name(number), plan.data_name(number)}
         self.found.files = sorted(name for name in parts if self.folder.stat(name) is not None)
-        own = parts | {LOCK, HELD, STAMPS, *SUBFOLDERS}
+        own = parts | {LOCK, HELD, STAMPS, ROWS, *SUBFOLDERS}
         strangers = [name for name in self.folder.names() if name not in own]
         for sub in (TASKS, INDEX):
             try:

@@ -197,7 +197,7 @@ def test_hostile_scales_are_refused(cached, tmp_path, name, value):
         file.seek(placed.begin)
         file.write(struct.pack("<f", value))
     rows = LatentDataset(out)
-    with pytest.raises(CacheError, match=f"is damaged: of row 0 to .*{name} holds {value}"):
+    with pytest.raises(CacheError, match=f"row 0 of .* is damaged: {name} holds {value}"):
         rows.__getitems__(range(4))
     with CacheFolder(out) as folder:
         digest = folder.hash(str(data.relative_to(out)))

@@ -18,8 +18,7 @@ from models import random_model
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
-from capacitor_rt.cache import BucketBatchSampler, CacheRequest, LatentDataset, cache_images
-from capacitor_rt.cache import dataset as dataset_module
+from capacitor_rt.cache import BucketBatchSampler, CacheRequest, LatentDataset, cache_images, latent_reader
 from capacitor_rt.errors import CacheError, InputError
 
 
@@ -69,8 +68,8 @@ def test_rows_are_in_the_order_of_the_inputs_and_those_of_the_files(rows, cache)
 
 def test_several_rows_are_those_one_by_one(rows, monkeypatch):
     reads = []
-    original = dataset_module.read_rows
-    monkeypatch.setattr(dataset_module, "read_rows", lambda *args: reads.append(args[3]) or original(*args))
+    original = latent_reader.read_into
+    monkeypatch.setattr(latent_reader, "read_into", lambda *args: reads.append(len(args[3])) or original(*args))
     asked = [22, 3, 4, 5, 5, 0, -1]
     several = rows.__getitems__(asked)
     # rows 0, 3 of one bucket of their tasks are no neighbours; nothing is read twice but what is asked for twice
@@ -102,7 +101,7 @@ def test_rows_are_the_callers_own(rows):
 
 
 def test_few_files_are_open_at_a_time_and_none_before_use(cache, monkeypatch):
-    monkeypatch.setattr(dataset_module, "OPEN_FILES", 2)
+    monkeypatch.setattr(latent_reader, "OPEN_FILES", 2)
     rows = LatentDataset(cache)
     before = len(os.listdir("/proc/self/fd"))
     for i in [*range(23), *range(0, 23, 3)]:

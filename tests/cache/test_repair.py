@@ -164,6 +164,7 @@ OUTSIDE = (
     "index",
     ".lock",
     ".stamps",
+    ".rows",
     "leases",
 )
 

@@ -50,12 +50,12 @@ def write_images(folder: Path, count: int, sizes=((48, 64), (64, 48), (40, 40)),
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
-    """Every file under `folder`: relative name -> bytes. A cache's stamps are this machine's own and left out."""
+    """Every file under `folder`: relative name -> bytes. What a machine notes for itself in a cache is left out."""
     root = os.fsencode(folder)
     files = {}
     for where, _, names in os.walk(root):
         for name in names:
-            if name == b".stamps":
+            if name in (b".stamps", b".rows"):
                 continue
             path = os.path.join(where, name)
             with open(path, "rb") as f:
