@@ -37,7 +37,7 @@ def export(
         str | None, typer.Option(metavar="txt|json|FILE", help="Captions: files beside the images, or one with ids.")
     ] = None,
     images: Annotated[
-        Path | None, typer.Option(help="The folder that was cached, for --captions txt|json and repa.")
+        Path | None, typer.Option(help="The folder that was cached, for --captions txt|json, repa and repae.")
     ] = None,
     posterior: Annotated[bool, typer.Option("--posterior", help="Write the posterior's deviation too.")] = False,
     scale: Annotated[float, typer.Option(help="Factor on the latents, for loops that multiply by its inverse.")] = 1.0,
@@ -54,7 +54,7 @@ def export(
     prefix: Annotated[str, typer.Option(help="Of the names of wds shards.")] = "latents",
     architecture: Annotated[Architectures, typer.Option(help="FLUX.2 model of musubi-tuner.")] = _DEV,
     shard_rows: Annotated[int | None, typer.Option(min=1, help="Most rows of a lightningdit shard.")] = None,
-    shard_bytes: Annotated[int | None, typer.Option(min=1, help="Most bytes of an mds or wds shard.")] = None,
+    shard_bytes: Annotated[int | None, typer.Option(min=1, help="Most bytes of an mds, wds or repae shard.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, and write nothing.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress bar.")] = False,
 ) -> None:

@@ -252,7 +252,7 @@ def test_what_a_reader_cannot_take_is_refused_with_what_to_do(cache, bare, tmp_p
     refused(cache, tmp_path, "format 'zip' is unknown: use one of lightningdit", "zip")
 
 
-@pytest.mark.parametrize("format", [f for f in FORMATS if f not in ("lightningdit", "mar", "repa", "musubi")])
+@pytest.mark.parametrize("format", [f for f in FORMATS if f not in ("lightningdit", "mar", "repa", "repae", "musubi")])
 def test_the_manifest_says_what_the_files_hold(cache, tmp_path, format):
     request = {"labels": "folder"} if FORMATS[format].labels != "unused" else {}
     request |= {"space": "whitened"} if FORMATS[format].space is None else {}

@@ -294,6 +294,42 @@ def test_repa_pairs_moments_pictures_and_labels_by_their_names(one, tmp_path):
     assert (error <= latents.abs() * 2**-8 + 1e-4).all()
 
 
+@pytest.mark.parametrize("layout", ["patchified", "unpatchified"])
+def test_repae_s_files_link_to_shards_of_whole_rows(one, tmp_path, layout):
+    h5py = pytest.importorskip("h5py")
+    request = {"labels": "folder", "images": one.parent / "src", "posterior": True, "layout": layout}
+    report = export(one, tmp_path / "out", "repae", **request, shard_bytes=30_000)
+    assert report.read_back == (f"h5py {h5py.__version__}",) and report.files > 4
+    # the whole may be moved, and read from another folder
+    (tmp_path / "out").rename(tmp_path / "moved")
+    names = {n: json.loads((tmp_path / "moved" / f"{n}_h5.json").read_bytes()) for n in ("capacitor", "images")}
+    form = unpatchified if layout == "unpatchified" else lambda x: x
+    with (
+        h5py.File(tmp_path / "moved" / "capacitor.h5") as moments,
+        h5py.File(tmp_path / "moved" / "images.h5") as images,
+    ):
+        labels = dict(json.loads(moments["dataset.json"][()].tobytes())["labels"])
+        assert list(labels) == names["capacitor"] == sorted(names["capacitor"])
+        for i, row in enumerate(rows_by_id(one)):
+            mean, std = np.split(moments[names["capacitor"][i]][()], 2)
+            assert np.array_equal(mean, form(row["latents"]).float().numpy())
+            np.testing.assert_allclose(std, form(deviation(one, row)).numpy(), rtol=1e-6)
+            assert labels[names["capacitor"][i]] == label_of(row["id"])
+            assert Image.open(BytesIO(images[names["images"][i]][()].tobytes())).size == (64, 64)
+    stats = torch.load(tmp_path / "moved" / "capacitor-latents-stats.pt", weights_only=True)
+    assert stats["latents_scale"].eq(1).all() and stats["latents_bias"].shape == (1, len(mean), 1, 1)
+
+
+def test_repae_goes_on_after_a_missing_shard(one, tmp_path):
+    pytest.importorskip("h5py")
+    request = {"labels": "folder", "images": one.parent / "src", "shard_bytes": 30_000}
+    export(one, tmp_path, "repae", **request)
+    kept = {path.name: path.read_bytes() for path in tmp_path.rglob("*.h5")}
+    (tmp_path / "shards" / "capacitor-00001.h5").unlink()
+    assert 0 < export(one, tmp_path, "repae", **request).new_rows < len(rows_by_id(one))
+    assert {path.name: path.read_bytes() for path in tmp_path.rglob("*.h5")} == kept
+
+
 def test_repa_refuses_pictures_that_have_changed(plain, tmp_path):
     shutil.copytree(plain.parent / "src", tmp_path / "src")
     changed = tmp_path / "src" / "bee" / "000.png"

@@ -1,9 +1,9 @@
-"""Exports in the hands of those that they are for: the packages of readers, and the trainers' code from checkouts.
+"""Exports in the hands of those that they are for: the trainers' own code, from checkouts.
 
     CAPACITOR_TRAINERS=DIR pytest -m trainers
 
-DIR holds LightningDiT, REPA, mar, PRX, micro_diffusion, musubi-tuner, Automodel and ComfyUI as their repositories are
-called; what is missing is skipped. Facts about them are in docs/trainers.md.
+DIR holds LightningDiT, REPA, REPA-E, mar, DDT, PRX, micro_diffusion, NeMo, musubi-tuner, Automodel and ComfyUI as their
+repositories are called; what is missing is skipped. Facts about them are in docs/trainers.md.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from export_cases import export, label_of, make_cache, rows_by_id
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from torchvision_ops import import_beside_torchvision
-from trainer_code import checkout, cut, load, package, streaming
+from trainer_code import checkout, cook, cut, energon_samples, load, package, streaming
 
 
 @pytest.fixture(scope="module")
@@ -37,58 +38,6 @@ def many(tmp_path_factory):
 
 def unpatchified(latents):
     return F.pixel_shuffle(latents, 2)
-
-
-def test_streaming_reads_mds(one, tmp_path):
-    package_ = streaming()
-    report = export(one, tmp_path / "out", "mds", posterior=True)
-    assert report.read_back == ("mosaicml-streaming 0.13.0",)
-    dataset = package_.StreamingDataset(local=str(tmp_path / "out"), batch_size=1, shuffle=False)
-    rows = rows_by_id(one)
-    assert len(dataset) == len(rows)
-    for i, row in enumerate(rows):
-        sample = dataset[i]
-        assert sample["id"] == row["id"]
-        assert np.array_equal(sample["img_latent"][:2], unpatchified(row["latents"]).half().numpy())
-    package_.base.util.clean_stale_shared_memory()
-
-
-def test_energon_reads_wds(many, tmp_path):
-    energon = pytest.importorskip("megatron.energon", reason="megatron-energon is not installed")
-    save_file({row["id"]: torch.randn(3, 4) for row in rows_by_id(many)}, tmp_path / "text.safetensors")
-    report = export(many, tmp_path / "out", "wds", preset="energon", text_latents=tmp_path / "text.safetensors")
-    assert report.advice == (f"prepared for energon: its path is {tmp_path / 'out'}",)
-
-    @energon.stateless
-    def cook(sample):
-        # as NeMo's cook, nemo/collections/diffusion/data/diffusion_taskencoder.py
-        return {**energon.basic_sample_keys(sample), **{k: sample[k] for k in ("json", "pth", "pickle")}}
-
-    class Encoder(energon.DefaultTaskEncoder):
-        cookers = [energon.Cooker(cook)]  # noqa: RUF012
-
-        @energon.stateless
-        def batch(self, samples):
-            return samples
-
-    workers = energon.WorkerConfig(rank=0, world_size=1, num_workers=0)
-    dataset = energon.get_train_dataset(
-        str(tmp_path / "out"),
-        batch_size=1,
-        worker_config=workers,
-        task_encoder=Encoder(),
-        shuffle_buffer_size=None,
-        max_samples_per_sequence=None,
-        repeat=False,
-    )
-    samples = [sample for batch in energon.get_loader(dataset) for sample in batch]
-    rows = {row["id"]: row for row in rows_by_id(many)}
-    for sample in samples:
-        row = rows.pop(sample["json"]["id"])
-        assert sample["pth"].dtype == torch.bfloat16
-        assert torch.equal(sample["pth"], unpatchified(row["latents"])[:, None])
-        assert sample["pickle"].shape == (3, 4)
-    assert not rows
 
 
 @pytest.mark.trainers
@@ -127,6 +76,135 @@ def test_repa(one, tmp_path):
         mean, std = torch.chunk(moments, 2)
         assert torch.equal(mean, unpatchified(row["latents"]).float()) and std.min() > 0
         assert int(label) == label_of(row["id"])
+
+
+@pytest.mark.trainers
+@pytest.mark.parametrize("layout", ["patchified", "unpatchified"])
+def test_repae(one, tmp_path, layout):
+    path = checkout("REPA-E", "dataset.py")
+    h5py = pytest.importorskip("h5py")
+    import io
+    import json
+    import os
+
+    import PIL.Image
+    from torch.utils.data import Dataset
+
+    # the file imports a package `datasets` besides
+    code = cut(
+        path,
+        "load_h5_file",
+        "CustomH5Dataset",
+        io=io,
+        json=json,
+        os=os,
+        np=np,
+        torch=torch,
+        h5py=h5py,
+        PIL=PIL,
+        Dataset=Dataset,
+    )
+    request = {"labels": "folder", "images": one.parent / "src", "posterior": True, "layout": layout}
+    export(one, tmp_path, "repae", **request, shard_bytes=30_000)
+    dataset = code["CustomH5Dataset"](str(tmp_path), vae_latents_name="capacitor")
+    stats = torch.load(tmp_path / "capacitor-latents-stats.pt", weights_only=True)
+    rows, form = rows_by_id(one), unpatchified if layout == "unpatchified" else lambda x: x
+    assert len(dataset) == len(rows)
+    for i, row in enumerate(rows):
+        image, moments, label = dataset[i]
+        assert image.shape == (3, 64, 64) and image.dtype == torch.uint8
+        mean, std = torch.chunk(moments, 2)
+        normalised = (mean[None] - stats["latents_bias"]) * stats["latents_scale"]
+        assert torch.equal(normalised[0], form(row["latents"]).float()) and std.min() > 0
+        assert int(label) == label_of(row["id"])
+
+
+@pytest.mark.trainers
+def test_ddt(tmp_path):
+    path = checkout("DDT", "src", "data", "dataset", "imagenet.py")
+    try:
+        datasets = import_beside_torchvision("torchvision.datasets")
+        functional = import_beside_torchvision("torchvision.transforms.functional")
+    except ImportError:
+        pytest.skip("torchvision is not installed")
+    import os
+    from functools import partial
+
+    from PIL import Image
+
+    def center_crop(image, height=64, width=64):
+        return image.resize((width, height))
+
+    code = cut(
+        path,
+        "LocalCachedDataset",
+        os=os,
+        torch=torch,
+        partial=partial,
+        Image=Image,
+        ImageFolder=datasets.ImageFolder,
+        to_tensor=functional.to_tensor,
+        CenterCrop=lambda side: center_crop,
+        center_crop_fn=center_crop,
+    )
+    cache = make_cache(tmp_path, flip=True)
+    root = tmp_path / "src"
+    export(cache, tmp_path / "src_64_latent", "ddt", labels="folder")
+    dataset = code["LocalCachedDataset"](str(root), 64)
+    dataset.cache_root = f"{root}_64_latent"
+    rows = rows_by_id(cache)
+    assert len(dataset) == len(rows)
+    for (image, _), item, row in zip(dataset.samples, map(dataset.__getitem__, range(len(dataset))), rows, strict=True):
+        want = unpatchified(row["latents"]).float()
+        (latents,) = [part for part in item if torch.is_tensor(part) and part.shape == want.shape]
+        # without a posterior its log-variance is -30
+        assert Path(image).relative_to(root).as_posix() == row["id"] and (latents - want).abs().max() < 1e-5
+        assert [part for part in item if isinstance(part, int)] == [label_of(row["id"])]
+
+
+@pytest.mark.trainers
+def test_nemo(many, tmp_path):
+    path = checkout("NeMo", "nemo", "collections", "diffusion", "data", "diffusion_taskencoder.py")
+    energon = pytest.importorskip("megatron.energon")
+    rearrange = pytest.importorskip("einops").rearrange
+    import dataclasses
+    import typing
+
+    def positions(t, h, w):
+        return torch.stack(torch.meshgrid(*map(torch.arange, (t, h, w)), indexing="ij"), -1)
+
+    names = ("DiffusionSample", "BasicDiffusionTaskEncoder")
+    code = cut(
+        path,
+        *names,
+        **vars(typing),
+        **{
+            name: getattr(energon, name)
+            for name in ("Sample", "DefaultTaskEncoder", "Cooker", "SkipSample", "stateless")
+        },
+        dataclass=dataclasses.dataclass,
+        torch=torch,
+        F=F,
+        rearrange=rearrange,
+        pos_id_3d=SimpleNamespace(get_pos_id_3d=positions),
+        IOMixin=object,
+        cook=cook,
+    )
+    text = {row["id"]: torch.randn(3, 4) for row in rows_by_id(many)}
+    save_file(text, tmp_path / "text.safetensors")
+    export(many, tmp_path / "out", "wds", preset="energon", text_latents=tmp_path / "text.safetensors")
+    rows = {f"{i:08d}": row for i, row in enumerate(rows_by_id(many))}
+    encoder, sample_class = code["BasicDiffusionTaskEncoder"], code["DiffusionSample"]
+    # of energon's before 7
+    code["DiffusionSample"] = lambda __subflavor__=None, **fields: sample_class(**fields)
+    for encoded in energon_samples(tmp_path / "out", encoder, text_embedding_padding_size=8):
+        row = rows.pop(encoded.__key__.rpartition("/")[2])
+        z = unpatchified(row["latents"])
+        tokens = rearrange(z, "c (h a) (w b) -> (h w) (a b c)", a=2, b=2)
+        assert torch.equal(encoded.video, tokens)
+        assert torch.equal(encoded.t5_text_embeddings[:3], text[row["id"]].bfloat16())
+        assert encoded.image_size[0, :2].tolist() == [row["height"], row["width"]]
+    assert not rows
 
 
 @pytest.mark.trainers
@@ -238,6 +316,28 @@ def test_musubi_tuner(many, tmp_path):
             assert latents.dtype == torch.bfloat16 and torch.equal(latents, rows[item.name]["latents"])
             seen.append(item.name)
     assert sorted(seen) == sorted(rows)
+
+
+@pytest.mark.trainers
+def test_musubi_tuner_s_own_writer(many, tmp_path):
+    import os
+
+    def name_of(dtype):
+        return str(dtype).removeprefix("torch.")
+
+    path = checkout("musubi-tuner", "src", "musubi_tuner", "dataset", "cache_io.py")
+    names = ("save_latent_cache_flux_2", "save_latent_cache_common")
+    code = cut(path, *names, os=os, torch=torch, save_file=save_file, dtype_to_str=name_of)
+    export(many, tmp_path / "ours", "musubi", space="whitened")
+    for row in rows_by_id(many):
+        name = f"{Path(row['id']).stem}_{row['width']:04d}x{row['height']:04d}_f2d.safetensors"
+        size = (row["width"], row["height"])
+        item = SimpleNamespace(original_size=size, frame_count=None, latent_cache_path=str(tmp_path / name))
+        code["save_latent_cache_flux_2"](item, row["latents"].clone(), None, "flux_2_dev")
+        with safe_open(tmp_path / name, "pt") as theirs, safe_open(tmp_path / "ours" / name, "pt") as ours:
+            assert theirs.metadata() == ours.metadata() and list(theirs.keys()) == list(ours.keys())
+            (key,) = ours.keys()
+            assert torch.equal(theirs.get_tensor(key), ours.get_tensor(key))
 
 
 @pytest.mark.trainers

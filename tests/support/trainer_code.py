@@ -79,6 +79,36 @@ def streaming() -> ModuleType:
     return module
 
 
+def cook(sample):
+    """As NeMo's cook, nemo/collections/diffusion/data/diffusion_taskencoder.py."""
+    from megatron.energon import basic_sample_keys
+
+    return {**basic_sample_keys(sample), **{k: sample[k] for k in ("json", "pth", "pickle")}}
+
+
+def energon_samples(folder, encoder=None, **options):
+    """The samples of a folder through energon, encoded by a class of task encoders."""
+    from megatron import energon
+
+    class Encoder(encoder or energon.DefaultTaskEncoder):
+        cookers = [energon.Cooker(energon.stateless(cook))]  # noqa: RUF012
+
+        @energon.stateless
+        def batch(self, samples):
+            return samples
+
+    dataset = energon.get_train_dataset(
+        str(folder),
+        batch_size=1,
+        worker_config=energon.WorkerConfig(rank=0, world_size=1, num_workers=0),
+        task_encoder=Encoder(**options),
+        shuffle_buffer_size=None,
+        max_samples_per_sequence=None,
+        repeat=False,
+    )
+    return (sample for batch in energon.get_loader(dataset) for sample in batch)
+
+
 def cut(path: Path, *names: str, **namespace: Any) -> dict[str, Any]:
     """Top-level functions and classes of a file that cannot be imported, run in `namespace`."""
     tree = ast.parse(path.read_text())

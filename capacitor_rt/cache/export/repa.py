@@ -87,14 +87,12 @@ class Repa(Format):
             raise CacheError(f"{path} could be decoded when it was cached, and no more: {e}") from e
 
     def files(self, piece: Piece) -> Iterator[OutFile]:
-        image_module: Any = require_extra("PIL.Image")
         for i in piece.rows.tolist():
             record, (latents, picture) = self.record(i), self._names(i)
-            npy, png = io.BytesIO(), io.BytesIO()
+            npy = io.BytesIO()
             np.lib.format.write_array(npy, record["moments"].numpy(), allow_pickle=False)
-            image_module.fromarray(record["image"].numpy()).save(png, format="PNG")
             yield OutFile(latents, [npy.getvalue()])
-            yield OutFile(picture, [png.getvalue()])
+            yield OutFile(picture, [png(record["image"])])
 
     def read(self, out: Path, piece: Piece) -> Iterator[Record]:
         image_module: Any = require_extra("PIL.Image")
@@ -115,6 +113,14 @@ class Repa(Format):
             f"REPA: --data-dir {out} --resolution {self.rows.buckets[0].height}; in train.py set in_channels to "
             f"{self.rows.channels}, latents_scale to ones and latents_bias to zeros of as many channels"
         ]
+
+
+def png(pixels: Tensor) -> bytes:
+    """A picture, uint8 `[H,W,3]`, as a PNG file."""
+    image_module: Any = require_extra("PIL.Image")
+    buffer = io.BytesIO()
+    image_module.fromarray(pixels.numpy()).save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 def _policy(plan: dict[str, Any]) -> PixelPolicy:

@@ -88,6 +88,15 @@ FORMATS: dict[str, FormatRules] = {
         scale=TAKEN,
         one_size=True,
     ),
+    "repae": FormatRules(
+        "REPA-E",
+        dtypes=("fp32",),
+        labels=REQUIRED,
+        posterior=TAKEN,
+        scale=TAKEN,
+        one_size=True,
+        cut="bytes",
+    ),
     "mar": FormatRules(
         "MAR", dtypes=("fp32",), labels=REQUIRED, flips=REQUIRED, posterior=TAKEN, scale=TAKEN, one_size=True
     ),
@@ -244,11 +253,10 @@ class ExportRequest:
             raise InputError(f"--prefix {self.prefix!r}: use letters, digits, - and _")
         if self.architecture not in ARCHITECTURES:
             raise InputError(f"architecture {self.architecture!r} is unknown: use one of {', '.join(ARCHITECTURES)}")
-        uses_images = self.captions in ("txt", "json") or self.format == "repa"
-        if uses_images and self.images is None:
-            what = (
-                "REPA reads the pictures too" if self.format == "repa" else f"{self.captions} captions lie beside them"
-            )
+        reads_pictures = self.format in ("repa", "repae")
+        if (reads_pictures or self.captions in ("txt", "json")) and self.images is None:
+            reader = self.rules.reader.partition(",")[0]
+            what = f"{reader} reads the pictures too" if reads_pictures else f"{self.captions} captions lie beside them"
             raise InputError(f"--images DIR is missing, the folder that was cached: {what}")
 
 

@@ -26,6 +26,7 @@ _WRITERS = {
     "mds": ("mds", "Mds"),
     "wds": ("wds", "Wds"),
     "repa": ("repa", "Repa"),
+    "repae": ("repae", "RepaE"),
     "mar": ("moments", "Mar"),
     "ddt": ("moments", "Ddt"),
     "musubi": ("flux2_readers", "Musubi"),
