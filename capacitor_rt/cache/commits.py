@@ -89,14 +89,14 @@ def parse_line(line: bytes) -> Commit | None:
     return commit if commit.line() == line + b"\n" else None
 
 
-def read_log(folder: CacheFolder) -> Log:
-    """The log, empty where there is none.
+def read_log(folder: CacheFolder, name: str) -> Log:
+    """The log of this name, empty where there is none.
 
     Raises:
         CacheError: it is no regular file, or cannot be read.
     """
     try:
-        data = folder.read(COMMITS, MAX_BYTES)
+        data = folder.read(name, MAX_BYTES)
     except FileNotFoundError:
         data = b""
     whole = data.rfind(b"\n") + 1
@@ -122,8 +122,9 @@ class LogFollower:
         commits: by task, as of the last `refresh`.
     """
 
-    def __init__(self, folder: CacheFolder):
+    def __init__(self, folder: CacheFolder, name: str):
         self.folder = folder
+        self.name = name
         self.commits: dict[int, Commit] = {}
         self._file: tuple[int, int] | None = None
         self._read = 0
@@ -135,23 +136,23 @@ class LogFollower:
         Raises:
             CacheError: the log is no regular file, or cannot be read.
         """
-        info = self.folder.stat(COMMITS)
+        info = self.folder.stat(self.name)
         if info is None:
             self.commits, self._file, self._read = {}, None, 0
             return
         if (info.st_dev, info.st_ino) == self._file and info.st_size == self._read:
             return
         if info.st_size > MAX_BYTES:
-            raise CacheError(f"{self.folder.path / COMMITS} is damaged: it has {info.st_size} bytes")
+            raise CacheError(f"{self.folder.path / self.name} is damaged: it has {info.st_size} bytes")
         try:
-            with self.folder.open(COMMITS) as file:
+            with self.folder.open(self.name) as file:
                 now = os.fstat(file.fileno())
                 if (now.st_dev, now.st_ino) != self._file or now.st_size < self._read:
                     self.commits, self._read = {}, 0
                     self._file = now.st_dev, now.st_ino
                 data = os.pread(file.fileno(), now.st_size - self._read, self._read)
         except OSError as e:
-            raise CacheError(f"{self.folder.path / COMMITS} cannot be read: {e.strerror}") from e
+            raise CacheError(f"{self.folder.path / self.name} cannot be read: {e.strerror}") from e
         whole = data.rfind(b"\n") + 1
         for line in data[:whole].split(b"\n")[:-1]:
             commit = parse_line(line)
@@ -160,11 +161,11 @@ class LogFollower:
         self._read += whole
 
 
-def append_commit(folder: CacheFolder, commit: Commit) -> None:
+def append_commit(folder: CacheFolder, name: str, commit: Commit) -> None:
     """Add one line and wait until it is on disk; a torn last line is cut off. Under the mutex."""
     line = commit.line()
-    new = folder.stat(COMMITS) is None
-    with folder.open(COMMITS, os.O_RDWR | os.O_CREAT) as file:
+    new = folder.stat(name) is None
+    with folder.open(name, os.O_RDWR | os.O_CREAT) as file:
         fd = file.fileno()
         size = _whole(fd)
         try:
@@ -176,9 +177,9 @@ def append_commit(folder: CacheFolder, commit: Commit) -> None:
         except OSError as e:
             with suppress(OSError):
                 os.ftruncate(fd, size)
-            raise write_error(folder.path / COMMITS, e) from e
+            raise write_error(folder.path / name, e) from e
     if new:
-        folder.sync(COMMITS)
+        folder.sync(name)
 
 
 def _whole(fd: int) -> int:
@@ -193,6 +194,6 @@ def _whole(fd: int) -> int:
     return 0
 
 
-def rewrite_log(folder: CacheFolder, commits: dict[int, Commit]) -> None:
+def rewrite_log(folder: CacheFolder, name: str, commits: dict[int, Commit]) -> None:
     """Make the log anew: one line for each task, in order. Under the mutex."""
-    PendingFile(folder, COMMITS, [commit.line() for _, commit in sorted(commits.items())]).replace()
+    PendingFile(folder, name, [commit.line() for _, commit in sorted(commits.items())]).replace()

@@ -15,6 +15,8 @@ from .plan_changes import differences
 from .store import read_index
 
 EXAMPLES = 5
+UNCOMPARED = ("source", "code", "generation")
+"""Fields of plans that say nothing of rows."""
 KINDS = ("added", "removed", "changed", "re-encoded", "failed", "mended")
 
 
@@ -53,7 +55,7 @@ def compare(old: str | os.PathLike[str], new: str | os.PathLike[str]) -> Differe
     for extra in ("pyarrow", "xxhash"):
         require_extra(extra)
     (plan_a, rows_a), (plan_b, rows_b) = _rows(old), _rows(new)
-    fields = [{k: v for k, v in plan.fields.items() if k not in ("source", "code")} for plan in (plan_a, plan_b)]
+    fields = [{k: v for k, v in plan.fields.items() if k not in UNCOMPARED} for plan in (plan_a, plan_b)]
     found = Difference(differences("", *fields))
     for id in sorted(rows_a.keys() | rows_b.keys()):
         before, now = rows_a.get(id), rows_b.get(id)
@@ -77,7 +79,7 @@ def _rows(root: str | os.PathLike[str]) -> tuple[CachePlan, dict[str, tuple[Any,
         if plan is None:
             raise CacheError(f"{folder.path} is no latent cache: it has no {PLAN}")
         rows: dict[str, tuple[Any, Any]] = {}
-        for _, commit in sorted(read_log(folder).commits.items()):
+        for _, commit in sorted(read_log(folder, plan.log_name).commits.items()):
             table = read_index(folder, plan, commit)
             columns = (table[name].to_pylist() for name in ("id", "bytes_hash", "row_hash"))
             rows |= {id: (content, row) for id, content, row in zip(*columns, strict=True)}

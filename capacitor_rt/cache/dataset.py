@@ -17,6 +17,7 @@ from ..errors import CacheError, InputError
 from ..extras import require_extra
 from ..images.geometry import Size
 from ..images.scan import id_to_path
+from .carried import CarriedFile, load_carried
 from .commits import Commit, read_log
 from .folder import CacheFolder
 from .index import is_ok
@@ -118,7 +119,7 @@ class LatentDataset(Dataset[LatentRow]):
             self._load_index(folder, allow_partial)
 
     def _load_index(self, folder: CacheFolder, allow_partial: bool) -> None:
-        log = read_log(folder)
+        log = read_log(folder, self.plan.log_name)
         commits = [commit for _, commit in sorted(log.commits.items())]
         seen, total = sum(c.inputs for c in commits), self.plan.count
         if not allow_partial and (seen != total or len(commits) != self.plan.task_count or log.bad):
@@ -129,6 +130,7 @@ class LatentDataset(Dataset[LatentRow]):
             )
         self._commits: list[Commit] = commits
         self._is_partial = allow_partial
+        self._carried: list[CarriedFile] = list(load_carried(folder, self.plan).values())
         # rows up to and with each task
         self._stops: np.ndarray = np.cumsum([commit.rows for commit in commits])
         self._own_rows: Rows | None = load_rows(folder, self.plan, commits, allow_partial)
@@ -332,9 +334,12 @@ class LatentDataset(Dataset[LatentRow]):
         )
 
     def _name(self, file: int) -> str:
-        return self.plan.data_name(self._commits[file].task)
+        own = len(self._commits)
+        return self.plan.data_name(self._commits[file].task) if file < own else self._carried[file - own].name
 
     def _layout(self, file: int) -> Layout:
+        if file >= len(self._commits):
+            return self._carried[file - len(self._commits)].layout(self.plan)
         commit, stop = self._commits[file], int(self._stops[file])
         counts = self._rows.file_counts(file, stop - commit.rows, stop)
         return layout(self.plan, commit.task, counts, commit.index_xxh3)

@@ -134,6 +134,14 @@ class BatchEncoder:
         return Encoded(tensors, stats, finite, Marks(begin, end, copied))
 
 
+class IdleEncoder(BatchEncoder):
+    """Of a run in which nothing is to be encoded, and for which no model is loaded."""
+
+    def __init__(self) -> None:
+        self.on_gpu = False
+        self.busy = self.waited = self.seconds = 0.0
+
+
 def _statistics(rows: Tensor) -> Tensor:
     """Min, max, mean and standard deviation of rows `[B,N]`, float32 `[B,4]`; on a CPU a twelfth of `std`'s time."""
     mean = rows.mean(1)

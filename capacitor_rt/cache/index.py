@@ -13,6 +13,8 @@ from .parquet_files import MOST_BYTES, parquet_bytes, parse_table
 from .plan import FORMAT, CachePlan, Task
 
 OK, QUARANTINED = "ok", "quarantined"
+KNOWN = "known"
+"""Of an input that was read and not decoded, since a row of its bytes is known; never of a row on disk."""
 DECODED = (
     "bytes_hash",
     "width",
@@ -29,11 +31,12 @@ STORED = ("row", "row_hash", "min", "max", "mean", "std")
 """Columns of inputs with latents alone."""
 
 
-def index_schema(columns: Sequence[dict[str, str]] = ()) -> Any:
+def index_schema(columns: Sequence[dict[str, str]] = (), is_update: bool = False) -> Any:
     """Columns of `index/*.parquet`.
 
     Args:
         columns: those that are kept from the source, as `plan.columns` has them.
+        is_update: of an update's, whose rows may lie in another `file` than that of their task.
     """
     pa = require_extra("pyarrow")
     int32, float32, digest = pa.int32(), pa.float32(), pa.binary(16)
@@ -57,6 +60,8 @@ def index_schema(columns: Sequence[dict[str, str]] = ()) -> Any:
         ("mean", float32),
         ("std", float32),
     ]
+    if is_update:
+        optional.append(("file", pa.string()))
     kinds = {"int64": pa.int64(), "float64": pa.float64(), "string": pa.string(), "bool": pa.bool_()}
     kept = [(column["name"], kinds[column["type"]]) for column in columns]
     return pa.schema(
@@ -67,7 +72,7 @@ def index_schema(columns: Sequence[dict[str, str]] = ()) -> Any:
 def index_bytes(plan: CachePlan, task: Task, columns: dict[str, Any]) -> memoryview:
     """The file of an index. `columns`: an Arrow array or a list for each column."""
     pa = require_extra("pyarrow")
-    schema = index_schema(plan.columns)
+    schema = index_schema(plan.columns, plan.is_update)
     metadata = {"format": FORMAT, "task": str(task.number), "plan": plan.text().decode()}
     arrays = [_array(columns[field.name], field.type) for field in schema]
     return parquet_bytes(pa.Table.from_arrays(arrays, schema=schema.with_metadata(metadata)))
@@ -90,7 +95,7 @@ def parse_index(data: bytes, what: object, plan: CachePlan, task: int) -> Any:
     Raises:
         CacheError: it is damaged, or another plan's or task's.
     """
-    table = parse_table(data, what, index_schema(plan.columns))
+    table = parse_table(data, what, index_schema(plan.columns, plan.is_update))
     metadata = table.schema.metadata or {}
     if metadata.get(b"format") != FORMAT.encode() or metadata.get(b"task") != str(task).encode():
         raise CacheError(f"{what} is damaged: it is not the index of task {task}")
@@ -131,8 +136,11 @@ def _problem(table: Any, plan: CachePlan) -> str | None:
     bucket = kept["bucket"].to_numpy()
     if len(bucket) and (bucket.min() < 0 or bucket.max() >= len(plan.buckets)):
         return "a bucket is not of the plan"
-    if (kept["row"].to_numpy() != rows_within(bucket)).any():
+    own, row = is_own(kept), kept["row"].to_numpy()
+    if (row[own] != rows_within(bucket[own])).any() or (len(row) and row.min() < 0):
         return "its rows are not numbered in their order"
+    if "file" in table.column_names and table.filter(~ok)["file"].null_count < n - len(kept):
+        return "file and status do not agree"
     return None
 
 
@@ -140,6 +148,12 @@ def is_ok(table: Any) -> np.ndarray:
     """Which rows have latents, bool `[N]`."""
     pc = require_extra("pyarrow.compute")
     return pc.equal(table["status"], OK).to_numpy()
+
+
+def is_own(table: Any) -> np.ndarray:
+    """Which rows have latents in the file of their own task, bool `[N]`."""
+    ok = is_ok(table)
+    return ok & table["file"].is_null().to_numpy() if "file" in table.column_names else ok
 
 
 def rows_within(bucket: np.ndarray) -> np.ndarray:
@@ -160,8 +174,13 @@ def bucket_counts(bucket: np.ndarray) -> dict[int, int]:
 
 
 def cached_counts(table: Any) -> dict[int, int]:
-    """Rows with latents of each bucket, by an index."""
-    return bucket_counts(table["bucket"].to_numpy(zero_copy_only=False)[is_ok(table)].astype(np.int64))
+    """Rows of each bucket in the file of a task, by its index."""
+    return bucket_counts(table["bucket"].to_numpy(zero_copy_only=False)[is_own(table)].astype(np.int64))
+
+
+def cached_rows(table: Any) -> int:
+    """Number of rows with latents, wherever they lie."""
+    return int(is_ok(table).sum())
 
 
 INDEX_BYTES = MOST_BYTES

@@ -68,17 +68,18 @@ class Layout:
             yield tensor, stop - tensor.end
 
 
-def layout(plan: CachePlan, task: int, counts: dict[int, int], index_xxh3: str) -> Layout:
+def layout(plan: CachePlan, task: int, counts: dict[int, int], index_xxh3: str, plan_id: str | None = None) -> Layout:
     """The layout of a task's file.
 
     Args:
         counts: rows of each bucket that has any, by its number.
         index_xxh3: hash of the task's index.
+        plan_id: identity of the plan that the file was written for; None: `plan`'s.
     """
     entries: dict[str, Any] = {
         "__metadata__": {
             "format": FORMAT,
-            "plan": plan.id,
+            "plan": plan_id or plan.id,
             "task": str(task),
             "index_xxh3": index_xxh3,
             "latent_space": plan.fields["model"]["latent_space"],

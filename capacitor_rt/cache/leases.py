@@ -120,6 +120,11 @@ class Leases:
                 found[int(base[len(prefix) :])] = f"process {owner.pid} on {owner.host}" if owner else "?"
         return found
 
+    def living_stems(self, touch: bool = True) -> set[str]:
+        """The stems of the files of all tasks, of whatever generation, that living processes have."""
+        bases = [base for base in self.folder.names(LEASES) if base != CLOCK]
+        return {base for base in bases if not self._is_dead(f"{LEASES}/{base}", touch)}
+
     def _owner(self, name: str) -> Owner | None:
         try:
             return parse_owner(self.folder.read(name, 4096))

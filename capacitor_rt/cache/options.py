@@ -24,6 +24,9 @@ class RunOptions:
         progress: show a bar on stderr.
         give_up: finish tasks in spite of inputs that failed for now (I/O errors and the like): they are quarantined.
         retry_quarantined: try quarantined inputs again, and redo the tasks of those that can be decoded now.
+        update: if the inputs are no longer those of the cache, make a new generation of it, which keeps every row whose
+            input has the same bytes.
+        rehash: with `update`, read every input: trust no unchanged size and time of a file.
         rank, world_size: of several processes that write one cache; they only choose where each one begins. None: the
             environment's RANK and WORLD_SIZE, or those of a Slurm array or of `srun`.
         backoff: seconds to wait before each further attempt at an input that failed for now.
@@ -42,6 +45,8 @@ class RunOptions:
     progress: bool = True
     give_up: bool = False
     retry_quarantined: bool = False
+    update: bool = False
+    rehash: bool = False
     rank: int | None = None
     world_size: int | None = None
     backoff: tuple[float, ...] = BACKOFF_SECONDS

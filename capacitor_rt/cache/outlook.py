@@ -45,7 +45,7 @@ def dry_run(
     folder = CacheFolder(out) if out.exists() else None
     try:
         prepared = prepare(os.fspath(src), out, folder, as_source(model), request, chosen, load=False)
-        committed = read_log(folder).commits if folder else {}
+        committed = read_log(folder, prepared.plan.log_name).commits if folder else {}
     finally:
         if folder:
             folder.close()

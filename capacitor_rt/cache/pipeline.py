@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -23,13 +23,15 @@ from ..errors import CacheError
 from ..extras import require_extra
 from ..images.geometry import Size
 from .decoding import DecodedChunk, DecodePool, usable_cores
+from .decoding.work import chunk_schema
 from .encoder import BatchEncoder, Encoded
 from .failures import NAN_LATENT, is_retryable
-from .index import DECODED, OK, QUARANTINED
+from .index import DECODED, KNOWN, QUARANTINED
 from .meters import Meters
 from .plan import CachePlan, Task
+from .reuse import UNKNOWN, Reuse
 from .sources import Source
-from .store import TaskData, TaskStore
+from .store import SharedRows, TaskData, TaskStore
 
 IN_FLIGHT = 2
 AHEAD = 8192
@@ -49,11 +51,19 @@ class Waiting:
 
 
 class OpenTask:
-    """A task under way."""
+    """A task under way.
 
-    def __init__(self, task: Task, plan: CachePlan):
+    Attributes:
+        refs: of an update, the row of an earlier generation that each input is, int64, `UNKNOWN` for the others.
+    """
+
+    def __init__(self, task: Task, plan: CachePlan, reuse: Reuse | None = None):
         self.task = task
         self.plan = plan
+        self.reuse = reuse
+        self.refs = (
+            np.full(len(task), UNKNOWN, np.int64) if reuse is None else reuse.refs[task.first : task.stop].copy()
+        )
         self.chunks: list[Any] = []
         self.waiting: dict[int, Waiting] = {}
         self.retryable: list[dict[str, Any]] = []
@@ -77,8 +87,11 @@ class OpenTask:
 
     def data(self, source: Source) -> TaskData:
         """All that is written of the task, the columns of the source included."""
-        pa = require_extra("pyarrow")
-        table = pa.Table.from_batches(self.chunks)
+        pa, pc = require_extra("pyarrow"), require_extra("pyarrow.compute")
+        table = pa.Table.from_batches(self.chunks, chunk_schema())
+        reused = self._reused()
+        if reused is not None:
+            table = self._merged(table.filter(pc.not_equal(table["status"], KNOWN)), reused)
         columns: dict[str, Any] = {name: table[name] for name in NAMES}
         for name, value in (("status", QUARANTINED), ("reason", NAN_LATENT), ("message", NOT_FINITE)):
             if self.overflowed:
@@ -86,25 +99,58 @@ class OpenTask:
                 for at in self.overflowed:
                     values[at] = value
                 columns[name] = values
+        shared = None if reused is None else self._share(reused)
+        has_row = self.status if shared is None else self.status | shared.is_here
         for i, name in enumerate(STATISTICS):
-            columns[name] = pa.array(self.statistics[:, i], pa.float32(), mask=~self.status)
+            columns[name] = pa.array(self.statistics[:, i], pa.float32(), mask=~has_row)
         listing = source.listing
         columns["id"] = [listing.id(i) for i in range(self.task.first, self.task.stop)]
         columns |= source.columns.read(self.task.first, self.task.stop)
         cached = np.flatnonzero(self.status)
-        return TaskData(columns, self.bucket[cached], cached, self.pieces)
+        return TaskData(columns, self.bucket[cached], cached, self.pieces, shared)
+
+    def _reused(self) -> Any:
+        """The rows of earlier generations, as an Arrow table in the order of the inputs; None if there are none."""
+        chosen = self.refs[self.refs >= 0]
+        if self.reuse is None or not len(chosen):
+            return None
+        return self.reuse.survey.rows(chosen)
+
+    def _merged(self, decoded: Any, reused: Any) -> Any:
+        """Both tables as one, in the order of the inputs."""
+        pa = require_extra("pyarrow")
+        positions = np.flatnonzero(self.refs >= 0)
+        inputs = pa.array(positions + self.task.first, pa.int64())
+        tables = [t.select(NAMES) for t in (decoded, reused.set_column(0, "input", inputs))]
+        table = pa.concat_tables([t.cast(tables[0].schema) for t in tables])
+        order = np.argsort(table["input"].to_numpy(), kind="stable")
+        return table.take(pa.array(order))
+
+    def _share(self, reused: Any) -> SharedRows:
+        positions = np.flatnonzero(self.refs >= 0)
+        for i, name in enumerate(STATISTICS):
+            self.statistics[positions, i] = reused[name].fill_null(0).to_numpy()
+        is_here = np.zeros(len(self.task), bool)
+        is_here[positions] = reused["file"].is_valid().to_numpy()
+        columns = {name: [None] * len(self.task) for name in ("row", "row_hash", "file")}
+        for name, values in columns.items():
+            for at, value in zip(positions.tolist(), reused[name].to_pylist(), strict=True):
+                values[at] = value
+        return SharedRows(is_here, columns)
 
 
 class Pipeline:
     """Encodes and writes tasks.
 
     Attributes:
-        read: inputs of the tasks that this run has worked on.
+        read: inputs that this run has read.
+        reused: inputs whose rows were taken over from an earlier generation, read or not.
         unfinished: inputs that failed for now, with reason and message; they keep their tasks from being finished.
         abandoned: numbers of these tasks.
 
     Args:
         give_up: finish a task in spite of inputs that failed for now: they are quarantined.
+        reuse: rows that need not be encoded again.
         advance: told how many more inputs are done, and how many of these are quarantined.
     """
 
@@ -116,16 +162,18 @@ class Pipeline:
         encoder: BatchEncoder,
         *,
         give_up: bool = False,
+        reuse: Reuse | None = None,
         advance: Callable[[int, int], None] = lambda inputs, quarantined: None,
     ):
         self.store = store
+        self.reuse = reuse
         self.source = source
         self.decoder = decoder
         self.encoder = encoder
         self.give_up = give_up
         self.advance = advance
         self.meters = Meters(decoder.workers, usable_cores(), "gpu" if encoder.on_gpu else "cpu")
-        self.read = 0
+        self.read = self.reused = 0
         self.unfinished: list[dict[str, Any]] = []
         self.sizes: Counter[Size] = Counter()
         self._under_way: deque[tuple[OpenTask, int, np.ndarray, Encoded]] = deque()
@@ -141,17 +189,17 @@ class Pipeline:
         """
         self._begin = begin = time.perf_counter()
         writer = ThreadPoolExecutor(1, thread_name_prefix="write")
-        order: deque[tuple[Task, range]] = deque()
+        order: deque[tuple[Task, Sequence[int], bool]] = deque()
         open_task: OpenTask | None = None
         try:
             for chunk in self.decoder.decode(self._ranges(tasks, order), AHEAD):
-                task, chosen = order.popleft()
+                task, chosen, is_last = order.popleft()
                 if open_task is None or open_task.task != task:
-                    open_task = OpenTask(task, self.store.plan)
+                    open_task = self._begin_task(task)
                 if task.number not in self.abandoned:
                     self._take(open_task, chunk, chosen)
                 chunk.release()
-                if chosen.stop == task.stop:
+                if is_last:
                     self._finish(writer, open_task)
                     open_task = None
             self._wait_for_writer()
@@ -171,28 +219,44 @@ class Pipeline:
         meters.ahead = pool.ready_count / max(pool.chunks, 1)
         return meters
 
-    def _ranges(self, tasks: Iterable[Task], order: deque[tuple[Task, range]]) -> Iterator[range]:
+    def _ranges(self, tasks: Iterable[Task], order: deque[tuple[Task, Sequence[int], bool]]) -> Iterator[Sequence[int]]:
+        nothing = range(0)
         for task in tasks:
-            for start in range(task.first, task.stop, self.decoder.chunk):
+            inputs: Sequence[int] = range(task.first, task.stop)
+            if self.reuse is not None:
+                inputs = (task.first + np.flatnonzero(self.reuse.refs[task.first : task.stop] < 0)).tolist()
+            # a task of which nothing is to be read still has its turn
+            for start in range(0, len(inputs), self.decoder.chunk) or (0,):
                 # an abandoned task is taken to its end, but its inputs are not decoded
-                stop = task.stop if task.number in self.abandoned else min(start + self.decoder.chunk, task.stop)
-                chosen = range(start, stop)
-                order.append((task, chosen))
-                yield chosen if task.number not in self.abandoned else range(start, start)
-                if stop == task.stop:
+                is_abandoned = task.number in self.abandoned
+                chosen = nothing if is_abandoned else inputs[start : start + self.decoder.chunk]
+                is_last = is_abandoned or start + self.decoder.chunk >= len(inputs)
+                order.append((task, chosen, is_last))
+                yield chosen
+                if is_last:
                     break
 
-    def _take(self, open_task: OpenTask, chunk: DecodedChunk, chosen: range) -> None:
+    def _begin_task(self, task: Task) -> OpenTask:
+        open_task = OpenTask(task, self.store.plan, self.reuse)
+        known = int((open_task.refs >= 0).sum())
+        if known and task.number not in self.abandoned:
+            self.reused += known
+            self.advance(known, 0)
+        return open_task
+
+    def _take(self, open_task: OpenTask, chunk: DecodedChunk, chosen: Sequence[int]) -> None:
         """Put the images of a chunk into the open batches of their buckets."""
         columns = chunk.columns
         pc = require_extra("pyarrow.compute")
-        failed = pc.sum(pc.not_equal(columns["status"], OK)).as_py() or 0
+        failed = pc.sum(pc.equal(columns["status"], QUARANTINED)).as_py() or 0
         if failed:
             self._look_at_failures(open_task, columns)
             if open_task.task.number in self.abandoned:
                 return
         open_task.chunks.append(columns)
-        positions = np.arange(chosen.start, chosen.stop) - open_task.task.first
+        positions = np.asarray(chosen) - open_task.task.first
+        if self.reuse is not None:
+            self._recognise(self.reuse, open_task, positions, columns)
         begin, encoding = time.perf_counter(), self.encoder.seconds
         for rows, bucket in chunk.runs():
             self._put(open_task, bucket, positions[rows], chunk.block(rows))
@@ -201,6 +265,13 @@ class Pipeline:
         self.advance(len(chosen), failed)
         if self._writing and self._writing.done():
             self._wait_for_writer()
+
+    def _recognise(self, reuse: Reuse, open_task: OpenTask, positions: np.ndarray, columns: Any) -> None:
+        """Take note of inputs that were read and found to have the bytes of a row that is there."""
+        for row, status in enumerate(columns["status"].to_pylist()):
+            if status == KNOWN:
+                open_task.refs[positions[row]] = reuse.find(columns["bytes_hash"][row].as_py())
+                self.reused += 1
 
     def _look_at_failures(self, open_task: OpenTask, columns: Any) -> None:
         names = ["input", "reason", "message"]

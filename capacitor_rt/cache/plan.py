@@ -196,13 +196,46 @@ class CachePlan:
     def task_inputs(self) -> int:
         return self.fields["store"]["task_inputs"]
 
+    @property
+    def number(self) -> int:
+        """Of the generation: 0 for a cache that was never updated."""
+        return self.fields["generation"]["number"] if self.is_update else 0
+
+    @property
+    def is_update(self) -> bool:
+        """Whether `cache --update` has made it: its rows may lie in files of earlier generations."""
+        return "generation" in self.fields
+
+    @property
+    def log_name(self) -> str:
+        """File of the commit lines; one for each generation, so that `plan.json` alone says which counts."""
+        return self._own("commits.jsonl")
+
+    @property
+    def source_name(self) -> str:
+        """File of the list of inputs."""
+        return self._own("source.parquet")
+
+    @property
+    def carried_name(self) -> str:
+        """File of the list of latents that were taken over from earlier generations, where there are any."""
+        return self._own("carried.jsonl")
+
+    def _own(self, name: str) -> str:
+        stem, _, kind = name.partition(".")
+        return f"{stem}-{self.plan8}.{kind}" if self.is_update else name
+
+    def stem(self, task: int) -> str:
+        """What the names of a task's files share; the value of `file` in an index."""
+        return f"{self.plan8}-{task:06d}"
+
     def data_name(self, task: int) -> str:
         """File of a task's latents, relative to the cache."""
-        return f"tasks/{self.plan8}-{task:06d}.safetensors"
+        return f"tasks/{self.stem(task)}.safetensors"
 
     def index_name(self, task: int) -> str:
         """File of a task's index, relative to the cache."""
-        return f"index/{self.plan8}-{task:06d}.parquet"
+        return f"index/{self.stem(task)}.parquet"
 
     def row_shape(self, bucket: Size) -> tuple[int, int, int]:
         """Shape of one row of each kind: `[C, H/s, W/s]`."""
@@ -357,6 +390,5 @@ def _default_task_inputs(plan: CachePlan, buckets: tuple[Size, ...]) -> int:
 def _identity(fields: dict[str, Any]) -> dict[str, Any]:
     """The part of a plan that two runs must share to write the same bytes."""
     same = {k: fields[k] for k in ("format", "pipeline", "source", "columns", "geometry", "pixels", "store")}
-    if "configs" in fields:
-        same["configs"] = fields["configs"]
+    same |= {k: fields[k] for k in ("configs", "generation") if k in fields}
     return {**same, "model": {k: v for k, v in fields["model"].items() if k not in MODEL_NAMES}}

@@ -79,8 +79,9 @@ PLAN_SCHEMA = Record(
         "configs": Record(
             {"compute_capability": Number(80, 999), "families": MapOf(ListOf(MapOf(Anything()), most=4096), most=100)}
         ),
+        "generation": Record({"number": Number(1, 1 << 30), "of": HEX64, "carried": HEX64}),
     },
-    optional=("configs",),
+    optional=("configs", "generation"),
 )
 
 

@@ -24,6 +24,7 @@ from .sources import Source, load_listing
 from .sources.changes import changed_inputs
 from .sources.listing import SOURCE
 from .sources.open import open_source
+from .sources.stable_labels import with_stable_labels
 from .stamps import STAMPS
 from .store import read_index, strange_plan
 
@@ -39,6 +40,7 @@ class PreparedRun:
         notes: what a user may want to know before the work starts.
         restore_listing: whether `source.parquet` is damaged and is to be written anew.
         cc: compute capability of the GPU, where launches of ours may serve.
+        rehash: of an update: trust no time of a file.
     """
 
     plan: CachePlan
@@ -48,11 +50,16 @@ class PreparedRun:
     notes: list[str] = field(default_factory=list)
     restore_listing: bool = False
     cc: int | None = None
+    rehash: bool = False
 
     def nbytes(self, tasks: Iterable[Task]) -> int:
         """Most bytes of the latents of `tasks`."""
-        largest = max(self.plan.row_bytes(bucket) for bucket in self.plan.buckets)
-        return sum(len(task) for task in tasks) * largest
+        return sum(len(task) for task in tasks) * self.row_nbytes
+
+    @property
+    def row_nbytes(self) -> int:
+        """Bytes of the largest row."""
+        return max(self.plan.row_bytes(bucket) for bucket in self.plan.buckets)
 
 
 def as_source(model: FullCapacitor | ModelSource | str | os.PathLike[str]) -> ModelSource:
@@ -85,11 +92,13 @@ def prepare(
     request: CacheRequest,
     options: RunOptions,
     load: bool,
+    source: Source | None = None,
 ) -> PreparedRun:
     """Check what can be checked before work starts. The model is loaded only for a new plan, and with `load`.
 
     Args:
         folder: the cache `out`, None where there is none yet.
+        source: the inputs, where they were listed already and are known to be those of the plan.
 
     Raises:
         CacheError: other settings, another model or other inputs than those of the plan that is there.
@@ -103,9 +112,12 @@ def prepare(
     elif request.posterior and identity.config["bottleneck_posterior_kind"] != "diagonal_gaussian":
         raise CacheError(f"{identity.id} is deterministic and has no logsnr to store: leave out posterior")
     buckets = plan.buckets if plan else request.buckets(identity.multiple)
-    source = open_source(src, out, options.source, options.columns, options.image_column)
+    is_checked = source is not None
+    source = source or open_source(src, out, options.source, options.columns, options.image_column)
     if plan and folder:
-        restore = _check_inputs(folder, plan, source)
+        if plan.is_update:
+            source = with_stable_labels(source, plan.fields["label_names"])
+        restore = _check_inputs(folder, plan, source, is_checked)
         _check_files(folder, plan, source)
         notes = source.notes + version_notes(plan)
         return PreparedRun(plan, tasks_of(plan, source), source, None, notes, restore, identity.cc)
@@ -121,7 +133,7 @@ def tasks_of(plan: CachePlan, source: Source) -> list[Task]:
     return plan_tasks(plan, source.listing.tasks(plan.task_inputs))
 
 
-def _check_inputs(folder: CacheFolder, plan: CachePlan, source: Source) -> bool:
+def _check_inputs(folder: CacheFolder, plan: CachePlan, source: Source, is_checked: bool) -> bool:
     """Refuse other inputs, or other columns of them. Whether the list on disk is damaged and can be restored."""
     fields = source.fields()
     planned = {k: v for k, v in plan.fields["source"].items() if k != "tasks"}
@@ -131,21 +143,23 @@ def _check_inputs(folder: CacheFolder, plan: CachePlan, source: Source) -> bool:
         )
         raise CacheError(
             f"{folder.path} was planned with other labels, captions or columns: {', '.join(before) or 'none'} -> "
-            f"{', '.join(now) or 'none'}: use the old ones, or cache into a new OUT"
+            f"{', '.join(now) or 'none'}: use the old ones, add --update, or cache into a new OUT"
         )
     try:
-        listing = load_listing(folder, planned["sha256"])
+        listing = load_listing(folder, plan.source_name, planned["sha256"])
     except CacheError:
         if fields == planned:
             return True
         raise
-    changes = changed_inputs(listing, source, lambda ordinals: _committed_hashes(folder, plan, ordinals))
+    if is_checked:
+        return False
+    changes = changed_inputs(listing, source, lambda ordinals: committed_hashes(folder, plan, ordinals))
     if fields["kind"] != planned["kind"]:
         changes = [f"source {planned['kind']} -> {fields['kind']}"]
     if changes:
         raise CacheError(
-            f"{folder.path} was planned for other inputs, and a finished plan is never changed: put the old files "
-            "back, or cache into a new OUT",
+            f"{folder.path} was planned for other inputs, and a plan is never changed: put the old files back, add "
+            "--update (which keeps every row whose input is the same), or cache into a new OUT",
             changes,
         )
     return False
@@ -163,10 +177,10 @@ def _check_files(folder: CacheFolder, plan: CachePlan, source: Source) -> None:
         )
 
 
-def _committed_hashes(folder: CacheFolder, plan: CachePlan, ordinals: list[int]) -> dict[int, bytes]:
+def committed_hashes(folder: CacheFolder, plan: CachePlan, ordinals: list[int]) -> dict[int, bytes]:
     """`bytes_hash` of those of the inputs that have been read for what is committed."""
     wanted, hashes = set(ordinals), {}
-    for commit in read_log(folder).commits.values():
+    for commit in read_log(folder, plan.log_name).commits.values():
         try:
             table = read_index(folder, plan, commit)
         except CacheError:
@@ -178,9 +192,14 @@ def _committed_hashes(folder: CacheFolder, plan: CachePlan, ordinals: list[int])
     return hashes
 
 
-def outlook(prepared: PreparedRun, out: Path, todo: list[Task]) -> list[str]:
-    """What may be said before the work begins: how much is done, and whether there is room for the rest."""
-    return [*_progress(prepared, todo), *room(out, prepared.nbytes(todo))]
+def outlook(prepared: PreparedRun, out: Path, todo: list[Task], most: int | None = None) -> list[str]:
+    """What may be said before the work begins: how much is done, and whether there is room for the rest.
+
+    Args:
+        most: inputs to be encoded, where that is known to be fewer than `todo` has.
+    """
+    need = prepared.nbytes(todo) if most is None else prepared.row_nbytes * most
+    return [*_progress(prepared, todo), *room(out, need)]
 
 
 def _progress(prepared: PreparedRun, todo: list[Task]) -> list[str]:

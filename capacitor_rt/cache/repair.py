@@ -7,8 +7,9 @@ import re
 from contextlib import suppress
 
 from ..errors import CacheError
-from .commits import COMMITS, read_log, rewrite_log
+from .commits import COMMITS, Commit, read_log, rewrite_log
 from .folder import INDEX, CacheFolder
+from .generations import recorded
 from .hashing import xxh3
 from .index import INDEX_BYTES, plan_in_index
 from .latent_files import index_hash_in_header
@@ -50,17 +51,20 @@ def repair(root: str | os.PathLike[str], found: Verification) -> list[str]:
             # what hangs on the plan could not be looked at before
             found = verify(root)
         _set_aside(folder, plan, found.damaged, done)
-        log = read_log(folder) if _is_regular(folder) else None
+        for name in found.damaged_files:
+            if (moved := folder.set_aside(name)) is not None:
+                done.append(f"{name}: moved to {moved}")
+        log = read_log(folder, plan.log_name) if _is_regular(folder, plan.log_name) else None
         commits = dict(log.commits) if log else {}
         sound = {n: c for n, c in commits.items() if n not in found.damaged and n < plan.task_count}
         if found.bad_log or sound.keys() != commits.keys():
-            rewrite_log(folder, sound)
-            done.append(f"{COMMITS}: {len(sound)} sound lines kept")
+            rewrite_log(folder, plan.log_name, sound)
+            done.append(f"{plan.log_name}: {len(sound)} sound lines kept")
         _uncommitted(folder, plan, mutex, leases, done)
         with suppress(OSError):
             if read_quarantine(folder) is None and folder.stat(QUARANTINE) is not None:
                 folder.set_aside(QUARANTINE)
-            write_quarantine(folder, plan, read_log(folder).commits)
+            write_quarantine(folder, plan, read_log(folder, plan.log_name).commits)
         mutex.remove()
     return done
 
@@ -80,12 +84,20 @@ def _plan(folder: CacheFolder, done: list[str]) -> CachePlan:
 
 
 def _plan_of_an_index(folder: CacheFolder) -> CachePlan:
-    """The plan that an index holds. Only an index whose hash its commit line or its latents have is opened."""
-    commits = read_log(folder).commits if _is_regular(folder) else {}
-    for base in folder.names(INDEX):
-        named = re.fullmatch(r"([0-9a-f]{8})-(\d{6,12})\.parquet", base)
-        if not named:
-            continue
+    """The plan that an index holds. Only an index whose hash its commit line or its latents have is opened.
+
+    Plans that lie in `generations/` are of other generations, and taken only if no index holds another.
+    """
+    others: set[str] = set()
+    with suppress(CacheError):
+        others = {plan.plan8 for plan in recorded(folder)}
+    names = [m for base in folder.names(INDEX) if (m := re.fullmatch(r"([0-9a-f]{8})-(\d{6,12})\.parquet", base))]
+    for named in sorted(names, key=lambda m: m[1] in others):
+        base = named[0]
+        commits: dict[int, Commit] = {}
+        for log in (COMMITS, f"commits-{named[1]}.jsonl"):
+            if _is_regular(folder, log):
+                commits |= read_log(folder, log).commits
         with suppress(OSError, CacheError):
             body = folder.read(f"{INDEX}/{base}", INDEX_BYTES)
             commit = commits.get(int(named[2]))
@@ -107,12 +119,12 @@ def _named_by_latents(folder: CacheFolder, base: str) -> str | None:
     return None
 
 
-def _is_regular(folder: CacheFolder) -> bool:
+def _is_regular(folder: CacheFolder, name: str) -> bool:
     """Whether the log can be read; something else under its name is moved away."""
     try:
-        read_log(folder)
+        read_log(folder, name)
     except CacheError:
-        folder.set_aside(COMMITS)
+        folder.set_aside(name)
         return False
     return True
 
@@ -128,7 +140,7 @@ def _set_aside(folder: CacheFolder, plan: CachePlan, tasks: list[int], done: lis
 def _uncommitted(folder: CacheFolder, plan: CachePlan, mutex: Mutex, leases: Leases, done: list[str]) -> None:
     """Commit what is whole, and move away what is not."""
     try:
-        listing = load_listing(folder, plan.fields["source"]["sha256"])
+        listing = load_listing(folder, plan.source_name, plan.fields["source"]["sha256"])
     except CacheError:
         return
     store = TaskStore(folder, plan, mutex, leases)
@@ -137,6 +149,6 @@ def _uncommitted(folder: CacheFolder, plan: CachePlan, mutex: Mutex, leases: Lea
             continue
         try:
             if store.recover(task):
-                done.append(f"task {task.number}: its line of {COMMITS} was lost and is written anew")
+                done.append(f"task {task.number}: its line of {plan.log_name} was lost and is written anew")
         except (CacheError, OSError):
             _set_aside(folder, plan, [task.number], done)

@@ -22,6 +22,8 @@ class Report:
             run tries again.
         unfinished: tasks that are not finished because of them.
         new_images: inputs that this run has read.
+        reused: inputs whose rows this run has taken over from an earlier generation.
+        generation: number of the generation that was written; 0 for a cache that was never updated.
         seconds: wall time of the run, planning included.
         meters: what its stages did; None if there was nothing to encode.
         costs: what each storage type costs, where it was measured.
@@ -35,6 +37,8 @@ class Report:
     failures: dict[str, tuple[str, str]] = field(default_factory=dict)
     unfinished: int = 0
     new_images: int = 0
+    reused: int = 0
+    generation: int = 0
     seconds: float = 0.0
     meters: Meters | None = None
     costs: list[DtypeCost] = field(default_factory=list)

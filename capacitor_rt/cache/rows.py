@@ -24,10 +24,11 @@ import numpy as np
 
 from ..errors import CacheError
 from ..extras import require_extra
+from .carried import load_carried
 from .commits import Commit
 from .folder import TMP, CacheFolder, make_dir, write_all
 from .hashing import canonical_json, xxh3
-from .index import cached_counts, index_schema, is_ok
+from .index import cached_rows, index_schema, is_ok
 from .plan import CachePlan
 from .store import read_index
 
@@ -43,7 +44,8 @@ class Rows:
     """The rows of a cache, in the order of the inputs.
 
     Attributes:
-        table: their columns in chunks of `CHUNK_ROWS`: `file` (position of the task among the committed ones),
+        table: their columns in chunks of `CHUNK_ROWS`: `file` (position of the task among the committed ones; the
+            files of earlier generations are numbered behind them, in the order of the list of them),
             `number` (of the bucket in the plan), `row` (in the file's tensors of that bucket), `row_hash`, `id`, and
             the kept columns.
         is_named: whether it can be opened again by its name.
@@ -177,25 +179,36 @@ def _tables(folder: CacheFolder, plan: CachePlan, commits: Sequence[Commit], is_
     """The rows of each task, as the schema has them, whose index is checked."""
     pa = require_extra("pyarrow")
     schema = rows_schema(plan)
+    stems = pa.array(list(load_carried(folder, plan)), pa.string())
     reached = 0
     for number, commit in enumerate(commits):
-        try:
-            table = read_index(folder, plan, commit)
-        except FileNotFoundError:
-            raise CacheError(f"{folder.path / plan.index_name(commit.task)} is missing") from None
+        table = read_index(folder, plan, commit)
         first = table["input"][0].as_py()
         if first < reached or table.num_rows != commit.inputs or (not is_partial and first != reached):
             raise CacheError(f"{folder.path} is damaged: task {commit.task} does not follow the one before it")
         reached = first + table.num_rows
-        if sum(cached_counts(table).values()) != commit.rows:
+        if cached_rows(table) != commit.rows:
             raise CacheError(f"{folder.path} is damaged: the commit line of task {commit.task} is not of its index")
         table = table.filter(is_ok(table))
         columns = {
-            "file": pa.array(np.full(len(table), number, np.int32)),
+            "file": pa.array(_files(table, number, stems, len(commits))),
             "number": table["bucket"],
             **{name: table[name] for name in schema.names[2:]},
         }
         yield pa.table([columns[name] for name in schema.names], names=schema.names).cast(schema)
+
+
+def _files(table: Any, number: int, stems: Any, tasks: int) -> np.ndarray:
+    """In which file each row of the index of the `number`th of `tasks` tasks lies, int32 `[N]`."""
+    files = np.full(len(table), number, np.int32)
+    if "file" in table.column_names:
+        pc = require_extra("pyarrow.compute")
+        elsewhere = table["file"].is_valid().to_numpy()
+        places = pc.index_in(table["file"], value_set=stems).fill_null(-1).to_numpy()[elsewhere]
+        if (places < 0).any():
+            raise CacheError("the cache is damaged: an index names a file that the list of carried files has not")
+        files[elsewhere] = tasks + places
+    return files
 
 
 class _Sink:

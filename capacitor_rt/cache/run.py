@@ -20,8 +20,9 @@ from ..reference import Autoencoder
 from .commits import read_log, rewrite_log
 from .decoding import DecodePool, usable_cores
 from .dtype_costs import DtypeCost, as_json, describe, measure_dtypes
-from .encoder import BatchEncoder
+from .encoder import BatchEncoder, IdleEncoder
 from .folder import CacheFolder, make_dir
+from .generations import make_current
 from .kept_configs import kept
 from .leases import Leases
 from .meters import Meters
@@ -30,13 +31,16 @@ from .mutex import Mutex
 from .options import RunOptions
 from .parts import INT8
 from .pipeline import Pipeline
-from .plan import CacheRequest, Task
+from .plan import CachePlan, CacheRequest, Task, load_plan
 from .prepare import PreparedRun, as_source, check_folder, outlook, prepare
 from .quarantine import quarantine_bytes, write_quarantine
 from .report import Report
 from .retry import quarantined, reopen, try_again
+from .reuse import Reuse, check_file
+from .shared_files import SharedFiles
 from .store import TaskStore, repair_hint
 from .task_queue import TaskQueue, remove_stale
+from .update import prepare_update, reuse_for
 from .watch import Bar, Watch
 
 _log = logging.getLogger("capacitor_rt")
@@ -121,12 +125,14 @@ def _plan(
     with mutex:
         first = folder.stat("plan.json") is None
         if first:
-            remove_stale(folder, None, None)
+            remove_stale(folder, None)
             prepared = prepare(src, folder.path, folder, source, request, options, load=True)
             # the plan comes last: with it the cache exists, without it nothing that lies here counts
-            prepared.source.listing.save(folder)
+            prepared.source.listing.save(folder, prepared.plan.source_name)
             prepared.plan.save(folder)
             return prepared
+    if options.update:
+        return prepare_update(src, folder, mutex, source, request, options)
     return prepare(src, folder.path, folder, source, request, options, load=True)
 
 
@@ -144,22 +150,23 @@ def _run(
     leases = Leases(folder, mutex, plan.plan8, heartbeat=options.heartbeat, stale=options.stale)
     with leases:
         with mutex:
-            remove_stale(folder, plan, leases)
+            remove_stale(folder, leases)
             if prepared.restore_listing:
-                prepared.source.listing.save(folder)
+                prepared.source.listing.save(folder, prepared.plan.source_name)
         store = TaskStore(folder, plan, mutex, leases)
         for line in prepared.notes + _check(store, tasks):
             note(line)
         if options.retry_quarantined:
             note(_retry(prepared, store, workers, options))
         todo = [task for task in tasks if task.number not in store.commits]
-        for line in outlook(prepared, folder.path, todo):
+        reuse = _reuse(prepared, folder, todo, note)
+        for line in outlook(prepared, folder.path, todo, _unknown(reuse, todo)):
             note(line)
         costs = _measure(prepared, options, note) if todo else []
         pipeline = None
         try:
             if todo:
-                pipeline = _write_tasks(prepared, store, todo, source, workers, options, note, watch, costs)
+                pipeline = _write_tasks(prepared, store, todo, reuse, source, workers, options, note, watch, costs)
         except BaseException:
             # what is done so far; the reason why the run ends matters more than this file
             with suppress(CacheError, OSError):
@@ -168,10 +175,12 @@ def _run(
         report = _account(store, len(tasks))
     report.costs = costs
     if pipeline is not None:
-        report.new_images, report.meters = pipeline.read, pipeline.measure() if pipeline.read else None
+        report.new_images, report.reused = pipeline.read, pipeline.reused
+        report.meters = pipeline.measure() if pipeline.read + pipeline.reused else None
         listing = prepared.source.listing
         report.failures = {listing.id(row["input"]): (row["reason"], row["message"]) for row in pipeline.unfinished}
     report.unfinished = len(tasks) - report.tasks
+    report.generation = plan.number
     return report
 
 
@@ -193,22 +202,26 @@ def _measure(prepared: PreparedRun, options: RunOptions, note: Callable[[str], N
 
 def _check(store: TaskStore, tasks: list[Task]) -> list[str]:
     """Refuse to build on damage; forget what is committed and gone. Notes for the user."""
-    log = read_log(store.folder)
+    log = read_log(store.folder, store.plan.log_name)
     notes = []
     if log.bad:
         lines = ", ".join(map(str, log.bad[:5]))
-        notes.append(f"line {lines} of {store.folder.path / 'commits.jsonl'} is damaged and counts as lost")
+        notes.append(f"line {lines} of {store.folder.path / store.plan.log_name} is damaged and counts as lost")
     for number in [n for n in store.commits if n >= len(tasks)]:
         raise CacheError(
-            f"{store.folder.path / 'commits.jsonl'} has task {number}, and the plan has {len(tasks)} tasks: "
+            f"{store.folder.path / store.plan.log_name} has task {number}, and the plan has {len(tasks)} tasks: "
             + repair_hint(store.folder)
         )
     damaged, gone = [], []
+    shared = SharedFiles(store.folder, store.plan)
+    if shared.problem is not None:
+        raise CacheError(shared.problem)
     for task in [task for task in tasks if task.number in store.commits]:
         if store.is_gone(task):
             gone.append(task.number)
-        elif problem := store.check(task):
+        elif problem := store.check(task, shared.add):
             damaged.append(problem)
+    damaged += [p for file in shared.used() if (p := check_file(store.folder, file, store.plan, store.stamps))]
     if damaged:
         more = [f"and {len(damaged) - 5} more"] if len(damaged) > 5 else []
         raise CacheError(f"{store.folder.path} is damaged: {repair_hint(store.folder)}", [*damaged[:5], *more])
@@ -221,6 +234,7 @@ def _write_tasks(
     prepared: PreparedRun,
     store: TaskStore,
     todo: list[Task],
+    reuse: Reuse | None,
     source: ModelSource,
     workers: int | None,
     options: RunOptions,
@@ -236,12 +250,13 @@ def _write_tasks(
     if first is None and not queue.left():
         return None
     meters: Meters | None = None
+    is_idle = _unknown(reuse, todo) == 0
     watch.begin(plan.count, plan.count - sum(len(task) for task in todo))
     try:
-        decoder = _pool(prepared, _workers(workers, prepared, todo), options)
+        decoder = _pool(prepared, 0 if is_idle else _workers(workers, prepared, todo), options, reuse)
         # the workers get ready while the model does
         with decoder:
-            encoder = _encoder(prepared, source, note)
+            encoder = IdleEncoder() if is_idle else _encoder(prepared, source, note)
             if encoder.on_gpu:
                 decoder.pin()
             pipeline = Pipeline(
@@ -250,6 +265,7 @@ def _write_tasks(
                 decoder,
                 encoder,
                 give_up=options.give_up,
+                reuse=reuse,
                 advance=lambda inputs, quarantined: watch.advance(inputs, quarantined, pipeline.measure),
             )
             pipeline.meters.costs = as_json(costs)
@@ -260,7 +276,22 @@ def _write_tasks(
     return pipeline
 
 
-def _pool(prepared: PreparedRun, workers: int, options: RunOptions) -> DecodePool:
+def _reuse(prepared: PreparedRun, folder: CacheFolder, todo: list[Task], note: Callable[[str], None]) -> Reuse | None:
+    """What an update need not encode again; None where nothing can be known already."""
+    if not todo or not prepared.plan.is_update:
+        return None
+    reuse, notes = reuse_for(folder, prepared.plan, prepared.source, prepared.rehash)
+    for line in notes:
+        note(line)
+    return reuse
+
+
+def _unknown(reuse: Reuse | None, todo: list[Task]) -> int | None:
+    """Inputs that are to be read; None where that is all of them."""
+    return None if reuse is None else sum(int((reuse.refs[task.first : task.stop] < 0).sum()) for task in todo)
+
+
+def _pool(prepared: PreparedRun, workers: int, options: RunOptions, reuse: Reuse | None = None) -> DecodePool:
     return DecodePool(
         prepared.source,
         prepared.plan.policy,
@@ -269,6 +300,7 @@ def _pool(prepared: PreparedRun, workers: int, options: RunOptions) -> DecodePoo
         image_timeout=options.image_timeout,
         pixel_budget=options.pixel_budget,
         backoff=options.backoff,
+        known=reuse.known if reuse else None,
     )
 
 
@@ -335,17 +367,19 @@ def _encoder(prepared: PreparedRun, source: ModelSource, note: Callable[[str], N
 
 
 def _account(store: TaskStore, tasks: int) -> Report:
-    """Put the log in order if all is done, write the quarantine anew, and count."""
+    """Put the log in order if all is done, make an update current, write the quarantine anew, and count."""
     folder, plan = store.folder, store.plan
     with store.mutex:
-        log = read_log(folder)
+        log = read_log(folder, plan.log_name)
         commits = log.commits
         if len(commits) == tasks:
             # of those that were killed while others went on
-            remove_stale(folder, plan, store.leases)
+            remove_stale(folder, store.leases)
             if not log.sorted:
-                rewrite_log(folder, commits)
-        write_quarantine(folder, plan, commits)
+                rewrite_log(folder, plan.log_name, commits)
+            _make_current(folder, plan)
+        if is_current(folder, plan):
+            write_quarantine(folder, plan, commits)
     text = quarantine_bytes(folder, plan, commits)
     return Report(
         inputs=plan.count,
@@ -354,6 +388,25 @@ def _account(store: TaskStore, tasks: int) -> Report:
         tasks=len(commits),
         nbytes=sum(c.data_bytes for c in commits.values()),
     )
+
+
+def _make_current(folder: CacheFolder, plan: CachePlan) -> None:
+    """Put a finished update in the place of the generation that it was made from."""
+    current = load_plan(folder)
+    if current is None or current.id == plan.id or not plan.is_update:
+        return
+    if current.id != plan.fields["generation"]["of"]:
+        raise CacheError(
+            f"{folder.path} was updated to other inputs by another process meanwhile: run the same command again, "
+            "which keeps what this one has done"
+        )
+    make_current(folder, current, plan)
+
+
+def is_current(folder: CacheFolder, plan: CachePlan) -> bool:
+    """Whether a plan is that of the cache, and not of an update under way or of an earlier generation."""
+    current = load_plan(folder)
+    return current is not None and current.id == plan.id
 
 
 def _clear(folder: CacheFolder, mutex: Mutex) -> None:

@@ -5,22 +5,33 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import CacheError
 from ..extras import require_extra
+from .carried import load_carried
 from .commits import read_log
-from .folder import DAMAGED, GENERATIONS, INDEX, LEASES, TASKS, CacheFolder
+from .folder import LEASES, CacheFolder
+from .garbage import litter, living_stems
+from .generations import unfinished
 from .leases import Leases
 from .mutex import Mutex
-from .plan import PLAN, load_plan
+from .plan import PLAN, CachePlan, load_plan
 from .quarantine import quarantine_bytes
 
 WINDOW_SECONDS = 600.0
 """Tasks that were finished within so long before the latest one tell the rate."""
+
+
+class Update(NamedTuple):
+    """An update that is not finished: inputs and tasks of its plan, and those of them that are committed."""
+
+    inputs: int
+    tasks: int
+    done_inputs: int
+    done_tasks: int
 
 
 @dataclass
@@ -37,6 +48,8 @@ class Status:
         left_nbytes: bytes of latents still to be written, at what inputs have taken so far.
         free_nbytes: free on the disk.
         litter_nbytes: of what `gc` would remove.
+        generation: number of the generation; 0 for a cache that was never updated.
+        updates: those that are not finished.
     """
 
     inputs: int
@@ -52,10 +65,14 @@ class Status:
     left_nbytes: int = 0
     free_nbytes: int = 0
     litter_nbytes: int = 0
+    generation: int = 0
+    updates: list[Update] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """For programs."""
-        return {**self.__dict__, "quarantined": dict(self.quarantined), "workers": list(self.workers.values())}
+        updates = [update._asdict() for update in self.updates]
+        counts = {"quarantined": dict(self.quarantined), "workers": list(self.workers.values())}
+        return {**self.__dict__, **counts, "updates": updates}
 
 
 def status(root: str | os.PathLike[str]) -> Status:
@@ -71,7 +88,8 @@ def status(root: str | os.PathLike[str]) -> Status:
         if plan is None:
             raise CacheError(f"{folder.path} is no latent cache: it has no {PLAN}")
         found = Status(plan.count, plan.task_count, free_nbytes=shutil.disk_usage(folder.path).free)
-        commits = {n: c for n, c in read_log(folder).commits.items() if n < plan.task_count}
+        found.generation, found.updates = plan.number, _updates(folder, plan)
+        commits = {n: c for n, c in read_log(folder, plan.log_name).commits.items() if n < plan.task_count}
         found.done_inputs = sum(c.inputs for c in commits.values())
         found.done_tasks, found.rows = len(commits), sum(c.rows for c in commits.values())
         found.nbytes = sum(c.data_bytes for c in commits.values())
@@ -85,7 +103,16 @@ def status(root: str | os.PathLike[str]) -> Status:
             found.left_seconds = left / found.rate
         if found.done_inputs:
             found.left_nbytes = round(left * found.nbytes / found.done_inputs)
-        found.litter_nbytes = sum(size for _, size in litter(folder, set(found.workers), plan.plan8))
+        found.nbytes += sum(info.st_size for f in load_carried(folder, plan).values() if (info := folder.stat(f.name)))
+        found.litter_nbytes = sum(size for _, size in litter(folder, plan, living_stems(folder, plan)))
+    return found
+
+
+def _updates(folder: CacheFolder, plan: CachePlan) -> list[Update]:
+    found = []
+    for other in unfinished(folder, plan):
+        commits = read_log(folder, other.log_name).commits.values()
+        found.append(Update(other.count, other.task_count, sum(c.inputs for c in commits), len(commits)))
     return found
 
 
@@ -96,46 +123,3 @@ def _rate(inputs: dict[int, int], folder: CacheFolder, name: Any) -> float | Non
         return None
     # what the first of them has taken is not known
     return sum(count for _, count in recent[1:]) / (recent[-1][0] - recent[0][0])
-
-
-def litter(folder: CacheFolder, living: set[int], plan8: str) -> list[tuple[str, int]]:
-    """Names and bytes of files that no run and no reader needs: what was moved away, and what killed runs have left."""
-    found = []
-    for sub in (DAMAGED, GENERATIONS):
-        found += [f"{sub}/{base}" for base in folder.names(sub)]
-    for name in folder.temporary():
-        sub, _, base = name.rpartition("/")
-        number = base.removeprefix(f"{plan8}-").partition(".")[0] if sub in (TASKS, INDEX) else ""
-        # one of no task is of whoever plans or accounts: of no one, once it is old
-        info = folder.stat(name)
-        is_old = info is not None and time.time() - info.st_mtime > WINDOW_SECONDS
-        if is_old and (not sub or (number.isdecimal() and int(number) not in living)):
-            found.append(name)
-    sizes = [(name, folder.stat(name)) for name in found]
-    return [(name, info.st_size) for name, info in sizes if info is not None]
-
-
-def collect(root: str | os.PathLike[str], *, dry_run: bool = False) -> list[tuple[str, int]]:
-    """Remove what no run and no reader needs; names and bytes. `dry_run` only names it.
-
-    Raises:
-        CacheError: there is no cache.
-    """
-    for extra in ("pyarrow", "xxhash"):
-        require_extra(extra)
-    with CacheFolder(root) as folder:
-        plan = load_plan(folder)
-        if plan is None:
-            raise CacheError(f"{folder.path} is no latent cache: it has no {PLAN}")
-        if dry_run:
-            return litter(folder, set(), plan.plan8)
-        with Mutex(folder) as mutex:
-            living = set(Leases(folder, mutex, plan.plan8).living()) if folder.names(LEASES) else set()
-            found = litter(folder, living, plan.plan8)
-            for name, _ in found:
-                folder.unlink(name)
-            for sub in (DAMAGED, GENERATIONS):
-                folder.remove_folder(sub)
-            if not living:
-                mutex.remove()
-    return found

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +13,12 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import CacheError
+from .carried import load_carried
 from .commits import Commit, LogFollower, append_commit, rewrite_log
 from .folder import INDEX, TASKS, CacheFolder, PendingFile
+from .generations import recorded
 from .hashing import xxh3
-from .index import INDEX_BYTES, bucket_counts, cached_counts, index_bytes, is_ok, parse_index
+from .index import INDEX_BYTES, bucket_counts, cached_counts, cached_rows, index_bytes, is_own, parse_index
 from .latent_files import (
     disk_row_hashes,
     expected_hashes,
@@ -33,6 +36,19 @@ from .stamps import Stamps
 
 
 @dataclass
+class SharedRows:
+    """Inputs of a task whose rows lie in files of earlier generations.
+
+    Attributes:
+        is_here: which inputs, bool `[inputs]`.
+        columns: `row`, `row_hash` and `file`, a list over all inputs each, None for the others.
+    """
+
+    is_here: np.ndarray
+    columns: dict[str, list[Any]]
+
+
+@dataclass
 class TaskData:
     """All that a finished task holds.
 
@@ -41,12 +57,14 @@ class TaskData:
         bucket: number of the bucket of each input with latents, in the order of the inputs, int `[R]`.
         cached: positions of these inputs in the task, int `[R]`.
         pieces: of each (bucket, name of a part) the rows in order, contiguous `[n,...]` on the CPU.
+        shared: of an update, the inputs whose rows are not written again.
     """
 
     columns: dict[str, Any]
     bucket: np.ndarray
     cached: np.ndarray
     pieces: dict[tuple[int, str], list[Tensor]]
+    shared: SharedRows | None = None
 
 
 class TaskStore:
@@ -62,7 +80,7 @@ class TaskStore:
         self.mutex = mutex
         self.leases = leases
         self.stamps = Stamps(folder)
-        self._log = LogFollower(folder)
+        self._log = LogFollower(folder, plan.log_name)
 
     @property
     def commits(self) -> dict[int, Commit]:
@@ -76,14 +94,18 @@ class TaskStore:
         """Drop commit lines, and with them whatever is damaged in the log."""
         with self.mutex:
             self.refresh()
-            rewrite_log(self.folder, {n: commit for n, commit in self.commits.items() if n not in tasks})
+            kept = {n: commit for n, commit in self.commits.items() if n not in tasks}
+            rewrite_log(self.folder, self.plan.log_name, kept)
             self.refresh()
 
-    def check(self, task: Task) -> str | None:
+    def check(self, task: Task, look: Callable[[Any, int], str | None] = lambda table, task: None) -> str | None:
         """What is wrong with a committed task, None if it is sound.
 
         The index is hashed. So are the latents, unless they are, by inode, size and times, the file that this machine
         has hashed or written before.
+
+        Args:
+            look: told the index and its task; what else is wrong with it.
         """
         commit = self.commits[task.number]
         index, data = self.plan.index_name(task.number), self.plan.data_name(task.number)
@@ -93,8 +115,10 @@ class TaskStore:
                 return f"{self.folder.path / index} does not list the inputs of its task"
             counts = cached_counts(table)
             placed = layout(self.plan, task.number, counts, commit.index_xxh3)
-            if sum(counts.values()) != commit.rows or commit.data_bytes != placed.nbytes:
+            if cached_rows(table) != commit.rows or commit.data_bytes != placed.nbytes:
                 return f"the commit line of task {task.number} does not agree with {self.folder.path / index}"
+            if why := look(table, task.number):
+                return f"{self.folder.path / index} is damaged: {why}"
             with self.folder.open(data) as file:
                 if not has_header(file.fileno(), placed):
                     return f"{self.folder.path / data} is damaged: its header or its size is not that of its index"
@@ -140,17 +164,17 @@ class TaskStore:
         placed = layout(self.plan, task.number, counts, named)
         with self.folder.open(data) as file:
             whole = has_header(file.fileno(), placed) and has_padding(file.fileno(), placed)
-        ok = is_ok(table)
+        own = is_own(table)
         wanted = expected_hashes(
-            table["bucket"].to_numpy(zero_copy_only=False)[ok].astype(np.int64),
-            table.filter(ok)["row_hash"].to_pylist(),
+            table["bucket"].to_numpy(zero_copy_only=False)[own].astype(np.int64),
+            table.filter(own)["row_hash"].to_pylist(),
         )
         if (table.num_rows, table["input"][0].as_py()) != (len(task), task.first):
             whole = False
         if not whole or disk_row_hashes(self.folder, data, self.plan, placed) != wanted:
             raise CacheError(problem + f"does not match its index: {repair_hint(self.folder)}")
-        rows = sum(counts.values())
-        commit = Commit(task.number, len(task), rows, len(body), named, placed.nbytes, self.folder.hash(data))
+        rows, digest = cached_rows(table), self.folder.hash(data)
+        commit = Commit(task.number, len(task), rows, len(body), named, placed.nbytes, digest)
         with self.mutex:
             self._commit(commit)
         return True
@@ -164,15 +188,15 @@ class TaskStore:
         """
         counts = bucket_counts(found.bucket)
         n = len(task)
-        rows: list[int | None] = [None] * n
-        hashes: list[bytes | None] = [None] * n
+        shared = found.shared or SharedRows(np.zeros(n, bool), {k: [None] * n for k in ("row", "row_hash", "file")})
+        rows, hashes = shared.columns["row"], shared.columns["row_hash"]
         seen: dict[int, int] = {}
         digests = {number: self._hashes(number, found) for number in counts}
         for at, number in zip(found.cached.tolist(), found.bucket.tolist(), strict=True):
             rows[at] = seen.get(number, 0)
             hashes[at] = digests[number][seen.get(number, 0)]
             seen[number] = seen.get(number, 0) + 1
-        body = index_bytes(self.plan, task, {**found.columns, "row": rows, "row_hash": hashes})
+        body = index_bytes(self.plan, task, {**found.columns, **shared.columns})
         index_name, data_name = self.plan.index_name(task.number), self.plan.data_name(task.number)
         placed = layout(self.plan, task.number, counts, xxh3(body).hexdigest())
         data = PendingFile(self.folder, data_name, file_chunks(placed, found.pieces))
@@ -190,13 +214,14 @@ class TaskStore:
                 index.publish()
                 data.publish()
                 sizes = (index.size, index.digest, data.size, data.digest)
-                self._commit(Commit(task.number, n, len(found.cached), *sizes))
+                rows_in_all = len(found.cached) + int(shared.is_here.sum())
+                self._commit(Commit(task.number, n, rows_in_all, *sizes))
         finally:
             index.discard()
             data.discard()
 
     def _commit(self, commit: Commit) -> None:
-        append_commit(self.folder, commit)
+        append_commit(self.folder, self.plan.log_name, commit)
         self.refresh()
         self.stamps.add(self.plan.data_name(commit.task), commit.data_xxh3)
 
@@ -226,13 +251,28 @@ def read_index(folder: CacheFolder, plan: CachePlan, commit: Commit) -> Any:
 
 
 def strange_plan(folder: CacheFolder, plan: CachePlan) -> str | None:
-    """What tells that files of tasks are of another plan; None if nothing does."""
+    """What tells that files of tasks are of a plan that nobody knows; None if nothing does."""
+    known: set[str] | None = None
     for sub in (TASKS, INDEX):
         for base in folder.names(sub):
             named = re.fullmatch(r"([0-9a-f]{8})-\d{6,}\.(safetensors|parquet)", base)
-            if named and named[1] != plan.plan8:
+            if not named or named[1] == plan.plan8:
+                continue
+            if known is None:
+                known = known_plans(folder, plan)
+            if named[1] not in known:
                 return f"{sub}/{base} is of plan {named[1]}, and this one is {plan.plan8}"
     return None
+
+
+def known_plans(folder: CacheFolder, plan: CachePlan) -> set[str]:
+    """First digits of the plans, beside this one, whose files may lie in the folder; as far as they can be read."""
+    known: set[str] = set()
+    with suppress(CacheError):
+        known |= {other.plan8 for other in recorded(folder)}
+    with suppress(CacheError):
+        known |= {file.plan[:8] for file in load_carried(folder, plan).values()}
+    return known
 
 
 def repair_hint(folder: CacheFolder) -> str:

@@ -8,7 +8,7 @@ from contextlib import suppress
 
 from .folder import TMP, CacheFolder
 from .leases import Leases
-from .plan import CachePlan, Task
+from .plan import Task
 from .store import TaskStore
 
 
@@ -56,16 +56,16 @@ class TaskQueue:
         return [t for t in self.order if t.number not in self.store.commits and t.number not in self.given_up]
 
 
-def remove_stale(folder: CacheFolder, plan: CachePlan | None, leases: Leases | None) -> int:
+def remove_stale(folder: CacheFolder, leases: Leases | None) -> int:
     """Remove the temporary files of killed runs. Under the mutex.
 
     Those of tasks that a living process has are its own.
     """
-    living = leases.living() if leases else {}
+    living = leases.living_stems() if leases else set()
     count = 0
     for name in list(folder.temporary()):
-        task = re.fullmatch(rf"\w+/{plan.plan8}-(\d+)\.\w+{TMP}\w+", name) if plan else None
-        if task is None or int(task[1]) not in living:
+        task = re.fullmatch(rf"\w+/([0-9a-f]{{8}}-\d+)\.\w+{TMP}\w+", name)
+        if task is None or task[1] not in living:
             with suppress(FileNotFoundError):
                 folder.unlink(name)
             count += 1

@@ -12,17 +12,19 @@ from typing import Any
 from ..errors import CacheError
 from ..extras import require_extra
 from .commits import COMMITS, Commit, Log, read_log
-from .folder import DAMAGED, GENERATIONS, INDEX, LEASES, SUBFOLDERS, TASKS, TMP, CacheFolder
-from .index import cached_counts, is_ok
+from .folder import DAMAGED, GENERATIONS, INDEX, SUBFOLDERS, TASKS, TMP, CacheFolder
+from .generations import record_name, recorded
+from .index import cached_counts, cached_rows, is_own
 from .latent_files import Layout, has_header, layout, read_rows, row_hashes
 from .mutex import HELD, LOCK
 from .plan import PLAN, CachePlan, OtherFormat, Task, load_plan, plan_tasks
 from .quantization import bad_numbers
 from .quarantine import QUARANTINE, quarantine_bytes, read_quarantine
 from .rows import ROWS
+from .shared_files import SharedFiles
 from .sources.listing import SOURCE, Listing, load_listing
 from .stamps import STAMPS
-from .store import read_index, repair_hint, strange_plan
+from .store import known_plans, read_index, repair_hint, strange_plan
 
 
 @dataclass
@@ -37,6 +39,7 @@ class Verification:
         problems: damage, one line per problem.
         notes: files that do not belong to the cache, one line per file.
         damaged: numbers of the damaged tasks.
+        damaged_files: of an update, damaged files of latents of earlier generations.
         bad_log, bad_plan, bad_list: whether the log, the plan or the list of inputs is damaged.
     """
 
@@ -49,6 +52,7 @@ class Verification:
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     damaged: list[int] = field(default_factory=list)
+    damaged_files: list[str] = field(default_factory=list)
     bad_log: bool = False
     bad_plan: bool = False
     bad_list: bool = False
@@ -86,12 +90,13 @@ class _Check:
     def __init__(self, folder: CacheFolder):
         self.folder = folder
         self.found = Verification()
+        self._names: list[str] = []
 
     def run(self, workers: int, advance: Callable[[int, int], None]) -> Verification:
         found, folder = self.found, self.folder
         plan = self._plan()
         listing = self._listing(plan) if plan else None
-        log = self._log()
+        log = self._log(plan.log_name if plan else COMMITS)
         found.rows = sum(c.rows for c in log.commits.values())
         found.tasks = len(log.commits)
         found.nbytes = sum(c.data_bytes for c in log.commits.values())
@@ -103,20 +108,24 @@ class _Check:
         commits = []
         for number, commit in sorted(log.commits.items()):
             if number >= plan.task_count:
-                self._problem(f"{folder.path / COMMITS} has task {number}, and the plan has {plan.task_count} tasks")
+                self._problem(
+                    f"{folder.path / plan.log_name} has task {number}, and the plan has {plan.task_count} tasks"
+                )
                 found.bad_log = True
             else:
                 commits.append(commit)
+        shared = SharedFiles(folder, plan)
         with ThreadPoolExecutor(max(1, workers)) as pool:
-            checks = pool.map(lambda c: _task_problems(folder, plan, c, tasks, listing), commits)
+            checks = pool.map(lambda c: _task_problems(folder, plan, c, tasks, listing, shared), commits)
             for done, (commit, problems) in enumerate(zip(commits, checks, strict=True), 1):
                 if problems:
                     found.damaged.append(commit.task)
                     found.problems += problems
                 advance(done, len(commits))
+            self._shared(shared, pool)
         if log.torn and not found.unfinished:
             # no crash leaves it behind the last line
-            self._problem(f"{folder.path / COMMITS} has something behind its last line: the next run cuts it off")
+            self._problem(f"{folder.path / plan.log_name} has something behind its last line: the next run cuts it off")
             found.bad_log = True
         if not found.problems:
             self._quarantine(plan, log)
@@ -144,20 +153,20 @@ class _Check:
 
     def _listing(self, plan: CachePlan) -> Listing | None:
         try:
-            listing = load_listing(self.folder, plan.fields["source"]["sha256"])
+            listing = load_listing(self.folder, plan.source_name, plan.fields["source"]["sha256"])
             fits = len(listing) == plan.count and len(listing.tasks(plan.task_inputs)) == plan.task_count
             if not fits:
-                raise CacheError(f"{self.folder.path / SOURCE} does not fit plan.json")
+                raise CacheError(f"{self.folder.path / plan.source_name} does not fit plan.json")
             return listing
         except CacheError as e:
             self._problem(str(e))
             self.found.bad_list = True
             return None
 
-    def _log(self) -> Log:
-        path = self.folder.path / COMMITS
+    def _log(self, name: str) -> Log:
+        path = self.folder.path / name
         try:
-            log = read_log(self.folder)
+            log = read_log(self.folder, name)
         except CacheError as e:
             self._problem(str(e))
             self.found.bad_log = True
@@ -175,12 +184,28 @@ class _Check:
             path = self.folder.path / QUARANTINE
             self._problem(f"{path} is missing or does not match the index: the cache command writes it anew")
 
+    def _shared(self, shared: SharedFiles, pool: ThreadPoolExecutor) -> None:
+        """The files of earlier generations that rows lie in."""
+        found = self.found
+        if shared.problem is not None:
+            self._problem(shared.problem)
+        files = shared.used()
+        for file, problem in zip(files, pool.map(shared.check, files), strict=True):
+            found.nbytes += file.data_bytes
+            self._names.append(file.name)
+            if problem:
+                self._problem(problem)
+                found.damaged_files.append(file.name)
+                found.damaged = sorted(shared.tasks[file.stem] | set(found.damaged))
+
     def _strangers(self, plan: CachePlan, log: Log) -> None:
-        parts = {PLAN, SOURCE, COMMITS, QUARANTINE}
+        parts = {PLAN, plan.source_name, plan.log_name, QUARANTINE, *self._names}
+        if plan.is_update:
+            parts.add(plan.carried_name)
         for number in log.commits:
             parts |= {plan.index_name(number), plan.data_name(number)}
         self.found.files = sorted(name for name in parts if self.folder.stat(name) is not None)
-        own = parts | {LOCK, HELD, STAMPS, ROWS, *SUBFOLDERS}
+        own = parts | {LOCK, HELD, STAMPS, ROWS, *SUBFOLDERS} | self._generations(plan)
         strangers = [name for name in self.folder.names() if name not in own]
         for sub in (TASKS, INDEX):
             try:
@@ -197,13 +222,43 @@ class _Check:
             self.found.notes.append(f"{name}: {kind}")
         if len(strangers) > 5:
             self.found.notes.append(f"{len(strangers) - 5} more files that are not of the cache")
-        for sub in (DAMAGED, GENERATIONS, LEASES):
-            if sub != LEASES and (names := self.folder.names(sub)):
+        for sub in (DAMAGED, GENERATIONS):
+            names = [name for name in self.folder.names(sub) if f"{sub}/{name}" not in own]
+            if names:
                 self.found.notes.append(f"{sub}/ holds {len(names)} files, which `capacitor-rt gc` removes")
+
+    def _generations(self, plan: CachePlan) -> set[str]:
+        """Names of the files of updates under way and of earlier generations, whose being there is noted."""
+        try:
+            others = recorded(self.folder)
+        except CacheError as e:
+            self._problem(str(e))
+            return set()
+        names: set[str] = set()
+        for other in others:
+            names.add(record_name(other))
+            if other.id == plan.id:
+                continue
+            if other.number > plan.number:
+                done = len(read_log(self.folder, other.log_name).commits)
+                what = f"an update to {other.count} inputs is under way, {done} of {other.task_count} tasks are done"
+            else:
+                what = f"generation {other.number}, an earlier one, is kept until `capacitor-rt gc`"
+            self.found.notes.append(what)
+            names |= {other.log_name, other.source_name, other.carried_name}
+        known = known_plans(self.folder, plan)
+        for sub in (TASKS, INDEX):
+            names |= {f"{sub}/{base}" for base in self.folder.names(sub) if base[:8] in known and TMP not in base}
+        return names
 
 
 def _task_problems(
-    folder: CacheFolder, plan: CachePlan, commit: Commit, tasks: list[Task] | None, listing: Listing | None
+    folder: CacheFolder,
+    plan: CachePlan,
+    commit: Commit,
+    tasks: list[Task] | None,
+    listing: Listing | None,
+    shared: SharedFiles,
 ) -> list[str]:
     """What is wrong with a committed task: with its index, and with its latents."""
     index, data = plan.index_name(commit.task), plan.data_name(commit.task)
@@ -215,8 +270,12 @@ def _task_problems(
     counts = cached_counts(table)
     placed = layout(plan, commit.task, counts, commit.index_xxh3)
     problems = []
-    if (table.num_rows, sum(counts.values()), placed.nbytes) != (commit.inputs, commit.rows, commit.data_bytes):
-        problems.append(f"{COMMITS} is damaged: its line of task {commit.task} does not agree with {index}: {hint}")
+    if (table.num_rows, cached_rows(table), placed.nbytes) != (commit.inputs, commit.rows, commit.data_bytes):
+        problems.append(
+            f"{plan.log_name} is damaged: its line of task {commit.task} does not agree with {index}: {hint}"
+        )
+    if why := shared.add(table, commit.task):
+        problems.append(f"index {folder.path / index} is damaged: {why}: {hint}")
     if tasks is not None and listing is not None:
         task = tasks[commit.task]
         ids = [listing.id(i) for i in range(task.first, task.stop)]
@@ -255,7 +314,7 @@ def _bad_numbers(folder: CacheFolder, plan: CachePlan, data: str, placed: Layout
 
 def _damaged_rows(folder: CacheFolder, plan: CachePlan, data: str, placed: Any, table: Any) -> str:
     """Which rows of a file whose hash is wrong are damaged, in words."""
-    kept = table.filter(is_ok(table)).select(["id", "bucket", "row", "row_hash"]).to_pylist()
+    kept = table.filter(is_own(table)).select(["id", "bucket", "row", "row_hash"]).to_pylist()
     bad = []
     try:
         with folder.open(data) as file:

@@ -121,6 +121,17 @@ def cache(
         list[str] | None,
         typer.Option(help="Column to keep in the index, of a table, of the .json in tar files, or of Parquet files."),
     ] = None,
+    update: Annotated[
+        bool,
+        typer.Option(
+            "--update",
+            help="If SRC has changed, make a new generation of the cache: rows of unchanged bytes are kept, "
+            "and the old one stays whole until then.",
+        ),
+    ] = False,
+    rehash: Annotated[
+        bool, typer.Option("--rehash", help="With --update: read every file, also one of unchanged size and time.")
+    ] = False,
     retry_quarantined: Annotated[
         bool, typer.Option("--retry-quarantined", help="Try quarantined inputs again, and cache those that can be now.")
     ] = False,
@@ -153,6 +164,10 @@ def cache(
         raise InputError(f"{src!r} does not exist: give a folder of images, one image, or files that hold images")
     if gpus is not None and device not in ("auto", "cuda"):
         raise InputError(f"--gpus {gpus} and --device {device} exclude each other: give one of them")
+    if rehash and not update:
+        raise InputError("--rehash is for --update: add it")
+    if update and dry_run:
+        raise InputError("--dry-run is for a new cache, not for --update")
     with interruptible():
         from ..cache.model_source import Checkpoint
         from ..cache.options import RunOptions
@@ -183,6 +198,8 @@ def cache(
             progress=not quiet,
             give_up=give_up,
             retry_quarantined=retry_quarantined,
+            update=update,
+            rehash=rehash,
             image_timeout=image_timeout,
             metrics=metrics,
             source=source,
@@ -277,7 +294,8 @@ def _print_report(report: Report, out: Path) -> None:
         echo(f"nothing to do: {out} holds {done}")
     else:
         rate = report.new_images / max(report.seconds, 1e-9)
-        echo(f"cached {done}; {report.new_images} inputs read at {rate:.1f} images/s; {report.meters}")
+        reused = f"; {report.reused} rows reused" if report.generation else ""
+        echo(f"cached {done}{reused}; {report.new_images} inputs read at {rate:.1f} images/s; {report.meters}")
     if report.quarantined:
         reasons = ", ".join(f"{reason} {n}" for reason, n in sorted(report.quarantined.items()))
         note(f"{report.quarantined.total()} quarantined ({reasons}): see {out / 'quarantine.jsonl'}")

@@ -31,8 +31,13 @@ def status(
     echo(f"{found.rows} rows, {bytes_text(found.nbytes)} of latents")
     for reason, count in found.quarantined.most_common():
         echo(f"quarantined: {reason} {count}")
+    if found.generation:
+        echo(f"generation {found.generation}, by `cache --update`")
     for task, who in sorted(found.workers.items()):
         echo(f"task {task}: {who}")
+    for update in found.updates:
+        done = f"{update.done_inputs} of {update.inputs} inputs are done"
+        echo(f"an update is unfinished: {done}, {update.done_tasks} of {update.tasks} tasks")
     if unfinished:
         _print_outlook(found.rate, found.left_seconds, found.left_nbytes, found.free_nbytes)
     if found.litter_nbytes:
@@ -73,11 +78,17 @@ def diff(
 def gc(
     root: Annotated[Path, typer.Argument(help="Folder of the cache.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be removed, and remove nothing.")] = False,
+    drop_updates: Annotated[
+        bool, typer.Option("--drop-updates", help="Give up unfinished updates, and remove what they have written.")
+    ] = False,
 ) -> None:
-    """Remove what a repaired or retried cache has moved away, and what killed runs have left."""
-    from ..cache.status import collect
+    """Remove what a repaired or retried cache has moved away, what killed runs have left, and earlier generations.
 
-    found = collect(root, dry_run=dry_run)
+    Programs that still read an earlier generation need it: end them first.
+    """
+    from ..cache.garbage import collect
+
+    found = collect(root, dry_run=dry_run, drop_updates=drop_updates)
     for name, size in found:
         note(f"{name}: {bytes_text(size)}")
     done = "would be removed" if dry_run else "removed"

@@ -15,10 +15,11 @@ from models import random_model
 from capacitor_rt.cache import CacheRequest, RunOptions, cache_images
 from capacitor_rt.cache.compare import compare
 from capacitor_rt.cache.folder import LEASES
+from capacitor_rt.cache.garbage import collect
 from capacitor_rt.cache.mutex import me, owner_bytes
 from capacitor_rt.cache.repair import repair
 from capacitor_rt.cache.sources import files as files_module
-from capacitor_rt.cache.status import collect, status
+from capacitor_rt.cache.status import status
 from capacitor_rt.cache.verify import verify
 from capacitor_rt.cli.app import _run
 from capacitor_rt.errors import CacheError

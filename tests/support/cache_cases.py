@@ -85,7 +85,8 @@ def commits_of(out: Path) -> dict[int, Commit]:
     if not out.exists():
         return {}
     with CacheFolder(out) as folder:
-        return read_log(folder).commits
+        plan = load_plan(folder)
+        return read_log(folder, plan.log_name).commits if plan else {}
 
 
 def task_files(out: Path, task: int) -> tuple[Path, Path]:
@@ -99,7 +100,7 @@ def index_rows(out: Path) -> list[dict[str, Any]]:
     """Every row of the index, in the order of the inputs."""
     folder, plan = open_cache(out)
     with folder:
-        commits = sorted(read_log(folder).commits.items())
+        commits = sorted(read_log(folder, plan.log_name).commits.items())
         return [row for _, commit in commits for row in read_index(folder, plan, commit).to_pylist()]
 
 
@@ -107,7 +108,7 @@ def task_layout(out: Path, task: int) -> Layout:
     """Where everything lies in a task's file of latents."""
     folder, plan = open_cache(out)
     with folder:
-        commit = read_log(folder).commits[task]
+        commit = read_log(folder, plan.log_name).commits[task]
         return layout(plan, task, cached_counts(read_index(folder, plan, commit)), commit.index_xxh3)
 
 

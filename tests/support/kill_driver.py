@@ -2,8 +2,9 @@
 
 `kill SRC OUT COUNT SEED` caches SRC into OUT in a child, kills it at a random moment, and so on until one ends by
 itself. Prints how far the cache was (committed tasks) when each died.
+`kill-update` does the same by `--update`; meanwhile and after each death the cache in OUT is read, all of it.
 `share SRC OUT COUNT KILLS SEED` caches SRC into OUT in COUNT children at once, kills some of them, and prints how much
-each has read and their exit codes.
+each has read and their exit codes. `share-update` does the same by `--update`.
 `signal SRC MODEL OUT NUMBER [OUT NUMBER ...]` runs the command in a child for each OUT, sends it a signal after its
 first task, and prints the exit codes.
 """
@@ -23,7 +24,7 @@ import typer
 from models import random_model
 
 from capacitor_rt import FullCapacitor
-from capacitor_rt.cache import CacheRequest, cache_images
+from capacitor_rt.cache import CacheRequest, LatentDataset, RunOptions, cache_images
 from capacitor_rt.cli.cache import cache, verify
 from capacitor_rt.extras import require_extra
 
@@ -31,8 +32,7 @@ REQUEST = CacheRequest(32, area=True, dtype="fp32", posterior=True, flip=True, t
 
 
 def commits(out: Path) -> int:
-    log = out / "commits.jsonl"
-    return log.read_bytes().count(b"\n") if log.exists() else 0
+    return sum(log.read_bytes().count(b"\n") for log in out.glob("commits*.jsonl"))
 
 
 def wait_for_commits(out: Path, count: int) -> None:
@@ -57,25 +57,37 @@ def in_child(function) -> int:
         os._exit(code)
 
 
-def cache_at_leisure(src: Path, out: Path, model: FullCapacitor) -> int:
+def cache_at_leisure(src: Path, out: Path, model: FullCapacitor, update: bool) -> int:
     """Exit code of a run that leaves the processor to whoever is to strike it."""
     os.nice(10)
-    return cache_images(src, out, model, REQUEST, workers=0, progress=False).exit_code
+    options = RunOptions(workers=0, progress=False, update=update)
+    return cache_images(src, out, model, REQUEST, options=options).exit_code
 
 
-def kill_until_done(src: Path, out: Path, kills: int, seed: int) -> list[int]:
+def rows_of(out: Path) -> tuple[int, dict[str, bytes]]:
+    """Number of the generation and the bytes of every row, each compared with its hash."""
+    ds = LatentDataset(out, verify=True)
+    rows = {id: b"".join(t.numpy().tobytes() for t in ds.tensors(i).values()) for i, id in enumerate(ds.ids)}
+    return ds.plan.number, rows
+
+
+def kill_until_done(src: Path, out: Path, kills: int, seed: int, update: bool = False) -> list[int]:
     model = random_model()
     rng = random.Random(seed)
     died: list[int] = []
+    old = rows_of(out) if update else None
     while True:
         before = commits(out)
-        child = in_child(lambda: cache_at_leisure(src, out, model))
+        child = in_child(lambda: cache_at_leisure(src, out, model, update))
         if len(died) < kills:
             # let it finish between none and three more tasks, then strike within the next one
             wait_for_commits(out, before + rng.randint(0, 3))
             time.sleep(rng.uniform(0, 0.02))
             os.kill(child, signal.SIGKILL)
+        else:
+            check_readable(out, old)
         _, status = os.waitpid(child, 0)
+        check_readable(out, old)
         if os.WIFSIGNALED(status):
             died.append(commits(out))
             continue
@@ -83,11 +95,20 @@ def kill_until_done(src: Path, out: Path, kills: int, seed: int) -> list[int]:
         return died
 
 
-def share(src: Path, out: Path, count: int, kills: int, seed: int) -> list[int]:
+def check_readable(out: Path, old: tuple[int, dict[str, bytes]] | None) -> None:
+    """The cache in `out` is whole: as it was, or updated."""
+    if old is not None:
+        now = rows_of(out)
+        assert now == old or now[0] == old[0] + 1
+
+
+def share(src: Path, out: Path, count: int, kills: int, seed: int, update: bool = False) -> list[int]:
     """Exit codes of `count` processes that cache at once, of which `kills` are killed at random moments."""
     model = random_model()
     rng = random.Random(seed)
-    children = [in_child(lambda rank=rank: cache_at_rank(src, out, model, rank, count)) for rank in range(count)]
+    children = [
+        in_child(lambda rank=rank: cache_at_rank(src, out, model, rank, count, update)) for rank in range(count)
+    ]
     for child in rng.sample(children, kills):
         wait_for_commits(out, commits(out) + rng.randint(1, 3))
         time.sleep(rng.uniform(0, 0.03))
@@ -95,10 +116,11 @@ def share(src: Path, out: Path, count: int, kills: int, seed: int) -> list[int]:
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
-def cache_at_rank(src: Path, out: Path, model: FullCapacitor, rank: int, count: int) -> int:
+def cache_at_rank(src: Path, out: Path, model: FullCapacitor, rank: int, count: int, update: bool) -> int:
     """Exit code of one of several runs; prints how many inputs it has read."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count)}
-    report = cache_images(src, out, model, REQUEST, workers=0, progress=False)
+    options = RunOptions(workers=0, progress=False, update=update)
+    report = cache_images(src, out, model, REQUEST, options=options)
     print(f"read {report.new_images}", flush=True)
     return report.exit_code
 
@@ -128,10 +150,11 @@ if __name__ == "__main__":
     for module in ("pyarrow.parquet", "xxhash"):
         require_extra(module)
     mode, src, second, *rest = sys.argv[1:]
-    if mode == "kill":
-        print(*kill_until_done(Path(src), Path(second), *map(int, rest)))
-    elif mode == "share":
-        print("codes", *share(Path(src), Path(second), *map(int, rest)))
+    is_update = mode.endswith("-update")
+    if mode.startswith("kill"):
+        print(*kill_until_done(Path(src), Path(second), *map(int, rest), is_update))
+    elif mode.startswith("share"):
+        print("codes", *share(Path(src), Path(second), *map(int, rest), is_update))
     else:
         outs, numbers = map(Path, rest[::2]), map(int, rest[1::2])
         print(*(signal_command(Path(src), out, Path(second), n) for out, n in zip(outs, numbers, strict=True)))

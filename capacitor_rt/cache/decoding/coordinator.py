@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections import Counter, deque
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
@@ -64,7 +65,7 @@ class Order:
     """
 
     number: int
-    ordinals: range
+    ordinals: Sequence[int]
     span: Span
     result: Result | None = None
     failed: dict[int, tuple[str, str]] = field(default_factory=dict)
@@ -123,7 +124,7 @@ class Coordinator:
         self._thread = threading.Thread(target=self._run, name="decode-pool", daemon=True)
         self._thread.start()
 
-    def place(self, ordinals: range) -> Order | None:
+    def place(self, ordinals: Sequence[int]) -> Order | None:
         """Order a chunk; None while the ring has no room.
 
         Raises:

@@ -16,7 +16,7 @@ from ...images.geometry import Size
 from ...images.load import PixelPolicy
 from ..sources import Source
 from .coordinator import Coordinator, Order
-from .work import BACKOFF_SECONDS, Job, Meter, Worker, to_batch
+from .work import BACKOFF_SECONDS, Contents, Job, Meter, Worker, to_batch
 
 CHUNK = 32
 """Inputs of a chunk, if they are small."""
@@ -24,7 +24,7 @@ CHUNK = 32
 
 @dataclass
 class DecodedChunk:
-    """Consecutive inputs after decoding.
+    """A few inputs after decoding.
 
     Attributes:
         columns: Arrow record batch of `chunk_schema`, a row for each input.
@@ -97,6 +97,7 @@ class DecodePool:
         ring_bytes: of shared memory for pixels; more where `workers` could not be kept busy otherwise.
         readers: threads per worker that read ahead.
         backoff: seconds to wait before each further attempt to read an input that failed for now.
+        known: hashes of inputs that are read and not decoded: their rows have the status "known".
 
     Raises:
         InputError: an argument out of range.
@@ -115,6 +116,7 @@ class DecodePool:
         ring_bytes: int = 512 << 20,
         readers: int = 4,
         backoff: Sequence[float] = BACKOFF_SECONDS,
+        known: Contents | None = None,
     ):
         checks: dict[str, bool] = {"workers": workers >= 0, "image_timeout": image_timeout > 0, "readers": readers >= 1}
         checks |= {"pixel_budget": pixel_budget > 0, "ring_bytes": ring_bytes > 0, "buckets": len(buckets) > 0}
@@ -127,7 +129,7 @@ class DecodePool:
         self.meter = Meter()
         self.waited = self.started = 0.0
         self.chunks = self.ready_count = 0
-        self._job = Job(source, policy, tuple(buckets), readers, tuple(backoff), pixel_budget)
+        self._job = Job(source, policy, tuple(buckets), readers, tuple(backoff), pixel_budget, known)
         # of a ring as asked for, everyone has two chunks at least
         self.chunk = max(1, min(CHUNK, ring_bytes // (self._job.slot * (2 * workers + 2))))
         self._ring_bytes = max(ring_bytes, self._job.slot * self.chunk * (2 * workers + 2))
@@ -158,14 +160,14 @@ class DecodePool:
         if self._coordinator is not None:
             self._coordinator.pin()
 
-    def decode(self, ordinals: Iterable[range], ahead: int | None = None) -> Iterator[DecodedChunk]:
-        """A chunk for each range of inputs, in the order given, whichever worker is done first.
+    def decode(self, ordinals: Iterable[Sequence[int]], ahead: int | None = None) -> Iterator[DecodedChunk]:
+        """A chunk for each range or list of inputs, in the order given, whichever worker is done first.
 
-        Ranges are taken, in the calling thread, as far ahead as the ring has room, or `ahead` inputs. Chunks are to be
+        They are taken, in the calling thread, as far ahead as the ring has room, or `ahead` inputs. Chunks are to be
         released, or the ring fills up.
 
         Raises:
-            InputError: a range longer than the ring.
+            InputError: one longer than the ring.
             CacheError: no worker lives long enough to decode anything; all of the ring is held by the caller.
         """
         if self._here is not None:
@@ -176,7 +178,7 @@ class DecodePool:
         coordinator = self._coordinator
         orders: deque[Order] = deque()
         todo = iter(ordinals)
-        held: range | None = None
+        held: Sequence[int] | None = None
         try:
             while True:
                 under_way = sum(len(order.ordinals) for order in orders)
@@ -212,7 +214,7 @@ class DecodePool:
             for order in orders:
                 coordinator.abandon(order)
 
-    def _decode_here(self, worker: Worker, ordinals: Iterable[range]) -> Iterator[DecodedChunk]:
+    def _decode_here(self, worker: Worker, ordinals: Iterable[Sequence[int]]) -> Iterator[DecodedChunk]:
         for chosen in ordinals:
             pixels = np.empty(len(chosen) * self._job.slot, np.uint8)
             worker.push(chosen)

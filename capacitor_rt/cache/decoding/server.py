@@ -20,7 +20,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
@@ -56,7 +56,7 @@ class Task(NamedTuple):
     """
 
     number: int
-    ordinals: range
+    ordinals: Sequence[int]
     begin: int
     end: int
     failed: dict[int, tuple[str, str]]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from ...images.geometry import Size
 from ...images.load import Admit, PixelPolicy, load_image
 from ..failures import CRASHED, OUT_OF_MEMORY, is_retryable
 from ..hashing import xxh3
-from ..index import DECODED, OK, QUARANTINED
+from ..index import DECODED, KNOWN, OK, QUARANTINED
 from ..sources import Source
 
 BACKOFF_SECONDS = (0.2, 1.0, 3.0)
@@ -26,6 +26,13 @@ BACKOFF_SECONDS = (0.2, 1.0, 3.0)
 # bytes of files that a worker holds which are not decoded yet, beyond the one that is next
 _AHEAD_BYTES = 64 << 20
 _SCRATCH_BYTES = 64 << 20
+
+
+class Contents(Protocol):
+    """Hashes of inputs that need not be decoded. It is sent to every worker."""
+
+    def find(self, digest: bytes) -> int:
+        """Negative if the hash is none of them."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,7 @@ class Job:
         readers: threads per worker that read ahead.
         backoff: seconds to wait before each further attempt at an input that failed for now.
         pixel_budget: bytes that all workers together may take to decode images, unless one image needs more alone.
+        known: hashes of inputs that are read and not decoded: their status is "known".
     """
 
     source: Source
@@ -47,6 +55,7 @@ class Job:
     readers: int = 4
     backoff: tuple[float, ...] = BACKOFF_SECONDS
     pixel_budget: int = 2 << 30
+    known: Contents | None = None
 
     @property
     def slot(self) -> int:
@@ -199,6 +208,9 @@ class Worker:
         if read.error is not None or read.data is None:
             error = read.error or ImageError(CRASHED, "nothing was read")
             _fail(row, error.reason, str(error))
+            return 0
+        if self.job.known is not None and read.digest is not None and self.job.known.find(read.digest) >= 0:
+            values["status"], row.offset = KNOWN, -1
             return 0
         name = f"input {ordinal}"
         try:

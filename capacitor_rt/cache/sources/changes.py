@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from ...errors import ImageError
 from ...images.scan import path_to_id
 from ..hashing import xxh3
-from . import Source
+from . import Reader, Source
 from .listing import Listing, examples
+
+THREADS = 8
 
 
 def changed_inputs(
-    planned: Listing, source: Source, known_hashes: Callable[[list[int]], dict[int, bytes]]
+    planned: Listing,
+    source: Source,
+    known_hashes: Callable[[list[int]], dict[int, bytes]],
+    *,
+    rehash: bool = False,
 ) -> list[str]:
     """What differs between the planned inputs and those found now, one line per kind; empty if nothing does.
 
@@ -22,13 +29,13 @@ def changed_inputs(
 
     Args:
         known_hashes: XXH3-128 of those of the given inputs that have been read before, by ordinal.
+        rehash: read the others too.
     """
     now = source.listing
     if planned.locators == now.locators:
         resized = np.flatnonzero((planned.sizes != now.sizes) | (planned.offsets != now.offsets)).tolist()
-        touched = np.flatnonzero((planned.mtimes != now.mtimes) & (planned.sizes == now.sizes)).tolist()
-        known = known_hashes(touched) if touched else {}
-        edited = [i for i in touched if i in known and not _has_bytes(source, i, known[i])]
+        touched = np.flatnonzero((rehash | (planned.mtimes != now.mtimes)) & (planned.sizes == now.sizes)).tolist()
+        edited = _edited(source, known_hashes(touched)) if touched else []
         return examples("changed", [planned.id(i) for i in sorted(resized + edited)])
     before = dict(zip(planned.locators, planned.sizes.tolist(), strict=True))
     after = dict(zip(now.locators, now.sizes.tolist(), strict=True))
@@ -41,8 +48,16 @@ def changed_inputs(
     return lines or ["the same inputs in another order"]
 
 
-def _has_bytes(source: Source, i: int, digest: bytes) -> bool:
+def _edited(source: Source, known: dict[int, bytes]) -> list[int]:
+    """Inputs whose bytes have not the hash that is known of them."""
+    reader = source.open()
+    with ThreadPoolExecutor(THREADS) as pool:
+        has = pool.map(lambda item: _has_bytes(reader, *item), known.items())
+        return [i for i, same in zip(known, has, strict=True) if not same]
+
+
+def _has_bytes(reader: Reader, i: int, digest: bytes) -> bool:
     try:
-        return xxh3(source.open().read(i)).digest() == digest
+        return xxh3(reader.read(i)).digest() == digest
     except ImageError:
         return False

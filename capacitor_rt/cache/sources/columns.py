@@ -28,7 +28,7 @@ RESERVED = frozenset(
     (
         *("input", "id", "status", "reason", "message", "bytes_hash", "width", "height", "orientation", "bucket"),
         *("resize_height", "resize_width", "crop_top", "crop_left", "row", "row_hash", "min", "max", "mean", "std"),
-        *("latents", "logsnr", "latents_flip", "logsnr_flip", LABEL, CAPTION),
+        *("file", "latents", "logsnr", "latents_flip", "logsnr_flip", LABEL, CAPTION),
     )
 )
 

@@ -80,8 +80,8 @@ class Listing:
             digest.update(np.ascontiguousarray(column, dtype="<i8").data)
         return digest.hexdigest()
 
-    def save(self, folder: CacheFolder) -> None:
-        """Write `source.parquet`, in place of what a run that was killed while planning may have left."""
+    def save(self, folder: CacheFolder, name: str = SOURCE) -> None:
+        """Write the list, in place of what a run that was killed while planning may have left."""
         pa = require_extra("pyarrow")
         names = [None, *self.container_names]
         columns = {
@@ -92,19 +92,19 @@ class Listing:
             "container": pa.array([names[c + 1] for c in self.containers.tolist()], pa.binary()),
             "error": pa.array([self.errors.get(i) for i in range(len(self))], pa.string()),
         }
-        PendingFile(folder, SOURCE, [parquet_bytes(pa.table(columns))]).replace()
+        PendingFile(folder, name, [parquet_bytes(pa.table(columns))]).replace()
 
 
-def load_listing(folder: CacheFolder, sha256: str) -> Listing:
+def load_listing(folder: CacheFolder, name: str, sha256: str) -> Listing:
     """Read the list back.
 
     Raises:
         CacheError: it is missing, damaged, or does not match `sha256`, the plan's hash of it.
     """
-    path = folder.path / SOURCE
+    path = folder.path / name
     way_out = "the cache command writes it anew from the same inputs"
     try:
-        table = read_table(folder, SOURCE, _schema())
+        table = read_table(folder, name, _schema())
         listing = _listing(table)
     except (CacheError, OSError, ValueError) as e:
         why = "it is missing" if isinstance(e, FileNotFoundError) else str(e)
