@@ -116,3 +116,9 @@ def load_carried(folder: CacheFolder, plan: CachePlan) -> Carried:
     if any(bucket >= len(plan.buckets) for file in files for bucket, _ in file.rows):
         raise CacheError(f"{path} is damaged: it has a bucket that is not of the plan")
     return Carried(files)
+
+
+def carried_nbytes(folder: CacheFolder, plan: CachePlan) -> int:
+    """Bytes of the files of earlier generations that are there."""
+    files = load_carried(folder, plan).values()
+    return sum(info.st_size for file in files if (info := folder.stat(file.name)) is not None)

@@ -72,6 +72,7 @@ def joined(reports: Sequence[Report]) -> Report:
         # what failed for one may have succeeded for another
         failures=failures if last.unfinished else {},
         new_images=sum(report.new_images for report in reports),
+        reused=sum(report.reused for report in reports),
         seconds=max(report.seconds for report in reports),
         meters=Meters.joined(meters) if meters else None,
         costs=next((report.costs for report in reports if report.costs), []),

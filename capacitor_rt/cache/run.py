@@ -17,6 +17,7 @@ import torch
 from ..errors import CacheError
 from ..model import FullCapacitor
 from ..reference import Autoencoder
+from .carried import carried_nbytes
 from .commits import read_log, rewrite_log
 from .decoding import DecodePool, usable_cores
 from .dtype_costs import DtypeCost, as_json, describe, measure_dtypes
@@ -386,7 +387,7 @@ def _account(store: TaskStore, tasks: int) -> Report:
         cached=sum(c.rows for c in commits.values()),
         quarantined=Counter(json.loads(line)["reason"] for line in text.splitlines()),
         tasks=len(commits),
-        nbytes=sum(c.data_bytes for c in commits.values()),
+        nbytes=sum(c.data_bytes for c in commits.values()) + carried_nbytes(folder, plan),
     )
 
 

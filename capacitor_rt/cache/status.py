@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from ..errors import CacheError
 from ..extras import require_extra
-from .carried import load_carried
+from .carried import carried_nbytes
 from .commits import read_log
 from .folder import LEASES, CacheFolder
 from .garbage import litter, living_stems
@@ -103,7 +103,7 @@ def status(root: str | os.PathLike[str]) -> Status:
             found.left_seconds = left / found.rate
         if found.done_inputs:
             found.left_nbytes = round(left * found.nbytes / found.done_inputs)
-        found.nbytes += sum(info.st_size for f in load_carried(folder, plan).values() if (info := folder.stat(f.name)))
+        found.nbytes += carried_nbytes(folder, plan)
         found.litter_nbytes = sum(size for _, size in litter(folder, plan, living_stems(folder, plan)))
     return found
 

@@ -294,7 +294,7 @@ def _print_report(report: Report, out: Path) -> None:
         echo(f"nothing to do: {out} holds {done}")
     else:
         rate = report.new_images / max(report.seconds, 1e-9)
-        reused = f"; {report.reused} rows reused" if report.generation else ""
+        reused = f"; {report.reused} rows reused for generation {report.generation}" if report.generation else ""
         echo(f"cached {done}{reused}; {report.new_images} inputs read at {rate:.1f} images/s; {report.meters}")
     if report.quarantined:
         reasons = ", ".join(f"{reason} {n}" for reason, n in sorted(report.quarantined.items()))

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import os
 import random
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from cache_cases import Forbidden, index_rows, open_cache, pixels, snapshot, write_images
@@ -58,6 +62,14 @@ def image(path: Path, seed: int, size=(40, 40)) -> Path:
     Image.fromarray(pixels(*size, seed=seed)).save(path)
     os.utime(path, (OLD, OLD))
     return path
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
+    with tarfile.open(path, "w") as file:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            file.addfile(info, io.BytesIO(data))
 
 
 @pytest.fixture
@@ -437,6 +449,88 @@ def test_workers_write_the_same_bytes(src, out, tmp_path):
     update(src, out)
     update(src, copy, workers=2)
     assert snapshot(out) == snapshot(copy)
+
+
+def test_tar_files_that_are_added_and_appended_to(tmp_path, reads):
+    src, out = tmp_path / "wds", tmp_path / "out"
+    files = write_images(tmp_path / "one", 7, sizes=SIZES)
+    data = [path.read_bytes() for path in files]
+    src.mkdir()
+    for shard in (0, 1):
+        write_tar(src / f"{shard}.tar", [(f"{i}.png", data[i]) for i in (2 * shard, 2 * shard + 1)])
+    age(src)
+    cache(src, out)
+    reads["read"].clear(), reads["decoded"].clear()
+    # one is as it was, one is longer, and one is new
+    write_tar(src / "1.tar", [(f"{i}.png", data[i]) for i in (2, 4, 3)])
+    write_tar(src / "2.tar", [(f"{i}.png", data[i]) for i in (5, 6)])
+    report = update(src, out)
+    assert len(reads["read"]) == 5 and sorted(reads["decoded"]) == ["1.tar/4.png", "2.tar/5.png", "2.tar/6.png"]
+    assert report.reused == 4
+    assert_as_fresh(src, out, tmp_path)
+
+
+def test_parquet_files_that_are_added_and_replaced(tmp_path, reads):
+    src, out = tmp_path / "hf", tmp_path / "out"
+    data = [path.read_bytes() for path in write_images(tmp_path / "one", 8, sizes=SIZES)]
+    src.mkdir()
+
+    def write(name, numbers):
+        pq.write_table(pa.table({"image": [data[i] for i in numbers]}), src / name, row_group_size=2)
+
+    write("a.parquet", [0, 1, 2])
+    write("b.parquet", [3, 4])
+    age(src)
+    cache(src, out)
+    reads["read"].clear(), reads["decoded"].clear()
+    write("b.parquet", [4, 3, 5])
+    write("c.parquet", [6, 0])
+    report = update(src, out)
+    assert len(reads["read"]) == 5 and len(reads["decoded"]) == 2 and report.reused == 6
+    assert_as_fresh(src, out, tmp_path)
+
+
+def test_a_list_in_another_order(src, tmp_path, reads):
+    out, names = tmp_path / "out", sorted(path.name for path in src.iterdir())
+    (src / "list.txt").write_text("\n".join(names))
+    cache(src / "list.txt", out)
+    reads["read"].clear(), reads["decoded"].clear()
+    (src / "list.txt").write_text("\n".join(reversed(names[2:])))
+    update(src / "list.txt", out, Forbidden(random_model()))
+    assert reads["read"] == []
+    assert_as_fresh(src / "list.txt", out, tmp_path)
+
+
+def test_the_page_of_the_format_reads_an_updated_cache(src, tmp_path, monkeypatch):
+    cache(src, tmp_path / "latents")
+    image(src / "zz.png", 51)
+    update(src, tmp_path / "latents")
+    (snippet,) = re.findall(
+        r"```python\n(.*?)```", (Path(__file__).parents[2] / "docs" / "cache-format.md").read_text(), re.S
+    )
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(snippet, names)
+    wanted = rows_of(tmp_path / "latents")
+    assert names["latents"].keys() == wanted.keys()
+    assert all(torch.equal(names["latents"][id], wanted[id]["latents"]) for id in wanted)
+
+
+def test_the_command(src, out, run, tmp_path):
+    random_model().save_pretrained(tmp_path / "model")
+    shutil.rmtree(out)
+    command = ("cache", src, out, "--model", tmp_path / "model", "--size", 32, "--update", "--quiet", "--device", "cpu")
+    code, text, _ = run(*command)
+    assert code == 3 and text.startswith("cached 10 of 11 images")
+    code, text, _ = run(*command)
+    assert code == 3 and text.startswith("nothing to do")
+    image(src / "zz.png", 51)
+    code, text, _ = run(*command)
+    assert code == 3 and "cached 11 of 12 images" in text and "11 rows reused for generation 1" in text
+    code, text, err = run(*command[:-4], "--rehash")
+    assert code == 2 and "--rehash is for --update" in err
+    code, _, err = run("cache", src, out, "--model", tmp_path / "model", "--size", 64, "--update", "--device", "cpu")
+    assert code == 1 and "was planned otherwise" in err and "geometry.side 32 -> 64" in err
 
 
 def test_known_contents():
