@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import re
-import socket
 import uuid
 import warnings
 from collections.abc import Mapping
@@ -18,8 +17,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -31,13 +28,14 @@ from .checkpoint_schema import DERIVED, Entry, Reading, read_layout
 from .conditioning import default_freqs
 from .config import MOST_CONFIG_BYTES, ModelConfig
 from .errors import CheckpointError, ConfigError
+from .hub_access import explained, unreachable
 from .safetensors_header import read_safetensors_header, unreadable
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
+ADAPTER_NAME = "adapter.json"
+"""Arguments of an adapter, beside the model that it was saved with."""
 SAMPLE = "sample"
-CONNECT_SECONDS = 5.0
-"""Given to the hub to answer at all."""
 _log = logging.getLogger("capacitor_rt")
 
 
@@ -154,7 +152,7 @@ def _from_hub(
             hf_hub_download(id, filename, revision=at, subfolder=subfolder, force_download=force_download, **options)
         )
 
-    try:
+    with explained(id, revision, why):
         try:
             config = fetch(CONFIG_NAME, revision)
         except hub_errors.LocalEntryNotFoundError:
@@ -163,49 +161,54 @@ def _from_hub(
             config = None
         # both files of one commit, also while the repository is being changed
         commit = _commit_of(config) if config else None
-        weights = fetch(WEIGHTS_NAME, commit or revision)
-    except hub_errors.GatedRepoError:
-        raise CheckpointError(f"{id} is gated: accept its terms on the hub and pass token=") from None
-    except hub_errors.RepositoryNotFoundError:
-        raise CheckpointError(f"{id} is not on the hub, or is private: check the name, or pass token=") from None
-    except hub_errors.RevisionNotFoundError:
-        raise CheckpointError(f"{id} has no revision {revision!r}: name a branch, a tag or a commit") from None
-    except hub_errors.LocalEntryNotFoundError:
-        asked = why or "the hub was not asked or not reached"
-        raise CheckpointError(
-            f"{id} is not in the local cache, and {asked}: connect, unset HF_HUB_OFFLINE / local_files_only, or pass "
-            "a folder"
-        ) from None
-    except hub_errors.EntryNotFoundError:
-        where = f"{id}/{subfolder}" if subfolder else id
-        raise CheckpointError(f"{where} holds no {WEIGHTS_NAME} at revision {revision or 'main'}") from None
-    except hub_errors.HFValidationError as error:
-        raise CheckpointError(f"{id!r} is not a hub id: {error}") from None
-    except (hub_errors.HfHubHTTPError, OSError) as error:
-        raise CheckpointError(f"{id} could not be downloaded: {error}") from None
+        try:
+            weights = fetch(WEIGHTS_NAME, commit or revision)
+        except hub_errors.LocalEntryNotFoundError:
+            raise
+        except hub_errors.EntryNotFoundError:
+            where = f"{id}/{subfolder}" if subfolder else id
+            raise CheckpointError(f"{where} holds no {WEIGHTS_NAME} at revision {revision or 'main'}") from None
     if why:
         _log.warning("%s: %s comes from the local cache, as it was last seen", why, id)
     return CheckpointSource(id, _commit_of(weights), weights, config)
 
 
-def unreachable() -> str | None:
-    """Why no connection to the hub can be opened, found out in seconds; None where it can, or is not to be tried.
+def companion(
+    source: CheckpointSource,
+    name: str,
+    *,
+    cache_dir: str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+    subfolder: str | None = None,
+) -> Path | None:
+    """A small file beside a checkpoint's weights, of the same commit; None where there is none.
 
-    With a proxy only the proxy knows.
+    One of a checkpoint of the hub is downloaded. Where the hub is not asked and was not asked for the file before, the
+    file is taken for absent, and a warning logged.
+
+    Raises:
+        CheckpointError: no access, or the download failed.
     """
-    from huggingface_hub import constants
+    from huggingface_hub import errors as hub_errors
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
-    address, proxies = urlsplit(constants.ENDPOINT), getproxies()
-    if constants.HF_HUB_OFFLINE or not address.hostname:
-        return None
-    if (address.scheme in proxies or "all" in proxies) and not proxy_bypass(address.hostname):
-        return None
-    try:
-        port = address.port or (80 if address.scheme == "http" else 443)
-        socket.create_connection((address.hostname, port), timeout=CONNECT_SECONDS).close()
-    except OSError as error:
-        return f"{address.hostname} cannot be reached ({error.strerror or error})"
-    return None
+    path = source.weights.parent / name
+    if path.is_file() or source.revision is None:
+        return path if path.is_file() else None
+    why = None if local_files_only else unreachable()
+    folder = None if cache_dir is None else Path(cache_dir)
+    options: dict[str, Any] = {"revision": source.revision, "subfolder": subfolder, "cache_dir": folder, "token": token}
+    with explained(source.id, source.revision, why):
+        try:
+            return Path(hf_hub_download(source.id, name, **options, local_files_only=local_files_only or bool(why)))
+        except hub_errors.LocalEntryNotFoundError:
+            inside = f"{subfolder}/{name}" if subfolder else name
+            if try_to_load_from_cache(source.id, inside, cache_dir=folder, revision=source.revision) is None:
+                _log.warning("%s: %s is not in the local cache: taken for absent", source.id, name)
+            return None
+        except hub_errors.EntryNotFoundError:
+            return None
 
 
 def _commit_of(path: Path) -> str | None:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checkpoint import companion
 from ..checks import check_inference_config, check_model_dtype
 from ..config import FullCapacitorInferenceConfig
 from ..diffusion import unit_noise
@@ -128,7 +129,15 @@ class DiffusersVAE(ModelMixin):
             strict_size=strict_size,
         )
         assert model.source is not None, "it was loaded"
-        kept = settings.read(model.source, cls.__name__)
+        path = companion(
+            model.source,
+            settings.NAME,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+            subfolder=subfolder,
+        )
+        kept = settings.read(path, cls.__name__)
         given = {name: value for name, value in adapter.items() if name not in _IGNORED}
         return cls(model, **{**cls._arguments(kept, model), **given})
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from .. import strict_json
-from ..checkpoint import CheckpointSource, replacing
+from ..checkpoint import ADAPTER_NAME as NAME
+from ..checkpoint import replacing
 from ..errors import CheckpointError
 
-NAME = "adapter.json"
 _MOST_BYTES = 8 << 20
 
 
@@ -22,20 +22,27 @@ def write(folder: str | os.PathLike[str], adapter: str, arguments: dict[str, Any
         path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def read(source: CheckpointSource, adapter: str) -> dict[str, Any]:
-    """Arguments that were saved beside a model for the class `adapter`; none where there are none for it.
+def read(path: Path | None, adapter: str) -> dict[str, Any]:
+    """Arguments that a file holds for the class `adapter`; none where they are another's, or there is no file.
 
     Raises:
         CheckpointError: the file is damaged.
     """
-    path = source.weights.parent / NAME
-    if not path.is_file():
-        return {}
+    found, arguments = (None, {}) if path is None else document(path)
+    return arguments if found == adapter else {}
+
+
+def document(path: Path) -> tuple[str, dict[str, Any]]:
+    """The class and the arguments that a file holds.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
     try:
-        document = strict_json.read(path, _MOST_BYTES)
-        found, arguments = document["adapter"], document["arguments"]
-        if not isinstance(arguments, dict):
-            raise TypeError("arguments are no object")
+        values = strict_json.read(path, _MOST_BYTES)
+        adapter, arguments = values["adapter"], values["arguments"]
+        if not isinstance(adapter, str) or not isinstance(arguments, dict):
+            raise TypeError("it names no class, or its arguments are no object")
     except (OSError, strict_json.StrictJSONError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}): save the adapter again, or delete the file") from error
-    return arguments if found == adapter else {}
+    return adapter, arguments

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checkpoint import unreachable
 from ..config import FullCapacitorInferenceConfig
 from ..errors import CheckpointError, InputError
 from ..extras import install_hint, is_installed
+from ..hub_access import unreachable
 from .spatial_attention import use_attention
 
 HUB_ID = "black-forest-labs/FLUX.2-dev"

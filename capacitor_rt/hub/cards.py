@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from ..cache.dataset import LatentDataset
     from ..cache.verify import Verification
 
+NAMES = 20
+"""Of classes, on a card."""
 HOME = "https://huggingface.co/data-archetype/full_capacitor"
 
 
@@ -35,6 +37,7 @@ def cache_card(dataset: LatentDataset, found: Verification, repo_id: str, revisi
         "rows": f"{len(dataset):,} of {found.inputs:,} images",
         "size": f"{found.nbytes / 1e9:,.1f} GB" if found.nbytes >= 1e9 else f"{found.nbytes / 1e6:.1f} MB",
         "images": f"{_sizing(geometry)}; crop: {geometry['crop']}",
+        **_columns(dataset),
         "plan": f"`{dataset.plan.id}`",
     }
     at = f', revision="{revision}"' if revision else ""
@@ -73,8 +76,14 @@ def cache_card(dataset: LatentDataset, found: Verification, repo_id: str, revisi
     )
 
 
-def model_card(config: ModelConfig | Any, tensors: Mapping[str, Any], repo_id: str, revision: str | None) -> str:
-    """Card of a model: its architecture, its size, and how to load it."""
+def model_card(
+    config: ModelConfig | Any,
+    tensors: Mapping[str, Any],
+    repo_id: str,
+    revision: str | None,
+    adapter: str | None = None,
+) -> str:
+    """Card of a model: its architecture, its size, and how to load it; `adapter`, the class that it was saved by."""
     count = sum(int(np.prod(shape)) for shape in tensors.values())
     at = f', revision="{revision}"' if revision else ""
     settings = {key: value for key, value in config.to_dict().items() if not key.startswith("_")}
@@ -103,8 +112,46 @@ def model_card(config: ModelConfig | Any, tensors: Mapping[str, Any], repo_id: s
             f'model = FullCapacitor.from_pretrained("{repo_id}"{at})',
             "```",
             "",
+            *(_adapter_lines(adapter, repo_id, at) if adapter else ()),
         ]
     )
+
+
+def _adapter_lines(adapter: str, repo_id: str, at: str) -> list[str]:
+    if not adapter.isidentifier():
+        return []
+    return [
+        "Behind the interface of a diffusers autoencoder, with the arguments that it was saved with:",
+        "",
+        "```python",
+        f"from capacitor_rt.adapters import {adapter}",
+        "",
+        f'vae = {adapter}.from_pretrained("{repo_id}"{at})',
+        "```",
+        "",
+    ]
+
+
+def _columns(dataset: LatentDataset) -> dict[str, str]:
+    """What a cache holds of each image beside latents: labels with their names, captions, columns of the source."""
+    kinds = {column["name"]: column["type"] for column in dataset.plan.columns}
+    found = {}
+    if "label" in kinds:
+        names = dataset.label_names
+        shown = f": {_names(names)}" if names else ""
+        found["labels"] = f"{len(names):,} classes{shown}" if names is not None else "numbers of the source"
+    if "caption" in kinds:
+        empty = dataset.column("caption").null_count
+        found["captions"] = f"{len(dataset) - empty:,} of {len(dataset):,} rows"
+    kept = [f"`{_text(name)}` ({kind})" for name, kind in kinds.items() if name not in ("label", "caption")]
+    if kept:
+        found["columns"] = ", ".join(kept)
+    return found
+
+
+def _names(names: list[str]) -> str:
+    shown = ", ".join(_text(name[:40]) for name in names[:NAMES])
+    return shown + (", ..." if len(names) > NAMES else "")
 
 
 def _shape(model: dict[str, Any], size: Any) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 from .. import checkpoint
 from ..errors import CacheError, CapacitorError, CheckpointError, InputError
+from ..hub_access import unreachable
 from ..version import __version__
 from .cards import cache_card, model_card
 
@@ -91,7 +92,7 @@ def push_to_hub(
 
     root = Path(folder)
     content = _content(root, repo_id, revision, advance)
-    why = checkpoint.unreachable()
+    why = unreachable()
     if why:
         raise HubError(f"{repo_id} could not be pushed to: {why}")
     api = HfApi(token=token, library_name="capacitor_rt", library_version=__version__)
@@ -167,8 +168,13 @@ def _model(root: Path, repo_id: str, revision: str | None) -> _Folder:
     if problems:
         raise CheckpointError(f"{root} does not fit together, and is not pushed ({len(problems)} problems):", problems)
     shapes = {entry.name: entry.shape for entry in reading.entries}
-    card = model_card(reading.config, shapes, repo_id, revision)
-    names = [checkpoint.CONFIG_NAME, checkpoint.WEIGHTS_NAME]
+    adapter = None
+    if (root / checkpoint.ADAPTER_NAME).is_file():
+        from ..adapters import settings
+
+        adapter, _ = settings.document(root / checkpoint.ADAPTER_NAME)
+    card = model_card(reading.config, shapes, repo_id, revision, adapter)
+    names = [checkpoint.CONFIG_NAME, checkpoint.ADAPTER_NAME, checkpoint.WEIGHTS_NAME]
     files: dict[str, Path | bytes] = {name: root / name for name in names if (root / name).is_file()}
     return _Folder("model", files | {CARD: card.encode()}, frozenset())
 

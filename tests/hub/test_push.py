@@ -13,7 +13,10 @@ from models import random_model
 from typer.testing import CliRunner
 
 from capacitor_rt import CacheError, CheckpointError, FullCapacitor, InputError, LatentDataset
+from capacitor_rt.adapters import CapacitorFlux2VAE, CapacitorVAE
 from capacitor_rt.cache import CacheRequest, cache_images
+from capacitor_rt.cache.options import RunOptions
+from capacitor_rt.cache.sources import ColumnsRequest
 from capacitor_rt.cache.verify import verify
 from capacitor_rt.cli.app import app
 from capacitor_rt.hub import HubError, push, push_to_hub
@@ -205,6 +208,54 @@ def test_a_model_goes_there_and_back(hub, made, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="does not fit together, and is not pushed"):
         push_to_hub(broken, "me/broken", token=TOKEN)
     assert ("model", "me/broken") not in hub.repos
+
+
+def test_an_adapter_goes_there_and_back(hub, tmp_path, caplog):
+    vae = CapacitorFlux2VAE(random_model(), inference_config={"seed": 7}, output_dtype=torch.float16)
+    vae.save_pretrained(tmp_path / "vae")
+    push_to_hub(tmp_path / "vae", "me/vae", token=TOKEN)
+    files = hub.repos["model", "me/vae"].branches["main"]
+    assert set(files) == {"config.json", "adapter.json", "model.safetensors", "README.md"}
+    assert 'CapacitorFlux2VAE.from_pretrained("me/vae")' in files["README.md"].decode()
+    options = {"cache_dir": tmp_path / "hub", "token": TOKEN}
+    # the model alone was downloaded before
+    FullCapacitor.from_pretrained("me/vae", **options)
+    unknown = CapacitorFlux2VAE.from_pretrained("me/vae", **options, local_files_only=True)
+    assert unknown.inference_config.seed == 0
+    assert "me/vae: adapter.json is not in the local cache: taken for absent" in caplog.text
+    caplog.clear()
+    for offline in (False, True):
+        back = CapacitorFlux2VAE.from_pretrained("me/vae", **options, local_files_only=offline)
+        assert back.inference_config.seed == 7 and back.output_dtype == torch.float16
+        image = torch.rand(1, 3, 64, 64) * 2 - 1
+        assert torch.equal(*(v.encode(image).latent_dist.mode() for v in (vae, back)))
+    # another class than it was saved by has its own arguments
+    assert CapacitorVAE.from_pretrained("me/vae", **options).inference_config.seed == 0
+    (tmp_path / "vae" / "adapter.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"adapter\.json cannot be read"):
+        push_to_hub(tmp_path / "vae", "me/broken", token=TOKEN)
+    # and a model without the file is asked for it once
+    (tmp_path / "vae" / "adapter.json").unlink()
+    push_to_hub(tmp_path / "vae", "me/plain", token=TOKEN)
+    for offline in (False, True):
+        plain = CapacitorFlux2VAE.from_pretrained("me/plain", **options, local_files_only=offline)
+        assert plain.inference_config.seed == 0
+    assert not caplog.text
+
+
+def test_the_card_names_labels_captions_and_columns(hub, tmp_path):
+    for folder in ("ant", "bee|fly"):
+        write_images(tmp_path / "photos" / folder, 2)
+    (tmp_path / "photos" / "ant" / "000.txt").write_text("an ant")
+    names = [p.relative_to(tmp_path / "photos").as_posix() for p in sorted((tmp_path / "photos").rglob("*.png"))]
+    (tmp_path / "table.csv").write_text("file_name,label,score\n" + "".join(f"{n},{n[:3]},1.5\n" for n in names))
+    columns = ColumnsRequest(str(tmp_path / "table.csv"), "txt", ("score",))
+    run = RunOptions(workers=0, progress=False, columns=columns)
+    cache_images(tmp_path / "photos", tmp_path / "cache", random_model(), CacheRequest(64), options=run)
+    push_to_hub(tmp_path / "cache", ME, token=TOKEN)
+    card = hub.repos["dataset", ME].branches["main"]["README.md"].decode()
+    assert "| labels | 2 classes: ant, bee |" in card
+    assert "| captions | 1 of 4 rows |" in card and "| columns | `score` (string) |" in card
 
 
 def test_what_the_hub_refuses(hub, made, tmp_path, monkeypatch):

@@ -73,8 +73,9 @@ class Handler(BaseHTTPRequestHandler):
         if body:
             self.wfile.write(data)
 
-    def fail(self, status: int, code: str = ""):
-        self.reply({"error": code or "no"}, status, [("X-Error-Code", code)] if code else [])
+    def fail(self, status: int, code: str = "", commit: str = ""):
+        headers = [("X-Error-Code", code), ("X-Repo-Commit", commit)]
+        self.reply({"error": code or "no"}, status, [header for header in headers if header[1]])
 
     def route(self, method: str, body: bytes):
         path = unquote(urlsplit(self.path).path)
@@ -186,8 +187,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def resolve(self, repo: Repo, revision: str, path: str, body: bool):
         branch = repo.find(revision)
-        if branch is None or path not in repo.branches[branch]:
-            return self.fail(404, "RevisionNotFound" if branch is None else "EntryNotFound")
+        if branch is None:
+            return self.fail(404, "RevisionNotFound")
+        if path not in repo.branches[branch]:
+            return self.fail(404, "EntryNotFound", repo.sha(branch))
         data = repo.branches[branch][path]
         headers = [("X-Repo-Commit", repo.sha(branch)), ("ETag", f'"{hashlib.sha256(data).hexdigest()}"')]
         return self.reply(data, headers=headers, body=body)
