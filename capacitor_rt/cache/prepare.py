@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from .mutex import HELD, LOCK
 from .options import RunOptions
 from .plan import PLAN, CachePlan, CacheRequest, Task, load_plan, make_plan, plan_tasks
 from .plan_changes import check_plan, version_notes
-from .sources import Source, load_listing
+from .sources import Listing, Source, load_listing
 from .sources.changes import changed_inputs
 from .sources.listing import SOURCE
 from .sources.open import open_source
@@ -113,7 +114,9 @@ def prepare(
         raise CacheError(f"{identity.id} is deterministic and has no logsnr to store: leave out posterior")
     buckets = plan.buckets if plan else request.buckets(identity.multiple)
     is_checked = source is not None
-    source = source or open_source(src, out, options.source, options.columns, options.image_column)
+    source = source or open_source(
+        src, out, options.source, options.columns, options.image_column, lambda: planned_listing(folder, plan)
+    )
     if plan and folder:
         if plan.is_update:
             source = with_stable_labels(source, plan.fields["label_names"])
@@ -131,6 +134,15 @@ def prepare(
 def tasks_of(plan: CachePlan, source: Source) -> list[Task]:
     """The tasks of a plan whose inputs these are."""
     return plan_tasks(plan, source.listing.tasks(plan.task_inputs))
+
+
+def planned_listing(folder: CacheFolder | None, plan: CachePlan | None) -> Listing | None:
+    """The list of the plan that is there, if it is sound."""
+    if folder is None or plan is None:
+        return None
+    with suppress(CacheError):
+        return load_listing(folder, plan.source_name, plan.fields["source"]["sha256"])
+    return None
 
 
 def _check_inputs(folder: CacheFolder, plan: CachePlan, source: Source, is_checked: bool) -> bool:

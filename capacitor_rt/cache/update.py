@@ -13,7 +13,7 @@ from .mutex import Mutex
 from .options import RunOptions
 from .plan import PLAN, CachePlan, CacheRequest, code_versions, load_plan
 from .plan_changes import check_plan, version_notes
-from .prepare import PreparedRun, committed_hashes, prepare, tasks_of
+from .prepare import PreparedRun, committed_hashes, planned_listing, prepare, tasks_of
 from .reuse import Reuse, Survey, survey
 from .sources import Source, load_listing
 from .sources.changes import changed_inputs
@@ -39,7 +39,14 @@ def prepare_update(
     assert current is not None
     identity = model_source.identity(current.fields["model"]["compute_dtype"])
     check_plan(current, request, identity, folder)
-    source = open_source(src, folder.path, options.source, options.columns, options.image_column)
+    source = open_source(
+        src,
+        folder.path,
+        options.source,
+        options.columns,
+        options.image_column,
+        lambda: planned_listing(folder, current),
+    )
     source = with_stable_labels(source, current.fields["label_names"])
     rehash = options.rehash
     if is_of(folder, current, source, rehash):

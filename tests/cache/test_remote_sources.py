@@ -107,7 +107,8 @@ def test_parquet_files_below_a_url(memory, tmp_path):
     [
         ("memory://nowhere", "no images below memory://nowhere"),
         ("nope://x", r"nope://x cannot be read: Protocol not known"),
-        ("memory://bucket/x.tar", "read from local disks alone"),
+        ("memory://bucket/x.txt", "lists are read from local disks alone"),
+        ("memory://bucket/x.tar", r"memory://bucket/x\.tar does not exist"),
         ("memory://bucket/x-*.parquet", r"no \.parquet files in"),
     ],
 )

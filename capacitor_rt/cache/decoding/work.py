@@ -19,7 +19,7 @@ from ...images.load import Admit, PixelPolicy, load_image
 from ..failures import CRASHED, OUT_OF_MEMORY, is_retryable
 from ..hashing import xxh3
 from ..index import DECODED, KNOWN, OK, QUARANTINED
-from ..sources import Source
+from ..sources import Expecting, Source
 
 BACKOFF_SECONDS = (0.2, 1.0, 3.0)
 """How long to wait before an input that failed for now is tried again."""
@@ -152,6 +152,8 @@ class Worker:
 
     def push(self, ordinals: Sequence[int]) -> None:
         """More inputs, to be read ahead."""
+        if isinstance(self._reader, Expecting):
+            self._reader.expect(ordinals)
         self._waiting.extend(ordinals)
         self._read_ahead()
 

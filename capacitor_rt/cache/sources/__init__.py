@@ -6,7 +6,8 @@ picklable, and opened again in every process that reads.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Iterable
+from typing import Any, Protocol, runtime_checkable
 
 from ..failures import IO_ERROR as IO_ERROR
 from .columns import Columns as Columns
@@ -27,6 +28,14 @@ class Reader(Protocol):
 
     def name(self, ordinal: int) -> str:
         """What messages call an input: its id."""
+
+
+@runtime_checkable
+class Expecting(Protocol):
+    """A reader to which it is of use to know what comes."""
+
+    def expect(self, ordinals: Iterable[int]) -> None:
+        """These will be read soon, mostly in this order."""
 
 
 class Source(Protocol):

@@ -61,6 +61,10 @@ class LocalFiles:
         info = os.stat(os.path.join(self.root, name))
         return info.st_size, info.st_mtime_ns
 
+    def has_changed(self, name: bytes, mtime: int) -> bool:
+        """Whether the file is another one now. Raises OSError."""
+        return self.info(name)[1] != mtime
+
     def open(self, name: bytes) -> Any:
         """A file to seek in."""
         return open(os.path.join(self.root, name), "rb")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from ...errors import CacheError, InputError
@@ -10,6 +11,7 @@ from ...images.scan import EXTENSIONS
 from . import Source
 from .columns import ColumnsRequest
 from .files import folder_source, list_source
+from .listing import Listing
 from .parquet import parquet_source
 from .remote import is_url, remote_folder
 from .tar import tar_source
@@ -25,15 +27,18 @@ def open_source(
     kind: str = "auto",
     columns: ColumnsRequest | None = None,
     image_column: str | None = None,
+    planned: Callable[[], Listing | None] = lambda: None,
 ) -> Source:
     """List the inputs of a source.
 
     Args:
         src: a folder of images, an image, a text file with a path in each line, or tar or Parquet files: one, a folder
-            of them, or a pattern. A URL that fsspec knows (`s3://`, `hf://`) names images or Parquet files.
+            of them, or a pattern. A URL that fsspec knows (`s3://`, `hf://`, `https://`) names a folder of images, or
+            tar or Parquet files.
         out: the cache, which is left out where it lies below `src`.
         kind: one of `KINDS`; "auto" goes by what `src` is.
         image_column: of Parquet files; None: the one that is named so, or has the type.
+        planned: the list of the plan that is there, where listing anew would mean reading everything.
 
     Raises:
         CacheError: it cannot be listed, or holds no image. InputError: an unknown kind.
@@ -43,7 +48,7 @@ def open_source(
     columns = columns or ColumnsRequest()
     text = os.fspath(src)
     if is_url(text):
-        return _remote(text, out, kind, columns, image_column)
+        return _remote(text, out, kind, columns, image_column, planned)
     path = Path(src)
     if kind == "auto":
         kind = _guess(path)
@@ -56,10 +61,19 @@ def open_source(
     return folder_source(path, out, columns)
 
 
-def _remote(url: str, out: Path, kind: str, columns: ColumnsRequest, image_column: str | None) -> Source:
-    """A source by its URL: Parquet files, of which a data set on the hub mostly is made, or a folder of images."""
-    if kind in ("list", "tar") or (kind == "auto" and url.endswith((".tar", ".txt", ".lst", ".list"))):
-        raise CacheError(f"{url}: tar files and lists are read from local disks alone: mount or download them")
+def _remote(
+    url: str,
+    out: Path,
+    kind: str,
+    columns: ColumnsRequest,
+    image_column: str | None,
+    planned: Callable[[], Listing | None],
+) -> Source:
+    """A source by its URL: tar files, Parquet files, as most data sets on the hub are, or a folder of images."""
+    if kind == "list" or (kind == "auto" and url.endswith((".txt", ".lst", ".list"))):
+        raise CacheError(f"{url}: lists are read from local disks alone: download it")
+    if kind == "tar" or (kind == "auto" and url.endswith(".tar")):
+        return tar_source(url, out, columns, planned)
     by_name = url.endswith(".parquet") or url.startswith("hf://")
     if kind == "parquet" or (kind == "auto" and by_name):
         return parquet_source(url, out, columns, image_column)

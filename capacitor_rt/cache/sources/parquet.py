@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,14 @@ from ...extras import require_extra
 from ...images.decode import EMPTY, UNREADABLE
 from ..failures import CHANGED, IO_ERROR, OUT_OF_MEMORY
 from .columns import CAPTION, LABEL, Column, Columns, ColumnsRequest, numbered, typed
-from .containers import LocalFiles, find_containers
 from .listing import MISSING, Listing
-from .remote import RemoteContainers, is_url
+from .remote import Files, find_files
 
 IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes", "picture")
-Files = LocalFiles | RemoteContainers
 GROUPS = 2
-"""Row groups whose images one reader keeps."""
+"""Row groups that one reader streams at a time."""
+BATCH_ROWS = 16
+BUFFER_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -56,22 +57,39 @@ class ParquetSource:
 
 
 class ParquetReader:
-    """Reads images of Parquet rows. Threads may share it."""
+    """Reads images of Parquet rows. Threads may share it.
+
+    A row group is streamed, a few rows at a time, from its first row to the last that is wanted: rows that are passed
+    are kept if they are expected. So whoever reads in order reads a group once, whatever its size, and holds the rows
+    that it expects, `BATCH_ROWS` more, and a page of the file.
+    """
 
     def __init__(self, source: ParquetSource):
         self.source = source
-        self._groups: OrderedDict[int, Any] = OrderedDict()
-        self._locks: dict[int, threading.Lock] = {}
+        self._expected: set[int] = set()
+        self._streams: OrderedDict[int, _Stream] = OrderedDict()
         self._lock = threading.Lock()
 
     def name(self, ordinal: int) -> str:
         return self.source.listing.id(ordinal)
 
+    def expect(self, ordinals: Iterable[int]) -> None:
+        """These will be read soon."""
+        with self._lock:
+            self._expected.update(ordinals)
+
     def read(self, ordinal: int) -> bytes:
         source = self.source
         number = int(source.listing.containers[ordinal])
-        images = self._group(number)
-        value = images[int(source.listing.offsets[ordinal]) - source.groups[number][2]].as_py()
+        row = int(source.listing.offsets[ordinal]) - source.groups[number][2]
+        with self._lock:
+            stream = self._streams.setdefault(number, _Stream(source, number, ordinal - row))
+            self._streams.move_to_end(number)
+            while len(self._streams) > GROUPS:
+                self._streams.popitem(last=False)
+        with stream.lock:
+            value = stream.take(row, self._expected)
+            self._expected.discard(ordinal)
         if isinstance(value, dict):
             if value.get("bytes") is None and value.get("path"):
                 raise ImageError(UNREADABLE, "the row has the path of an image and not its bytes")
@@ -80,35 +98,86 @@ class ParquetReader:
             raise ImageError(EMPTY, "the row has no image")
         return value
 
-    def _group(self, number: int) -> Any:
-        with self._lock:
-            if number in self._groups:
-                self._groups.move_to_end(number)
-                return self._groups[number]
-            lock = self._locks.setdefault(number, threading.Lock())
-        with lock:
-            with self._lock:
-                if number in self._groups:
-                    return self._groups[number]
-            images = self._load(number)
-            with self._lock:
-                self._groups[number] = images
-                while len(self._groups) > GROUPS:
-                    self._groups.popitem(last=False)
-        return images
 
-    def _load(self, number: int) -> Any:
-        pa = require_extra("pyarrow")
-        name, group, _, mtime = self.source.groups[number]
-        try:
-            if self.source.files.info(name)[1] != mtime:
+class _Stream:
+    """The images of a row group, from the first on.
+
+    Args:
+        first: ordinal of its first row.
+    """
+
+    def __init__(self, source: ParquetSource, number: int, first: int):
+        self.source = source
+        self.number = number
+        self.first = first
+        self.rows = int(np.searchsorted(source.listing.containers, number, "right")) - first
+        self.lock = threading.Lock()
+        self._batches: Iterator[Any] | None = None
+        # the rows that were read last, and those before them that are expected
+        self._begin = 0
+        self._rows: Any = ()
+        self._kept: dict[int, Any] = {}
+
+    def take(self, row: int, expected: set[int]) -> Any:
+        """What the group has in a row; what is passed and expected is kept. Under the lock."""
+        if row in self._kept:
+            return self._kept.pop(row)
+        if row < self._begin:
+            self._batches = None
+        if self._batches is None:
+            self._batches, self._begin, self._rows = self._open(), 0, ()
+        while row >= self._begin + len(self._rows):
+            for at in range(len(self._rows)):
+                if self.first + self._begin + at in expected and self._begin + at not in self._kept:
+                    self._kept[self._begin + at] = self._rows[at].as_py()
+            self._begin += len(self._rows)
+            self._rows = self._next(row)
+        value = self._rows[row - self._begin].as_py()
+        if row + 1 == self.rows:
+            # the last: what lies before it and is expected still was kept
+            for at in range(len(self._rows) - 1):
+                if self.first + self._begin + at in expected:
+                    self._kept[self._begin + at] = self._rows[at].as_py()
+            self._batches, self._rows, self._begin = None, (), self.rows
+        return value
+
+    def _open(self) -> Iterator[Any]:
+        name, group, _, mtime = self.source.groups[self.number]
+        with self._failing():
+            if self.source.files.has_changed(name, mtime):
                 raise ImageError(CHANGED, "its file is another one than when it was listed")
-            with _open(self.source.files, name) as file:
-                return file.read_row_group(group, columns=[self.source.column])[self.source.column].combine_chunks()
+            # not the whole column at once, which is what pyarrow prefers
+            file = _open(self.source.files, name, pre_buffer=False, buffer_size=BUFFER_BYTES)
+            columns = [self.source.column]
+            return file.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns, use_threads=False)
+
+    def _next(self, row: int) -> Any:
+        assert self._batches is not None
+        try:
+            with self._failing():
+                batch = next(self._batches, None)
+            if batch is None:
+                raise ImageError(CHANGED, f"its row group ends before row {row}")
+        except ImageError:
+            self._batches, self._rows = None, ()
+            raise
+        return batch.column(0)
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        """What a file system raises, as a failure of the image."""
+        what = f"row group {self.source.groups[self.number][1]}"
+        try:
+            yield
+        except ImageError:
+            raise
+        except FileNotFoundError as e:
+            raise ImageError(CHANGED, "its file was there when it was listed, and is gone") from e
         except MemoryError as e:
-            raise ImageError(OUT_OF_MEMORY, f"no memory for row group {group}") from e
-        except (OSError, pa.ArrowException, ValueError) as e:
-            raise ImageError(IO_ERROR, f"row group {group} cannot be read: {str(e)[:200]}") from e
+            raise ImageError(OUT_OF_MEMORY, f"no memory for {what}") from e
+        except Exception as e:
+            # a network's libraries have errors of their own
+            raise ImageError(IO_ERROR, f"{what} cannot be read: {type(e).__name__}: {str(e)[:200]}") from e
 
 
 def parquet_source(src: Path | str, out: Path, request: ColumnsRequest, column: str | None = None) -> ParquetSource:
@@ -121,7 +190,7 @@ def parquet_source(src: Path | str, out: Path, request: ColumnsRequest, column: 
         CacheError: there are none, a file is damaged, or the files have different columns.
     """
     pa = require_extra("pyarrow")
-    files, names = _find(src, out)
+    files, names = find_files(src, ".parquet", out)
     groups: list[tuple[bytes, int, int, int]] = []
     containers: list[bytes] = []
     counts: list[int] = []
@@ -158,26 +227,10 @@ def parquet_source(src: Path | str, out: Path, request: ColumnsRequest, column: 
     return ParquetSource(files, listing, columns, column or "", groups)
 
 
-def _find(src: Path | str, out: Path) -> tuple[Files, list[bytes]]:
-    text = os.fspath(src)
-    if not is_url(text):
-        root, names = find_containers(Path(src), ".parquet", out)
-        return LocalFiles(root), names
-    folder, _, last = text.rpartition("/")
-    # a file, a pattern in the last part, or a folder
-    named = last.endswith(".parquet")
-    files = RemoteContainers(folder if named else text)
-    pattern = last if named else "*.parquet"
-    found = [name for name in files.found if fnmatch.fnmatchcase(name.rpartition("/")[2], pattern)]
-    if not found:
-        raise CacheError(f"no .parquet files in {text!r}")
-    return files, sorted(os.fsencode(name) for name in found)
-
-
-def _open(files: Files, name: bytes) -> Any:
+def _open(files: Files, name: bytes, **options: Any) -> Any:
     # by handle: pyarrow takes no path that is not UTF-8
     pa, pq = require_extra("pyarrow"), require_extra("pyarrow.parquet")
-    return pq.ParquetFile(pa.PythonFile(files.open(name), mode="r"))
+    return pq.ParquetFile(pa.PythonFile(files.open(name), mode="r"), **options)
 
 
 def _image_column(schema: Any, path: str) -> str:

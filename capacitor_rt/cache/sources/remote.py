@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ...errors import CacheError, ImageError
 from ...extras import require_extra
-from ...images.decode import EMPTY, TOO_LARGE, UNREADABLE
+from ...images.decode import EMPTY, TOO_LARGE
 from ...images.scan import EXTENSIONS
-from ..failures import CHANGED, IO_ERROR
+from ..failures import CHANGED, IO_ERROR, OUT_OF_MEMORY
+from ..hashing import xxh3
 from .columns import Columns, ColumnsRequest, file_columns
+from .containers import LocalFiles, find_containers
 from .files import MAX_FILE_BYTES
 from .listing import MISSING, Listing
+
+BLOCK_BYTES = 1 << 20
+"""That a remote file is read ahead by, while it is listed or streamed."""
+_TIMES = ("mtime", "LastModified", "last_modified", "created")
+_TAGS = ("ETag", "etag", "blob_id")
 
 
 def is_url(src: str) -> bool:
@@ -60,15 +69,29 @@ class RemoteFiles:
         """Where the file system has a file."""
         return self.fs._strip_protocol(f"{self.url}/{name}")
 
-    def names(self) -> dict[str, tuple[int, int]]:
-        """Size and time in nanoseconds of every file below, by relative name.
+    def info_of(self, name: str) -> tuple[int, int]:
+        """Size and time in nanoseconds of one file.
+
+        Raises:
+            CacheError: it is not there, or cannot be reached.
+        """
+        try:
+            info = self.fs.info(self.path(name))
+        except FileNotFoundError:
+            raise CacheError(f"{self.url}/{name} does not exist") from None
+        except Exception as e:
+            raise CacheError(f"{self.url}/{name} cannot be reached ({type(e).__name__}: {str(e)[:200]})") from e
+        return int(info.get("size") or 0), _time(info)
+
+    def names(self, depth: int | None = None) -> dict[str, tuple[int, int]]:
+        """Size and time in nanoseconds of every file below, by relative name; `depth`: 1 leaves out what lies deeper.
 
         Raises:
             CacheError: the URL cannot be listed.
         """
         root = self.fs._strip_protocol(self.url).rstrip("/")
         try:
-            found = self.fs.find(root, detail=True)
+            found = self.fs.find(root, maxdepth=depth, detail=True)
         except Exception as e:
             # each file system raises errors of its own
             raise CacheError(f"{self.url} cannot be listed ({type(e).__name__}: {e})") from e
@@ -80,8 +103,24 @@ class RemoteFiles:
         }
 
     def open(self, name: str) -> Any:
-        """A file to seek in."""
-        return self.fs.open(self.path(name), "rb")
+        """A file to seek in, which is read ahead."""
+        return self.fs.open(self.path(name), "rb", block_size=BLOCK_BYTES, cache_type="readahead")
+
+    def fetch(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
+        """The bytes of a file, or those from `start` to `stop`.
+
+        Raises:
+            ImageError: they cannot be had; all that a network does may pass.
+        """
+        try:
+            return bytes(self.fs.cat_file(self.path(name), start=start, end=stop))
+        except FileNotFoundError as e:
+            raise ImageError(CHANGED, "the file was there when it was listed, and is gone") from e
+        except MemoryError as e:
+            raise ImageError(OUT_OF_MEMORY, "no memory for its bytes") from e
+        except Exception as e:
+            # networks and their libraries fail in many ways, nearly all of which pass: also credentials that expire
+            raise ImageError(IO_ERROR, f"{type(e).__name__}: {str(e)[:200]}") from e
 
 
 class RemoteContainers(RemoteFiles):
@@ -91,9 +130,9 @@ class RemoteContainers(RemoteFiles):
         found: size and time of each by its relative name, as of when they were listed.
     """
 
-    def __init__(self, url: str):
+    def __init__(self, url: str, found: dict[str, tuple[int, int]]):
         super().__init__(url)
-        self.found = self.names()
+        self.found = found
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "found": self.found}
@@ -101,6 +140,14 @@ class RemoteContainers(RemoteFiles):
     def info(self, name: bytes) -> tuple[int, int]:
         """Size and time when they were listed."""
         return self.found[os.fsdecode(name)]
+
+    def has_changed(self, name: bytes, mtime: int) -> bool:
+        """Whether the file is another one now. Raises what the file system raises."""
+        path = self.path(os.fsdecode(name))
+        # what was listed is remembered otherwise
+        self.fs.invalidate_cache(self.fs._parent(path))
+        info = self.fs.info(path)
+        return (int(info.get("size") or 0), _time(info)) != (self.info(name)[0], mtime)
 
     def open(self, name: bytes | str) -> Any:
         return super().open(os.fsdecode(name))
@@ -113,14 +160,56 @@ class RemoteContainers(RemoteFiles):
         return None
 
 
+Files = LocalFiles | RemoteContainers
+
+
+def find_files(src: Path | str, suffix: str, out: Path) -> tuple[Files, list[bytes]]:
+    """The files with a suffix that a path, a URL, a folder or a pattern (of a URL: in its last part) names.
+
+    Returns:
+        Where they are, and their names there, sorted.
+
+    Raises:
+        CacheError: there are none, or the URL cannot be listed.
+    """
+    text = os.fspath(src)
+    if not is_url(text):
+        root, names = find_containers(Path(src), suffix, out)
+        return LocalFiles(root), names
+    folder, _, last = text.rpartition("/")
+    if not last.endswith(suffix):
+        files = RemoteFiles(text)
+        found = {n: info for n, info in files.names().items() if _is_wanted(n, suffix)}
+    elif _is_pattern(last):
+        files = RemoteFiles(folder)
+        found = {n: info for n, info in files.names(1).items() if fnmatch.fnmatchcase(n, last)}
+    else:
+        files = RemoteFiles(folder)
+        found = {last: files.info_of(last)}
+    if not found:
+        raise CacheError(f"no {suffix} files in {text!r}")
+    return RemoteContainers(files.url, found), sorted(os.fsencode(name) for name in found)
+
+
+def _is_wanted(name: str, suffix: str) -> bool:
+    return name.endswith(suffix) and not name.rpartition("/")[2].startswith("._")
+
+
+def _is_pattern(name: str) -> bool:
+    return any(c in name for c in "*?[")
+
+
 def _time(info: dict[str, Any]) -> int:
-    for key in ("mtime", "LastModified", "last_modified", "created"):
-        value = info.get(key)
-        if isinstance(value, datetime):
-            return int(value.timestamp() * 1e9)
-        if isinstance(value, (int, float)):
-            return int(value * 1e9)
-    return MISSING
+    """Time in nanoseconds; below the second digits of the hash of the file's tag, where it has one.
+
+    Object stores know the second alone, and their tag tells contents apart.
+    """
+    found = next((info[key] for key in _TIMES if isinstance(info.get(key), (datetime, int, float))), None)
+    tag = next((info[key] for key in _TAGS if isinstance(info.get(key), str)), None)
+    seconds = found.timestamp() if isinstance(found, datetime) else found
+    if tag is not None:
+        return int(seconds or 0) * 10**9 + xxh3(tag.encode()).intdigest() % 10**9
+    return MISSING if seconds is None else int(seconds * 1e9)
 
 
 @dataclass(frozen=True)
@@ -158,15 +247,7 @@ class RemoteReader:
         size = int(self.listing.sizes[ordinal])
         if size > MAX_FILE_BYTES:
             raise ImageError(TOO_LARGE, f"file of {size} bytes: the limit is {MAX_FILE_BYTES}")
-        try:
-            data = bytes(self.files.fs.cat_file(self.files.path(os.fsdecode(self.listing.locators[ordinal]))))
-        except FileNotFoundError as e:
-            raise ImageError(CHANGED, "the file was there when it was listed, and is gone") from e
-        except PermissionError as e:
-            raise ImageError(UNREADABLE, "Permission denied") from e
-        except Exception as e:
-            # networks and their libraries fail in many ways, nearly all of which pass
-            raise ImageError(IO_ERROR, f"{type(e).__name__}: {str(e)[:200]}") from e
+        data = self.files.fetch(os.fsdecode(self.listing.locators[ordinal]))
         if len(data) != size:
             raise ImageError(CHANGED, f"{len(data)} bytes now, {size} when it was listed")
         if not data:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,25 +16,29 @@ from typing import Any
 import numpy as np
 
 from ...errors import CacheError, ImageError, InputError
-from ...images.scan import EXTENSIONS, path_to_id
+from ...images.scan import path_to_id
+from . import tar_list
 from .columns import CAPTION, LABEL, Column, Columns, ColumnsRequest, Table, caption_text, numbered, typed
-from .containers import Containers, find_containers
-from .listing import Listing, examples
+from .containers import Containers, LocalFiles
+from .listing import MISSING, Listing, examples
+from .remote import Files, find_files
+from .spans import RemoteSpans
 
 SAMPLE = 1000
 """Inputs whose JSON is looked at to find the types of columns."""
-MAX_BESIDE = 1 << 20
+LISTERS = 16
+"""Remote tar files that are listed side by side."""
 
 
 @dataclass(frozen=True)
 class TarSource:
-    """Members of tar files below a folder.
+    """Members of tar files below a folder or a URL.
 
     Attributes:
         mtimes: of the tar files, by name.
     """
 
-    root: bytes
+    files: Files
     listing: Listing
     columns: Columns
     mtimes: dict[bytes, int]
@@ -47,7 +52,7 @@ class TarSource:
         return TarReader(self)
 
     def why_gone(self) -> str | None:
-        return None if os.path.isdir(self.root) else f"{path_to_id(self.root)} went away during the run"
+        return self.files.why_gone()
 
 
 class TarReader:
@@ -55,142 +60,131 @@ class TarReader:
 
     def __init__(self, source: TarSource):
         self.listing = source.listing
-        self.files = Containers(source.root, source.mtimes)
+        self.members = _members_of(source.files, source.mtimes)
 
     def name(self, ordinal: int) -> str:
         return self.listing.id(ordinal)
 
+    def expect(self, ordinals: Iterable[int]) -> None:
+        """These will be read soon."""
+        if isinstance(self.members, RemoteSpans):
+            self.members.expect(map(self._place, ordinals))
+
     def read(self, ordinal: int) -> bytes:
+        return self.members.read(*self._place(ordinal))
+
+    def _place(self, ordinal: int) -> tuple[bytes, int, int]:
         listing = self.listing
         container = listing.container_names[listing.containers[ordinal]]
-        return self.files.read(container, int(listing.offsets[ordinal]), int(listing.sizes[ordinal]))
+        return container, int(listing.offsets[ordinal]), int(listing.sizes[ordinal])
 
 
-@dataclass
-class _Found:
-    """What the tar files hold: the images, and the wanted members beside each, by extension."""
-
-    locators: list[bytes] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
-    offsets: list[int] = field(default_factory=list)
-    containers: list[int] = field(default_factory=list)
-    beside: list[dict[str, tuple[int, int]]] = field(default_factory=list)
-    ignored: Counter[str] = field(default_factory=Counter)
+def _members_of(files: Files, mtimes: dict[bytes, int]) -> Containers | RemoteSpans:
+    """What reads members of tar files."""
+    return Containers(files.root, mtimes) if isinstance(files, LocalFiles) else RemoteSpans(files, mtimes)
 
 
-def tar_source(src: Path, out: Path, request: ColumnsRequest) -> TarSource:
-    """The images of tar files: a file, a folder of them, or a pattern.
+def tar_source(
+    src: Path | str, out: Path, request: ColumnsRequest, planned: Callable[[], Listing | None] = lambda: None
+) -> TarSource:
+    """The images of tar files: a file, a folder of them, or a pattern, of a URL too.
 
     A member is an image if all of its name behind the first dot is an image's extension, as WebDataset has it.
+
+    Args:
+        planned: the list of the plan that is there. A remote tar file of the same time is not read again to be listed.
 
     Raises:
         CacheError: there are none, or a tar file is damaged, cut short or compressed.
     """
-    root, names = find_containers(src, ".tar", out)
-    wanted = _extensions(request)
-    found = _Found()
-    mtimes: dict[bytes, int] = {}
-    kept: list[bytes] = []
-    for name in names:
-        before = len(found.locators)
-        mtimes[name] = _list(root, name, len(kept), wanted, found)
-        if len(found.locators) > before:
-            kept.append(name)
-    if not found.locators:
-        held = ", ".join(f"{n} .{ext}" for ext, n in found.ignored.most_common(5))
+    files, names = find_files(src, ".tar", out)
+    wanted = tar_list.extensions(request)
+    remote = not isinstance(files, LocalFiles)
+    before = _planned_members(files, planned() if remote else None)
+
+    def one(name: bytes) -> tar_list.Members:
+        if name in before:
+            return before[name]
+        return tar_list.members(files, name, wanted, keep=remote)
+
+    with ThreadPoolExecutor(LISTERS if remote else 1, thread_name_prefix="list") as pool:
+        found = list(pool.map(one, names))
+    if not any(members.names for members in found):
+        ignored = sum((members.ignored for members in found), Counter[str]())
+        held = ", ".join(f"{n} .{ext}" for ext, n in ignored.most_common(5))
         raise CacheError(
             f"no images in the {len(names)} tar files of {os.fspath(src)!r}" + (f": they hold {held}" if held else "")
         )
-    if len(set(found.locators)) < len(found.locators):
-        (twice, _), *_ = Counter(found.locators).most_common(1)
-        raise CacheError(f"{path_to_id(twice)!r} is there twice: give members of a tar file names of their own")
-    numbers = np.array(found.containers, np.int32)
-    times = np.array([mtimes[kept[c]] for c in found.containers], np.int64)
-    sizes, offsets = (np.array(values, np.int64) for values in (found.sizes, found.offsets))
-    listing = Listing(found.locators, sizes, times, offsets, numbers, kept)
-    columns = _TarColumns(root, listing, mtimes, found.beside, request).columns() if request else Columns()
+    mtimes = {name: members.mtime for name, members in zip(names, found, strict=True)}
+    kept = [(name, members) for name, members in zip(names, found, strict=True) if members.names]
+    listing = _listing(kept)
+    columns = Columns()
+    if request:
+        beside = [members.beside for _, members in kept]
+        columns = _TarColumns(files, listing, mtimes, beside, request).columns()
     notes = []
-    if found.ignored:
-        kinds = ", ".join(f".{ext} {n}" for ext, n in found.ignored.most_common(5))
+    ignored = sum((members.ignored for members in found), Counter[str]())
+    if ignored:
+        kinds = ", ".join(f".{ext} {n}" for ext, n in ignored.most_common(5))
         notes.append(f"left out, as they are no images: {kinds}")
-    return TarSource(root, listing, columns, mtimes, notes)
+    return TarSource(files, listing, columns, mtimes, notes)
 
 
-def _extensions(request: ColumnsRequest) -> set[str]:
-    """Extensions of the members beside images that are wanted."""
-    wanted = {"json"} if request.keep else set()
-    return wanted | {
-        name for name in (request.labels, request.captions) if name and "." not in name and "/" not in name
-    }
+def _listing(kept: list[tuple[bytes, tar_list.Members]]) -> Listing:
+    locators = [name + b"/" + member for name, members in kept for member in members.names]
+    if len(set(locators)) < len(locators):
+        (twice, _), *_ = Counter(locators).most_common(1)
+        raise CacheError(f"{path_to_id(twice)!r} is there twice: give members of a tar file names of their own")
+    counts = [len(members.names) for _, members in kept]
+    return Listing(
+        locators,
+        np.array([size for _, members in kept for size in members.sizes], np.int64),
+        np.repeat(np.array([members.mtime for _, members in kept], np.int64), counts),
+        np.array([offset for _, members in kept for offset in members.offsets], np.int64),
+        np.repeat(np.arange(len(kept), dtype=np.int32), counts),
+        [name for name, _ in kept],
+    )
 
 
-def _list(root: bytes, name: bytes, number: int, wanted: set[str], found: _Found) -> int:
-    """Add the members of one tar file; its time in nanoseconds."""
-    path = os.path.join(root, name)
-    images: dict[str, list[int]] = {}
-    beside: dict[str, dict[str, tuple[int, int]]] = {}
-    where = path_to_id(path)
-    try:
-        info = os.stat(path)
-        for member in _members(path, info.st_size):
-            folder, slash, base = member.name.rpartition("/")
-            stem, _, extension = base.partition(".")
-            key = f"{folder}{slash}{stem}"
-            if base.startswith("._") or not member.isreg():
-                continue
-            if f".{extension.lower()}".encode("utf-8", "surrogateescape") in EXTENSIONS:
-                images.setdefault(key, []).append(len(found.locators))
-                found.locators.append(name + b"/" + member.name.encode("utf-8", "surrogateescape"))
-                found.sizes.append(member.size)
-                found.offsets.append(member.offset_data)
-                found.containers.append(number)
-                found.beside.append({})
-            elif extension in wanted:
-                beside.setdefault(key, {})[extension] = (member.offset_data, member.size)
-            else:
-                found.ignored[extension] += 1
-    except OSError as e:
-        raise CacheError(f"cannot read {where}: {e.strerror or e}") from e
-    except (tarfile.TarError, ValueError, EOFError) as e:
-        raise CacheError(f"{where} cannot be read as an uncompressed tar file ({e}): it is damaged or cut short") from e
-    for key, ordinals in images.items():
-        for ordinal in ordinals:
-            found.beside[ordinal] = beside.get(key, {})
-    return info.st_mtime_ns
-
-
-def _members(path: bytes, size: int) -> Iterator[tarfile.TarInfo]:
-    with tarfile.open(os.fsdecode(path), "r:", encoding="utf-8", errors="surrogateescape") as file:
-        end = 0
-        while (member := file.next()) is not None:
-            # the library would keep them all
-            file.members = []  # type: ignore[attr-defined]
-            end = member.offset_data + member.size
-            if end > size or member.size < 0:
-                raise tarfile.ReadError(f"{member.name[:80]!r} goes on behind the end of the file")
-            yield member
-        with open(path, "rb") as raw:
-            raw.seek(-(-end // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE)
-            # what the library takes for the end may be a damaged header, or the place where the file was cut
-            block = raw.read(tarfile.BLOCKSIZE)
-            if block != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError(f"no header and no end mark at byte {raw.tell() - len(block)}")
+def _planned_members(files: Files, planned: Listing | None) -> dict[bytes, tar_list.Members]:
+    """The members of those remote tar files that are, by their time, what they were when a cache was planned."""
+    found: dict[bytes, tar_list.Members] = {}
+    if planned is None:
+        return found
+    cuts = np.flatnonzero(np.diff(planned.containers)) + 1
+    for first, stop in itertools.pairwise([0, *cuts.tolist(), len(planned)]):
+        if planned.containers[first] < 0:
+            continue
+        name, mtime = planned.container_names[planned.containers[first]], int(planned.mtimes[first])
+        try:
+            size, now = files.info(name)
+        except KeyError:
+            continue
+        begin, sizes = planned.offsets[first:stop], planned.sizes[first:stop]
+        names = [locator.removeprefix(name + b"/") for locator in planned.locators[first:stop]]
+        if now == mtime != MISSING and int((begin + sizes).max()) <= size:
+            found[name] = tar_list.Members(mtime, names, sizes.tolist(), begin.tolist())
+    return found
 
 
 class _TarColumns:
+    """Args: beside: of each container, what lies beside each image; None where it is listed when it is needed."""
+
     def __init__(
         self,
-        root: bytes,
+        files: Files,
         listing: Listing,
         mtimes: dict[bytes, int],
-        beside: list[dict[str, tuple[int, int]]],
+        beside: list[list[tar_list.Beside] | None],
         request: ColumnsRequest,
     ):
-        self.files = Containers(root, mtimes)
+        self.source, self.members = files, _members_of(files, mtimes)
         self.listing, self.beside, self.request = listing, beside, request
+        self.firsts = np.searchsorted(listing.containers, np.arange(len(beside)))
         self.found: list[Column] = []
         self.fixed: dict[str, list[Any]] = {}
         self.names: list[str] | None = None
+        self.late: tuple[int, list[tar_list.Beside]] = (-1, [])
 
     def columns(self) -> Columns:
         labels, captions, keep = self.request.labels, self.request.captions, self.request.keep
@@ -246,24 +240,42 @@ class _TarColumns:
         self.found.append(Column(name, "int64" if name == LABEL else "string", table.origin))
 
     def _check_there(self, extension: str, what: str) -> None:
-        missing = [self.listing.id(i) for i, found in enumerate(self.beside) if extension not in found]
-        if len(missing) == len(self.beside) or (missing and what == "label"):
+        pairs = [(c, k, row) for c, rows in enumerate(self.beside) if rows is not None for k, row in enumerate(rows)]
+        missing = [self.listing.id(int(self.firsts[c]) + k) for c, k, row in pairs if extension not in row]
+        if not pairs:
+            # all of it was there when the cache was planned
+            return
+        if len(missing) == len(pairs) or (missing and what == "label"):
             lines = examples(f"inputs have no .{extension} beside them", missing)
             raise CacheError("; ".join(lines) + f": give a {what} to every image, or a table")
 
     def _bytes(self, i: int, extension: str) -> bytes | None:
-        place = self.beside[i].get(extension)
-        if place is None:
-            return None
+        place = self._beside(i).get(extension)
+        if place is None or isinstance(place, bytes):
+            return place
         where = f"the .{extension} of {self.listing.id(i)!r}"
-        if not 0 < place[1] <= MAX_BESIDE:
+        if not 0 < place[1] <= tar_list.MAX_BESIDE:
             if not place[1]:
                 return b""
-            raise CacheError(f"{where} has {place[1]} bytes, more than {MAX_BESIDE}")
+            raise CacheError(f"{where} has {place[1]} bytes, more than {tar_list.MAX_BESIDE}")
         try:
-            return self.files.read(self.listing.container_names[self.listing.containers[i]], *place)
+            return self.members.read(self.listing.container_names[self.listing.containers[i]], *place)
         except ImageError as e:
             raise CacheError(f"{where} cannot be read: {e}") from e
+
+    def _beside(self, i: int) -> tar_list.Beside:
+        number = int(self.listing.containers[i])
+        rows = self.beside[number]
+        if rows is None:
+            if self.late[0] != number:
+                name = self.listing.container_names[number]
+                again = tar_list.members(self.source, name, tar_list.extensions(self.request), keep=True)
+                self.late = number, again.beside or []
+            rows = self.late[1]
+        at = i - int(self.firsts[number])
+        if at >= len(rows):
+            raise CacheError(f"{self.listing.id(i)!r} is not where it was when the cache was planned")
+        return rows[at]
 
     def _label(self, i: int) -> int:
         extension = self.request.labels or ""

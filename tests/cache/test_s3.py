@@ -1,0 +1,96 @@
+"""Sources on S3, which moto plays in a process of its own."""
+
+from __future__ import annotations
+
+import io
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from test_remote_sources import png, run
+from test_remote_tar import shard
+
+from capacitor_rt.cache import LatentDataset
+from capacitor_rt.errors import CacheError
+
+for module, extra in (("s3fs", "s3"), ("moto", "test"), ("flask", "test"), ("flask_cors", "test")):
+    pytest.importorskip(module, reason=f"{module} is not installed: pip install '.[{extra}]'")
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    """A bucket with images, tar and Parquet files; its file system."""
+    import s3fs
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("ACCESS_KEY_ID", "test"), ("SECRET_ACCESS_KEY", "test"), ("DEFAULT_REGION", "us-east-1")):
+            patch.setenv(f"AWS_{name}", value)
+        # which the decode workers see as well
+        patch.setenv("AWS_ENDPOINT_URL", url)
+        server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ)
+        try:
+            _wait_for(url, server)
+            s3fs.S3FileSystem.clear_instance_cache()
+            store = s3fs.S3FileSystem()
+            store.mkdir("photos")
+            for i in range(3):
+                store.pipe_file(f"photos/loose/{i}.png", png(i))
+            store.pipe_file("photos/wds/0.tar", shard(0, 5))
+            buffer = io.BytesIO()
+            pq.write_table(pa.table({"image": [{"bytes": png(i), "path": None} for i in range(4)]}), buffer)
+            store.pipe_file("photos/table/0.parquet", buffer.getvalue())
+            yield store
+        finally:
+            server.kill()
+            server.wait()
+            s3fs.S3FileSystem.clear_instance_cache()
+
+
+def _wait_for(url, server):
+    for _ in range(300):
+        assert server.poll() is None, "moto has ended"
+        try:
+            urllib.request.urlopen(url, timeout=1)
+            return
+        except urllib.error.HTTPError:
+            return
+        except OSError:
+            time.sleep(0.1)
+    raise AssertionError("moto does not answer")
+
+
+@pytest.mark.parametrize(
+    ("url", "workers", "ids"),
+    [
+        ("s3://photos/loose", 1, ["0.png", "1.png", "2.png"]),
+        ("s3://photos/wds/0.tar", 0, [f"0.tar/x/{i:04d}.png" for i in range(5)]),
+        ("s3://photos/table/*.parquet", 0, [f"0.parquet/{i:07d}" for i in range(4)]),
+    ],
+)
+def test_sources_on_s3(bucket, tmp_path, url, workers, ids):
+    report = run(url, tmp_path / "out", workers=workers)
+    assert (report.exit_code, report.cached) == (0, len(ids))
+    assert list(LatentDataset(tmp_path / "out", verify=True).ids) == ids
+    assert run(url, tmp_path / "out").new_images == 0
+
+
+def test_what_was_replaced_or_is_not_there(bucket, tmp_path):
+    bucket.pipe_file("photos/other/0.tar", shard(0, 3))
+    run("s3://photos/other/0.tar", tmp_path / "out")
+    bucket.pipe_file("photos/other/0.tar", shard(1, 3))
+    with pytest.raises(CacheError, match="planned for other inputs"):
+        run("s3://photos/other/0.tar", tmp_path / "out")
+    with pytest.raises(CacheError, match=r"s3://photos/other/1\.tar does not exist"):
+        run("s3://photos/other/1.tar", tmp_path / "out2")
