@@ -24,7 +24,7 @@ from capacitor_rt import ModelConfig
 from capacitor_rt.config import DicoConfig
 from capacitor_rt.runtime.arena import TensorSpec
 from capacitor_rt.runtime.host_ops import host_function
-from capacitor_rt.runtime.launch_cases import as_in_the_model, resize_step, squares
+from capacitor_rt.runtime.launch_cases import Y_SCALE, as_in_the_model, resize_step, squares
 from capacitor_rt.runtime.pictures import tables
 from capacitor_rt.runtime.plan import PlanKey, Step, make_plan
 
@@ -85,8 +85,9 @@ class Case:
             else torch.empty(spec.shape, dtype=spec.dtype, device=device)
             for name, spec in self.specs.items()
         }
-        if self.op == "expand":
-            tensors["sumsq"] = squares(tensors["y"], self.specs["sumsq"].shape[1])
+        if self.op in ("expand", "expand_fp8"):
+            y = tensors["y"] if self.op == "expand" else tensors["y"].float() / Y_SCALE
+            tensors["sumsq"] = squares(y, self.specs["sumsq"].shape[1])
         call = partial(host_function(self.op), **tensors, **self.step.options)
         plain_args = tuple(tensors[name] for name in inputs)
         return Prepared(call, lambda: [REDUCED.get(name, _same)(tensors[name]) for name in outputs], plain_args)
@@ -115,7 +116,8 @@ def make_case(op: str, images: Images, model: ModelConfig, dtype: torch.dtype, c
         if op in DECODES:
             key = PlanKey("decode", *size, dtype, dtype, "nchw", cc, images.use)
         else:
-            key = PlanKey("encode", *size, dtype, torch.uint8, "nchw", cc, images.use)
+            precision = "fp8" if op in IN_FP8 else None
+            key = PlanKey("encode", *size, dtype, torch.uint8, "nchw", cc, images.use, precision=precision)
         plan = make_plan(model, key)
         step = next(step for step in plan.steps if step.op == op)
         specs = {name: plan.spec(ref) for name, ref in step.args.items()}
@@ -174,6 +176,19 @@ def _expand(y: Tensor, w1: Tensor, b1: Tensor, sumsq: Tensor, tokens_per_image: 
     return reference.expand(y, w1, b1, sumsq, tokens_per_image=tokens_per_image)
 
 
+def _expand_fp8(
+    y: Tensor,
+    w1: Tensor,
+    scale: Tensor,
+    b1: Tensor,
+    sumsq: Tensor,
+    h_inverse: Tensor,
+    tokens_per_image: int,
+) -> tuple[Tensor, Tensor]:
+    h, sums = reference.expand_fp8(y, w1, scale, b1, sumsq, h_inverse, tokens_per_image=tokens_per_image)
+    return reference.e4m3(h), sums
+
+
 def _channel_attention(partials: Tensor, w: Tensor, b: Tensor, tokens_per_image: int) -> Tensor:
     return reference.channel_attention(partials.sum(1), w, b, tokens_per_image=tokens_per_image)
 
@@ -194,9 +209,11 @@ PLAIN: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
     "patchify": (reference.patchify, ("tokens",)),
     "dwconv": (reference.dwconv, ("y", "sumsq")),
     "expand": (_expand, ("h", "partials")),
+    "expand_fp8": (_expand_fp8, ("h", "partials")),
     "grn": (_grn, ("gain",)),
     "channel_attention": (_channel_attention, ("factor",)),
     "project": (reference.project, ("out",)),
+    "project_fp8": (reference.project_fp8, ("out",)),
     "rmsnorm": (reference.rmsnorm, ("out",)),
     "head": (_head, ("latents",)),
     "fuse_skip": (reference.fuse_skip, ("out",)),
@@ -208,6 +225,7 @@ PLAIN: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
 # the table of pictures, which plain torch takes from the CPU
 READ_BY_THE_OP_ALONE = ("images",)
 DECODES = ("fuse_skip", "unpatchify")
+IN_FP8 = ("expand_fp8", "project_fp8")
 OF_SIBLINGS = ("channel_attention", "rmsnorm")
 # an op leaves sums per tile, the plain function sums over all of them
 REDUCED: dict[str, Callable[[Tensor], Tensor]] = {

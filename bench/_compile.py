@@ -16,6 +16,7 @@ _POINTERS = {
     "float16": "*fp16",
     "float32": "*fp32",
     "uint8": "*u8",
+    "float8_e4m3fn": "*fp8e4nv",
     "int32": "*i32",
     "int64": "*i64",
 }

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _BARRIER = 25
 SPECIALISED = "expand_hopper_kernel"
+_FP8 = ("expand_fp8_kernel", "project_fp8_kernel")
 _compiled: dict[Any, tuple[bytes, int, int, int, int]] = {}
 
 
@@ -84,7 +85,7 @@ def predict_call(model: ModelConfig, key: PlanKey, gpu: Gpu, name: str, overlap:
 
     runs = parts(key.batch, min(micro_batch(model, key, ARENA_BUDGET), key.batch))
     found: dict[Any, Prediction] = {}
-    count = flops = 0
+    count, floor = 0, 0.0
     for size in dict.fromkeys(runs):
         plan, times = make_plan(model, replace(key, batch=size)), runs.count(size)
         for step, launches in trace(plan):
@@ -96,8 +97,7 @@ def predict_call(model: ModelConfig, key: PlanKey, gpu: Gpu, name: str, overlap:
                     found[alike] = predict(launch, gpu, work, dram, overlap)
                 found[alike].count += times
                 count += times
-                flops += times * work
-    floor = flops / gpu.tflops / 1e9
+                floor += times * work / _rate(launch, gpu) / 1e9
     return CallPrediction(name, gpu.name, runs, list(found.values()), 1e3 * gpu.gap * count, floor)
 
 
@@ -128,7 +128,7 @@ def predict(launch: Launch, gpu: Gpu, flops: int, dram: float, overlap: float = 
         "SM": cycles / gpu.ghz / 1e3,
         "L2": 1e6 * sum(traffic) * programs / gpu.l2,
         "DRAM": 1e6 * dram / gpu.dram,
-        "rate": flops / gpu.tflops / 1e6 if cta.totals()["tensor"] else 0.0,
+        "rate": flops / _rate(launch, gpu) / 1e6 if cta.totals()["tensor"] else 0.0,
     }
     limit = max(times, key=times.__getitem__)
     if limit == "SM":
@@ -149,7 +149,7 @@ def _cta(launch: Launch, gpu: Gpu, parts: dict[str, Region], trips: Sequence[flo
             pipes["l2port"] = _traffic(launch).read / gpu.port
             if args.get("TMA"):
                 # tensor copies write the tiles that no instruction of the code writes
-                tile = (args["BLOCK_M"] + args["BLOCK_N"]) * _itemsize(launch)
+                tile = args["BLOCK_M"] * _activation(launch) + args["BLOCK_N"] * _itemsize(launch)
                 pipes["l1smem"] = pipes.get("l1smem", 0) + tile * sum(depths) / 128
         cta.pipes[name] = pipes
         cta.latency[name] = _latency(launch, gpu, name, region, trips)
@@ -236,9 +236,9 @@ def _depths(launch: Launch) -> list[int]:
     """Extents of K that one program multiplies; none where a kernel has no products."""
     args = launch.args
     match launch.kernel.__name__:
-        case "expand_kernel" | "unpatchify_kernel" | "head_kernel":
+        case "expand_kernel" | "expand_fp8_kernel" | "unpatchify_kernel" | "head_kernel":
             return [args["DIM"]]
-        case "project_kernel":
+        case "project_kernel" | "project_fp8_kernel":
             unit = args["BLOCK_K"] * args["SPLIT_K"]
             return [-(-args["HIDDEN"] // unit) * args["BLOCK_K"]]
         case "patchify_kernel":
@@ -254,10 +254,20 @@ def _columns(launch: Launch) -> int:
     return args["BLOCK_N"] * (2 if args.get("POSTERIOR") else 1)
 
 
+def _rate(launch: Launch, gpu: Gpu) -> float:
+    """TFLOP/s of a whole-GPU product in the type of this launch."""
+    return gpu.tflops * (gpu.fp8 if launch.kernel.__name__ in _FP8 else 1)
+
+
 def _itemsize(launch: Launch) -> int:
-    """Bytes of an element of the weights, and of the activations beside them."""
+    """Bytes of an element of the weights, and, but for project in e4m3, of the activations beside them."""
     w = launch.args["w_ptr"]
     return getattr(w, "base", w).dtype.itemsize
+
+
+def _activation(launch: Launch) -> int:
+    """Bytes of an element of the activations that meet the weights."""
+    return 1 if launch.kernel.__name__ in _FP8 else _itemsize(launch)
 
 
 def _traffic(launch: Launch) -> Traffic:
@@ -268,10 +278,17 @@ def _traffic(launch: Launch) -> Traffic:
             rows = args["STRIPS_Y"] + (0 if args["STRIPS_Y"] >= args["height"] else 6)
             columns = min(args["width"], args["STRIPS_X"] * args["COLS"] + 6)
             size, pixels = args["x_ptr"].dtype.itemsize, args["STRIPS_Y"] * args["STRIPS_X"] * args["COLS"]
-            return Traffic((rows * columns * size + 50 * 4) * args["BLOCK_C"], pixels * (args["BLOCK_C"] * size + 4))
+            written = pixels * (args["BLOCK_C"] * args["y_ptr"].dtype.itemsize + 4)
+            return Traffic((rows * columns * size + 50 * 4) * args["BLOCK_C"], written)
         case "expand_kernel" | "expand_hopper_kernel":
             size = _itemsize(launch)
             return Traffic((m + n) * args["DIM"] * size + m * args["SUMSQ_TILES"] * 4 + n * 4, m * n * size + n * 4)
+        case "expand_fp8_kernel":
+            return Traffic((m + n) * args["DIM"] + m * args["SUMSQ_TILES"] * 4 + n * 12, m * n + n * 4)
+        case "project_fp8_kernel":
+            (depth,), split = _depths(launch), args["SPLIT_K"] > 1
+            out = m * n * args["residual_ptr"].dtype.itemsize
+            return Traffic((m + 2 * n + 2) * depth + (0 if split else out), 4 * m * n if split else out)
         case "project_kernel":
             (depth,), size = _depths(launch), _itemsize(launch)
             loop, split = (m + n + 1) * size * depth, args["SPLIT_K"] > 1

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from capacitor_rt import ModelConfig
     from capacitor_rt.runtime.plan import LaunchPlan, Step
 
-_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "uint8": "uint8"}
+# what an encoder in e4m3 does not do in 8 bits, it does in bfloat16
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "uint8": "uint8", "e4m3": "bfloat16"}
 THROUGHPUT_BATCH = 32
 # where an image's tokens are no multiple of 16, those of an odd batch are none either: another specialisation
 ODD_BATCH = 3
@@ -37,6 +38,8 @@ class Call(NamedTuple):
 
 def calls(dtype: str) -> tuple[Call, ...]:
     """Every call of a model whose weights are in `dtype`."""
+    if dtype == "e4m3":
+        return tuple(call for call in calls("bf16") if call.direction != "decode")
     return (
         Call("encode", "uint8", "nhwc"),
         Call("encode", "uint8"),
@@ -75,7 +78,7 @@ def launches_at(
     """Every different launch of the known models at one image size, with the configs that `lookup` returns there.
 
     Args:
-        dtype: of the weights, "bf16" or "fp16".
+        dtype: of the weights, "bf16" or "fp16", or "e4m3" for encoders in fp8.
         grid: rows and columns of patches of an image.
         use: "throughput" (a batch of 32 and an odd one) or "latency" (one image).
         families: ops to follow; all when empty.
@@ -85,20 +88,20 @@ def launches_at(
     """
     import torch
 
-    from capacitor_rt.config import KNOWN_MODELS
     from capacitor_rt.runtime.executor import trace
     from capacitor_rt.runtime.plan import PlanKey, make_plan
 
     found: dict[Any, tuple[str, dict[str, int], Launch, list[Call]]] = {}
     users: list[Call] = []
     torch_dtype = getattr(torch, _DTYPES[dtype])
-    for model in dict.fromkeys(_shallow(config) for config in KNOWN_MODELS.values()):
+    for model in _models(dtype):
         for call in calls(dtype):
             users.append(call)
             for batch in (1,) if use == "latency" else (THROUGHPUT_BATCH, ODD_BATCH):
                 size = batch, grid[0] * model.patch_size, grid[1] * model.patch_size
                 image_dtype = getattr(torch, _DTYPES[call.dtype])
-                plan = make_plan(model, PlanKey(call.direction, *size, torch_dtype, image_dtype, call.layout, cc, use))
+                key = PlanKey(call.direction, *size, torch_dtype, image_dtype, call.layout, cc, use)
+                plan = make_plan(model, dataclasses.replace(key, precision=_precision(dtype)))
                 for step, launches in trace(plan):
                     for launch in launches if not families or step.op in families else ():
                         where = {"rows": grid[0], "columns": grid[1], "batch": batch}
@@ -112,13 +115,12 @@ def _by_plans(row: ConfigRow) -> Iterator[tuple[Call, list[Launch]]]:
     import torch
 
     from capacitor_kernels import tuning
-    from capacitor_rt.config import KNOWN_MODELS
     from capacitor_rt.runtime.executor import trace
     from capacitor_rt.runtime.plan import PlanKey, make_plan
 
     dtype = getattr(torch, _DTYPES[row.dtype])
     batch = 1 if row.use == "latency" else THROUGHPUT_BATCH
-    for model in dict.fromkeys(_shallow(config) for config in KNOWN_MODELS.values()):
+    for model in _models(row.dtype):
         if row.shape.get("dim", model.model_dim) != model.model_dim:
             continue
         for call in calls(row.dtype):
@@ -126,6 +128,7 @@ def _by_plans(row: ConfigRow) -> Iterator[tuple[Call, list[Launch]]]:
             for height, width in _grids(row):
                 size = batch, height * model.patch_size, width * model.patch_size
                 key = PlanKey(call.direction, *size, dtype, image_dtype, call.layout, row.cc, row.use)
+                key = dataclasses.replace(key, precision=_precision(row.dtype))
                 with tuning.using(row.family, row.config) as seen:
                     plan = make_plan(model, key)
                 if dict(row.shape) in seen:
@@ -137,10 +140,24 @@ def _by_plans(row: ConfigRow) -> Iterator[tuple[Call, list[Launch]]]:
 def _is_of(plan: LaunchPlan, step: Step, row: ConfigRow) -> bool:
     """Whether a step is of the row's own shape, which the row's config was forced on every step of its op for."""
     weight = {"expand": ("w1", "dim", "hidden"), "project": ("w2", "hidden", "dim"), "patchify": ("w", "depth", "dim")}
+    weight |= {"expand_fp8": ("w1", "hidden", "dim"), "project_fp8": ("w2", "dim", "hidden")}
     if row.family not in weight:
         return True
     argument, *sizes = weight[row.family]
     return plan.spec(step.args[argument]).shape == tuple(row.shape[size] for size in sizes)
+
+
+def _models(dtype: str) -> list[ModelConfig]:
+    """The known models that have launches in `dtype`, shallow, each once."""
+    from capacitor_rt.config import KNOWN_MODELS
+
+    known = (c for c in KNOWN_MODELS.values() if dtype != "e4m3" or (c.encoder_depth and c.dico is None))
+    return list(dict.fromkeys(map(_shallow, known)))
+
+
+def _precision(dtype: str) -> str | None:
+    """Of a plan whose rows are in `dtype`."""
+    return "fp8" if dtype == "e4m3" else None
 
 
 def _shallow(config: ModelConfig) -> ModelConfig:

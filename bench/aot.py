@@ -2,7 +2,7 @@
 
     python -m bench aot                       all rows of kernels/configs and the sizes that have spilled before, table
                                               to bench/results/aot.md
-    python -m bench aot --all                 all rows, and 64 to 16,384 tokens in bf16 and fp16, table to the terminal
+    python -m bench aot --all                 all rows, and 64 to 16,384 tokens in bf16, fp16 and e4m3, to the terminal
     python -m bench aot --cc 90 --family expand --out -        some of them, table to the terminal
     python -m bench aot --json FILE           the same facts as JSON
 
@@ -80,6 +80,17 @@ SPILLED_BEFORE = (
     Size(89, "bf16", (15, 17), "throughput", ("project",)),
     Size(80, "bf16", (16, 16), "latency", ("unpatchify",)),
     Size(80, "bf16", (32, 32), "latency", ("unpatchify",)),
+)
+# rows in e4m3 are those of products alone; masked tiles, few tokens and one image are by default
+IN_FP8 = ("dwconv", "expand_fp8", "grn", "project_fp8")
+SIZES_IN_FP8 = tuple(
+    Size(cc, "e4m3", grid, use, IN_FP8)
+    for cc in (89, 90, 100, 120)
+    for grid, use in (
+        *(((n, n), "throughput") for n in (14, 16, 32, 64)),
+        ((7, 5), "throughput"),
+        *(((n, n), "latency") for n in (14, 16, 32)),
+    )
 )
 GRIDS = ((8, 8), (14, 14), (15, 17), (16, 16), (32, 32), (64, 64), (128, 128))
 
@@ -176,18 +187,20 @@ def _facts(launch: Launch, source: str, config: dict[str, Any], queued_by: str, 
 def compile_rows(ccs: Sequence[int], families: Sequence[str], jobs: int, every_size: bool = False) -> list[Facts]:
     """Facts of all rows of these compute capabilities and families (all families when empty), in file order.
 
-    Those of sizes follow: `SPILLED_BEFORE`, or all of `GRIDS` in both dtypes and uses.
+    Those of sizes follow: `SPILLED_BEFORE` and `SIZES_IN_FP8`, or all of `GRIDS` in all dtypes and uses.
     """
     from capacitor_kernels import config_rows
+    from capacitor_kernels.launch import E4M3_COMPUTE_CAPABILITY
 
     names = tuple(families) or OPS
     rows = [(cc, name, i) for name in names for cc in ccs for i in range(len(config_rows.rows(cc, name)))]
-    sizes = SPILLED_BEFORE
+    sizes = (*SPILLED_BEFORE, *SIZES_IN_FP8)
     if every_size:
         sizes = tuple(
             Size(cc, dtype, grid, use)
             for cc in ccs
-            for dtype in ("bf16", "fp16")
+            for dtype in ("bf16", "fp16", "e4m3")
+            if dtype != "e4m3" or cc >= E4M3_COMPUTE_CAPABILITY
             for use in config_rows.USES
             for grid in GRIDS
         )

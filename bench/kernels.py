@@ -140,9 +140,10 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from capacitor_kernels import compute_capability
+    from capacitor_kernels.launch import E4M3_COMPUTE_CAPABILITY
     from capacitor_rt import ModelConfig
 
-    from ._cases import GPU_IMAGES, TINY_IMAGES, make_cases
+    from ._cases import GPU_IMAGES, IN_FP8, TINY_IMAGES, make_cases
     from ._contenders import TINY
     from ._device import release
     from ._records import append_line, ceilings_line, default_results
@@ -156,6 +157,8 @@ def run(args: argparse.Namespace) -> int:
     dtype = getattr(torch, args.dtype or ("bfloat16" if on_gpu else "float32"))
     model = ModelConfig() if on_gpu and not args.tiny else TINY
     cc = compute_capability(device)
+    if cc < E4M3_COMPUTE_CAPABILITY and not args.op:
+        ops = [op for op in ops if op not in IN_FP8]
     if args.check_only:
         return _check_only(make_cases(ops, images, model, dtype, cc), device)
     facts = environment(device)

@@ -32,7 +32,7 @@ class Fp8Calibration:
         model: `id`, `revision` and `sha256` of the weights file.
         images: `count` of those that were seen, how many `failed` to be decoded, `framing`, and `sha256` of the pixels.
         ranges: of each block the largest magnitudes: `y`, and of each hidden channel `hidden` and `gain` (see
-            `runtime.fp8.BlockRange`).
+            `runtime.fold_fp8.BlockRange`).
         report: what encoding in fp8 costs on these images, as `calibrate-fp8` prints it.
         code: versions of this package and of torch.
     """

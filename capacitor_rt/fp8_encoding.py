@@ -18,7 +18,8 @@ from .reference import Autoencoder, Posterior
 from .runtime.platform import INSTALL_TRITON
 
 if TYPE_CHECKING:
-    from .runtime.fp8 import Fp8Encoder, Ranges
+    from .runtime.fold_fp8 import Ranges
+    from .runtime.fp8 import Fp8Encoder
 
 PRECISIONS = (None, "fp8")
 
@@ -61,7 +62,7 @@ def encoding_name(calibration: Fp8Calibration) -> str:
 
 def ranges_from(calibration: Fp8Calibration) -> Ranges:
     """The ranges of a calibration as tensors."""
-    from .runtime.fp8 import BlockRange
+    from .runtime.fold_fp8 import BlockRange
 
     return tuple(
         BlockRange(*(torch.tensor(block[name], dtype=torch.float32) for name in ("y", "hidden", "gain")))
@@ -70,7 +71,7 @@ def ranges_from(calibration: Fp8Calibration) -> Ranges:
 
 
 class Fp8Encoding:
-    """Encoders by one calibration, made anew where the model was moved or cast.
+    """Emulated encoders by one calibration, made anew where the model was moved or cast.
 
     Raises:
         InputError: the calibration is not of an encoder of this architecture; Triton is absent.
@@ -78,10 +79,10 @@ class Fp8Encoding:
 
     def __init__(self, calibration: Fp8Calibration, config: ModelConfig):
         require_folding()
-        from .runtime.fp8 import check_ranges
+        from .runtime.fold_fp8 import check_ranges
 
-        check_ranges(ranges_from(calibration), config.encoder_depth, config.hidden_dim)
-        self.calibration = calibration
+        self.ranges = ranges_from(calibration)
+        check_ranges(self.ranges, config.encoder_depth, config.hidden_dim)
         self._made: tuple[torch.device, torch.dtype, Fp8Encoder] | None = None
 
     def posterior(self, loaded: Autoencoder, image: Tensor, dtype: torch.dtype) -> Posterior:
@@ -94,6 +95,6 @@ class Fp8Encoding:
         from .runtime.fp8 import Fp8Encoder
 
         if self._made is None or self._made[:2] != (image.device, dtype):
-            encoder = Fp8Encoder(loaded, ranges_from(self.calibration), dtype, image.device)
+            encoder = Fp8Encoder(loaded, self.ranges, dtype, image.device)
             self._made = (image.device, dtype, encoder)
         return self._made[2].posterior(image)

@@ -78,7 +78,8 @@ class FullCapacitor(PretrainedAutoencoder):
         check_out(out, shape, image.device)
         if batch == 0:
             return _write(torch.empty(shape, device=image.device), out)
-        if self.config.latent_patch == 1 and self._fp8 is None:
+        self._check_fp8(image)
+        if self.config.latent_patch == 1:
             if self._traced(image):
                 return _write(torch.ops.capacitor_rt.encode(image, self._number), out)
             latents = self._by_triton("encoder", image, lambda runtime: runtime.encode(image, out))
@@ -99,14 +100,15 @@ class FullCapacitor(PretrainedAutoencoder):
             shape = (0, self.config.bottleneck_dim, height // p, width // p)
             mean, logsnr = (torch.empty(shape, device=image.device) for _ in range(2))
             return Posterior(mean, logsnr if self.config.bottleneck_posterior_kind == "diagonal_gaussian" else None)
-        if self._fp8 is not None:
-            return self._fp8_posterior(image)
+        self._check_fp8(image)
         if self._traced(image):
             out = torch.ops.capacitor_rt.posterior(image, self._number)
             return Posterior(out[0], out[1] if len(out) > 1 else None)
         posterior = self._by_triton("encoder", image, lambda runtime: runtime.posterior(image))
         if posterior is not None:
             return posterior
+        if self._fp8 is not None:
+            return self._emulated_fp8(image)
         # an enclosing autocast would override the dtypes chosen here
         with torch.autocast(image.device.type, enabled=False):
             return Autoencoder.encode_posterior(self, image)

@@ -58,10 +58,10 @@ class PretrainedAutoencoder(ServedAutoencoder):
         """ "fp8" where images are encoded in e4m3; None where they are in the weights' dtype."""
         return None if self._fp8 is None else "fp8"
 
-    def _fp8_posterior(self, image: Tensor) -> Posterior:
-        """Raw posterior of a checked image in e4m3."""
-        if self._fp8 is None:
-            raise InputError("this model was not loaded with encode_precision='fp8'")
+    def _check_fp8(self, image: Tensor) -> None:
+        """Refuse what an encoder in e4m3 cannot take, where this is one."""
+        if self._fp8 is None or torch.compiler.is_compiling():
+            return
         if not self.is_as_loaded:
             raise InputError(
                 "these weights are not those that the scales for fp8 were measured on, since they were changed: load "
@@ -69,6 +69,18 @@ class PretrainedAutoencoder(ServedAutoencoder):
             )
         if torch.is_grad_enabled() and image.requires_grad:
             raise InputError("encoding in fp8 has no gradient: load the model without encode_precision for that")
+
+    def _emulated_fp8(self, image: Tensor) -> Posterior:
+        """Raw posterior of a checked image in e4m3, by plain torch."""
+        if self._fp8 is None:
+            raise InputError("this model was not loaded with encode_precision='fp8'")
+        if "emulated" not in self._said:
+            self._said.add("emulated")
+            warnings.warn(
+                "encoding in fp8 is emulated in plain torch here, slower than in 16 bits: its launches need a GPU of "
+                "compute capability 8.9 or later and a model in bfloat16 or float16 (or backend='triton')",
+                stacklevel=4,
+            )
         return self._fp8.posterior(self.to_fold(), image, self.dtype)
 
     @classmethod
@@ -108,7 +120,8 @@ class PretrainedAutoencoder(ServedAutoencoder):
                 error.
             backend, strict_size, low_latency, cuda_graphs, overlap, memory_budget: see the class.
             encode_precision: "fp8" encodes in e4m3 by the scales of `capacitor-rt calibrate-fp8`; refused without them.
-                It is emulated in plain torch so far: the latents are those to come, and slower than in 16 bits.
+                Its launches are for GPUs of compute capability 8.9 or later; elsewhere backend="torch", and a model
+                on the CPU, emulate their arithmetic, slower than in 16 bits.
             fp8_calibration: file of the scales, where it is neither beside the weights nor in the user's cache folder.
 
         irdiffae and mdiffae load with an `UnverifiedModelWarning` until their inferred readings (`DicoConfig`) are
@@ -150,10 +163,7 @@ class PretrainedAutoencoder(ServedAutoencoder):
         if calibration is not None:
             model.source = dataclasses.replace(source, encoding=encoding_name(calibration))
             model._fp8 = Fp8Encoding(calibration, read.config)
-            warnings.warn(
-                "encoding in fp8 is emulated in plain torch so far: its latents are those to come, at another speed",
-                stacklevel=2,
-            )
+            model._fp8_ranges = model._fp8.ranges
         return model.to(device=target, dtype=asked.pop() if asked else torch.float32)
 
     def save_pretrained(self, folder: str | PathLike[str]) -> None:

@@ -85,6 +85,55 @@ def scaled(a, g, KIND: tl.constexpr):
 
 
 @triton.jit
+def to_e4m3(x):
+    """A tile of float32 or float16 in e4m3: to the nearest even, cut off at 448, in one conversion of two elements."""
+    if _INTERPRETED:
+        # the interpreter truncates: round first. Adding c leaves no bit below an eighth of the power of two in x
+        x = tl.minimum(tl.maximum(x.to(tl.float32), -448.0), 448.0)
+        power = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        c = tl.maximum(power, 0.015625) * 1572864.0
+        x = (x + c) - c
+    elif x.dtype == tl.float32:
+        # by itself Triton goes through float16 on sm_89, cut off toward zero, which moves one value in 256
+        bytes4 = tl.inline_asm_elementwise(
+            "{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, $2, $1; "
+            "cvt.rn.satfinite.e4m3x2.f32 high, $4, $3; mov.b32 $0, {low, high}; }",
+            "=r,f,f,f,f",
+            [x],
+            tl.uint8,
+            is_pure=True,
+            pack=4,
+        )
+        return bytes4.to(tl.float8e4nv, bitcast=True)
+    return x.to(tl.float8e4nv)
+
+
+@triton.jit
+def add_scaled_e4m3(a, g):
+    """a + a*g of float16 tiles in e4m3; the sum is rounded to float16 once."""
+    if _INTERPRETED:
+        # the interpreter's fma rounds the product too
+        wide = a.to(tl.float32)
+        return to_e4m3((wide + wide * g.to(tl.float32)).to(tl.float16))
+    return to_e4m3(add_scaled(a, g))
+
+
+@triton.jit
+def dot_e4m3(a, b, acc, PRODUCTS: tl.constexpr):
+    """acc + a @ b of e4m3 tiles, summed in float32.
+
+    PRODUCTS is "plain", or "scaled": the block-scaled instruction of sm_120 with all scales one, which has the same
+    bits at twice the rate. Tensor cores of sm_89 and sm_90 keep some 14 bits of their sums: kernels/NOTES.md.
+    """
+    if PRODUCTS == "scaled":
+        a_scale = tl.full((a.shape[0], a.shape[1] // 32), 127, tl.uint8)
+        b_scale = tl.full((b.shape[1], b.shape[0] // 32), 127, tl.uint8)
+        return tl.dot_scaled(a, a_scale, "e4m3", b, b_scale, "e4m3", acc)
+    else:
+        return tl.dot(a, b, acc)
+
+
+@triton.jit
 def ordered_sum(partials_ptr, image, tiles, offs_f, HIDDEN: tl.constexpr, UNROLL: tl.constexpr):
     """Sum of an image's partials `[B, tiles, HIDDEN]` in tile order; UNROLL loads are in flight at a time."""
     acc = tl.zeros(offs_f.shape, dtype=tl.float32)

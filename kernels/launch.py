@@ -24,11 +24,19 @@ INT32_MAX = 2**31 - 1
 ALIGNMENT = 16
 
 FLOATS: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)
-_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.uint8: "uint8"}
+E4M3 = torch.float8_e4m3fn
+E4M3_COMPUTE_CAPABILITY = 89
+_NAMES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.uint8: "uint8",
+    E4M3: "e4m3",
+}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The short name used in configs and messages: bf16, fp16, fp32, uint8."""
+    """The short name used in configs and messages: bf16, fp16, fp32, uint8, e4m3."""
     return _NAMES.get(dtype, str(dtype).removeprefix("torch."))
 
 
@@ -184,6 +192,24 @@ def next_power_of_2(n: int) -> int:
 def dot_precision(dtype: torch.dtype) -> str:
     """`input_precision` of tl.dot: float32 products stay float32 instead of TF32; others ignore it."""
     return "ieee" if dtype == torch.float32 else "tf32"
+
+
+def check_e4m3(cc: int) -> None:
+    """Refuse GPUs without products of e4m3.
+
+    Raises:
+        ValueError: names what has them, and the way out.
+    """
+    if cc < E4M3_COMPUTE_CAPABILITY:
+        raise ValueError(
+            f"compute capability {cc // 10}.{cc % 10} has no fp8: it needs 8.9 or later (RTX 40 series, H100 and "
+            "newer), so use bf16 there"
+        )
+
+
+def e4m3_products(cc: int) -> str:
+    """By which instruction this GPU multiplies e4m3, a form of `jit.dot_e4m3`."""
+    return "scaled" if cc // 10 == 12 and not INTERPRETED else "plain"
 
 
 class TensorLike(Protocol):

@@ -50,6 +50,56 @@ def expand(
     return h, h.to(wide).square().view(-1, tokens_per_image, h.shape[1]).sum(1)
 
 
+def e4m3(x: torch.Tensor) -> torch.Tensor:
+    """x rounded to e4m3, the nearest even, and cut off at 448, as GPUs convert."""
+    return x.float().clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
+
+
+def expand_fp8(
+    y: torch.Tensor,
+    w1: torch.Tensor,
+    scale: torch.Tensor,
+    b1: torch.Tensor,
+    sumsq: torch.Tensor,
+    h_inverse: torch.Tensor,
+    *,
+    tokens_per_image: int,
+    eps: float = 1e-6,
+    gelu: str = "fit",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(h * h_inverse [T, F] before it is rounded to e4m3, sums [B, F] of h^2), in the dtype of sumsq.
+
+    h = gelu(rstd * scale * (y @ w1^T) + b1), y [T, D] and w1 [F, D] being e4m3.
+    """
+    wide = sumsq.dtype
+    rstd = torch.rsqrt(sumsq.sum(1, keepdim=True) / y.shape[1] + eps)
+    pre = (y.to(wide) @ w1.to(wide).t()) * rstd * scale.to(wide) + b1.to(wide)
+    h = gelu_fit(pre) if gelu == "fit" else F.gelu(pre)
+    return h * h_inverse.to(wide), h.square().view(-1, tokens_per_image, h.shape[1]).sum(1)
+
+
+def project_fp8(
+    h: torch.Tensor,
+    gain: torch.Tensor,
+    w2: torch.Tensor,
+    w2_scale: torch.Tensor,
+    b2: torch.Tensor,
+    residual: torch.Tensor,
+    *,
+    tokens_per_image: int,
+) -> torch.Tensor:
+    """out [T, D] = w2_scale * (h @ e4m3(w2 * (1 + gain))^T) + b2 + residual, in float32, or float64 as b2 is.
+
+    h [T, F] is e4m3; w2 [D, F] and gain [B, F] are float16 values, whose product is rounded to float16 once.
+    """
+    wide = _wide(b2.dtype)
+    images = []
+    for rows, row in zip(h.to(wide).split(tokens_per_image), gain.double(), strict=True):
+        weights = e4m3(torch.addcmul(w2.double(), w2.double(), row).to(torch.float16))
+        images.append(rows @ weights.to(wide).t())
+    return torch.cat(images) * w2_scale.to(wide) + b2 + residual.to(wide)
+
+
 def grn(sums: torch.Tensor, gamma: torch.Tensor, *, eps: float = 1e-6) -> torch.Tensor:
     """gain [B, F] = gamma * G / (mean_c G + eps), G = sqrt(sums), sums [B, F] of squares over each image."""
     norms = sums.sqrt()

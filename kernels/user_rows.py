@@ -19,7 +19,7 @@ from typing import Any
 VARIABLE, SHIPPED = "CAPACITOR_CONFIGS", "shipped"
 FILE_BYTES, MOST_ROWS = 1 << 20, 4096
 ROW_KEYS = ("shape", "dtype", "use", "config", "evidence")
-DTYPES, USES = ("bf16", "fp16", "fp32"), ("throughput", "latency")
+DTYPES, USES = ("bf16", "fp16", "fp32", "e4m3"), ("throughput", "latency")
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
 # what no launch can have would cost minutes to compile, or crash the compiler
 _LEGAL: dict[str, Sequence[int]] = {

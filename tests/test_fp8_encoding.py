@@ -95,12 +95,14 @@ def test_it_encodes_by_the_calibrated_encoder_and_decodes_as_ever(calibrated, dt
     )
 
 
-def test_loading_says_that_it_is_emulated(calibrated):
-    with pytest.warns(UserWarning, match="emulated in plain torch so far"):
-        load(calibrated[0])
+def test_the_first_call_says_that_it_is_emulated(calibrated):
+    model = load(calibrated[0], backend="torch")
+    with pytest.warns(UserWarning, match="emulated in plain torch here, .* need a GPU of compute capability 8.9"):
+        model.encode(IMAGE)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        FullCapacitor.from_pretrained(calibrated[0] / "model")
+        model.encode(IMAGE)
+        FullCapacitor.from_pretrained(calibrated[0] / "model", backend="torch").encode(IMAGE)
 
 
 def test_changed_weights_and_gradients_are_refused(calibrated):

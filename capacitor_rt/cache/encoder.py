@@ -66,8 +66,7 @@ class BatchEncoder:
 
     def warmup(self, shapes: Iterable[tuple[int, int, int]]) -> float:
         """Make batches of `(height, width, rows)` ready; seconds that compiling kernels took."""
-        # fp8 has no launches yet
-        if not isinstance(self.model, ServedAutoencoder) or getattr(self.model, "encode_precision", None):
+        if not isinstance(self.model, ServedAutoencoder):
             return 0.0
         direction = "posterior" if "logsnr" in self.names else "encode"
         self.model.warmup(shapes, direction=direction, image_dtype=torch.uint8, layout="nhwc")

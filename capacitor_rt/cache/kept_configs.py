@@ -33,7 +33,8 @@ def configs_of(identity: ModelIdentity, buckets: Iterable[Size], posterior: bool
     sizes = [(bucket.height, bucket.width) for bucket in buckets]
     direction = "posterior" if posterior else "encode"
     dtype = getattr(torch, identity.compute_dtype)
-    families = configs_in_force(ModelConfig.from_dict(identity.config), sizes, dtype, identity.cc, (direction,))
+    model, precision = ModelConfig.from_dict(identity.config), "fp8" if identity.encoding else None
+    families = configs_in_force(model, sizes, dtype, identity.cc, (direction,), precision)
     return {"compute_capability": identity.cc, "families": families} if families else None
 
 

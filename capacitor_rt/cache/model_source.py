@@ -92,9 +92,7 @@ class Checkpoint:
         kind = torch.device(self.device).type
         dtype = self.compute_dtype or compute_dtype or ("bfloat16" if kind == "cuda" else "float32")
         identity = _identity(source, read_header(source).config, dtype, kind)
-        # fp8 has no launches yet
-        backend = "torch" if source.encoding else self.backend
-        return dataclasses.replace(identity, cc=_served_cc(torch.device(self.device), backend))
+        return dataclasses.replace(identity, cc=_served_cc(torch.device(self.device), self.backend))
 
     def load(self, identity: ModelIdentity) -> FullCapacitor:
         dtype = getattr(torch, identity.compute_dtype)
@@ -120,7 +118,7 @@ class Loaded:
         source = kept or _in_memory(self.model)
         dtype = str(self.model.dtype).removeprefix("torch.")
         identity = _identity(source, self.model.config, dtype, self.model.device.type)
-        cc = None if self.model.encode_precision else _served_cc(self.model.device, self.model.backend)
+        cc = _served_cc(self.model.device, self.model.backend)
         return dataclasses.replace(identity, multiple=self.model.size_multiple, cc=cc)
 
     def load(self, identity: ModelIdentity) -> FullCapacitor:

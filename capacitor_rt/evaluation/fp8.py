@@ -21,7 +21,8 @@ from ..errors import ImageError, InputError
 from ..fp8_calibration import Fp8Calibration
 from ..images.frames import RGB, Frame, Framing, group_frames, load_frames, to_batch, to_uint8
 from ..model import FullCapacitor
-from ..runtime.fp8 import BlockRange, Fp8Encoder
+from ..runtime.fold_fp8 import BlockRange
+from ..runtime.fp8 import Fp8Encoder
 from ..version import __version__
 from .metrics import cosine_similarity, psnr
 

@@ -28,6 +28,7 @@ from .stats import Stats
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from .fold_fp8 import Ranges
     from .runtime import Runtime
 
 BACKENDS = ("auto", "torch", "triton")
@@ -77,6 +78,8 @@ class ServedAutoencoder(Autoencoder):
         self._drawn: dict[Any, Tensor] = {}
         self._as_loaded: AsLoaded | None = None
         self._runtime: Runtime | None = None
+        # of an encoder in e4m3
+        self._fp8_ranges: Ranges | None = None
         self._number = ops.register(self)
         self.backend = backend
         self.register_load_state_dict_post_hook(_loaded)
@@ -120,7 +123,8 @@ class ServedAutoencoder(Autoencoder):
             with _making_runtime:
                 if self._runtime is None:
                     place = (self.device, self.dtype)
-                    self._runtime = Runtime(self, *place, self._options, ServedAutoencoder.to_fold, self._lent)
+                    to_fold, ranges = ServedAutoencoder.to_fold, self._fp8_ranges
+                    self._runtime = Runtime(self, *place, self._options, to_fold, self._lent, ranges)
         return self._runtime
 
     @property

@@ -32,6 +32,7 @@ def configs_in_force(
     dtype: torch.dtype,
     cc: int,
     directions: Iterable[str] = ("encode", "posterior"),
+    precision: str | None = None,
 ) -> Families:
     """The user's rows that calls of a model are launched by; empty where shipped rows and defaults serve alone.
 
@@ -39,6 +40,7 @@ def configs_in_force(
         sizes: (height, width) of images, in pixels.
         dtype: of weights and activations.
         cc: compute capability of the GPU, e.g. 90.
+        precision: "fp8" of an encoder in e4m3, else None.
 
     Raises:
         ConfigError: the user's file is damaged; the message names it and the way out.
@@ -46,9 +48,10 @@ def configs_in_force(
     with tuning.watching() as found:
         for height, width in sizes:
             for direction in directions:
-                key = PlanKey(direction, 1, height, width, dtype, torch.uint8, "nchw", cc)
-                # an architecture without launches has none to choose
-                with suppress(InputError):
+                size = 1, height, width
+                key = PlanKey(direction, *size, dtype, torch.uint8, "nchw", cc, precision=precision)
+                # an architecture or a GPU without launches has none to choose
+                with suppress(InputError, ValueError):
                     make_plan(config, key)
     rows: Families = {}
     for row in sorted(found, key=lambda row: (row.family, sorted(row.shape.items()), row.dtype, row.use)):

@@ -23,6 +23,7 @@ from ..config import ModelConfig
 from ..reference import AnyBlock, Autoencoder
 from .arena import TensorSpec
 from .fold_dico import fold_dico_block, fold_inputs, fold_latent_mask, fold_norm
+from .fold_fp8 import fold_fp8, ranges_of_shapes
 from .packed import (
     Packed,
     PackedBlock,
@@ -155,9 +156,16 @@ def _statistics(model: Autoencoder) -> tuple[Tensor, Tensor]:
 
 
 @lru_cache(maxsize=32)
-def packed_specs(config: ModelConfig, part: str, dtype: torch.dtype) -> dict[str, TensorSpec]:
-    """What `named_tensors` of the packed "encoder" or "decoder" of a model of `config` holds, without the values."""
+def packed_specs(
+    config: ModelConfig, part: str, dtype: torch.dtype, precision: str | None = None
+) -> dict[str, TensorSpec]:
+    """What `named_tensors` of the packed "encoder" or "decoder" of a model of `config` holds, without the values.
+
+    `precision` "fp8" is of an encoder whose blocks are in e4m3.
+    """
     with torch.device("meta"):
         model = Autoencoder(config)
     packed: Packed = fold_encoder(model) if part == ENCODER else fold_decoder(model, 1.0)
+    if precision == "fp8" and isinstance(packed, PackedEncoder):
+        packed = fold_fp8(packed, ranges_of_shapes(packed))
     return {n: TensorSpec(tuple(t.shape), t.dtype) for n, t in named_tensors(pack(packed, dtype, "meta")).items()}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from capacitor_kernels import dewhiten, reference, tuning, whiten
-from capacitor_kernels.launch import INTERPRETED, Launch, dtype_name, recording
+from capacitor_kernels.launch import E4M3_COMPUTE_CAPABILITY, INTERPRETED, Launch, dtype_name, recording
 from capacitor_kernels.pictures import between_bytes
 
 from ..config import DicoConfig, ModelConfig
@@ -24,6 +24,8 @@ from .host_ops import host_function, work_of
 from .pictures import table, tables
 from .plan import PlanKey, Step, make_plan
 
+# y of order one in e4m3
+Y_SCALE = 30.0
 Grid = tuple[int, int]
 Tensors = dict[str, Tensor]
 # op -> arguments that it writes
@@ -31,9 +33,11 @@ OUTPUTS: dict[str, tuple[str, ...]] = {
     "patchify": ("tokens",),
     "dwconv": ("y", "sumsq", "partials"),
     "expand": ("h", "partials"),
+    "expand_fp8": ("h", "partials"),
     "grn": ("gain", "norms"),
     "channel_attention": ("factor", "sums"),
     "project": ("out", "sumsq", "scaled_sumsq", "workspace"),
+    "project_fp8": ("out", "workspace"),
     "rmsnorm": ("out", "sumsq"),
     "head": ("latents", "mean", "logsnr"),
     "fuse_skip": ("out",),
@@ -112,6 +116,8 @@ class LaunchCase:
             given["sumsq"] = squares(given["y"], self.specs["sumsq"].shape[1])
             if "scaled_sumsq" in given:
                 given["scaled_sumsq"] = squares(given["y"] * 1.5, self.specs["scaled_sumsq"].shape[1])
+        if self.step.op == "expand_fp8":
+            given["sumsq"] = squares(given["y"].float() / Y_SCALE, self.specs["sumsq"].shape[1])
         # what a launch leaves out shows
         out = {a: _blank(self.specs[a], device) for a in written}
         return Prepared(partial(self._op, **given, **out, **self.step.options), given, out)
@@ -143,8 +149,12 @@ class LaunchCase:
                 y, sums = reference.dwconv_silu(**t, batch=o["batch"], height=o["height"], width=o["width"])
                 return {"y": y, "partials": sums}
             case "dwconv":
-                y, sumsq = reference.dwconv(**t, batch=o["batch"], height=o["height"], width=o["width"])
-                return {"y": y, "sumsq": sumsq}
+                plain = {name: t[name] for name in ("x", "w", "b")}
+                y, sumsq = reference.dwconv(**plain, batch=o["batch"], height=o["height"], width=o["width"])
+                return {"y": y * t["y_inverse"] if "y_inverse" in t else y, "sumsq": sumsq}
+            case "expand_fp8":
+                h, partials = reference.expand_fp8(**t, tokens_per_image=o["tokens_per_image"])
+                return {"h": h, "partials": partials}
             case "expand":
                 # the fit is judged against the exact GELU
                 gelu = "none" if o["gelu"] == "none" else "erf"
@@ -159,6 +169,8 @@ class LaunchCase:
                 return {"factor": reference.channel_attention(sums, t["w"], t["b"], tokens_per_image=per_image)}
             case "project":
                 return self._project(t)
+            case "project_fp8":
+                return {"out": reference.project_fp8(**t, tokens_per_image=o["tokens_per_image"])}
             case "rmsnorm":
                 written = {"out": reference.rmsnorm(t["x"], t["weight"], t["bias"])} if "out" in specs else {}
                 sumsq = {"sumsq": reference.row_squares(written.get("out", t["x"]))} if "sumsq" in specs else {}
@@ -197,7 +209,7 @@ def cases(at: Sizes, dtype: torch.dtype, cc: int) -> Iterator[LaunchCase]:
     """Between them every kernel in every form that plans have."""
     blocks, ends = ("dwconv", "expand", "grn", "project"), ("patchify", "fuse_skip", "unpatchify")
     encoder = ("patchify", *blocks, "head")
-    asked = (
+    asked: tuple[tuple[PlanKey, tuple[str, ...]], ...] = (
         (_key("encode", 2, at.config, at.even, dtype, torch.uint8, "nchw", cc), encoder),
         (_key("posterior", 2, at.config, at.masked, dtype, dtype, "nhwc", cc), encoder),
         (_key("decode", 2, at.config, at.even, dtype, torch.float32, "nchw", cc), ends),
@@ -206,6 +218,9 @@ def cases(at: Sizes, dtype: torch.dtype, cc: int) -> Iterator[LaunchCase]:
         # sums of many tiles take two launches
         (_key("encode", 1, at.config, at.many, dtype, torch.uint8, "nchw", cc), ("grn",)),
     )
+    if cc >= E4M3_COMPUTE_CAPABILITY:
+        in_fp8 = ("dwconv", "expand_fp8", "grn", "project_fp8")
+        asked += tuple((replace(key, precision="fp8"), in_fp8) for key, ops in asked if "expand" in ops)
     seen = set()
     for key, ops in asked:
         for op in ops:
@@ -273,6 +288,8 @@ def launch_case(model: ModelConfig, key: PlanKey, op: str, step: Step | None = N
         form.append("split" if config.split else "fused")
     if model.dico is not None:
         form += _dico_form(op, step)
+    if key.precision is not None and op in ("dwconv", "grn"):
+        form.append("for fp8")
     if getattr(config, "split_k", 1) > 1:
         form.append(f"split_k {config.split_k}")
     if getattr(config, "tma", False):
@@ -354,6 +371,8 @@ def _values(step: Step, name: str, spec: TensorSpec, draw: torch.Generator | Non
 
 def as_in_the_model(step: Step, name: str, x: Tensor) -> Tensor:
     """Normal values x of a step's argument at the scale that the model has them. May write to x."""
+    if step.op.endswith("_fp8") or name == "y_inverse":
+        return _as_in_fp8(name, x)
     if name in ("rstd", "std", "whiten_rstd"):
         x = x.exp()
     elif name == "gain" and step.options.get("multiply"):
@@ -369,6 +388,26 @@ def as_in_the_model(step: Step, name: str, x: Tensor) -> Tensor:
         x = x.square()
     elif step.args[name].startswith("weight:") and x.dim() == 2:
         x *= x.shape[0] ** -0.5
+    return x
+
+
+def _as_in_fp8(name: str, x: Tensor) -> Tensor:
+    """Normal values x of an argument of a launch in e4m3 at the scale that a calibration gives. May write to x."""
+    if name == "y_inverse":
+        return torch.full_like(x, Y_SCALE)
+    if name in ("y", "w1", "h"):
+        x = (torch.nn.functional.gelu(x) * 60 if name == "h" else x * (Y_SCALE if name == "y" else 100)).clamp_(
+            -448, 448
+        )
+    elif name == "w2":
+        x *= 50
+    elif name in ("scale", "w2_scale"):
+        # sums of products of order one
+        x = (x.abs() + 0.5) / (3000 * x.shape[0] ** 0.5)
+    elif name == "h_inverse":
+        x = x.abs() * 10 + 10
+    elif name == "gain":
+        x *= 0.3
     return x
 
 

@@ -34,6 +34,7 @@ class PlanKey:
         cc: compute capability, e.g. 90.
         use: "throughput" (a row's bits depend on neither the batch nor its place) or "latency" (one image at a time).
         inference: sampler settings of "decode", guidance of "predict"; the seed plays no part.
+        precision: "fp8" for an encoder whose blocks are in e4m3, else None.
     """
 
     direction: str
@@ -47,6 +48,7 @@ class PlanKey:
     use: str = "throughput"
     inference: FullCapacitorInferenceConfig | None = None
     time: float | None = None
+    precision: str | None = None
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,27 @@ class PackedBlock:
 
 
 @dataclass(frozen=True)
+class PackedFp8Block:
+    """One FCDM block in e4m3: `w1 [F,D]` e4m3 and `w2 [D,F]` float16, K innermost; the rest float32.
+
+    `y_inverse [1]` and `h_inverse [F]` bring activations into e4m3's range; `scale [F]` and `w2_scale [D]` undo the
+    scales of the products.
+    """
+
+    dw_w: Tensor
+    dw_b: Tensor
+    y_inverse: Tensor
+    w1: Tensor
+    scale: Tensor
+    b1: Tensor
+    h_inverse: Tensor
+    gamma: Tensor
+    w2: Tensor
+    w2_scale: Tensor
+    b2: Tensor
+
+
+@dataclass(frozen=True)
 class PackedDicoBlock:
     """One DiCo block: `w1`, `cca_w` and `w2 [D,D]` of the first path, `w3 [D,F]` and `w4 [F,D]` of the MLP.
 
@@ -58,7 +79,7 @@ class PackedEncoder:
     patch_w: Tensor
     patch_w_nhwc: Tensor
     patch_b: Tensor
-    blocks: tuple[PackedBlock | PackedDicoBlock, ...]
+    blocks: tuple[PackedBlock | PackedFp8Block | PackedDicoBlock, ...]
     head_w: Tensor
     head_b: Tensor
     whiten_mean: Tensor
@@ -102,7 +123,7 @@ class PackedDecoder:
     masked_in_w: Tensor | None = None
 
 
-Packed = PackedBlock | PackedDicoBlock | PackedEncoder | PackedDecoder
+Packed = PackedBlock | PackedFp8Block | PackedDicoBlock | PackedEncoder | PackedDecoder
 PackedT = TypeVar("PackedT", bound=Packed)
 MATRICES = (
     *("patch_w", "patch_w_nhwc", "head_w", "in_w", "masked_in_w", "skip_w", "out_w", "up_w"),
@@ -111,14 +132,19 @@ MATRICES = (
 
 
 def pack(folded: PackedT, dtype: torch.dtype, device: torch.device | str) -> PackedT:
-    """Round a folded part once and move it: what meets activations to `dtype`, everything else to float32."""
+    """Round a folded part once and move it: what meets activations to `dtype`, everything else to float32.
+
+    Matrices of blocks in e4m3 have the types that their launches take, whatever the dtype.
+    """
+    kept = ("w1", "w2") if isinstance(folded, PackedFp8Block) else ()
 
     def convert(name: str, value: Any) -> Any:
         if isinstance(value, tuple):
             return tuple(pack(v, dtype, device) for v in value)
         if value is None:
             return None
-        return value.to(dtype if name in MATRICES else torch.float32).contiguous().to(device)
+        kind = value.dtype if name in kept else dtype if name in MATRICES else torch.float32
+        return value.to(kind).contiguous().to(device)
 
     values: dict[str, Any] = {f.name: convert(f.name, getattr(folded, f.name)) for f in fields(folded)}
     return type(folded)(**values)

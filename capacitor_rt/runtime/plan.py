@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from capacitor_kernels.launch import check_e4m3
 from capacitor_kernels.user_rows import UserRowsError
 
 from ..config import ModelConfig
@@ -9,6 +10,7 @@ from ..errors import ConfigError
 from .launch_plan import DIRECTIONS, LaunchPlan, PlanKey, Step, Tensors
 from .plan_builder import Builder
 from .plan_dico import DicoBuilder
+from .plan_fp8 import Fp8Builder
 
 __all__ = ["DIRECTIONS", "LaunchPlan", "PlanKey", "Step", "Tensors", "make_plan"]
 
@@ -18,14 +20,21 @@ def make_plan(config: ModelConfig, key: PlanKey) -> LaunchPlan:
 
     Raises:
         ConfigError: the user's config file is damaged.
-        ValueError: an unknown direction, or a size that is not whole patches.
+        ValueError: an unknown direction, a size that is not whole patches, or fp8 for what has no launches in it.
     """
     if key.direction not in DIRECTIONS:
         raise ValueError(f"direction {key.direction!r} is unknown: use one of {DIRECTIONS}")
     p = config.patch_size
     if key.height % p or key.width % p or min(key.batch, key.height, key.width) < 1:
         raise ValueError(f"{key.batch} images of {key.height}x{key.width} are not whole patches of {p} pixels")
-    builder = (Builder if config.dico is None else DicoBuilder)(config, key)
+    if key.precision is not None:
+        if key.precision != "fp8" or key.direction not in ("encode", "posterior") or config.dico is not None:
+            raise ValueError(
+                f"{key.direction} has no launches in {key.precision}: only full_capacitor's encoder has, in fp8"
+            )
+        check_e4m3(key.cc)
+    kind = DicoBuilder if config.dico is not None else Fp8Builder if key.precision else Builder
+    builder = kind(config, key)
     try:
         return builder.decode() if key.direction in ("decode", "predict") else builder.encode()
     except UserRowsError as error:

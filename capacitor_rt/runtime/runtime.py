@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from capacitor_kernels.launch import compute_capability
+from capacitor_kernels.launch import check_e4m3, compute_capability
 
 from ..config import FullCapacitorInferenceConfig
 from ..diffusion import sample
@@ -22,6 +22,7 @@ from ..errors import InputError
 from ..reference import Autoencoder, Posterior
 from . import weights
 from .batching import ARENA_BUDGET, Limit, branches, cached_plan, micro_batch, parts
+from .fold_fp8 import Ranges
 from .graphs import Bound, BoundCache
 from .memory import MIB, DeviceMemoryError, amount, copy_into, free_bytes, is_out_of_memory, new_arena, retire
 from .options import ServingOptions
@@ -46,6 +47,7 @@ class Runtime:
         options: looked at when the runtime is made, and for `low_latency` at every call.
         to_fold: from `model` to the one whose tensors are folded, where that is another.
         lent: where packed weights are kept that a caller's graph reads.
+        ranges: of a calibration of these weights: the encoder then runs in e4m3.
 
     Attributes:
         stats: counters.
@@ -62,8 +64,10 @@ class Runtime:
         options: ServingOptions | None = None,
         to_fold: Callable[[Any], Autoencoder] = lambda model: model,
         lent: list[Any] | None = None,
+        ranges: Ranges | None = None,
     ):
         self.cc = _check(model, device, dtype)
+        self._precision = _check_fp8(self.cc) if ranges is not None else None
         self.config, self.device, self.dtype = model.config, device, dtype
         self.options = options or ServingOptions()
         self.stats = Stats()
@@ -76,7 +80,7 @@ class Runtime:
         # bound to the cache, not to this object: a cycle would keep GPU memory until the next collection
         forget = partial(_forget, self._cache)
         lent = [] if lent is None else lent
-        self._weights = weights.PackedWeights(model, device, dtype, self.stats, to_fold, forget, lent)
+        self._weights = weights.PackedWeights(model, device, dtype, self.stats, to_fold, forget, lent, ranges)
         self._limits: dict[PlanKey, Limit] = {}
         # keys of plans that ran: their kernels are compiled and loaded
         self._ran: set[PlanKey] = set()
@@ -163,7 +167,9 @@ class Runtime:
         at: float | None = None,
     ) -> PlanKey:
         use = "latency" if batch == 1 and self.options.low_latency else "throughput"
-        return PlanKey(direction, batch, height, width, self.dtype, image_dtype, layout, self.cc, use, inference, at)
+        size = batch, height, width
+        key = PlanKey(direction, *size, self.dtype, image_dtype, layout, self.cc, use, inference, at)
+        return replace(key, precision=self._precision) if direction in ("encode", "posterior") else key
 
     def _image(self, direction: str, image: Tensor, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
         image, layout = as_it_lies(image)
@@ -408,3 +414,12 @@ def _check(model: Autoencoder, device: torch.device, dtype: torch.dtype) -> int:
         return compute_capability(device)
     except ValueError as error:
         raise InputError(f"{error}, backend='torch'") from error
+
+
+def _check_fp8(cc: int) -> str:
+    """The precision of plans in e4m3, after refusing GPUs that have none."""
+    try:
+        check_e4m3(cc)
+    except ValueError as error:
+        raise InputError(f"{error}: load the model without encode_precision") from error
+    return "fp8"

@@ -15,6 +15,7 @@ from ..errors import NotFoldableError
 from ..reference import Autoencoder
 from . import fold, packed
 from .as_loaded import Watch
+from .fold_fp8 import Ranges, fold_fp8
 from .memory import DeviceMemoryError, amount, free_bytes, retire
 from .plan import LaunchPlan
 from .stats import Stats
@@ -50,6 +51,7 @@ class PackedWeights:
         to_fold: from `model` to the one whose tensors are folded.
         evicted: called with the `(t, image_scale)` of a decoder that went, whose plans are to go too.
         lent: where weights are kept that a caller's graph reads.
+        ranges: of a calibration, for an encoder in e4m3.
     """
 
     def __init__(
@@ -61,9 +63,11 @@ class PackedWeights:
         to_fold: Callable[[Any], Autoencoder],
         evicted: Callable[[Time], None],
         lent: list[Any],
+        ranges: Ranges | None = None,
     ):
         # a reference cycle would keep GPU memory until the next collection
         self._ref = weakref.ref(model)
+        self._ranges = ranges
         self._to_fold = to_fold
         self._device, self._dtype, self._stats, self._evicted = device, dtype, stats, evicted
         self._lent = lent
@@ -114,9 +118,13 @@ class PackedWeights:
 
     def _encode(self) -> dict[str, Tensor]:
         if not self._encoder:
-            self._encoder = self._pack(fold.ENCODER, fold.fold_encoder)
+            self._encoder = self._pack(fold.ENCODER, self._fold_encoder)
             self._weigh()
         return self._encoder
+
+    def _fold_encoder(self, model: Autoencoder) -> packed.PackedEncoder:
+        folded = fold.fold_encoder(model)
+        return folded if self._ranges is None else fold_fp8(folded, self._ranges)
 
     def _decode(self, time: Time) -> dict[str, Tensor]:
         if time not in self._decoders:

@@ -15,6 +15,9 @@ DiCo blocks take y = silu(...) and, for their channel attention, the sums of y o
 
     partials[b, i, c] = sum of y[t, c] over tile i of image b, from the float32 values
 
+For `expand_fp8` y is stored as e4m3(y * y_inverse), to the nearest even and cut off at 448; the sums of squares are of
+what it was before.
+
 FLOPs 2*49*T*C; bytes T*C * (itemsize(x) + itemsize(y)) + 50*C * itemsize(w) + 4*T*ceil(C/block_c).
 """
 
@@ -29,13 +32,15 @@ import triton
 import triton.language as tl
 
 from ..config_rows import Family, Shape, register
-from ..jit import load_tile, silu
+from ..jit import load_tile, silu, to_e4m3
 from ..launch import (
+    E4M3,
     FLOATS,
     Launch,
     TensorLike,
     Work,
     cdiv,
+    check_e4m3,
     check_int32,
     check_rows,
     check_tensor,
@@ -82,6 +87,7 @@ def dwconv_kernel(
     w_ptr,
     bias_ptr,
     y_ptr,
+    y_inverse_ptr,
     sumsq_ptr,
     partials_ptr,
     height,
@@ -162,6 +168,8 @@ def dwconv_kernel(
             acc += (even, odd)
         w_ptrs += 7 * CHANNELS
 
+    if y_inverse_ptr is not None:
+        y_inverse = tl.load(y_inverse_ptr)
     if SILU:
         sums = tl.zeros([STRIPS, BLOCK_C], tl.float32)
     # every lane gets the sum of squares of every pixel; the one that keeps it stores it
@@ -176,7 +184,10 @@ def dwconv_kernel(
         if SILU:
             y = silu(y)
         in_y = s < left if EVEN_C else (s < left) & in_c
-        tl.store(y_ptrs + s * CHANNELS, y.to(y_ptr.dtype.element_ty), mask=in_y)
+        if y_inverse_ptr is not None:
+            tl.store(y_ptrs + s * CHANNELS, to_e4m3(y * y_inverse), mask=in_y)
+        else:
+            tl.store(y_ptrs + s * CHANNELS, y.to(y_ptr.dtype.element_ty), mask=in_y)
         if SILU:
             sums += tl.where(in_y, y, 0.0)
         else:
@@ -213,6 +224,7 @@ def dwconv(
     height: int,
     width: int,
     partials: torch.Tensor | None = None,
+    y_inverse: torch.Tensor | None = None,
     config: DwconvConfig | None = None,
 ) -> None:
     """y = depthwise 7x7 of x plus b, and the sums of squares of y over tiles of channels.
@@ -224,14 +236,15 @@ def dwconv(
         x: [T, C] bf16, fp16 or fp32 tokens, T = batch * height * width, row by row.
         w: [49, C] taps in the order dy, dx; bf16, fp16 or fp32 (fp32 is read as fast, and rounds nothing).
         b: [C], dtype of w.
-        y: [T, C] output, bf16, fp16 or fp32.
+        y: [T, C] output, bf16, fp16 or fp32; e4m3 with `y_inverse`.
         sumsq: output of shape `dwconv_sumsq_shape(...)`, fp32.
         batch, height, width: images and their grid in tokens.
         partials: output of shape `dwconv_partials_shape(...)`, fp32; asks for SiLU.
+        y_inverse: [1] fp32, reciprocal of the scale of y in e4m3.
         config: launch parameters; looked up by the grid when None.
 
     Raises:
-        TypeError, ValueError: an argument that the kernel cannot take.
+        TypeError, ValueError: an argument that the kernel cannot take, or e4m3 on a GPU without it.
     """
     check_tensor("x", x, shape=(None, None), dtypes=FLOATS)
     tokens, channels = x.shape
@@ -245,7 +258,7 @@ def dwconv(
         )
     check_tensor("w", w, shape=(49, channels), dtypes=FLOATS, like=x)
     check_tensor("b", b, shape=(channels,), dtypes=w.dtype, like=x)
-    check_tensor("y", y, shape=(tokens, channels), dtypes=FLOATS, like=x)
+    check_tensor("y", y, shape=(tokens, channels), dtypes=FLOATS if y_inverse is None else E4M3, like=x)
     if config is None:
         key = {"height": height, "width": width, "dim": channels}
         config = lookup("dwconv", compute_capability(x), key, x.dtype)
@@ -256,6 +269,11 @@ def dwconv(
     if partials is not None:
         shape = dwconv_partials_shape(batch, height, width, channels, config)
         check_tensor("partials", partials, shape=shape, dtypes=torch.float32, like=x)
+    if y_inverse is not None:
+        check_tensor("y_inverse", y_inverse, shape=(1,), dtypes=torch.float32, like=x)
+        check_e4m3(compute_capability(x))
+        if partials is not None:
+            raise ValueError("y_inverse is for y that RMSNorm follows: the form with SiLU has no e4m3")
     # a tile's pixels are indexed in 32 bits from its image's first, rows below the image included
     check_int32("elements of one image", (height + config.strips_y) * (width + config.cols) * channels)
     row_tiles = cdiv(height, config.strips_y)
@@ -267,6 +285,7 @@ def dwconv(
         "w_ptr": w,
         "bias_ptr": b,
         "y_ptr": y,
+        "y_inverse_ptr": y_inverse,
         "sumsq_ptr": sumsq,
         "partials_ptr": partials,
         "height": height,
@@ -298,10 +317,11 @@ def work(
     y: TensorLike,
     sumsq: TensorLike | None = None,
     partials: TensorLike | None = None,
+    y_inverse: TensorLike | None = None,
     **options: Any,
 ) -> Work:
     """FLOPs and bytes of `dwconv` called with these arguments."""
-    return Work(2 * 49 * prod(x.shape), nbytes_of(x, w, b, y, sumsq, partials))
+    return Work(2 * 49 * prod(x.shape), nbytes_of(x, w, b, y, sumsq, partials, y_inverse))
 
 
 def _cost(shape: Shape, config: DwconvConfig) -> float:

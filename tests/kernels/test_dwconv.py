@@ -260,3 +260,24 @@ def test_bf16_at_real_size(batch, grid, use):
     first = [t.clone() for t in (y, sumsq)]
     for name, a, b in zip(("y", "sumsq"), first, case.run(), strict=True):
         assert_same_bits(name, a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_y_in_e4m3_is_scaled_and_rounded_and_its_sums_are_of_what_it_was(dtype):
+    size = {"batch": 2, "height": 7, "width": 5}
+    x, w, b = (
+        randn(*shape, seed=i).to(DEVICE) for i, shape in enumerate(((70, CHANNELS), (49, CHANNELS), (CHANNELS,)))
+    )
+    x = x.to(dtype)
+    config, inverse = TILES[7, 5], torch.tensor([9.0], device=DEVICE)
+    plain = torch.empty(70, CHANNELS, device=DEVICE)
+    sums = torch.empty(dwconv_sumsq_shape(70, CHANNELS, config), device=DEVICE)
+    dwconv(x, w, b, plain, sums, **size, config=config)
+    y, sumsq = torch.empty(70, CHANNELS, device=DEVICE).to(torch.float8_e4m3fn), torch.empty_like(sums)
+    dwconv(x, w, b, y, sumsq, **size, y_inverse=inverse, config=config)
+    assert torch.equal(y.view(torch.uint8), reference.e4m3(plain * inverse).view(torch.uint8))
+    assert torch.equal(sumsq, sums) and 20 < y.float().abs().max() < 448
+    dwconv(x, w, b, y, sumsq, **size, y_inverse=inverse * 1000, config=config)
+    assert y.float().abs().max() == 448
+    with pytest.raises(TypeError, match="y is fp32, expected e4m3"):
+        dwconv(x, w, b, plain, sums, **size, y_inverse=inverse, config=config)

@@ -28,7 +28,7 @@ from capacitor_kernels.ops.grn import GrnConfig
 from capacitor_kernels.pictures import Field, between_bytes
 from capacitor_rt.runtime.pictures import table
 
-BF16, F32, U8 = torch.bfloat16, torch.float32, torch.uint8
+BF16, F32, U8, E4M3 = torch.bfloat16, torch.float32, torch.uint8, torch.float8_e4m3fn
 BATCH, HEIGHT, WIDTH, PATCH = 2, 3, 5, 4
 PER_IMAGE = HEIGHT * WIDTH
 TOKENS = BATCH * PER_IMAGE
@@ -75,6 +75,16 @@ def project(config: GemmConfig) -> Call:
     if shape is not None:
         tensors["workspace"] = t(*shape, dtype=F32)
     return Call("project", tensors, {"tokens_per_image": PER_IMAGE, "config": config}, ("workspace",))
+
+
+def project_fp8(config: GemmConfig) -> Call:
+    tensors = {"h": t(TOKENS, HIDDEN, dtype=E4M3), "gain": t(BATCH, HIDDEN, dtype=torch.float16)}
+    tensors |= {"w2": t(DIM, HIDDEN, dtype=torch.float16), "w2_scale": t(DIM, dtype=F32), "b2": t(DIM, dtype=F32)}
+    tensors |= dict.fromkeys(("residual", "out"), t(TOKENS, DIM))
+    shape = project_workspace_shape(TOKENS, DIM, config)
+    if shape is not None:
+        tensors["workspace"] = t(*shape, dtype=F32)
+    return Call("project_fp8", tensors, {"tokens_per_image": PER_IMAGE, "config": config}, ("workspace",))
 
 
 def project_with_sums(config: GemmConfig) -> Call:
@@ -146,6 +156,25 @@ CALLS = {
         EXPAND_TENSORS | {"sumsq": SUMSQ, "partials": PARTIALS},
         {"tokens_per_image": PER_IMAGE, "gelu": "fit", "config": GEMM},
     ),
+    "expand_fp8": Call(
+        "expand_fp8",
+        {
+            "y": t(TOKENS, DIM, dtype=E4M3),
+            "w1": t(HIDDEN, DIM, dtype=E4M3),
+            **{name: t(HIDDEN, dtype=F32) for name in ("scale", "b1", "h_inverse")},
+            "sumsq": SUMSQ,
+            "h": t(TOKENS, HIDDEN, dtype=E4M3),
+            "partials": PARTIALS,
+        },
+        PER_TOKENS | {"config": GEMM},
+    ),
+    "dwconv for fp8": Call(
+        "dwconv",
+        CONV_TENSORS | {"y": t(TOKENS, DIM, dtype=E4M3), "y_inverse": t(1, dtype=F32), "sumsq": SUMSQ},
+        {"batch": BATCH, "height": HEIGHT, "width": WIDTH, "config": CONV},
+    ),
+    "project_fp8": project_fp8(GEMM),
+    "project_fp8 split": project_fp8(SPLIT),
     "channel_attention": channel_attention(False),
     "channel_attention in two launches": channel_attention(True, ("sums",)),
     "rmsnorm": Call("rmsnorm", NORMED | {"sumsq": t(TOKENS, 1, dtype=F32)}, {}),
@@ -235,6 +264,8 @@ def _reference(call: Call) -> None:
         "patchify": ("image", "w", "b"),
         "dwconv": ("x", "w", "b"),
         "expand": ("y", "w1", "b1", "sumsq"),
+        "expand_fp8": ("y", "w1", "scale", "b1", "sumsq", "h_inverse"),
+        "project_fp8": ("h", "gain", "w2", "w2_scale", "b2", "residual"),
         "project": ("h", "gain", "w2", "b2", "residual"),
         "head": ("x", "w", "b"),
         "fuse_skip": ("s", "m", "w", "b"),

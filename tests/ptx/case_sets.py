@@ -14,7 +14,7 @@ from capacitor_kernels.config_rows import ConfigRow
 from capacitor_kernels.gemm import GemmConfig
 from capacitor_kernels.ops.expand import HOPPER
 
-from . import cases, dico_cases
+from . import cases, dico_cases, fp8_cases
 from .cases import DTYPES, NAMES, Case, Form
 
 CCS = (80, 89, 90, 100, 120)
@@ -52,6 +52,7 @@ def quick(cc: int) -> Iterator[Make]:
     yield partial(cases.head, form, 2, _GRID, 104, 16)
     yield partial(cases.unpatchify, form, 2, _GRID, 8, 104, "bf16", "fp32")
     yield partial(cases.attention, form, 1, 70, 512)
+    yield from _fp8(form, 35, _GRID)
     if cc >= 90:
         through = Form(cc, config=tma_config(), label="descriptors")
         yield partial(cases.expand, through, 2, 70, 136, 200)
@@ -75,6 +76,19 @@ def quick(cc: int) -> Iterator[Make]:
         yield partial(cases.whiten, form, 2, _GRID, 16, inverse=True, out="fp32")
         yield partial(cases.attention, form, 2, 35, 72)
         yield partial(cases.resize, Form(cc, torch.uint8), [(30, 41), (9, 100)], 12, 16)
+
+
+def _fp8(form: Form, tokens: int, grid: tuple[int, int]) -> Iterator[Make]:
+    """What encoders in e4m3 launch: whole tiles and cut ones, and the other form of project."""
+    if form.cc < 89:
+        return
+    yield partial(fp8_cases.dwconv, form, 2, *grid, 104)
+    yield partial(fp8_cases.expand, form, 2, tokens, 104, 200)
+    yield partial(fp8_cases.expand, form, 1, 64, 128, 256)
+    yield partial(fp8_cases.project, form, 2, tokens, 200, 104, in_place=True)
+    yield partial(fp8_cases.project, form, 1, 64, 256, 128)
+    other = GemmConfig(64, 64, 64, 8, 4, 3, split_k=3, transposed=form.cc not in (90, 100))
+    yield partial(fp8_cases.project, replace(form, config=other, label="other form, split"), 1, 64, 520, 128)
 
 
 def _dico(form: Form, tokens: int, grid: tuple[int, int], dim: int) -> Iterator[Make]:
@@ -129,6 +143,11 @@ def odd(cc: int, dtype: torch.dtype) -> Iterator[Make]:
         yield partial(dico_cases.channel_attention, form, 17, 20, dim)
         yield partial(dico_cases.rmsnorm, form, batch, tokens, dim, norm=False)
         yield partial(dico_cases.rmsnorm, form, batch, tokens, dim, sums=False)
+    if dtype != torch.float32:
+        yield from _fp8(form, 35, (12, 20))
+        if cc >= 89:
+            yield partial(fp8_cases.expand, form, 2, 250, _DIM, _HIDDEN)
+            yield partial(fp8_cases.project, form, 2, 250, _HIDDEN, _DIM)
     # the rows of 256 tokens, descriptors included, with a last tile that is cut
     yield partial(cases.expand, form, 2, 250, _DIM, _HIDDEN)
     yield partial(cases.project, form, 2, 250, _HIDDEN, _DIM)
@@ -158,9 +177,12 @@ def rows(cc: int, dtype: torch.dtype) -> Iterator[Make]:
     """Every shipped config row at its own shape, in every form that the runtime queues; those for bytes with bf16."""
     for family in config_rows.families():
         for index, row in enumerate(config_rows.rows(cc, family.name)):
-            if DTYPES[row.dtype] in (dtype, torch.uint8 if dtype == torch.bfloat16 else dtype):
+            # pixels and encoders in 8 bits run beside what is in bfloat16
+            kinds = (dtype, torch.uint8, DTYPES["e4m3"]) if dtype == torch.bfloat16 else (dtype,)
+            if DTYPES[row.dtype] in kinds:
                 latency = row.use == "latency"
-                form = Form(cc, DTYPES[row.dtype], row.config, f"row {index} {row.use}", batch_free=not latency)
+                kind = dtype if row.dtype == "e4m3" else DTYPES[row.dtype]
+                form = Form(cc, kind, row.config, f"row {index} {row.use}", batch_free=not latency)
                 yield from _row(form, row, 1 if latency else 2)
 
 
@@ -170,6 +192,10 @@ def _row(form: Form, row: ConfigRow, batch: int) -> Iterator[Make]:
     one = 1 if tokens >= _LONG else batch
     if row.family == "expand":
         yield partial(cases.expand, form, one, tokens, shape["dim"], shape["hidden"])
+    elif row.family == "expand_fp8":
+        yield partial(fp8_cases.expand, form, one, tokens, shape["dim"], shape["hidden"])
+    elif row.family == "project_fp8":
+        yield partial(fp8_cases.project, form, one, tokens, shape["hidden"], shape["dim"])
     elif row.family == "grn":
         yield partial(cases.grn, form, 2, shape["tiles"], shape["hidden"])
     elif row.family == "project":

@@ -21,6 +21,7 @@ from capacitor_rt.runtime.pictures import table, tent_weights
 Tensors = dict[str, Tensor]
 Specs = dict[str, tuple[tuple[int, ...], torch.dtype]]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "uint8": torch.uint8}
+DTYPES["e4m3"] = torch.float8_e4m3fn
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 

@@ -26,7 +26,7 @@ FLOAT: dict[int, Any] = {16: F16, 32: F32, 64: F64}
 # name of a type in an opcode -> (kind, bits)
 TYPES: dict[str, tuple[str, int]] = {f"{kind}{width}": (kind, width) for width in (8, 16, 32, 64) for kind in "bus"}
 TYPES |= {"f16": ("f", 16), "f32": ("f", 32), "f64": ("f", 64), "bf16": ("bf", 16), "bf16x2": ("bf2", 32)}
-TYPES |= {"f32x2": ("ff", 64), "f16x2": ("f2", 32), "pred": ("p", 1), "tf32": ("tf", 32)}
+TYPES |= {"f32x2": ("ff", 64), "f16x2": ("f2", 32), "pred": ("p", 1), "tf32": ("tf", 32), "e4m3x2": ("e2", 16)}
 _SMALLEST_NORMAL = F32(1.17549435e-38)
 
 
@@ -53,6 +53,34 @@ def narrow(x: np.ndarray) -> np.ndarray:
     out = ((bits + (np.uint32(0x7FFF) + even)) >> np.uint32(16)).astype(np.uint16)
     nan = np.isnan(x)
     return np.where(nan, np.uint16(0x7FFF), out) if nan.any() else out
+
+
+def _e4m3_values() -> np.ndarray:
+    """float32 of every byte: sign, 4 bits of exponent with bias 7, 3 bits of mantissa; all ones are NaN."""
+    code = np.arange(128)
+    exponent, mantissa = code >> 3, code & 7
+    magnitude = np.where(exponent == 0, mantissa / 8 * 2.0**-6, (1 + mantissa / 8) * 2.0 ** (exponent - 7.0))
+    magnitude[127] = np.nan
+    return np.concatenate([magnitude, -magnitude]).astype(F32)
+
+
+E4M3 = _e4m3_values()
+_E4M3_EDGES = ((E4M3[:126] + E4M3[1:127]) / 2).astype(F64)
+
+
+def widen_e4m3(codes: np.ndarray) -> np.ndarray:
+    """float32 of e4m3 bytes."""
+    return E4M3[codes]
+
+
+def narrow_e4m3(x: np.ndarray) -> np.ndarray:
+    """e4m3 bytes of floats: to nearest even, what is beyond 448 to it, NaN to 0x7f, as `cvt.rn.satfinite` does."""
+    magnitude = np.abs(x.astype(F64))
+    code = np.searchsorted(_E4M3_EDGES, magnitude)
+    # on an edge it is the lower of two codes here
+    on_edge = (code < len(_E4M3_EDGES)) & (magnitude == _E4M3_EDGES[np.minimum(code, len(_E4M3_EDGES) - 1)])
+    code = code + (on_edge & (code % 2 == 1)) + np.where(np.signbit(x), 128, 0)
+    return np.where(np.isnan(x), 0x7F, code).astype(np.uint8)
 
 
 def to_odd(x: np.ndarray) -> np.ndarray:

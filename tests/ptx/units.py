@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .fp8_units import fp8_units
 from .instructions import compile_program
 from .machine import Machine
 from .parse import PtxError, parse
@@ -37,6 +38,7 @@ def units() -> Iterator[Unit]:
     yield from _shuffles(rng)
     yield "mma.m16n8k16.bf16", _mma(rng)
     yield "ldmatrix.trans", _ldmatrix(rng)
+    yield from fp8_units(execute, rng)
     for what, (body, message) in _REFUSED.items():
         yield f"refused: {what}", _refused(body, message)
 

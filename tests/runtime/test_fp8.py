@@ -9,10 +9,13 @@ import torch
 from models import random_model
 
 from capacitor_kernels import reference
+from capacitor_kernels.reference import e4m3
 from capacitor_rt import InputError
-from capacitor_rt.runtime import fp8
-from capacitor_rt.runtime.fold import PackedBlock, fold_encoder, pack
-from capacitor_rt.runtime.fp8 import BlockRange, Fp8Encoder, e4m3
+from capacitor_rt.runtime import fold_fp8
+from capacitor_rt.runtime.fold import PackedBlock, fold_encoder
+from capacitor_rt.runtime.fold_fp8 import BlockRange, fold_fp8_block
+from capacitor_rt.runtime.fp8 import Fp8Encoder
+from capacitor_rt.runtime.packed import PackedFp8Block, named_tensors, pack
 
 D, F, T, IMAGES = 24, 40, 12, 2
 
@@ -31,7 +34,7 @@ def all_numbers() -> torch.Tensor:
 
 def test_rounding_is_to_the_nearest_even_and_cut_off_at_448():
     numbers = all_numbers()
-    assert numbers.max() == fp8.E4M3_LARGEST == 448 and len(numbers) == 253
+    assert numbers.max() == fold_fp8.E4M3_LARGEST == 448 and len(numbers) == 253
     x = torch.cat([torch.randn(4000) * scale for scale in (1e-3, 0.1, 1.0, 100.0, 1000.0)]).double()
     x = torch.cat([x, (numbers[1:] + numbers[:-1]) / 2, numbers, torch.tensor([1e30, -1e30], dtype=torch.float64)])
     got = e4m3(x).double()
@@ -64,49 +67,63 @@ def block():
     return packed, seen, y, residual, sumsq, h, sums, gain
 
 
+def expand(y: torch.Tensor, sumsq: torch.Tensor, made: PackedFp8Block) -> tuple[torch.Tensor, torch.Tensor]:
+    """h in e4m3 and the sums, of y in float64."""
+    y8, b1 = e4m3(y.float() * made.y_inverse), made.b1.float()
+    h, sums = reference.expand_fp8(y8, made.w1, made.scale, b1, sumsq.float(), made.h_inverse, tokens_per_image=T)
+    return e4m3(h), sums
+
+
+def project(h8: torch.Tensor, gain: torch.Tensor, residual: torch.Tensor, made: PackedFp8Block) -> torch.Tensor:
+    weights = made.w2, made.w2_scale, made.b2.float()
+    return reference.project_fp8(h8, gain, *weights, residual.float(), tokens_per_image=T)
+
+
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a.double() - b).square().mean().sqrt() / b.square().mean().sqrt()).item()
 
 
 def test_expand_is_near_float64_and_its_sums_are_of_unrounded_values(block):
     packed, seen, y, _, sumsq, h, _, _ = block
-    made = fp8.fp8_block(packed, seen, torch.bfloat16)
-    h8, got = fp8.expand(y.float(), sumsq.float(), made, tokens_per_image=T)
+    made = fold_fp8_block(packed, seen)
+    h8, got = expand(y, sumsq, made)
     assert h8.dtype == made.w1.dtype == torch.float8_e4m3fn and h8.shape == (IMAGES * T, F)
-    back = h8.double() * made.hidden_scale
+    back = h8.double() / made.h_inverse
     # a rounding of 3 bits errs by 2.6 % in the mean at most; three of them meet here
     assert 0.002 < relative(back, h) < 0.06
     # the products alone, with operands as they were rounded, in float64
-    y8 = e4m3(y / made.y_scale).double() * made.y_scale
-    rstd = torch.rsqrt(sumsq / D + 1e-6)
-    exact = reference.gelu_fit((y8 @ (made.w1.double() * made.w1_scale)) * rstd + packed.b1)
+    y8 = e4m3(y.float() * made.y_inverse).double() / made.y_inverse.double()
+    w1 = made.w1.double() * (made.scale.double() * made.y_inverse.double())[:, None]
+    assert relative(w1, packed.w1.t()) < 0.04
+    exact = reference.gelu_fit((y8 @ w1.t()) * torch.rsqrt(sumsq / D + 1e-6) + packed.b1)
     torch.testing.assert_close(got.double(), exact.square().view(IMAGES, T, F).sum(1), rtol=1e-5, atol=1e-5)
-    assert relative(e4m3((exact / made.hidden_scale).float()).double(), h8.double()) < 5e-3
+    assert relative(e4m3((exact * made.h_inverse).float()).double(), h8.double()) < 5e-3
 
 
 def test_project_folds_the_scales_and_rounds_the_weights_of_each_image(block):
     packed, seen, _, residual, _, h, _, gain = block
-    made = fp8.fp8_block(packed, seen, torch.bfloat16)
-    h8 = e4m3(h / made.hidden_scale)
-    out = fp8.project(h8, gain.float(), residual.float(), made, tokens_per_image=T)
-    truth = reference.project(h, gain, packed.w2, packed.b2, torch.zeros_like(residual), tokens_per_image=T)
+    made = fold_fp8_block(packed, seen)
+    h8 = e4m3(h * made.h_inverse)
+    gain = gain.half()
+    out = project(h8, gain, residual, made)
+    truth = reference.project(h, gain.double(), packed.w2, packed.b2, torch.zeros_like(residual), tokens_per_image=T)
     assert 0.002 < relative(out.double() - residual, truth) < 0.08
     for image in range(IMAGES):
         rows = slice(image * T, (image + 1) * T)
-        weights = e4m3(made.w2.float() * (1 + gain[image].float())[:, None]).double() * made.w2_scale
-        exact = h8[rows].double() @ weights + packed.b2 + residual[rows]
+        weights = e4m3((made.w2.double() * (1 + gain[image].double())).half()).double() * made.w2_scale[:, None]
+        exact = h8[rows].double() @ weights.t() + packed.b2 + residual[rows]
         torch.testing.assert_close(out[rows].double(), exact, rtol=1e-5, atol=1e-5)
     # nothing that the calibration has seen is cut off
-    scaled = (made.w2.float() * (1 + gain.float())[:, :, None]).abs()
-    most = fp8.E4M3_LARGEST / fp8.HEADROOM
-    assert scaled.max() <= 1.01 * most and (h / made.hidden_scale).max() <= 1.001 * most
+    scaled = (made.w2.float() * (1 + gain.float())[:, None, :]).abs()
+    most = fold_fp8.E4M3_LARGEST / fold_fp8.HEADROOM
+    assert 0.9 * most < scaled.max() <= 1.01 * most and (h * made.h_inverse).max() <= 1.001 * most
 
 
 def test_values_beyond_the_calibration_are_cut_off_and_stay_finite(block):
     packed, seen, y, residual, _, _, _, gain = block
-    made = fp8.fp8_block(packed, replace(seen, y=seen.y / 100), torch.bfloat16)
-    h8, _ = fp8.expand(y.float(), y.square().sum(1, keepdim=True).float(), made, tokens_per_image=T)
-    out = fp8.project(h8, gain.float() * 50, residual.float(), made, tokens_per_image=T)
+    made = fold_fp8_block(packed, replace(seen, y=seen.y / 100))
+    h8, _ = expand(y, y.square().sum(1, keepdim=True), made)
+    out = project(h8, gain.half() * 50, residual, made)
     assert h8.float().isfinite().all() and out.isfinite().all()
 
 
@@ -152,12 +169,25 @@ def test_an_image_does_not_see_its_batch(model):
 
 
 def test_weights_are_scaled_by_what_was_seen(model):
-    packed = pack(fold_encoder(model), torch.float32, "cpu").blocks[0]
     seen = ranges(model, IMAGE)[0]
-    made = fp8.fp8_block(packed, seen, torch.bfloat16)
-    assert made.y_scale == pytest.approx(fp8.HEADROOM * seen.y.item() / 448)
-    torch.testing.assert_close(made.hidden_scale, fp8.HEADROOM * seen.hidden / 448)
-    assert made.w1.float().abs().amax(0).min() > 400
+    made = fold_fp8_block(fold_encoder(model).blocks[0], seen)
+    assert made.y_inverse.item() == pytest.approx(448 / fold_fp8.HEADROOM / seen.y.item())
+    torch.testing.assert_close(made.h_inverse, 448 / (fold_fp8.HEADROOM * seen.hidden))
+    assert made.w1.float().abs().amax(1).min() > 400
+
+
+def test_hardly_used_channels_keep_their_weights_in_range(block):
+    packed, seen = block[:2]
+    made = fold_fp8_block(packed, replace(seen, gain=torch.zeros(F)))
+    assert made.w2.isfinite().all() and made.w2.float().abs().max() > 1000
+
+
+def test_packing_keeps_the_types_that_launches_take(block):
+    made = pack(fold_fp8_block(*block[:2]), torch.bfloat16, "cpu")
+    assert isinstance(made, PackedFp8Block)
+    kinds = {name: t.dtype for name, t in named_tensors(made).items()}
+    assert kinds.pop("w1") == torch.float8_e4m3fn and kinds.pop("w2") == torch.float16
+    assert set(kinds.values()) == {torch.float32}
 
 
 @pytest.mark.parametrize(

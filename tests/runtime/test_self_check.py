@@ -47,17 +47,18 @@ def test_half_types_too():
 @pytest.mark.parametrize("cc", [80, 90, 100, 120])
 @pytest.mark.parametrize("sizes", [launch_cases.FULL, launch_cases.TINY], ids=["full", "tiny"])
 def test_every_kernel_is_among_the_launches(cc, sizes):
-    kernels, tma = set(), False
+    kernels, tma = set(), set()
     for case in launch_cases.cases(sizes, torch.bfloat16, cc):
         tensors = {name: torch.empty(s.shape, dtype=s.dtype, device="meta") for name, s in case.specs.items()}
         op = {"whiten": whiten, "dewhiten": dewhiten}.get(case.step.op) or host_function(case.step.op)
         with recording(cc) as launches:
             op(**tensors, **case.step.options)
         kernels |= {launch.kernel.fn.__name__ for launch in launches}
-        tma |= any(launch.args.get("TMA", False) for launch in launches)
+        tma |= {case.step.op for launch in launches if launch.args.get("TMA", False)}
     every = {name for op in OPS for name in vars(op_module(op)) if name.endswith("_kernel")}
-    assert kernels == every
-    assert tma == (sizes is launch_cases.FULL and cc in (90, 100))
+    assert kernels == {name for name in every if cc >= 89 or not name.endswith("_fp8_kernel")}
+    # of tiny sizes only the hidden layer has rows of whole 16 bytes
+    assert bool(tma - {"project_fp8"}) == (sizes is launch_cases.FULL and cc in (90, 100))
 
 
 def test_a_wrong_factor_is_named(monkeypatch):
@@ -83,7 +84,7 @@ def test_a_wrong_config_is_named(monkeypatch):
     rows = check_launches(PLACE, DTYPE)
     # a model's arena has no NaN in it, but not the right values either
     assert wrong(rows) == {"expand", "encode", "decode"}
-    assert all("are not finite" in row.problem and row.error is None for row in rows if row.name.startswith("expand"))
+    assert all("are not finite" in row.problem and row.error is None for row in rows if row.name.startswith("expand "))
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="a compiled kernel keeps its helpers")
@@ -117,7 +118,7 @@ def test_after_a_lost_device_nothing_more_is_tried(monkeypatch):
     monkeypatch.setattr(op_module("expand"), "run_launches", lose)
     monkeypatch.setattr(self_check, "device_works", lambda _: False)
     *before, last, end = check_launches(PLACE, DTYPE)
-    assert all(row.ok for row in before) and last.name.startswith("expand") and "illegal memory" in last.problem
+    assert all(row.ok for row in before) and last.name.startswith("expand ") and "illegal memory" in last.problem
     assert end.name == "all that follows" and end.problem == self_check.LOST
 
 

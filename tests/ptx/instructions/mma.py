@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..operands import F16, F32, F64, dst, src, vector, whole_warps, widen
+from ..operands import F16, F32, F64, dst, src, vector, whole_warps, widen, widen_e4m3
 from ..parse import Instr, PtxError
 
 if TYPE_CHECKING:
@@ -32,10 +32,12 @@ def mma(ins: Instr) -> Action:
     """d = a @ b + c of 16x8 tiles."""
     parts = ins.parts
     shape = next(part for part in parts if part.startswith("m16n8"))
-    d_type, a_type, b_type, c_type = parts[-4:]
+    scaled = "block_scale" in parts
+    d_type, a_type, b_type, c_type = parts[-5:-1] if scaled else parts[-4:]
     if d_type != "f32" or c_type != "f32" or a_type != b_type or "row" not in parts or "col" not in parts:
         raise PtxError("form of mma")
     load_a, load_b = _loaders(shape, a_type)
+    factor = _block_scale(ins) if scaled else None
     outs = [dst(op, 32) for op in vector(ins.ops[0])]
     read_a, read_b, read_c = ([src(op, 32) for op in vector(ops)] for ops in ins.ops[1:4])
 
@@ -44,10 +46,31 @@ def mma(ins: Instr) -> Action:
         whole_warps(vm, xa[0])
         # warp, half of m, row, thread of the row, element of the pair
         y = product(_kept(vm, "a", xa, load_a), _kept(vm, "b", xb, load_b)).reshape(-1, 2, 8, 4, 2)
+        if factor is not None:
+            y = y * factor(vm)
         for i, out in enumerate(outs):
             out(vm, read_c[i](vm).view(F32) + y[:, i // 2, :, :, i % 2].reshape(-1))
 
     return run
+
+
+def _block_scale(ins: Instr) -> Callable[[Machine], np.ndarray]:
+    """The factor of each warp's product; of scales that differ within a warp nothing is known here."""
+    if "scale_vec__1X" not in ins.parts or "kind__mxf8f6f4" not in ins.parts or ins.parts[-1] != "ue8m0":
+        raise PtxError("form of block-scaled mma")
+    # of each register one byte counts, which the two constants behind it choose, and the threads that give it
+    reads = [(src(ins.ops[at], 32), ins.ops[at + 1].value[0].value) for at in (4, 6)]
+
+    def factor(vm: Machine) -> np.ndarray:
+        total = np.zeros((vm.n // 32, 1, 1, 1, 1), F64)
+        for read, byte in reads:
+            scales = np.ascontiguousarray(vm.full(read(vm))).view(np.uint8).reshape(-1, 32, 4)[:, :, byte]
+            if (scales != scales[:, :1]).any() or (scales == 255).any():
+                raise PtxError(f"{vm.where()}: scales of a product differ")
+            total += scales[:, 0].astype(F64).reshape(-1, 1, 1, 1, 1) - 127
+        return np.exp2(total).astype(F32)
+
+    return factor
 
 
 def _loaders(shape: str, type_name: str) -> tuple[Load, Load]:
@@ -64,6 +87,19 @@ def _loaders(shape: str, type_name: str) -> tuple[Load, Load]:
             # half of k, warp, column, thread of the column, element of the pair
             m = convert(np.stack(x).view(np.uint16)).reshape(2, -1, 8, 4, 2)
             return np.ascontiguousarray(m.transpose(1, 0, 3, 4, 2)).reshape(-1, 16, 8)
+
+        return load_a, load_b
+    if shape == "m16n8k32" and type_name == "e4m3":
+
+        def load_a(x: list[np.ndarray]) -> np.ndarray:
+            # half of k, half of m, warp, row, thread of the row, element of the four
+            m = widen_e4m3(np.stack(x).view(np.uint8)).reshape(2, 2, -1, 8, 4, 4)
+            return np.ascontiguousarray(m.transpose(2, 1, 3, 0, 4, 5)).reshape(-1, 16, 32)
+
+        def load_b(x: list[np.ndarray]) -> np.ndarray:
+            # half of k, warp, column, thread of the column, element of the four
+            m = widen_e4m3(np.stack(x).view(np.uint8)).reshape(2, -1, 8, 4, 4)
+            return np.ascontiguousarray(m.transpose(1, 0, 3, 4, 2)).reshape(-1, 32, 8)
 
         return load_a, load_b
     if shape in ("m16n8k8", "m16n8k4") and type_name == "tf32":

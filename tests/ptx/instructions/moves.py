@@ -17,6 +17,7 @@ from ..operands import (
     dtype_of,
     flush,
     narrow,
+    narrow_e4m3,
     pred,
     src,
     to_odd,
@@ -90,6 +91,8 @@ def cvt(ins: Instr) -> Action:
     """Conversions between all types."""
     to, frm = ins.parts[-2], ins.parts[-1]
     mods = set(ins.parts[1:-2])
+    if to == "e4m3x2":
+        return _two_to_e4m3(ins)
     if mods - {"rn", "rna", "sat", "ftz", *_TO_INTEGRAL}:
         raise PtxError(f"modifiers {sorted(mods)}")
     (to_kind, to_bits), (from_kind, from_bits) = TYPES[to], TYPES[frm]
@@ -146,6 +149,27 @@ def _two_to_half(ins: Instr) -> Action:
         return narrow(x) if bfloat else x.astype(F16).view(np.uint16)
 
     return lambda vm: out(vm, (half(high(vm)).astype(np.uint32) << np.uint32(16)) | half(low(vm)))
+
+
+def _two_to_e4m3(ins: Instr) -> Action:
+    """Two float32, the first one to the upper byte, or a pair of float16, to a pair of e4m3."""
+    if ins.parts[1:-2] != ("rn", "satfinite") or ins.parts[-1] not in ("f32", "f16x2"):
+        raise PtxError("cvt to e4m3x2")
+    out = dst(ins.ops[0], 16)
+
+    def packed(high: np.ndarray, low: np.ndarray) -> np.ndarray:
+        return (narrow_e4m3(high).astype(np.uint16) << np.uint16(8)) | narrow_e4m3(low)
+
+    if ins.parts[-1] == "f32":
+        first, second = value(ins.ops[1], "f32"), value(ins.ops[2], "f32")
+        return lambda vm: out(vm, packed(first(vm), second(vm)))
+    pair = src(ins.ops[1], 32)
+
+    def run(vm: Machine) -> None:
+        halves = np.ascontiguousarray(pair(vm)).view(F16).reshape(-1, 2)
+        out(vm, packed(halves[:, 1], halves[:, 0]))
+
+    return run
 
 
 def _to_integer(ins: Instr, load: Reader) -> Action:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..operands import F32, dst, pred, src, vector
+from ..operands import F32, dst, pred, src, vector, widen_e4m3
 from ..parse import Instr, PtxError
 from ..shared import PENDING
 from .mma import WIDEN, product
@@ -45,9 +45,11 @@ def _mma_async(ins: Instr) -> Action:
     shape = next(part for part in parts if part.startswith("m64n"))
     n, k = map(int, shape[4:].split("k"))
     type_name = parts[-2]
-    if k != K or type_name not in WIDEN or parts[-1] != type_name or parts[-3] != "f32":
+    bytes_each = 1 if type_name == "e4m3" else 2
+    if k != 2 * K // bytes_each or type_name not in (*WIDEN, "e4m3") or parts[-1] != type_name or parts[-3] != "f32":
         raise PtxError(f"wgmma {shape} of {type_name}")
-    convert = WIDEN[type_name]
+    convert = WIDEN.get(type_name, widen_e4m3)
+    raw = np.uint8 if bytes_each == 1 else np.uint16
     d, a, b, scale_d = ins.ops[:4]
     registers, flags = vector(d), [op.value for op in ins.ops[4:]]
     if len(registers) != n // 2:
@@ -55,7 +57,9 @@ def _mma_async(ins: Instr) -> Action:
     if flags[:2] != [1, 1]:
         raise PtxError("wgmma with negated operands")
     in_registers = a.kind == "vec"
-    transposed_a, transposed_b = (0, flags[2]) if in_registers else (flags[2], flags[3])
+    # 8-bit operands have K innermost
+    transposes = flags[2:] or [0, 0]
+    transposed_a, transposed_b = (0, transposes[0]) if in_registers else transposes
     outs, accumulators = [dst(op, 32) for op in registers], [src(op, 32) for op in registers]
     read_a = [src(op, 32) for op in a.value] if in_registers else [src(a, 64)]
     read_b, accumulate = src(b, 64), pred(scale_d)
@@ -63,13 +67,13 @@ def _mma_async(ins: Instr) -> Action:
     def run(vm: Machine) -> None:
         groups = _warpgroups(vm)
         if in_registers:
-            # half of k, half of m, group, warp, row, thread of the row, element of the pair
-            m = convert(np.stack([vm.full(read(vm)) for read in read_a]).view(np.uint16))
-            m = m.reshape(2, 2, -1, _WARPS, 8, 4, 2).transpose(2, 3, 1, 4, 0, 5, 6)
-            x = np.ascontiguousarray(m).reshape(-1, 64, K)
+            # half of k, half of m, group, warp, row, thread of the row, element of its register
+            m = convert(np.stack([vm.full(read(vm)) for read in read_a]).view(raw))
+            m = m.reshape(2, 2, -1, _WARPS, 8, 4, 4 // bytes_each).transpose(2, 3, 1, 4, 0, 5, 6)
+            x = np.ascontiguousarray(m).reshape(-1, 64, k)
         else:
-            x = convert(_operand(vm, vm.full(read_a[0](vm)), groups, 64, bool(transposed_a), "wgmma A"))
-        w = convert(_operand(vm, vm.full(read_b(vm)), groups, n, bool(transposed_b), "wgmma B"))
+            x = convert(_operand(vm, vm.full(read_a[0](vm)), groups, 64, bool(transposed_a), "wgmma A").view(raw))
+        w = convert(_operand(vm, vm.full(read_b(vm)), groups, n, bool(transposed_b), "wgmma B").view(raw))
         # group, warp, half of m, row, eighth of n, thread of the row, element of the pair
         y = product(x, w.transpose(0, 2, 1)).reshape(-1, _WARPS, 2, 8, n // 8, 4, 2)
         add = accumulate(vm)
