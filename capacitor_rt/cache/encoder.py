@@ -59,10 +59,16 @@ class BatchEncoder:
         self.dtype = dtype
         self.on_gpu = model.device.type == "cuda"
         self.busy = self.waited = self.seconds = 0.0
+        self._spare: dict[torch.Size, list[Tensor]] = {}
 
     def buffer(self, rows: int, height: int, width: int) -> Tensor:
         """uint8 `[rows,height,width,3]` to be filled with pixels, page-locked for a GPU."""
-        return torch.empty(rows, height, width, 3, dtype=torch.uint8, pin_memory=self.on_gpu)
+        spare = self._spare.get(torch.Size((rows, height, width, 3)))
+        return spare.pop() if spare else torch.empty(rows, height, width, 3, dtype=torch.uint8, pin_memory=self.on_gpu)
+
+    def give_back(self, buffer: Tensor) -> None:
+        """A buffer whose batch has been fetched: its pages, once touched, serve again."""
+        self._spare.setdefault(buffer.shape, []).append(buffer)
 
     def warmup(self, shapes: Iterable[tuple[int, int, int]]) -> float:
         """Make batches of `(height, width, rows)` ready; seconds that compiling kernels took."""

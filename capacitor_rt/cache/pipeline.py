@@ -176,7 +176,7 @@ class Pipeline:
         self.read = self.reused = 0
         self.unfinished: list[dict[str, Any]] = []
         self.sizes: Counter[Size] = Counter()
-        self._under_way: deque[tuple[OpenTask, int, np.ndarray, Encoded]] = deque()
+        self._under_way: deque[tuple[OpenTask, int, Waiting, Encoded]] = deque()
         self.abandoned: set[int] = set()
         self._writing: Future[float] | None = None
         self._begin: float | None = None
@@ -310,13 +310,14 @@ class Pipeline:
         except torch.OutOfMemoryError as e:
             size = self.store.plan.buckets[bucket]
             raise CacheError(f"not enough GPU memory to encode {count} images of {size}: use a smaller batch") from e
-        self._under_way.append((open_task, bucket, waiting.positions[:count], encoded))
+        self._under_way.append((open_task, bucket, waiting, encoded))
         while len(self._under_way) >= IN_FLIGHT:
             self._collect()
 
     def _collect(self) -> None:
-        open_task, bucket, positions, encoded = self._under_way.popleft()
-        open_task.add(bucket, positions, self.encoder.fetch(encoded))
+        open_task, bucket, waiting, encoded = self._under_way.popleft()
+        open_task.add(bucket, waiting.positions[: waiting.count], self.encoder.fetch(encoded))
+        self.encoder.give_back(waiting.pixels)
 
     def _finish(self, writer: ThreadPoolExecutor, open_task: OpenTask) -> None:
         if open_task.task.number in self.abandoned:

@@ -93,7 +93,11 @@ def main(control_fd: int, setup_fd: int) -> None:
         control.send(pickle.dumps((BROKEN, 0, traceback.format_exc()[-4000:])))
         return
     control.send(pickle.dumps((READY, 0, None)))
-    _Forker(control, setup, memory, parent).serve()
+    try:
+        _Forker(control, setup, memory, parent).serve()
+    finally:
+        # there is nothing to finalize, which with torch takes longer than all else at the end
+        os._exit(0)
 
 
 def _import_what_decoding_needs() -> None:

@@ -144,6 +144,9 @@ class Worker:
         self._reader = self.job.source.open()
         self._threads = ThreadPoolExecutor(self.job.readers, thread_name_prefix="read")
         self._scratch = bytearray()
+        # bytes that were read and are not decoded yet; those of files as threads report them
+        self._held = 0
+        self._arrived: deque[int] = deque()
         self._starved = self._read = 0.0
 
     def close(self) -> None:
@@ -205,6 +208,7 @@ class Worker:
         read = future.result()
         self._starved += time.perf_counter() - begin
         self._read += read.seconds
+        self._held -= len(read.data or b"")
         values, ordinal = row.values, row.values["input"]
         values["bytes_hash"] = read.digest
         if read.error is not None or read.data is None:
@@ -252,8 +256,10 @@ class Worker:
         return self._scratch
 
     def _read_ahead(self) -> None:
-        held = sum(len(f.result().data or b"") for _, f in self._ahead if f.done())
-        while self._waiting and len(self._ahead) < 4 * self.job.readers and (held < _AHEAD_BYTES or not self._ahead):
+        while self._arrived:
+            self._held += self._arrived.popleft()
+        is_full = self._held >= _AHEAD_BYTES
+        while self._waiting and len(self._ahead) < 4 * self.job.readers and not (is_full and self._ahead):
             ordinal = self._waiting.popleft()
             self._ahead.append((ordinal, self._threads.submit(self._patiently, ordinal)))
 
@@ -267,6 +273,7 @@ class Worker:
                 break
             time.sleep(pause)
         read.seconds = time.perf_counter() - begin
+        self._arrived.append(len(read.data or b""))
         return read
 
     def _is_for_now(self, error: ImageError) -> bool:
