@@ -12,6 +12,7 @@ from torch import Tensor
 from ..reference import Autoencoder
 from ..runtime.backend import ServedAutoencoder
 from .quantization import stored_as, values_of
+from .resizing import Resizer
 
 
 @dataclass
@@ -51,9 +52,11 @@ class BatchEncoder:
     Args:
         tensors: names of the plan's tensors.
         dtype: that they are stored in, such as "bfloat16".
+        resizer: of a run whose images are resized on the device.
     """
 
-    def __init__(self, model: Autoencoder, tensors: tuple[str, ...], dtype: str):
+    def __init__(self, model: Autoencoder, tensors: tuple[str, ...], dtype: str, resizer: Resizer | None = None):
+        self.resizer = resizer
         self.model = model
         self.names = tensors
         self.dtype = dtype
@@ -62,9 +65,12 @@ class BatchEncoder:
         self._spare: dict[torch.Size, list[Tensor]] = {}
 
     def buffer(self, rows: int, height: int, width: int) -> Tensor:
-        """uint8 `[rows,height,width,3]` to be filled with pixels, page-locked for a GPU."""
-        spare = self._spare.get(torch.Size((rows, height, width, 3)))
-        return spare.pop() if spare else torch.empty(rows, height, width, 3, dtype=torch.uint8, pin_memory=self.on_gpu)
+        """uint8 `[rows,height,width,3]` to be filled with pixels: page-locked for a GPU, or the resizer's, on it."""
+        if spare := self._spare.get(torch.Size((rows, height, width, 3))):
+            return spare.pop()
+        if self.resizer is not None:
+            return self.resizer.buffer(rows, height, width)
+        return torch.empty(rows, height, width, 3, dtype=torch.uint8, pin_memory=self.on_gpu)
 
     def give_back(self, buffer: Tensor) -> None:
         """A buffer whose batch has been fetched: its pages, once touched, serve again."""
@@ -90,6 +96,8 @@ class BatchEncoder:
         start = time.perf_counter()
         with torch.cuda.device(self.model.device):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            if self.resizer is not None:
+                self.resizer.join(pixels)
             pixels = pixels.to(self.model.device, non_blocking=True)
             begin.record()
             encoded = self._compute(pixels)
@@ -143,7 +151,7 @@ class IdleEncoder(BatchEncoder):
     """Of a run in which nothing is to be encoded, and for which no model is loaded."""
 
     def __init__(self) -> None:
-        self.on_gpu = False
+        self.on_gpu, self.resizer = False, None
         self.busy = self.waited = self.seconds = 0.0
 
 

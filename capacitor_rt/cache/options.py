@@ -19,7 +19,9 @@ class RunOptions:
         workers: processes for reading and decoding; None: one per core, less one that drives a GPU. Where there is
             little to do fewer are started, one at least; 0: the run decodes itself, at the mercy of its decoders.
         image_timeout: seconds that reading and decoding one image may take, where there are workers.
-        pixel_budget: bytes that all workers together may take to decode images.
+        pixel_budget: bytes that all workers together may take to decode images; half of them hold decoded ones where
+            those are resized on the GPU.
+        resize: where images are resized, "cpu", "gpu" or "auto", which is the CPU; the bits are the same.
         metrics: a file for `Meters.report`, kept up to date: JSON, or Prometheus text if its name ends in `.prom`.
         progress: show a bar on stderr.
         give_up: finish tasks in spite of inputs that failed for now (I/O errors and the like): they are quarantined.
@@ -41,6 +43,7 @@ class RunOptions:
     workers: int | None = None
     image_timeout: float = 60.0
     pixel_budget: int = 2 << 30
+    resize: str = "auto"
     metrics: str | os.PathLike[str] | None = None
     progress: bool = True
     give_up: bool = False

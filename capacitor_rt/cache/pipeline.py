@@ -13,6 +13,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from .failures import NAN_LATENT, is_retryable
 from .index import DECODED, KNOWN, QUARANTINED
 from .meters import Meters
 from .plan import CachePlan, Task
+from .resizing import Resizer
 from .reuse import UNKNOWN, Reuse
 from .sources import Source
 from .store import SharedRows, TaskData, TaskStore
@@ -139,6 +141,18 @@ class OpenTask:
         return SharedRows(is_here, columns)
 
 
+Fill = Callable[[slice, Tensor, slice], None]
+"""Puts some of a chunk's images into a part of a batch."""
+
+
+def _copy(pixels: np.ndarray, chosen: slice, batch: Tensor, into: slice) -> None:
+    np.copyto(batch.numpy()[into], pixels[chosen])
+
+
+def _resize(resizer: Resizer, rows: np.ndarray, chosen: slice, batch: Tensor, into: slice) -> None:
+    resizer.put(rows[chosen], batch, into.start)
+
+
 class Pipeline:
     """Encodes and writes tasks.
 
@@ -196,14 +210,16 @@ class Pipeline:
                 task, chosen, is_last = order.popleft()
                 if open_task is None or open_task.task != task:
                     open_task = self._begin_task(task)
-                if task.number not in self.abandoned:
-                    self._take(open_task, chunk, chosen)
-                chunk.release()
+                is_held = task.number not in self.abandoned and self._take(open_task, chunk, chosen)
+                if not is_held:
+                    chunk.release()
                 if is_last:
                     self._finish(writer, open_task)
                     open_task = None
             self._wait_for_writer()
         finally:
+            if self.encoder.resizer is not None:
+                self.encoder.resizer.finish()
             writer.shutdown(wait=True)
             self._before += time.perf_counter() - begin
             self._begin = None
@@ -244,27 +260,34 @@ class Pipeline:
             self.advance(known, 0)
         return open_task
 
-    def _take(self, open_task: OpenTask, chunk: DecodedChunk, chosen: Sequence[int]) -> None:
-        """Put the images of a chunk into the open batches of their buckets."""
+    def _take(self, open_task: OpenTask, chunk: DecodedChunk, chosen: Sequence[int]) -> bool:
+        """Put the images of a chunk into the open batches of their buckets. Whether the chunk is still in use."""
         columns = chunk.columns
         pc = require_extra("pyarrow.compute")
         failed = pc.sum(pc.equal(columns["status"], QUARANTINED)).as_py() or 0
         if failed:
             self._look_at_failures(open_task, columns)
             if open_task.task.number in self.abandoned:
-                return
+                return False
         open_task.chunks.append(columns)
         positions = np.asarray(chosen) - open_task.task.first
         if self.reuse is not None:
             self._recognise(self.reuse, open_task, positions, columns)
         begin, encoding = time.perf_counter(), self.encoder.seconds
-        for rows, bucket in chunk.runs():
-            self._put(open_task, bucket, positions[rows], chunk.block(rows))
+        resizer = self.encoder.resizer
+        if resizer is None:
+            for run, bucket in chunk.runs():
+                self._put(open_task, bucket, positions[run], partial(_copy, chunk.block(run)))
+        else:
+            resizer.take(chunk)
+            for rows, bucket in chunk.groups():
+                self._put(open_task, bucket, positions[rows], partial(_resize, resizer, rows))
         self.meters.seconds["fill"] += time.perf_counter() - begin - (self.encoder.seconds - encoding)
         self.read += len(chosen)
         self.advance(len(chosen), failed)
         if self._writing and self._writing.done():
             self._wait_for_writer()
+        return resizer is not None
 
     def _recognise(self, reuse: Reuse, open_task: OpenTask, positions: np.ndarray, columns: Any) -> None:
         """Take note of inputs that were read and found to have the bytes of a row that is there."""
@@ -286,19 +309,20 @@ class Pipeline:
             self.unfinished += found
             self.abandoned.add(open_task.task.number)
 
-    def _put(self, open_task: OpenTask, bucket: int, positions: np.ndarray, pixels: np.ndarray) -> None:
-        """Put images `[N,H,W,3]` at these positions into the open batch of their bucket, and into the next ones."""
+    def _put(self, open_task: OpenTask, bucket: int, positions: np.ndarray, fill: Fill) -> None:
+        """Put images at these positions into the open batch of their bucket, and into the next ones."""
         batch, size = self.store.plan.batch, self.store.plan.buckets[bucket]
-        while len(positions):
+        done = 0
+        while done < len(positions):
             waiting = open_task.waiting.get(bucket)
             if waiting is None:
                 buffer = self.encoder.buffer(batch, size.height, size.width)
                 waiting = open_task.waiting[bucket] = Waiting(buffer, np.empty(batch, np.int64))
-            taken = slice(waiting.count, min(waiting.count + len(positions), batch))
-            count = taken.stop - taken.start
-            np.copyto(waiting.pixels.numpy()[taken], pixels[:count])
-            waiting.positions[taken] = positions[:count]
-            waiting.count, positions, pixels = taken.stop, positions[count:], pixels[count:]
+            count = min(batch - waiting.count, len(positions) - done)
+            chosen, into = slice(done, done + count), slice(waiting.count, waiting.count + count)
+            fill(chosen, waiting.pixels, into)
+            waiting.positions[into] = positions[chosen]
+            waiting.count, done = into.stop, chosen.stop
             if waiting.count == batch:
                 self._submit(open_task, bucket)
 

@@ -21,6 +21,7 @@ from .mutex import HELD, LOCK
 from .options import RunOptions
 from .plan import PLAN, CachePlan, CacheRequest, Task, load_plan, make_plan, plan_tasks
 from .plan_changes import check_plan, version_notes
+from .resizing import by_device
 from .sources import Listing, Source, load_listing
 from .sources.changes import changed_inputs
 from .sources.listing import SOURCE
@@ -108,6 +109,7 @@ def prepare(
         require_extra(extra)
     plan = load_plan(folder) if folder else None
     identity = model_source.identity(plan.fields["model"]["compute_dtype"] if plan else None)
+    by_device(options.resize, identity.cc)
     if plan and folder:
         check_plan(plan, request, identity, folder)
     elif request.posterior and identity.config["bottleneck_posterior_kind"] != "diagonal_gaussian":

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,6 +37,7 @@ from .plan import CachePlan, CacheRequest, Task, load_plan
 from .prepare import PreparedRun, as_source, check_folder, outlook, prepare
 from .quarantine import quarantine_bytes, write_quarantine
 from .report import Report
+from .resizing import RECORD_BYTES, Resizer, by_device
 from .retry import quarantined, reopen, try_again
 from .reuse import Reuse, check_file
 from .shared_files import SharedFiles
@@ -254,10 +256,11 @@ def _write_tasks(
     is_idle = _unknown(reuse, todo) == 0
     watch.begin(plan.count, plan.count - sum(len(task) for task in todo))
     try:
-        decoder = _pool(prepared, 0 if is_idle else _workers(workers, prepared, todo), options, reuse)
+        is_deferring = not is_idle and by_device(options.resize, prepared.cc)
+        decoder = _pool(prepared, 0 if is_idle else _workers(workers, prepared, todo), options, reuse, is_deferring)
         # the workers get ready while the model does
         with decoder:
-            encoder = IdleEncoder() if is_idle else _encoder(prepared, source, note)
+            encoder = IdleEncoder() if is_idle else _encoder(prepared, source, note, is_deferring)
             if encoder.on_gpu:
                 decoder.pin()
             pipeline = Pipeline(
@@ -292,14 +295,23 @@ def _unknown(reuse: Reuse | None, todo: list[Task]) -> int | None:
     return None if reuse is None else sum(int((reuse.refs[task.first : task.stop] < 0).sum()) for task in todo)
 
 
-def _pool(prepared: PreparedRun, workers: int, options: RunOptions, reuse: Reuse | None = None) -> DecodePool:
+def _pool(
+    prepared: PreparedRun,
+    workers: int,
+    options: RunOptions,
+    reuse: Reuse | None = None,
+    is_deferring: bool = False,
+) -> DecodePool:
+    budget = options.pixel_budget // 2 if is_deferring else options.pixel_budget
+    ring: dict[str, Any] = {"ring_bytes": budget, "record_bytes": RECORD_BYTES} if is_deferring else {}
     return DecodePool(
         prepared.source,
         prepared.plan.policy,
         prepared.plan.buckets,
         workers=workers,
         image_timeout=options.image_timeout,
-        pixel_budget=options.pixel_budget,
+        pixel_budget=budget,
+        **ring,
         backoff=options.backoff,
         known=reuse.known if reuse else None,
     )
@@ -356,10 +368,12 @@ def _with(first: Task | None, tasks: Iterator[Task]) -> Iterator[Task]:
     yield from tasks
 
 
-def _encoder(prepared: PreparedRun, source: ModelSource, note: Callable[[str], None]) -> BatchEncoder:
+def _encoder(
+    prepared: PreparedRun, source: ModelSource, note: Callable[[str], None], is_deferring: bool
+) -> BatchEncoder:
     plan = prepared.plan
     model: Autoencoder = prepared.model or source.load(source.identity(plan.fields["model"]["compute_dtype"]))
-    encoder = BatchEncoder(model, plan.tensors, plan.dtype)
+    encoder = BatchEncoder(model, plan.tensors, plan.dtype, Resizer(model.device) if is_deferring else None)
     sizes = {(bucket.height, bucket.width, min(plan.batch, plan.count)) for bucket in plan.buckets}
     seconds = encoder.warmup(sorted(sizes))
     if seconds > 1:

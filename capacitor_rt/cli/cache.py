@@ -81,6 +81,10 @@ def cache(
             min=0, help="Processes that read and decode (default: one per core, fewer for few images; 0: none)."
         ),
     ] = None,
+    resize: Annotated[
+        str,
+        typer.Option(help="Where images are resized: cpu, gpu, or auto (cpu). The bits are the same.", metavar="WHERE"),
+    ] = "auto",
     image_timeout: Annotated[
         float, typer.Option(min=0.1, help="Seconds that reading and decoding one image may take.")
     ] = 60.0,
@@ -201,6 +205,7 @@ def cache(
             update=update,
             rehash=rehash,
             image_timeout=image_timeout,
+            resize=resize,
             metrics=metrics,
             source=source,
             image_column=image_column,

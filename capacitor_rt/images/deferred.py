@@ -50,13 +50,14 @@ def write_record(pixels: np.ndarray, window: Window, orientation: int, filter: s
     """
     rows, columns = _axes(pixels.shape[0], pixels.shape[1], window, filter)
     needed = pixels[rows.begin : rows.end, columns.begin : columns.end]
-    steps = {id(columns): 3, id(rows): 3 * needed.shape[1]}
-    # what is turned by 90 degrees is resampled along its height first
-    a, b = (rows, columns) if orientation >= 5 else (columns, rows)
+    a, b, steps = columns, rows, (3, 3 * needed.shape[1])
+    if orientation >= 5:
+        # what is turned by 90 degrees is resampled along its height first
+        a, b, steps = b, a, steps[::-1]
     tables = np.concatenate((a.table, b.table))
     source = _ROW_BYTES + tables.nbytes
     row = dict.fromkeys(Field, 0)
-    row |= {Field.SOURCE: source // UNIT, Field.STEP_A: steps[id(a)], Field.STEP_B: steps[id(b)]}
+    row |= {Field.SOURCE: source // UNIT, Field.STEP_A: steps[0], Field.STEP_B: steps[1]}
     row |= {Field.LENGTH_A: a.end - a.begin, Field.LENGTH_B: b.end - b.begin}
     row |= {Field.COUNT_A: a.pixels, Field.COUNT_B: b.pixels, Field.TAPS_A: a.taps, Field.TAPS_B: b.taps}
     row |= {Field.WEIGHTS_A: _ROW_BYTES // 4, Field.WEIGHTS_B: _ROW_BYTES // 4 + len(a.table)}
@@ -72,6 +73,11 @@ def write_record(pixels: np.ndarray, window: Window, orientation: int, filter: s
     out[_ROW_BYTES:source].view(np.int32)[:] = tables
     np.copyto(out[source : source + needed.size].reshape(needed.shape), needed)
     return source + _whole(needed.size)
+
+
+def ready_bytes(height: int, width: int) -> int:
+    """Bytes of the record of a picture that is resized already."""
+    return record_bytes((height, width), Window(height, width, 0, 0, height, width), "box")
 
 
 def write_ready(pixels: np.ndarray, out: np.ndarray) -> int:

@@ -155,13 +155,18 @@ def apply(pixels: np.ndarray, placement: Placement, filter: str = "lanczos", ori
         raise InputError(f"filter {filter!r} is unknown: use one of {', '.join(FILTERS)}")
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
         raise InputError(f"pixels are {pixels.dtype} {list(pixels.shape)}: expected uint8 [H,W,3]")
+    window = stored_window(placement, orientation)
+    framed = resample(pixels, window, filter, columns_first=orientation >= 5)
+    return framed if orientation == 1 else orient(framed, orientation)
+
+
+def stored_window(placement: Placement, orientation: int) -> Window:
+    """What a placement of the upright image takes of the image as it is stored."""
     resize, crop = placement.resize, placement.crop
     top, left, bottom, right = placement.top, placement.left, placement.top + crop.height, placement.left + crop.width
     if min(top, left) < 0 or bottom > resize.height or right > resize.width:
         raise InputError(f"crop {crop} at row {top}, column {left} does not lie within {resize}: use place()")
-    window = _as_stored(Window(resize.height, resize.width, top, left, bottom, right), orientation)
-    framed = resample(pixels, window, filter, columns_first=orientation >= 5)
-    return framed if orientation == 1 else orient(framed, orientation)
+    return _as_stored(Window(resize.height, resize.width, top, left, bottom, right), orientation)
 
 
 def _as_stored(window: Window, orientation: int) -> Window:

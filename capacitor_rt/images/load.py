@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from ..errors import ImageError, InputError
-from . import adm
+from . import adm, deferred
 from .color import ICC_POLICIES
 from .decode import CORRUPT, DEFAULT_MAX_PIXELS, Buffer, ImageHeader, OpenedImage, check_background, open_image
-from .geometry import TOO_SMALL, UPSCALE_POLICIES, Placement, Size, apply, assign, place
+from .geometry import TOO_SMALL, UPSCALE_POLICIES, Placement, Size, apply, assign, place, stored_window
 from .jpeg import MOST_SHRINK, shrunk
 from .resample import MOST_WASTE
 
@@ -92,7 +92,7 @@ class LoadedImage:
         header: of the file.
         bucket: its number among the buckets that were to choose from.
         placement: how the upright image came into it.
-        pixels: uint8 `[H,W,3]`.
+        pixels: uint8 `[H,W,3]`, or `[N]` that are the record of an image to be resized elsewhere.
     """
 
     header: ImageHeader
@@ -114,6 +114,7 @@ def load_image(
     name: str = "image",
     admit: Admit = nullcontext,
     buffer: Buffer | None = None,
+    record_bytes: int | None = None,
 ) -> LoadedImage:
     """Decode an image file and bring it into the bucket nearest in aspect.
 
@@ -123,6 +124,8 @@ def load_image(
         out: uint8 `[N]`, contiguous, with room for the pixels of any of them; `pixels` is then a view of its begin.
         name: what messages call the image.
         buffer: gives memory of so many bytes that the decoded picture may lie in, to be used again.
+        record_bytes: leave the resizing to others: `out` takes a record (see `deferred`) of so many bytes at most. An
+            image that needs more, or a colour profile, is resized here, and its record says so: `ready_bytes` suffice.
 
     Raises:
         ImageError: with one of `REASONS`, or "too_small" by the policy.
@@ -133,6 +136,9 @@ def load_image(
     placement = policy.place(size, bucket)
     resizing = adm.memory(size, placement) if policy.crop == "adm" else _resizing_memory(size, placement)
     with admit(image.memory + resizing):
+        if record_bytes is not None and out is not None:
+            nbytes = _record(image, policy, placement, buffer, out[:record_bytes])
+            return LoadedImage(image.header, buckets.index(bucket), placement, out[:nbytes])
         pixels = frame(image, policy, placement, buffer)
     if out is not None:
         view = out[: pixels.size].reshape(pixels.shape)
@@ -147,12 +153,34 @@ def frame(image: OpenedImage, policy: PixelPolicy, placement: Placement, buffer:
     Raises:
         ImageError: with one of `REASONS`.
     """
-    orientation = image.header.orientation
+    return _framed(_stored(image, policy, placement, buffer), image, policy, placement)
+
+
+def _record(
+    image: OpenedImage, policy: PixelPolicy, placement: Placement, buffer: Buffer | None, out: np.ndarray
+) -> int:
+    """Write an opened image's record, of pixels that are resized where `out` or the policy asks for that; its bytes."""
+    pixels, orientation = _stored(image, policy, placement, buffer), image.header.orientation
+    if policy.crop != "adm" and image.color_map(policy.icc) is None:
+        window = stored_window(placement, orientation)
+        is_resized = pixels.shape[:2] == (window.height, window.width)
+        if not is_resized and deferred.record_bytes(pixels.shape, window, FILTER) <= len(out):
+            return deferred.write_record(pixels, window, orientation, FILTER, out)
+    return deferred.write_ready(_framed(pixels, image, policy, placement), out)
+
+
+def _stored(image: OpenedImage, policy: PixelPolicy, placement: Placement, buffer: Buffer | None) -> np.ndarray:
+    """The pixels of an opened image as it is stored, shrunk if the policy allows."""
     shrink = _shrink(image.header, placement) if policy.decode == "fast" and image.shrinks else 0
     pixels = image.stored_pixels(policy.background, icc=policy.icc, shrink=shrink, buffer=buffer)
-    height, width = pixels.shape[:2] if orientation < 5 else pixels.shape[1::-1]
+    height, width = pixels.shape[:2] if image.header.orientation < 5 else pixels.shape[1::-1]
     if (height, width) != (shrunk(image.header.height, shrink), shrunk(image.header.width, shrink)):
         raise ImageError(CORRUPT, f"pixels of {height}x{width}, where the header says {image.header}")
+    return pixels
+
+
+def _framed(pixels: np.ndarray, image: OpenedImage, policy: PixelPolicy, placement: Placement) -> np.ndarray:
+    orientation = image.header.orientation
     if policy.crop == "adm":
         pixels = adm.apply_adm(pixels, placement, orientation)
     else:

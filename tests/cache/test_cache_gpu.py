@@ -10,6 +10,7 @@ from models import random_model
 from PIL import Image
 
 from capacitor_rt.cache import CacheRequest, LatentDataset, cache_images
+from capacitor_rt.cache.options import RunOptions
 
 pytestmark = pytest.mark.gpu
 
@@ -40,3 +41,12 @@ def test_an_overflowing_row_is_found_on_the_gpu(tmp_path):
     Image.fromarray(pixels(32, 32)).save(tmp_path / "src" / "a.png")
     report = cache_images(tmp_path / "src", tmp_path / "out", model, CacheRequest(32, dtype="fp16"), progress=False)
     assert report.quarantined == {"nan_latent": 1}
+
+
+def test_files_do_not_depend_on_where_images_are_resized(tmp_path):
+    model = random_model().to("cuda", torch.bfloat16)
+    write_images(tmp_path / "src", 37, sizes=((640, 480), (321, 777), (64, 64)))
+    for resize in ("cpu", "gpu"):
+        options = RunOptions(workers=4, progress=False, resize=resize)
+        cache_images(tmp_path / "src", tmp_path / resize, model, CacheRequest(64, area=True, batch=4), options=options)
+    assert snapshot(tmp_path / "cpu") == snapshot(tmp_path / "gpu")

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import CacheError, InputError
+from ...images.deferred import UNIT
 from ...images.geometry import Size
 from ...images.load import PixelPolicy
 from ..sources import Source
@@ -56,6 +57,16 @@ class DecodedChunk:
         pixels = self._pixels[begin : begin + 3 * count * bucket.area]
         return pixels.reshape(count, bucket.height, bucket.width, 3)
 
+    def groups(self) -> list[tuple[np.ndarray, int]]:
+        """Rows with pixels by bucket, in order, and the bucket's number."""
+        buckets = self._numbers()
+        return [(np.flatnonzero(buckets == number), int(number)) for number in np.unique(buckets) if number >= 0]
+
+    def records(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of a chunk whose images are to be resized: where each row's record begins, int64 `[N]` (-1 for none), and all
+        of them, uint8, a view to be used before `release`."""
+        return self._offsets, self._pixels
+
     def pixels(self, row: int) -> np.ndarray:
         """uint8 `[H,W,3]` of a row with pixels: a view, to be used before `release`."""
         return self.block(slice(row, row + 1))[0]
@@ -81,6 +92,7 @@ class DecodePool:
 
     Attributes:
         chunk: how long ranges are best.
+        deferring: whether chunks have records of images that are to be resized.
         meter: what all chunks took so far.
         started: seconds that the first chunk was waited for, while the workers started.
         waited: seconds that `decode` waited for the others.
@@ -96,6 +108,8 @@ class DecodePool:
             large image at a time, which may need more.
         ring_bytes: of shared memory for pixels; more where `workers` could not be kept busy otherwise.
         readers: threads per worker that read ahead.
+        record_bytes: set aside for the record of each image that is resized elsewhere (see `images.deferred`); 0: the
+            workers resize.
         backoff: seconds to wait before each further attempt to read an input that failed for now.
         known: hashes of inputs that are read and not decoded: their rows have the status "known".
 
@@ -115,6 +129,7 @@ class DecodePool:
         pixel_budget: int = 2 << 30,
         ring_bytes: int = 512 << 20,
         readers: int = 4,
+        record_bytes: int = 0,
         backoff: Sequence[float] = BACKOFF_SECONDS,
         known: Contents | None = None,
     ):
@@ -129,7 +144,10 @@ class DecodePool:
         self.meter = Meter()
         self.waited = self.started = 0.0
         self.chunks = self.ready_count = 0
-        self._job = Job(source, policy, tuple(buckets), readers, tuple(backoff), pixel_budget, known)
+        if record_bytes % UNIT:
+            raise InputError(f"record_bytes {record_bytes} is not a multiple of {UNIT}")
+        self.deferring = record_bytes > 0
+        self._job = Job(source, policy, tuple(buckets), readers, tuple(backoff), pixel_budget, record_bytes, known)
         # of a ring as asked for, everyone has two chunks at least
         self.chunk = max(1, min(CHUNK, ring_bytes // (self._job.slot * (2 * workers + 2))))
         self._ring_bytes = max(ring_bytes, self._job.slot * self.chunk * (2 * workers + 2))

@@ -14,6 +14,7 @@ import numpy as np
 
 from ...errors import CapacitorError, ImageError
 from ...extras import require_extra
+from ...images.deferred import ready_bytes
 from ...images.geometry import Size
 from ...images.load import Admit, PixelPolicy, load_image
 from ..failures import CRASHED, OUT_OF_MEMORY, is_retryable
@@ -46,6 +47,8 @@ class Job:
         readers: threads per worker that read ahead.
         backoff: seconds to wait before each further attempt at an input that failed for now.
         pixel_budget: bytes that all workers together may take to decode images, unless one image needs more alone.
+        record_bytes: where images are resized elsewhere, what is set aside for the record of each; 0 where they are
+            resized by the workers.
         known: hashes of inputs that are read and not decoded: their status is "known".
     """
 
@@ -55,11 +58,19 @@ class Job:
     readers: int = 4
     backoff: tuple[float, ...] = BACKOFF_SECONDS
     pixel_budget: int = 2 << 30
+    record_bytes: int = 0
     known: Contents | None = None
 
     @property
     def slot(self) -> int:
-        """Bytes of the pixels of the largest bucket."""
+        """Bytes that are set aside for an image: its pixels in the largest bucket, or its record."""
+        return max(self.least, self.record_bytes)
+
+    @property
+    def least(self) -> int:
+        """Bytes that every image finds room in."""
+        if self.record_bytes:
+            return max(ready_bytes(bucket.height, bucket.width) for bucket in self.buckets)
         return 3 * max(bucket.area for bucket in self.buckets)
 
 
@@ -162,7 +173,7 @@ class Worker:
 
     def chunk(self, count: int, out: np.ndarray) -> tuple[list[Row], Meter]:
         """Decode the next `count` inputs into `out`, uint8 `[N]`, one behind the other."""
-        return self._rows((self._next() for _ in range(count)), out)
+        return self._rows((self._next() for _ in range(count)), count, out)
 
     def carefully(
         self, ordinals: Sequence[int], out: np.ndarray, failed: Mapping[int, tuple[str, str]]
@@ -183,7 +194,7 @@ class Worker:
                 else:
                     yield ordinal, self._threads.submit(self._patiently, ordinal)
 
-        return self._rows(reads(), out)
+        return self._rows(reads(), len(ordinals), out)
 
     def _next(self) -> tuple[int, Future[_Read]]:
         self._read_ahead()
@@ -191,13 +202,15 @@ class Worker:
         self._read_ahead()
         return ordinal, future
 
-    def _rows(self, reads: Iterable[tuple[int, Future[_Read]]], out: np.ndarray) -> tuple[list[Row], Meter]:
+    def _rows(self, reads: Iterable[tuple[int, Future[_Read]]], count: int, out: np.ndarray) -> tuple[list[Row], Meter]:
         cpu, self._starved, self._read = time.thread_time(), 0.0, 0.0
-        rows, offset = [], 0
+        rows: list[Row] = []
+        offset = 0
         for ordinal, future in reads:
             self.mark(ordinal)
             row = Row({"input": ordinal, "status": OK}, offset)
-            offset += self._one(row, future, out[offset:])
+            # those that follow keep the least that they need
+            offset += self._one(row, future, out[offset : len(out) - (count - len(rows) - 1) * self.job.least])
             self.mark(None)
             rows.append(row)
         return rows, Meter(self._read, time.thread_time() - cpu, self._starved)
@@ -229,6 +242,7 @@ class Worker:
                 name=name,
                 admit=self.admit,
                 buffer=self._buffer,
+                record_bytes=len(out) if self.job.record_bytes else None,
             )
         except ImageError as e:
             _fail(row, e.reason, str(e))

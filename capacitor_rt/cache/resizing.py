@@ -1,0 +1,124 @@
+"""Decoded pictures from the ring to a batch on the device, which resizes them: the bits are those of the workers.
+
+The records of a chunk go up in one copy. The rows of a bucket are resized by one call into the batch that is being
+filled. All of it runs on a stream of its own, so that the bus works while the device encodes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from contextlib import AbstractContextManager, nullcontext
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from capacitor_kernels import resize
+from capacitor_kernels.launch import INTERPRETED
+from capacitor_kernels.pictures import UNIT, Field, between_bytes
+
+from ..errors import InputError
+from .decoding import DecodedChunk
+
+RESIZES = ("auto", "cpu", "gpu")
+"""Where images are resized; "auto" is the CPU, until a GPU has been measured."""
+RECORD_BYTES = 4 << 20
+"""Set aside for a decoded picture: one of 1.3 megapixels, and those of a chunk share. What finds no room is resized by
+its worker."""
+# chunks whose copy may still be under way, and whose place in the ring is taken
+_MOST_COPYING = 2
+
+
+def by_device(resize: str, cc: int | None) -> bool:
+    """Whether a run with this choice resizes on the device.
+
+    Args:
+        cc: compute capability of the GPU, None where the kernels cannot run.
+
+    Raises:
+        InputError: no such choice, or no such device.
+    """
+    if resize not in RESIZES:
+        raise InputError(f"resize {resize!r} is unknown: use one of {', '.join(RESIZES)}")
+    if resize == "gpu" and cc is None and not INTERPRETED:
+        raise InputError(
+            "resize gpu needs an NVIDIA GPU that the kernels run on: use resize cpu, the bits are the same"
+        )
+    return resize == "gpu"
+
+
+class Resizer:
+    """Resizes the pictures of one chunk after another."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._copying: deque[tuple[torch.cuda.Event, DecodedChunk]] = deque()
+        self._records = torch.empty(0, dtype=torch.uint8)
+        self._offsets = np.empty(0, np.int64)
+        self._host = self._records
+
+    def buffer(self, rows: int, height: int, width: int) -> Tensor:
+        """uint8 `[rows,height,width,3]` on the device."""
+        with self._on_stream():
+            # of this stream: what was freed on another may still be in use there
+            return torch.empty(rows, height, width, 3, dtype=torch.uint8, device=self.device)
+
+    def take(self, chunk: DecodedChunk) -> None:
+        """Begin to copy a chunk's records up; it is released when they are there, or by `finish`."""
+        self._offsets, pixels = chunk.records()
+        last = int(self._offsets.max(initial=-1))
+        end = 0 if last < 0 else last + int(_record_bytes(pixels[last:]))
+        self._host = torch.from_numpy(pixels[:end])
+        if self._stream is None:
+            self._records = self._host.clone()
+            chunk.release()
+        else:
+            with self._on_stream():
+                self._records = self._host.to(self.device, non_blocking=True)
+                copied = torch.cuda.Event()
+                copied.record()
+            self._copying.append((copied, chunk))
+            self._release(_MOST_COPYING)
+
+    def put(self, rows: np.ndarray, batch: Tensor, first: int) -> None:
+        """Resize the pictures of these rows of the chunk into `batch[first:first + len(rows)]`."""
+        offsets = self._offsets[rows]
+        table = self._host.numpy().view(np.int32)[(offsets // 4)[:, None] + np.arange(len(Field))]
+        table[:, Field.SOURCE] += (offsets // UNIT).astype(np.int32)
+        for field in (Field.WEIGHTS_A, Field.WEIGHTS_B):
+            table[:, field] += (offsets // 4).astype(np.int32)
+        table[:, Field.IMAGE] = np.arange(first, first + len(rows))
+        sizes = torch.from_numpy(table)
+        between = between_bytes(sizes)
+        sizes[:, Field.BETWEEN] = ((between.cumsum(0) - between) // UNIT).int()
+        with self._on_stream():
+            images = (sizes.pin_memory() if self._stream else sizes).to(self.device, non_blocking=True)
+            workspace = torch.empty(int(between.sum()), dtype=torch.uint8, device=self.device)
+            resize(self._records, self._records.view(torch.int32), images, workspace, batch, sizes=sizes)
+
+    def join(self, batch: Tensor) -> None:
+        """Have the current stream wait for what was resized, to use a batch of it."""
+        if self._stream is not None:
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_stream(self._stream)
+            batch.record_stream(stream)
+
+    def finish(self) -> None:
+        """Release all chunks."""
+        self._release(0)
+
+    def _release(self, most: int) -> None:
+        while self._copying and (len(self._copying) > most or self._copying[0][0].query()):
+            copied, chunk = self._copying.popleft()
+            copied.synchronize()
+            chunk.release()
+
+    def _on_stream(self) -> AbstractContextManager[object]:
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+
+def _record_bytes(record: np.ndarray) -> int:
+    row = record[: 4 * len(Field)].view(np.int32).astype(np.int64)
+    nbytes = UNIT * row[Field.SOURCE] + 3 * row[Field.LENGTH_A] * row[Field.LENGTH_B]
+    return int(-(-nbytes // UNIT) * UNIT)
