@@ -50,7 +50,7 @@ def test_a_report_for_an_issue(check):
     assert out.startswith("```\n") and out.rstrip().endswith("```")
     for name in ("GPU", "CUDA", "torch", "Triton", "capacitor_rt", "commit", "Python", "OS", "checked in"):
         assert re.search(rf"^{name}: +\S", out, re.M), name
-    rows = re.findall(r"^(\w+) [^\n]*? (\d\.\d\de-\d\d)  +(\d\.\d\de-\d\d)  (ok|WRONG)", out, re.M)
+    rows = re.findall(r"^(\w+) [^\n]*? (\d\.\d\de[-+]\d\d)  +(\d\.\d\de-\d\d)  (ok|WRONG)", out, re.M)
     assert {row[0] for row in rows} >= {"patchify", "expand", "project", "dewhiten", "encode", "decode"}
     assert all(float(error) <= float(bound) and verdict == "ok" for _, error, bound, verdict in rows)
     assert re.search(rf"^{len(rows)} checks in [\d.]+ s, all within their bounds$", out, re.M)

@@ -74,7 +74,8 @@ def test_every_launch_of_the_check_is_queued_and_found_wrong(gpu):
     rows = self_check.check_launches(GPU, torch.bfloat16)
     assert [row.name for row in rows if row.ok] == []
     # kernels that wrote nothing leave what was there
-    assert all("are not finite" in row.problem for row in rows[:-2])
+    # bytes that nobody writes are no NaN, and still wrong
+    assert all("are not finite" in row.problem or row.name.startswith("resize") for row in rows[:-2])
     assert gpu.counts["launch"] > len(rows)
 
 
