@@ -7,6 +7,7 @@ import math
 import reprlib
 import warnings
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -352,6 +353,10 @@ class FullCapacitorInferenceConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.num_steps, int) or self.num_steps < 1:
             raise ConfigError(f"num_steps {self.num_steps!r} is not a whole number of at least 1")
+        if self.seed is not None and not (isinstance(self.seed, Integral) and -(2**63) <= self.seed < 2**64):
+            raise ConfigError(f"seed {self.seed!r} is no whole number of 64 bits")
+        if not isinstance(self.pdg_strength, Real) or not math.isfinite(self.pdg_strength):
+            raise ConfigError(f"pdg_strength {self.pdg_strength!r} is no finite number")
         _check_choice("sampler", self.sampler, SAMPLERS)
         _check_choice("schedule", self.schedule, SCHEDULES)
         _check_choice("noise", self.noise, NOISE_SOURCES)

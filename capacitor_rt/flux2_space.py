@@ -12,7 +12,6 @@ Latents here are 2x2-patchified, order `c*4 + i*2 + j`: `[C,h,w]` or `[B,C,h,w]`
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from . import strict_json
 from .errors import CapacitorError, InputError
+from .schema import Anything, Choice, Invalid, ListOf, MapOf, Number, Optional, Record, Text
 
 FORMAT = "capacitor-flux2-calibration/1"
 SIDES = ("before", "after")
@@ -31,6 +31,48 @@ LEAST_COSINE = 0.9
 """Mean cosine of calibrated and true normalised latents over channels, under which a calibration is refused."""
 LEAST_IMAGES = 1000
 _MOST_BYTES = 4 << 20
+# far from what latents have, and near enough for every product of them to be a float32
+_LARGEST, _LEAST = 1e6, 1e-6
+
+
+def _numbers(low: float = -_LARGEST, high: float = _LARGEST) -> ListOf:
+    return ListOf(Number(low, high, whole=False), 1, 4096)
+
+
+_COSINE = Number(-1.001, 1.001, whole=False)
+_LINES = Record(
+    {
+        "a": _numbers(),
+        "b": _numbers(),
+        "r2": _numbers(-1e30),
+        "cosine": ListOf(_COSINE, 1, 4096),
+        "mean_cosine": _COSINE,
+        "overall_cosine": _COSINE,
+    }
+)
+_ERROR = Number(0, 1e30, whole=False)
+_RECORDS = MapOf(Anything(), 100)
+_SCHEMA = Record(
+    {
+        "format": Choice((FORMAT,)),
+        "approximate": Choice((True,)),
+        "latent_space": Text(longest=4096),
+        "model": _RECORDS,
+        "flux2": _RECORDS,
+        "images": _RECORDS,
+        "code": _RECORDS,
+        "whitening": Optional(Record({"mean": _numbers(), "std": _numbers(_LEAST)})),
+        "batch_norm": Record(
+            {"running_mean": _numbers(), "running_var": _numbers(0), "eps": Number(1e-12, 1, whole=False)}
+        ),
+        "channels": ListOf(Number(0, 4095), 1, 4096),
+        "side": Choice(SIDES),
+        "side_error": Record(dict.fromkeys(SIDES, _ERROR)),
+        "mean": _LINES,
+        "mode": _LINES,
+    },
+    optional=("approximate",),
+)
 
 
 class PoorCalibrationError(CapacitorError):
@@ -107,27 +149,24 @@ class Flux2Calibration:
         """A parsed calibration file.
 
         Raises:
-            InputError: another format, a missing field, a list of the wrong length or of what is no finite number.
+            InputError: another format, a field that is missing or may not be so, a list of the wrong length.
             PoorCalibrationError: lines that are too poor to be used.
         """
         if not isinstance(values, Mapping) or values.get("format") != FORMAT:
             found = values.get("format") if isinstance(values, Mapping) else type(values).__name__
             raise InputError(f"{source} is no {FORMAT} file (format {found!r}): make one by `capacitor-rt calibrate`")
-        names = [field.name for field in dataclasses.fields(cls)]
-        missing = [name for name in names if name not in values]
-        if missing:
-            raise InputError(f"{source} lacks {', '.join(missing)}: make it anew by `capacitor-rt calibrate`")
-        read: dict[str, Any] = {name: values[name] for name in names}
         try:
+            _SCHEMA.check("", values)
+            read: dict[str, Any] = {field.name: values[field.name] for field in dataclasses.fields(cls)}
             count = len(read["channels"])
-            read["channels"] = tuple(int(c) for c in read["channels"])
+            read["channels"] = tuple(read["channels"])
             for name in ("mean", "mode"):
                 read[name] = _lines(read[name], count, name)
             norm = read["batch_norm"]
             read["batch_norm"] = {
                 "running_mean": _column(norm["running_mean"], count, "batch_norm.running_mean"),
                 "running_var": _column(norm["running_var"], count, "batch_norm.running_var"),
-                "eps": float(norm["eps"]),
+                "eps": norm["eps"],
             }
             if read["whitening"] is not None:
                 read["whitening"] = {
@@ -135,10 +174,8 @@ class Flux2Calibration:
                 }
             if sorted(read["channels"]) != list(range(count)):
                 raise ValueError(f"channels are no order of 0 to {count - 1}")
-            if read["side"] not in SIDES:
-                raise ValueError(f"side {read['side']!r} is none of {', '.join(SIDES)}")
             calibration = cls(**read)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (Invalid, ValueError) as error:
             raise InputError(f"{source} is damaged ({error}): make it anew by `capacitor-rt calibrate`") from error
         calibration.check_quality(source)
         return calibration
@@ -279,7 +316,7 @@ def _like(latents: Tensor, values: Any) -> Tensor:
 
 def _lines(values: Mapping[str, Any], count: int, name: str) -> ChannelLines:
     columns = {key: _column(values[key], count, f"{name}.{key}") for key in ("a", "b", "r2", "cosine")}
-    if not all(columns["a"]):
+    if any(abs(a) < _LEAST for a in columns["a"]):
         raise ValueError(f"{name}.a holds 0")
     return ChannelLines(
         **columns, mean_cosine=float(values["mean_cosine"]), overall_cosine=float(values["overall_cosine"])
@@ -287,8 +324,6 @@ def _lines(values: Mapping[str, Any], count: int, name: str) -> ChannelLines:
 
 
 def _column(values: Any, count: int, name: str) -> tuple[float, ...]:
-    if not isinstance(values, (list, tuple)) or len(values) != count:
+    if len(values) != count:
         raise ValueError(f"{name} is no list of {count} numbers")
-    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in values):
-        raise ValueError(f"{name} holds what is no finite number")
     return tuple(float(v) for v in values)

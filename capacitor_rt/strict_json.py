@@ -18,7 +18,7 @@ class StrictJSONError(ValueError):
     """Why a text is refused; the message completes "is not valid JSON (...)"."""
 
 
-def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+def open_regular(path: str | bytes | os.PathLike[str]) -> BinaryIO:
     """Open a regular file for reading, without waiting for the other end of a pipe.
 
     Raises:
@@ -26,11 +26,11 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     """
     # a device may act on being opened, so it is looked at first; and again, because it may have been replaced
     if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError(f"{os.fspath(path)} is no regular file")
+        raise OSError(f"{os.fsdecode(path)} is no regular file")
     fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0))
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-        raise OSError(f"{os.fspath(path)} is no regular file")
+        raise OSError(f"{os.fsdecode(path)} is no regular file")
     return os.fdopen(fd, "rb")
 
 

@@ -75,10 +75,12 @@ def test_what_is_read_is_what_was_written(tmp_path):
     [
         ({"format": "capacitor-latents/1"}, "no capacitor-flux2-calibration/1"),
         ({"channels": [0, 0, 1, 2]}, "no order of 0 to 3"),
-        ({"side": "left"}, "side 'left'"),
+        ({"side": "left"}, "side is 'left', not one of 'before', 'after'"),
         ({"mean": document()["mean"] | {"a": [1.0] * 3}}, "mean.a is no list of 4"),
         ({"mean": document()["mean"] | {"a": [0.0] * 4}}, "mean.a holds 0"),
-        ({"mean": document()["mean"] | {"b": [None] * 4}}, "mean.b holds what is no finite number"),
+        ({"mean": document()["mean"] | {"b": [None] * 4}}, r"mean.b\[0\] is None, not a number"),
+        ({"mean": document()["mean"] | {"b": [1e39] * 4}}, r"mean.b\[0\] is 1e\+39, not a number of -1e\+06 to 1e\+06"),
+        ({"batch_norm": document()["batch_norm"] | {"running_var": [-1.0] * 4}}, "running_var"),
         ({"whitening": {"mean": [0.0] * 4}}, "damaged"),
     ],
 )
@@ -111,7 +113,7 @@ def test_bad_texts_and_tensors_are_refused(tmp_path):
     values = document()
     del values["side"]
     path.write_text(json.dumps(values))
-    with pytest.raises(InputError, match="lacks side"):
+    with pytest.raises(InputError, match="lacks 'side'"):
         Flux2Calibration.read(path)
     calibration = Flux2Calibration.from_dict(document())
     with pytest.raises(InputError, match=r"\[2, 5, 3, 3\]: the calibration is of \[4,h,w\]"):

@@ -4,15 +4,43 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from .. import strict_json
 from ..checkpoint import ADAPTER_NAME as NAME
 from ..checkpoint import replacing
+from ..config import FullCapacitorInferenceConfig
 from ..errors import CheckpointError
+from ..schema import Anything, Invalid, Kind, ListOf, MapOf, Number, Optional, Record, Text
 
 _MOST_BYTES = 8 << 20
+_SHARED: dict[str, Kind] = {
+    # what else it holds the settings check themselves
+    "inference_config": Record(
+        {
+            f.name: Number(1, 1000) if f.name == "num_steps" else Anything()
+            for f in fields(FullCapacitorInferenceConfig)
+        },
+        optional=tuple(f.name for f in fields(FullCapacitorInferenceConfig)),
+    ),
+    "output_dtype": Optional(Text(longest=40)),
+}
+_STATISTICS: dict[str, Kind] = {
+    "running_mean": ListOf(Number(-1e6, 1e6, whole=False), 1, 4096),
+    "running_var": ListOf(Number(0, 1e6, whole=False), 1, 4096),
+    "eps": Number(1e-12, 1, whole=False),
+}
+_ARGUMENTS: dict[str, dict[str, Kind]] = {
+    "CapacitorVAE": {**_SHARED, "latent_scale": Number(1e-6, 1e6, whole=False)},
+    "CapacitorFlux2VAE": {
+        **_SHARED,
+        "bn": Optional(Record(_STATISTICS)),
+        # by its own schema
+        "calibration": Optional(MapOf(Anything())),
+    },
+}
 
 
 def write(folder: str | os.PathLike[str], adapter: str, arguments: dict[str, Any]) -> None:
@@ -40,9 +68,10 @@ def document(path: Path) -> tuple[str, dict[str, Any]]:
     """
     try:
         values = strict_json.read(path, _MOST_BYTES)
+        Record({"adapter": Text(longest=100), "arguments": MapOf(Anything())}).check("", values)
         adapter, arguments = values["adapter"], values["arguments"]
-        if not isinstance(adapter, str) or not isinstance(arguments, dict):
-            raise TypeError("it names no class, or its arguments are no object")
-    except (OSError, strict_json.StrictJSONError, KeyError, TypeError) as error:
+        if known := _ARGUMENTS.get(adapter):
+            Record(known, optional=tuple(known)).check("arguments", arguments)
+    except (OSError, strict_json.StrictJSONError, Invalid) as error:
         raise CheckpointError(f"{path} cannot be read ({error}): save the adapter again, or delete the file") from error
     return adapter, arguments

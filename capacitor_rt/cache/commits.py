@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 from ..errors import CacheError
 from ..extras import require_extra
+from ..schema import HEX16, HEX32, Invalid, Number, Record
 from ..strict_json import StrictJSONError, parse
 from .folder import CacheFolder, PendingFile, write_all, write_error
 from .hashing import canonical_json
-from .schema import HEX16, HEX32, Invalid, Number, Record
 
 COMMITS = "commits.jsonl"
 MAX_LINE = 1024

@@ -20,6 +20,7 @@ from ..errors import CacheError, InputError
 from ..images.decode import decoder_versions
 from ..images.geometry import Size, bucket_table, square_bucket
 from ..images.load import PixelPolicy
+from ..schema import Invalid
 from ..strict_json import StrictJSONError, parse
 from ..version import __version__
 from .folder import CacheFolder, PendingFile
@@ -28,7 +29,6 @@ from .model_source import ModelIdentity
 from .parts import INT8, Part, parts_of, row_nbytes, value_dtype
 from .plan_schema import FORMAT as FORMAT
 from .plan_schema import OLD_FORMAT, check_plan_fields
-from .schema import Invalid
 from .sources import Source
 
 PLAN = "plan.json"
@@ -349,7 +349,16 @@ def make_plan(
         "task_inputs": request.task_inputs or _default_task_inputs(CachePlan(fields), buckets),
     }
     fields["source"]["tasks"] = len(source.listing.tasks(fields["store"]["task_inputs"]))
-    return CachePlan(fields)
+    plan = CachePlan(fields)
+    try:
+        # a plan that could not be read again would be the end of the cache
+        check_plan_fields(fields)
+        parse(text := plan.text())
+    except (Invalid, StrictJSONError) as e:
+        raise CacheError(f"these inputs and settings make no plan ({e}): rename or leave out what is named") from e
+    if len(text) > PLAN_BYTES:
+        raise CacheError(f"the names of the labels take {len(text)} bytes, and {PLAN_BYTES} are the most: use numbers")
+    return plan
 
 
 def plan_tasks(plan: CachePlan, bounds: Sequence[tuple[int, int]]) -> list[Task]:

@@ -7,8 +7,8 @@ from typing import Any
 from ..images.color import ICC_POLICIES
 from ..images.geometry import UPSCALE_POLICIES
 from ..images.load import CROPS, DECODE_POLICIES
+from ..schema import HEX64, Anything, Choice, Invalid, ListOf, MapOf, Number, Optional, Record, Text
 from .parts import FLOATS, ITEM_SIZE
-from .schema import HEX64, Anything, Choice, Invalid, ListOf, MapOf, Number, Optional, Record, Text
 
 FORMAT = "capacitor-latents/2"
 OLD_FORMAT = "capacitor-latents/1"

@@ -47,7 +47,7 @@ def repair(root: str | os.PathLike[str], found: Verification) -> list[str]:
             raise CacheError(
                 f"{root} is being written by {next(iter(living.values()))}: wait for it to end, and run this again"
             )
-        if found.bad_plan:
+        if found.bad_plan or done:
             # what hangs on the plan could not be looked at before
             found = verify(root)
         _set_aside(folder, plan, found.damaged, done)
@@ -74,13 +74,23 @@ def _plan(folder: CacheFolder, done: list[str]) -> CachePlan:
         plan = load_plan(folder)
     except CacheError:
         plan = None
-    if plan is not None and strange_plan(folder, plan) is None:
+    if plan is not None and strange_plan(folder, plan) is None and not _is_forged(folder, plan):
         return plan
     plan = _plan_of_an_index(folder)
     folder.set_aside(PLAN)
     plan.save(folder)
     done.append(f"{PLAN}: restored from the index")
     return plan
+
+
+def _is_forged(folder: CacheFolder, plan: CachePlan) -> bool:
+    """Whether an index that the log vouches for holds another plan of the same identity, with another model's name."""
+    for commit in read_log(folder).commits.values() if _is_regular(folder) else ():
+        with suppress(OSError, CacheError):
+            body = folder.read(plan.index_name(commit.task), INDEX_BYTES)
+            if xxh3(body).hexdigest() == commit.index_xxh3:
+                return plan_in_index(body) not in (None, plan.text())
+    return False
 
 
 def _plan_of_an_index(folder: CacheFolder) -> CachePlan:

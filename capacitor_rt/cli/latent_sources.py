@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 SUFFIX = ".safetensors"
 PLAN = "plan.json"
+_FLOATS = ("F32", "F16", "BF16", "F64")
 
 
 def picture_name(name: str) -> str:
@@ -174,6 +175,16 @@ def read_latents(path: Path) -> tuple[Tensor, str | None]:
     """
     from safetensors import SafetensorError, safe_open
 
+    from ..errors import CheckpointError
+    from ..safetensors_header import read_safetensors_header
+
+    try:
+        # the library would believe whatever the header says of lengths
+        stored = read_safetensors_header(path).get("latents")
+    except CheckpointError as error:
+        raise InputError(str(error)) from error
+    if stored is not None and stored.dtype not in _FLOATS:
+        raise InputError(f"{path}: latents are of type {stored.dtype}, expected one of {', '.join(_FLOATS)}")
     try:
         # by descriptor: safetensors refuses names that are not UTF-8
         with open(path, "rb") as opened, safe_open(f"/proc/self/fd/{opened.fileno()}", framework="pt") as file:

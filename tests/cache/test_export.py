@@ -84,7 +84,7 @@ def test_a_kill_between_publishing_and_logging_costs_nothing(cache, tmp_path, fo
     log = tmp_path / "out" / pieces.LOG
     data = log.read_bytes()
     log.write_bytes(data[: data.rstrip(b"\n").rfind(b"\n") + 8])
-    (tmp_path / "out" / "shard.tmp-0123").write_bytes(b"half")
+    (tmp_path / "out" / f"shard.tmp-{0:032x}").write_bytes(b"half")
     for name in ("index.json", "metadata.json"):
         (tmp_path / "out" / name).unlink(missing_ok=True)
     before = stamps(tmp_path / "out")

@@ -14,10 +14,18 @@ import torch
 
 from .caches import Caches
 from .checkpoints import Checkpoints
+from .documents import Documents
 from .forked import BATCH, REFUSED, TAKEN, Corpus, Surface, judge
 from .images import Images
+from .sources import Sources
 
-SURFACES: dict[str, type[Surface]] = {"checkpoints": Checkpoints, "caches": Caches, "images": Images}
+SURFACES: dict[str, type[Surface]] = {
+    "checkpoints": Checkpoints,
+    "caches": Caches,
+    "images": Images,
+    "sources": Sources,
+    "documents": Documents,
+}
 
 
 def campaign(surface: Surface, seed: int, first: int, mutants: int | None, minutes: float) -> int:

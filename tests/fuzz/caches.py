@@ -25,6 +25,8 @@ from .forked import Surface, scratch
 
 CORPUS = Path(__file__).parent / "corpus" / "caches"
 CASE = "case.json"
+# a file that says that a mutant is to be read by everything
+EVERY = "every"
 
 
 class Caches(Surface):
@@ -82,6 +84,7 @@ class Caches(Surface):
 
     def again(self, case: Path, folder: Path) -> None:
         self.make(folder, json.loads((case / CASE).read_text()))
+        (folder / EVERY).touch()
 
     def make(self, folder: Path, steps: list[list[str]]) -> str:
         """A copy of the cache with these mutators applied, and a folder beside it that nothing may touch."""
@@ -94,7 +97,7 @@ class Caches(Surface):
         return mutate(folder / "cache", steps)
 
     def read(self, folder: Path) -> None:
-        self.read_all(folder, every=False)
+        self.read_all(folder, every=(folder / EVERY).exists())
 
     def read_all(self, folder: Path, *, every: bool) -> None:
         """Whatever reads a cache; those that write are for some of the mutants only, unless `every`."""

@@ -7,6 +7,8 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
+import stat
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -21,6 +23,7 @@ from ...errors import CacheError
 
 TMP = ".tmp-"
 LOCK = ".lock"
+_TMP_NAME = re.compile(r".+\.tmp-[0-9a-f]{32}", re.DOTALL)
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
@@ -178,8 +181,40 @@ def remove_stale(out: Path) -> None:
     """Remove temporary files of a killed run. Only the holder of the lock may call this."""
     for folder, _, names in os.walk(out):
         for name in names:
-            if TMP in name:
+            if _TMP_NAME.fullmatch(name):
                 os.unlink(os.path.join(folder, name))
+
+
+def open_own(path: Path, flags: int) -> int:
+    """Descriptor of a regular file of the export itself: a link may lead anywhere, and a pipe is waited for.
+
+    Raises:
+        FileNotFoundError; OSError; CacheError: it is a link or no regular file.
+    """
+    try:
+        fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
+    except OSError as e:
+        if e.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
+            raise _irregular(path) from e
+        raise
+    info = os.fstat(fd)
+    if not stat.S_ISREG(info.st_mode) or (flags & os.O_ACCMODE != os.O_RDONLY and info.st_nlink > 1):
+        os.close(fd)
+        raise _irregular(path)
+    return fd
+
+
+def _irregular(path: Path) -> CacheError:
+    return CacheError(f"{path} is a link or no regular file: move it away, or give another OUT")
+
+
+def read_own(path: Path, limit: int) -> bytes:
+    """The contents of a file of the export itself, of at most `limit` bytes. Errors as of `open_own`."""
+    with os.fdopen(open_own(path, os.O_RDONLY), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise CacheError(f"{path} is damaged: it has {size} bytes, and {limit} is the most: give a new OUT")
+        return file.read(limit + 1)
 
 
 @contextmanager
@@ -192,7 +227,7 @@ def locked(out: Path) -> Iterator[None]:
     path = out / LOCK
     try:
         out.mkdir(parents=True, exist_ok=True)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        fd = open_own(path, os.O_RDWR | os.O_CREAT)
     except OSError as e:
         raise CacheError(f"cannot write to {out}: {e.strerror}: give an OUT that you may write to") from e
     try:

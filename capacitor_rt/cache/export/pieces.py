@@ -12,11 +12,14 @@ from typing import Any, TypedDict
 import numpy as np
 
 from ...errors import CacheError, InputError
-from .files import LOCK, TMP, OutFile, append_line, publish
+from ...schema import Invalid, Number, Record, Text
+from ...strict_json import StrictJSONError, parse
+from .files import LOCK, TMP, OutFile, append_line, open_own, publish, read_own
 
 MANIFEST = "capacitor.json"
 LOG = "capacitor.jsonl"
 FORMAT = "capacitor-export/1"
+MOST_BYTES = 1 << 30
 # what a run notes and another may differ in
 _FOR_THE_RECORD = ("code", "pixels")
 
@@ -74,9 +77,11 @@ def check_out(out: Path, cache: Path, manifest: dict[str, Any]) -> None:
             raise InputError(f"{out} holds {there[0]!r} and is no export: give a new or an empty folder")
         return
     try:
-        old = json.loads(path.read_bytes())
+        old = parse(read_own(path, MOST_BYTES))
+        if not isinstance(old, dict):
+            raise StrictJSONError("it is no object")
         changes = list(_changes("", _identity(old), _identity(json.loads(json.dumps(manifest)))))
-    except (OSError, ValueError, AttributeError) as e:
+    except (OSError, StrictJSONError) as e:
         raise CacheError(f"{path} cannot be read ({e}): give a new OUT") from e
     if changes:
         raise InputError(f"{out} was exported otherwise: use the old settings, or give a new OUT", changes)
@@ -105,7 +110,16 @@ def write_manifest(out: Path, manifest: dict[str, Any]) -> None:
         publish(out, [OutFile(MANIFEST, [json.dumps(manifest, indent=1).encode() + b"\n"])])
 
 
-_RECORD_TYPES = {"piece": int, "files": int, "bytes": int, "read_back": str, "rounding": float}
+_COUNT = Number(0, 2**62)
+_RECORD = Record(
+    {
+        "piece": _COUNT,
+        "files": _COUNT,
+        "bytes": _COUNT,
+        "read_back": Text(longest=200),
+        "rounding": Number(0, 1e300, whole=False),
+    }
+)
 
 
 class PieceLog:
@@ -116,18 +130,20 @@ class PieceLog:
 
     def __init__(self, out: Path):
         self.path = out / LOG
-        data = self.path.read_bytes() if self.path.exists() else b""
+        try:
+            data = read_own(self.path, MOST_BYTES)
+        except FileNotFoundError:
+            data = b""
         self._size = data.rfind(b"\n") + 1
         self.records: dict[int, PieceRecord] = {}
         for number, line in enumerate(data[: self._size].splitlines(), 1):
             try:
-                record: PieceRecord = json.loads(line)
-                if {name: type(value) for name, value in record.items()} != _RECORD_TYPES:
-                    raise ValueError
+                record = parse(line)
+                _RECORD.check("", record)
                 self.records[record["piece"]] = record
-            except (ValueError, AttributeError, RecursionError):
+            except (StrictJSONError, Invalid):
                 raise CacheError(f"{self.path} line {number} is damaged: delete that line, and export again") from None
-        self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o644)
+        self._fd = open_own(self.path, os.O_WRONLY | os.O_CREAT)
         if len(data) != self._size:
             os.ftruncate(self._fd, self._size)
         os.lseek(self._fd, self._size, os.SEEK_SET)

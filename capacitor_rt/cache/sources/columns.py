@@ -9,6 +9,7 @@ import json
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 from ...errors import CacheError, InputError
 from ...extras import require_extra
 from ...images.scan import path_to_id
+from ...strict_json import open_regular
 from .listing import Listing, examples
 
 LABEL, CAPTION = "label", "caption"
@@ -24,6 +26,8 @@ KEYS = ("file_name", "id", "path", "key", "image", "filename")
 LABELS = ("label", "class", "cls", "class_id", "category")
 CAPTIONS = ("caption", "text", "prompt")
 MAX_CAPTION = 1 << 20
+MAX_TABLE = 4 << 30
+MAX_LABEL_NAME = 4096
 RESERVED = frozenset(
     (
         *("input", "id", "status", "reason", "message", "bytes_hash", "width", "height", "orientation", "bucket"),
@@ -168,12 +172,12 @@ class _FileColumns:
             os.path.splitext(os.path.join(self.root, self.listing.locators[i]))[0] + b"." + os.fsencode(self.lazy or "")
         )
         try:
-            with open(path, "rb") as file:
+            with open_regular(path) as file:
                 data = file.read(MAX_CAPTION + 1)
         except FileNotFoundError:
             return None
         except OSError as e:
-            raise CacheError(f"caption {path_to_id(path)} cannot be read: {e.strerror}") from e
+            raise CacheError(f"caption {path_to_id(path)} cannot be read: {e.strerror or 'no regular file'}") from e
         return caption_text(data, self.lazy or "", path_to_id(path))
 
 
@@ -187,12 +191,24 @@ def caption_text(data: bytes, kind: str, where: str) -> str | None:
         raise CacheError(f"caption {where} has more than {MAX_CAPTION} bytes: shorten it")
     try:
         text = data.decode("utf-8-sig")
-        value = json.loads(text) if kind == "json" else text.strip()
-    except (ValueError, RecursionError) as e:
+        value = parse_json(text) if kind == "json" else text.strip()
+    except ValueError as e:
         raise CacheError(f"caption {where} is not {'JSON' if kind == 'json' else 'UTF-8'}: {e}") from e
     if isinstance(value, dict):
         value = next((value[name] for name in CAPTIONS if isinstance(value.get(name), str)), None)
-    return value if isinstance(value, str) else None
+    return text_of(value) if isinstance(value, str) else None
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What a JSON text of a user says, NaN included, which tools write for what is missing.
+
+    Raises:
+        ValueError: it is none, or nested too deep.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
 
 
 class Table:
@@ -205,16 +221,20 @@ class Table:
 
     def __init__(self, path: Path):
         self.path = path
+        hint = "give a .csv, .jsonl, .json or .parquet file"
         try:
-            data = path.read_bytes()
+            with open_regular(path) as file:
+                if os.fstat(file.fileno()).st_size > MAX_TABLE:
+                    raise CacheError(f"{path} has more than {MAX_TABLE} bytes: keep columns of the source itself")
+                data = file.read()
         except OSError as e:
-            raise CacheError(f"cannot read {path}: {e.strerror}: give a .csv, .jsonl, .json or .parquet file") from e
+            raise CacheError(f"cannot read {path}: {e.strerror or 'it is no regular file'}: {hint}") from e
         kind = path.suffix.lower().lstrip(".")
         self.origin = f"{kind}:{hashlib.sha256(data).hexdigest()}"
         self.is_mapping = False
         try:
             rows = self._rows(data, kind)
-        except (ValueError, RecursionError, KeyError) as e:
+        except (ValueError, csv.Error) as e:
             raise CacheError(f"{path} cannot be read as a table: {str(e)[:200]}") from e
         if self.is_mapping:
             self.names: list[str] = []
@@ -240,14 +260,14 @@ class Table:
 
     def value(self, ids: list[str], name: str) -> list[Any]:
         """The labels or captions of inputs: of the column that is named so, or what a JSON object maps ids to."""
-        if self.is_mapping:
-            return self.column(ids, "")
-        names = LABELS if name == LABEL else CAPTIONS
-        found = next((n for n in names if n in self.names), None)
-        if found is None:
-            raise CacheError(f"{self.path} has no column {' or '.join(map(repr, names[:2]))}: name one so")
+        found = ""
+        if not self.is_mapping:
+            names = LABELS if name == LABEL else CAPTIONS
+            found = next((n for n in names if n in self.names), "")
+            if not found:
+                raise CacheError(f"{self.path} has no column {' or '.join(map(repr, names[:2]))}: name one so")
         values = self.column(ids, found)
-        return values if name == LABEL else [None if v is None else _text(v) for v in values]
+        return values if name == LABEL else [None if v is None else text_of(v) for v in values]
 
     def _rows(self, data: bytes, kind: str) -> Any:
         if kind == "parquet":
@@ -260,9 +280,9 @@ class Table:
         if kind in ("csv", "tsv"):
             return list(csv.DictReader(io.StringIO(text), delimiter="\t" if kind == "tsv" else ","))
         if kind in ("jsonl", "ndjson"):
-            return self._objects([json.loads(line) for line in text.splitlines() if line.strip()])
+            return self._objects([parse_json(line) for line in text.split("\n") if line.strip()])
         if kind == "json":
-            value = json.loads(text)
+            value = parse_json(text)
             self.is_mapping = isinstance(value, dict) and not any(isinstance(v, dict) for v in value.values())
             if self.is_mapping:
                 return value
@@ -281,16 +301,27 @@ _WORDS = ("folder", "txt", "json")
 
 
 def numbered(values: list[Any]) -> tuple[list[int | None], list[str] | None]:
-    """Labels as numbers: as they are where all are whole numbers, else by the sorted order of their names."""
+    """Labels as numbers: as they are where all are whole numbers of 64 bits, else by the sorted order of their names.
+
+    Raises:
+        CacheError: a name is too long.
+    """
     present = [v for v in values if v is not None and v != ""]
-    try:
-        if all(isinstance(v, (int, str)) and not isinstance(v, bool) for v in present):
-            return [None if v is None or v == "" else int(v) for v in values], None
-    except ValueError:
-        pass
-    names = sorted({_text(v) for v in present})
+    numbers = [whole_number(v) for v in present]
+    if None not in numbers:
+        at = iter(numbers)
+        return [None if v is None or v == "" else next(at) for v in values], None
+    names = sorted({text_of(v, MAX_LABEL_NAME) for v in present})
     number = {name: i for i, name in enumerate(names)}
-    return [None if v is None or v == "" else number[_text(v)] for v in values], names
+    return [None if v is None or v == "" else number[text_of(v)] for v in values], names
+
+
+def whole_number(value: Any) -> int | None:
+    """A whole number of 64 bits, or the digits of one; None for whatever else."""
+    if isinstance(value, str):
+        # int() takes underscores, and the digits of any script
+        value = int(value) if re.fullmatch(r"\s*[+-]?[0-9]{1,19}\s*", value) else None
+    return value if type(value) is int and -(2**63) <= value < 2**63 else None
 
 
 def typed(values: list[Any]) -> tuple[str, list[Any]]:
@@ -301,13 +332,21 @@ def typed(values: list[Any]) -> tuple[str, list[Any]]:
     if present and all(isinstance(v, int) and not isinstance(v, bool) and -(2**63) <= v < 2**63 for v in present):
         return "int64", values
     if present and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in present):
-        return "float64", [None if v is None else float(v) for v in values]
-    return "string", [None if v is None else _text(v) for v in values]
+        # a whole number beyond the floats is a text
+        with suppress(OverflowError):
+            return "float64", [None if v is None else float(v) for v in values]
+    return "string", [None if v is None else text_of(v) for v in values]
 
 
-def _text(value: Any) -> str:
-    """A value as a text that UTF-8 can say; what is no text in JSON."""
+def text_of(value: Any, most: int = MAX_CAPTION) -> str:
+    """A value as a text that UTF-8 can say; what is no text in JSON.
+
+    Raises:
+        CacheError: it is longer than `most` characters.
+    """
     if isinstance(value, bytes):
         value = value.decode("utf-8", "backslashreplace")
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    if len(text) > most:
+        raise CacheError(f"{text[:40]!r}... has {len(text)} characters, and {most} are the most: shorten it")
     return text.encode("utf-8", "backslashreplace").decode()

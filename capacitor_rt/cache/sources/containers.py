@@ -13,6 +13,7 @@ from typing import Any
 from ...errors import CacheError, ImageError
 from ...images.decode import EMPTY, TOO_LARGE, UNREADABLE
 from ...images.scan import path_to_id
+from ...strict_json import open_regular
 from ..failures import CHANGED, IO_ERROR, OUT_OF_MEMORY, is_for_good
 
 OPEN_FILES = 64
@@ -67,7 +68,7 @@ class LocalFiles:
 
     def open(self, name: bytes) -> Any:
         """A file to seek in."""
-        return open(os.path.join(self.root, name), "rb")
+        return open_regular(os.path.join(self.root, name))
 
     def shown(self, name: bytes) -> str:
         """What messages call it."""

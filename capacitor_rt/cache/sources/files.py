@@ -14,6 +14,7 @@ import numpy as np
 from ...errors import CacheError, ImageError
 from ...images.decode import EMPTY, TOO_LARGE, UNREADABLE
 from ...images.scan import Scan, path_to_id, scan
+from ...strict_json import open_regular
 from ..failures import CHANGED, IO_ERROR, OUT_OF_MEMORY, is_for_good
 from .columns import Columns, ColumnsRequest, file_columns
 from .listing import MISSING, Listing
@@ -136,11 +137,12 @@ def list_source(path: Path, request: ColumnsRequest) -> FileSource:
         CacheError: it cannot be read, names nothing, or a file twice.
     """
     try:
-        if path.stat().st_size > MAX_LIST_BYTES:
-            raise CacheError(f"{path} is no list of files: it has more than {MAX_LIST_BYTES} bytes")
-        lines = path.read_bytes().split(b"\n")
+        with open_regular(path) as file:
+            if os.fstat(file.fileno()).st_size > MAX_LIST_BYTES:
+                raise CacheError(f"{path} is no list of files: it has more than {MAX_LIST_BYTES} bytes")
+            lines = file.read().split(b"\n")
     except OSError as e:
-        raise CacheError(f"cannot read {path}: {e.strerror}") from e
+        raise CacheError(f"cannot read {path}: {e.strerror or 'it is no regular file'}") from e
     locators = [line.rstrip(b"\r") for line in lines if line.strip() and not line.startswith(b"#")]
     if not locators:
         raise CacheError(f"{path} names no file: give one path in each line")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from collections import OrderedDict
@@ -14,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import CacheError, ImageError, InputError
+from ...errors import CacheError, CapacitorError, ImageError, InputError
 from ...extras import require_extra
 from ...images.decode import EMPTY, UNREADABLE
 from ..failures import CHANGED, IO_ERROR, OUT_OF_MEMORY
-from .columns import CAPTION, LABEL, Column, Columns, ColumnsRequest, numbered, typed
+from .columns import CAPTION, LABEL, MAX_LABEL_NAME, Column, Columns, ColumnsRequest, parse_json, text_of
+from .containers import LocalFiles
 from .listing import MISSING, Listing
 from .remote import Files, find_files
 
@@ -157,7 +157,7 @@ class _Stream:
             with self._failing():
                 batch = next(self._batches, None)
             if batch is None:
-                raise ImageError(CHANGED, f"its row group ends before row {row}")
+                raise ImageError(UNREADABLE, f"its row group ends before row {row}, of which its file tells")
         except ImageError:
             self._batches, self._rows = None, ()
             raise
@@ -176,8 +176,10 @@ class _Stream:
         except MemoryError as e:
             raise ImageError(OUT_OF_MEMORY, f"no memory for {what}") from e
         except Exception as e:
-            # a network's libraries have errors of their own
-            raise ImageError(IO_ERROR, f"{what} cannot be read: {type(e).__name__}: {str(e)[:200]}") from e
+            # a network's libraries have errors of their own; on a disk, what is no error of the system's is damage
+            damaged = isinstance(self.source.files, LocalFiles) and getattr(e, "errno", None) is None
+            reason = UNREADABLE if damaged else IO_ERROR
+            raise ImageError(reason, f"{what} cannot be read: {type(e).__name__}: {str(e)[:200]}") from e
 
 
 def parquet_source(src: Path | str, out: Path, request: ColumnsRequest, column: str | None = None) -> ParquetSource:
@@ -189,7 +191,6 @@ def parquet_source(src: Path | str, out: Path, request: ColumnsRequest, column: 
     Raises:
         CacheError: there are none, a file is damaged, or the files have different columns.
     """
-    pa = require_extra("pyarrow")
     files, names = find_files(src, ".parquet", out)
     groups: list[tuple[bytes, int, int, int]] = []
     containers: list[bytes] = []
@@ -197,24 +198,23 @@ def parquet_source(src: Path | str, out: Path, request: ColumnsRequest, column: 
     schema: Any = None
     for name in names:
         path = files.shown(name)
-        try:
+        with _reading(path):
             size, mtime = files.info(name)
             with _open(files, name) as file:
                 if schema is None:
                     schema = file.schema_arrow
                     column = column or _image_column(schema, path)
-                if column not in file.schema_arrow.names:
-                    raise CacheError(f"{path} has no column {column!r}")
+                _check_columns(file.schema_arrow, schema, column or "", _wanted(request), path)
                 first = 0
                 for number in range(file.num_row_groups):
                     count = file.metadata.row_group(number).num_rows
+                    if not 0 <= count <= size:
+                        raise CacheError(f"{path} is damaged: it has {size} bytes, and a row group of {count} rows")
                     groups.append((name, number, first, mtime))
                     # the size belongs to the name: another file of that name is another container
                     containers.append(name + b"?size=%d&row_group=%d" % (size, number))
                     counts.append(count)
                     first += count
-        except (OSError, pa.ArrowException, ValueError) as e:
-            raise CacheError(f"{path} cannot be read as Parquet: {str(e)[:200]}") from e
     total = sum(counts)
     if not total:
         raise CacheError(f"the {len(names)} Parquet files of {os.fspath(src)!r} have no rows")
@@ -233,15 +233,47 @@ def _open(files: Files, name: bytes, **options: Any) -> Any:
     return pq.ParquetFile(pa.PythonFile(files.open(name), mode="r"), **options)
 
 
-def _image_column(schema: Any, path: str) -> str:
+@contextmanager
+def _reading(path: str) -> Iterator[None]:
+    """Whatever is wrong with a file, or with what its columns hold, as CacheError."""
     pa = require_extra("pyarrow")
+    try:
+        yield
+    except CapacitorError:
+        raise
+    except (OSError, pa.ArrowException, ValueError, LookupError, OverflowError, MemoryError) as e:
+        raise CacheError(f"{path} cannot be read as Parquet: {str(e)[:200] or type(e).__name__}") from e
 
-    def is_image(kind: Any) -> bool:
-        if pa.types.is_struct(kind):
-            return any(f.name == "bytes" and _is_binary(f.type) for f in kind)
-        return _is_binary(kind)
 
-    candidates = [f.name for f in schema if is_image(f.type)]
+def _wanted(request: ColumnsRequest) -> list[tuple[str, str]]:
+    """Names of the columns that are kept, each with the column of the files that it is made of."""
+    pairs = [(LABEL, request.labels), (CAPTION, request.captions), *((name, name) for name in request.keep)]
+    return [(name, column) for name, column in pairs if column is not None]
+
+
+def _check_columns(schema: Any, first: Any, image: str, wanted: list[tuple[str, str]], path: str) -> None:
+    """Refuse a file whose columns are not those of the first."""
+    if schema.names.count(image) != 1:
+        raise CacheError(f"{path} has no column {image!r}, or two")
+    kind = schema.field(image).type
+    if not _is_image(kind):
+        raise CacheError(f"{path}: column {image!r} holds no images: it is of type {str(kind)[:80]}")
+    for name, column in wanted:
+        if column not in first.names:
+            held = ", ".join(first.names[:20])
+            raise InputError(f"the Parquet files have no column {column!r} for {name}: they have {held}")
+        if schema.names.count(column) != 1 or schema.field(column).type != first.field(column).type:
+            raise CacheError(f"{path}: its column {column!r} is not the one of the files before it, or is there twice")
+
+
+def _is_image(kind: Any) -> bool:
+    if require_extra("pyarrow").types.is_struct(kind):
+        return any(f.name == "bytes" and _is_binary(f.type) for f in kind)
+    return _is_binary(kind)
+
+
+def _image_column(schema: Any, path: str) -> str:
+    candidates = [f.name for f in schema if _is_image(f.type)]
     named = [name for name in IMAGE_NAMES if name in candidates]
     if named or len(candidates) == 1:
         return (named or candidates)[0]
@@ -270,13 +302,7 @@ class _ParquetColumns:
         self.numbers: dict[str, int] = {}
 
     def columns(self) -> Columns:
-        pairs = [(LABEL, self.request.labels), (CAPTION, self.request.captions), *((n, n) for n in self.request.keep)]
-        for name, column in pairs:
-            if column is None:
-                continue
-            if column not in self.schema.names:
-                held = ", ".join(self.schema.names[:20])
-                raise InputError(f"the Parquet files have no column {column!r} for {name}: they have {held}")
+        for name, column in _wanted(self.request):
             self.sources[name] = column
             kind = "string" if name == CAPTION else self._kind(column)
             if name == LABEL:
@@ -296,17 +322,22 @@ class _ParquetColumns:
         number = int(self.listing.containers[first])
         name, group, start, _ = self.groups[number]
         at = int(self.listing.offsets[first]) - start
-        with _open(self.files, name) as file:
-            table = file.read_row_group(group, columns=sorted({*self.sources.values()})).slice(at, stop - first)
+        with _reading(self.files.shown(name)):
+            with _open(self.files, name) as file:
+                table = file.read_row_group(group, columns=sorted({*self.sources.values()})).slice(at, stop - first)
+            if len(table) != stop - first:
+                raise ValueError(f"row group {group} has not as many rows as it says")
+            lists = {name: table[name].to_pylist() for name in self.sources.values()}
         values: dict[str, list[Any]] = {}
         for column in self.found:
-            found = table[self.sources[column.name]].to_pylist()
+            found = lists[self.sources[column.name]]
             if column.name == LABEL:
-                found = [self.numbers.get(v) if self.numbers else v for v in found]
+                if self.numbers:
+                    found = [None if v is None else self.numbers.get(text_of(v)) for v in found]
                 if any(v is None for v in found):
                     raise CacheError(f"{self.listing.id(first + found.index(None))!r} has no label: label every image")
             elif column.kind == "string":
-                found = [None if v is None else typed([v, "text"])[1][0] for v in found]
+                found = [None if v is None else text_of(v) for v in found]
             elif column.kind == "float64":
                 found = [None if v is None else float(v) for v in found]
             values[column.name] = found
@@ -323,15 +354,18 @@ class _ParquetColumns:
     def _label_names(self, column: str) -> list[str] | None:
         """Names of the classes, where the file's metadata of the hub has them."""
         try:
-            info = json.loads((self.schema.metadata or {})[b"huggingface"])
+            info = parse_json((self.schema.metadata or {})[b"huggingface"])
             names = info["info"]["features"][column]["names"]
-            return [str(name) for name in names]
-        except (KeyError, ValueError, TypeError, RecursionError):
+        except (KeyError, ValueError, TypeError):
             return None
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            return None
+        return [text_of(name, MAX_LABEL_NAME) for name in names]
 
     def _all_names(self, column: str) -> list[str]:
         found: set[str] = set()
         for name in dict.fromkeys(g[0] for g in self.groups):
-            with _open(self.files, name) as file:
-                found.update(v for v in file.read(columns=[column])[column].unique().to_pylist() if v is not None)
-        return numbered(sorted(found))[1] or sorted(found)
+            with _reading(self.files.shown(name)), _open(self.files, name) as file:
+                values = file.read(columns=[column])[column].unique().to_pylist()
+            found.update(text_of(v, MAX_LABEL_NAME) for v in values if v is not None)
+        return sorted(found)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -18,7 +17,20 @@ import numpy as np
 from ...errors import CacheError, ImageError, InputError
 from ...images.scan import path_to_id
 from . import tar_list
-from .columns import CAPTION, LABEL, Column, Columns, ColumnsRequest, Table, caption_text, numbered, typed
+from .columns import (
+    CAPTION,
+    LABEL,
+    Column,
+    Columns,
+    ColumnsRequest,
+    Table,
+    caption_text,
+    numbered,
+    parse_json,
+    text_of,
+    typed,
+    whole_number,
+)
 from .containers import Containers, LocalFiles
 from .listing import MISSING, Listing, examples
 from .remote import Files, find_files
@@ -281,12 +293,15 @@ class _TarColumns:
         extension = self.request.labels or ""
         data = self._bytes(i, extension) or b""
         try:
-            value = json.loads(data) if extension == "json" else int(data)
-            return int(value["label"] if isinstance(value, dict) else value)
-        except (ValueError, TypeError, KeyError, RecursionError) as e:
+            value = parse_json(data) if extension == "json" else data.decode()
+        except ValueError:
+            value = None
+        number = whole_number(value.get("label") if isinstance(value, dict) else value)
+        if number is None:
             raise CacheError(
                 f"the .{extension} of {self.listing.id(i)!r} holds {data[:40]!r}, no whole number: give a table"
-            ) from e
+            )
+        return number
 
     def _caption(self, i: int) -> str | None:
         extension = self.request.captions or ""
@@ -297,8 +312,8 @@ class _TarColumns:
     def _json(self, i: int) -> dict[str, Any]:
         data = self._bytes(i, "json")
         try:
-            value = json.loads(data) if data else {}
-        except (ValueError, RecursionError) as e:
+            value = parse_json(data) if data else {}
+        except ValueError as e:
             raise CacheError(f"the .json of {self.listing.id(i)!r} is no JSON: {e}") from e
         return value if isinstance(value, dict) else {}
 
@@ -317,5 +332,5 @@ def fitting(value: Any, column: Column, where: Any) -> Any:
     if column.kind == "float64" and kind == "int64":
         return float(value)
     if column.kind == "string":
-        return typed([value, "text"])[1][0]
+        return text_of(value)
     raise CacheError(f"column {column.name!r} of {where()!r} is {str(value)[:40]!r}, and {column.kind} before")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
@@ -16,6 +17,19 @@ from .remote import Files
 MAX_BESIDE = 1 << 20
 KEPT_BESIDE = 64 << 10
 """A larger member beside an image of a remote tar file is asked for when it is needed."""
+MAX_HEADER = 1 << 16
+"""Bytes of names and records about one member."""
+MOST_HEADERS = 8
+"""About one member."""
+# a name on disk has at most 255 bytes; the library searches runs of digits in the square of their length
+_LONG_RUN = re.compile(rb"\d{300}")
+_ABOUT = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
 
 Beside = dict[str, "tuple[int, int] | bytes"]
 """By extension where a member beside an image begins and its bytes, or its contents."""
@@ -80,7 +94,7 @@ def members(files: Files, name: bytes, wanted: set[str], *, keep: bool) -> Membe
                     of_key[extension] = _read(file, *place) if keep and member.size <= KEPT_BESIDE else place
                 else:
                     found.ignored[extension] += 1
-    except (tarfile.TarError, ValueError, EOFError) as e:
+    except (tarfile.TarError, ValueError, EOFError, OverflowError) as e:
         raise CacheError(f"{where} cannot be read as an uncompressed tar file ({e}): it is damaged or cut short") from e
     except OSError as e:
         raise CacheError(f"cannot read {where}: {e.strerror or e}") from e
@@ -100,8 +114,34 @@ def _read(file: Any, offset: int, size: int) -> bytes:
     return file.read(size)
 
 
+class _Header(tarfile.TarInfo):
+    """A header in bounds: the library believes what it says of lengths, and reads headers about headers for ever."""
+
+    def _proc_member(self, tar: Any) -> Any:
+        if self.size < 0 or self.type == tarfile.GNUTYPE_SPARSE:
+            raise tarfile.ReadError(f"{self.name[:80]!r} has holes, or a length below 0")
+        if self.type not in _ABOUT:
+            return super()._proc_member(tar)  # type: ignore[misc]
+        if self.size > MAX_HEADER:
+            raise tarfile.ReadError(f"a header of {self.size} bytes: the limit is {MAX_HEADER}")
+        at = tar.fileobj.tell()
+        body = tar.fileobj.read(self.size)
+        tar.fileobj.seek(at)
+        if b"GNU.sparse" in body or _LONG_RUN.search(body):
+            raise tarfile.ReadError("a header tells of a file with holes, or of a number of 300 digits")
+        tar.about = getattr(tar, "about", 0) + 1
+        if tar.about > MOST_HEADERS:
+            raise tarfile.ReadError(f"more than {MOST_HEADERS} headers about one member")
+        try:
+            # reads the next header, too
+            return super()._proc_member(tar)  # type: ignore[misc]
+        finally:
+            tar.about -= 1
+
+
 def _each(file: Any, size: int) -> Iterator[tarfile.TarInfo]:
-    with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as members:
+    options = {"tarinfo": _Header, "encoding": "utf-8", "errors": "surrogateescape"}
+    with tarfile.open(fileobj=file, mode="r:", **options) as members:  # type: ignore[call-overload]
         end = 0
         while (member := members.next()) is not None:
             # the library would keep them all

@@ -1,4 +1,4 @@
-"""What the JSON of a cache may hold. Everything that is read is checked once, here, before anything is made of it."""
+"""What a JSON document may hold. All that is read is checked once, by one of these, before anything is made of it."""
 
 from __future__ import annotations
 
