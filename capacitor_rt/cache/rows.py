@@ -111,11 +111,11 @@ def load_rows(folder: CacheFolder, plan: CachePlan, commits: Sequence[Commit], i
     """
     key = _key(folder, plan, commits)
     schema = rows_schema(plan)
-    count = sum(commit.rows for commit in commits)
+    counts = [commit.rows for commit in commits]
     for where, name in () if is_partial else _places(folder, key, make=False):
         # whatever is wrong with it, it is made anew
         with suppress(CacheError, OSError), where.open(name) as file:
-            table = _checked(file, key, schema, count)
+            table = _checked(file, key, schema, counts, len(plan.buckets))
             if table is not None:
                 return Rows(table, True)
     tables = _tables(folder, plan, commits, is_partial)
@@ -268,7 +268,7 @@ def _write_chunk(writer: Any, table: Any, schema: Any) -> None:
     writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
 
 
-def _checked(file: FileIO, key: str, schema: Any, count: int) -> Any:
+def _checked(file: FileIO, key: str, schema: Any, counts: Sequence[int], buckets: int) -> Any:
     """The table of a file that was derived from `key` and is as it was written; else None."""
     pa = require_extra("pyarrow")
     fd = file.fileno()
@@ -294,9 +294,21 @@ def _checked(file: FileIO, key: str, schema: Any, count: int) -> Any:
     except (pa.ArrowException, OSError, ValueError):
         return None
     lengths = [batch.num_rows for batch in table.to_batches()]
-    if table.num_rows != count or any(n != CHUNK_ROWS for n in lengths[:-1]):
+    if table.num_rows != sum(counts) or any(n != CHUNK_ROWS for n in lengths[:-1]):
         return None
-    return table
+    if any(table[name].null_count for name in ("file", "number", "row", "row_hash", "id")):
+        return None
+    return table if _are_places(table, len(counts), buckets) else None
+
+
+def _are_places(table: Any, files: int, buckets: int) -> bool:
+    """Whether every row has a file, a bucket and a row that there may be; the file of latents says whether it is so."""
+    most = {"file": files, "number": buckets, "row": 1 << 31}
+    return all(
+        not len(chunk) or (chunk.min() >= 0 and chunk.max() < stop)
+        for name, stop in most.items()
+        for chunk in _numpy(table[name])
+    )
 
 
 def _mapped(file: Any, schema: Any) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 
 from .checkpoints import VALUES, damage, special
 
-FILES = ("plan.json", "source.parquet", "commits.jsonl", "quarantine.jsonl", ".stamps")
+FILES = ("plan.json", "source.parquet", "commits.jsonl", "quarantine.jsonl", ".stamps", ".rows")
 MOST_BYTES = 1 << 20
 
 
@@ -272,6 +272,36 @@ def index_cells(cache: Path, rng: random.Random) -> str:
     return f"index: {name}"
 
 
+def row_table(cache: Path, rng: random.Random) -> str:
+    """The table of rows with places that no file has, and the right hash of its own."""
+    import pyarrow as pa
+
+    from capacitor_rt.cache.hashing import xxh3
+    from capacitor_rt.cache.rows import HEAD, MAGIC, _head
+
+    path = cache / ".rows"
+    data = contents(path)
+    fields = json.loads(data[:HEAD].removeprefix(MAGIC).partition(b"\n")[0])
+    table = pa.ipc.open_file(pa.py_buffer(data[HEAD:])).read_all()
+    name, at = rng.choice(("file", "number", "row")), rng.randrange(len(table))
+    values = table[name].to_pylist()
+    # another row of the file, rather than none, is for its writer to answer for, as is an index of other contents
+    values[at] = rng.choice((-1, -(2**31)) if name == "row" else (-1, -(2**31), 2**31 - 1, 999, len(table)))
+    column = table.schema.get_field_index(name)
+    table = table.set_column(column, table.schema.field(name), pa.array(values, pa.int32()))
+    if rng.random() < 0.2:
+        table = rng.choice((table.slice(0, 3), table.drop_columns(["id"]), table.slice(0, 0)))
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    body = sink.getvalue().to_pybytes()
+    fields |= {"nbytes": len(body), "xxh3": xxh3(body).hexdigest()}
+    info = path.stat()
+    path.write_bytes(_head(fields) + body)
+    os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns))
+    return f".rows: {name} of row {at} is {values[at]}"
+
+
 def uncommitted(cache: Path, rng: random.Random) -> str:
     """A task without its line in the log, as a crash leaves it; sometimes its files are not as they were, either."""
     log = cache / "commits.jsonl"
@@ -309,10 +339,10 @@ MUTATORS: dict[str, Callable[[Path, random.Random], str]] = {
     f.__name__: f
     for f in (
         some_bytes, one_bit, another_kind, gone, without_folder, swapped, renamed, linked, leftovers, lines, log_fields,
-        plan_fields, plan_text, index_cells, uncommitted,
+        plan_fields, plan_text, index_cells, uncommitted, row_table,
     )
 }  # fmt: skip
-WEIGHTS = (20, 14, 6, 4, 1, 4, 4, 10, 4, 10, 8, 10, 5, 10, 6)
+WEIGHTS = (20, 14, 6, 4, 1, 4, 4, 10, 4, 10, 8, 10, 5, 10, 6, 3)
 
 
 def draw(rng: random.Random, seed: str) -> list[list[str]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import os
 import random
 import shutil
 import tempfile
@@ -60,7 +61,9 @@ class Caches(Surface):
         (source / "7b.png").write_bytes(b"")
         self.model = FullCapacitor.from_pretrained(GOLDEN / "p16", strict_size=False)
         self.request = CacheRequest(48, area=True, posterior=True, task_inputs=4, batch=2)
+        os.environ["XDG_CACHE_HOME"] = str(self.home / "xdg")
         self.go_on(self.home / "whole")
+        # leaves the table of rows, too
         rows = LatentDataset(self.home / "whole", verify=True)
         self.truth = {rows.ids[i]: rows.tensors(i) for i in range(len(rows))}
         # everything that a child uses is imported
@@ -105,6 +108,7 @@ class Caches(Surface):
 
         rng = random.Random((folder / CASE).read_text())
         cache, outside = folder / "cache", folder / "outside"
+        os.environ["XDG_CACHE_HOME"] = str(folder / "xdg")
         before = _snapshot(outside)
         refusals: list[CapacitorError] = []
         steps: list[Callable[[Path], None]] = [self.look, self.check, self.survey]
