@@ -11,12 +11,12 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from ..errors import CacheError
+from ..schema import HEX32, HEX64, Invalid, ListOf, Number, Record
 from ..strict_json import StrictJSONError, parse
 from .folder import CacheFolder, PendingFile
 from .hashing import canonical_json
 from .latent_files import Layout, layout
 from .plan import CachePlan
-from .schema import HEX32, HEX64, Invalid, ListOf, Number, Record
 
 MAX_BYTES = 1 << 30
 _COUNT = Number(0, 2**48)

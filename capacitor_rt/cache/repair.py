@@ -85,7 +85,8 @@ def _plan(folder: CacheFolder, done: list[str]) -> CachePlan:
 
 def _is_forged(folder: CacheFolder, plan: CachePlan) -> bool:
     """Whether an index that the log vouches for holds another plan of the same identity, with another model's name."""
-    for commit in read_log(folder).commits.values() if _is_regular(folder) else ():
+    log = plan.log_name
+    for commit in read_log(folder, log).commits.values() if _is_regular(folder, log) else ():
         with suppress(OSError, CacheError):
             body = folder.read(plan.index_name(commit.task), INDEX_BYTES)
             if xxh3(body).hexdigest() == commit.index_xxh3:

@@ -178,7 +178,8 @@ class Caches(Surface):
     def survey(self, cache: Path) -> None:
         """What `status`, `diff` and `gc --dry-run` say; they look at the index alone."""
         from capacitor_rt.cache.compare import compare
-        from capacitor_rt.cache.status import collect, status
+        from capacitor_rt.cache.garbage import collect
+        from capacitor_rt.cache.status import status
         from capacitor_rt.errors import CacheError
 
         assert self.home is not None
@@ -221,7 +222,7 @@ class Caches(Surface):
 
     def collect(self, cache: Path) -> None:
         """What `gc` removes no row needs."""
-        from capacitor_rt.cache.status import collect
+        from capacitor_rt.cache.garbage import collect
         from capacitor_rt.errors import CacheError
 
         try:
