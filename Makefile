@@ -13,7 +13,7 @@ TORCH  := $(shell grep '^torch==' constraints.txt)
 TRITON := $(shell grep '^triton==' constraints.txt)
 STREAMING := $(shell grep '^mosaicml-streaming==' constraints.txt)
 
-.PHONY: demo test test-ptx test-slow test-newest test-trainers test-pairs test-pair lint format bench clean
+.PHONY: demo test test-ptx test-slow test-newest test-trainers test-ray test-pairs test-pair lint format bench clean
 
 demo: $(VENV)/.demo
 	$(RUN) -m capacitor_rt.cli.demo --out demo-out
@@ -41,6 +41,11 @@ test-trainers:
 	test -x $(VENV)-trainers/bin/python || $(PYTHON) -m venv $(VENV)-trainers
 	$(VENV)-trainers/bin/python -m pip install -q '$(TORCH)' pytest -e '.[cache,trainers]'
 	$(TEST_ENV) $(VENV)-trainers/bin/python -m pytest -q tests/cache/test_export*.py
+
+# caching on a local Ray, which takes a while to start: `make test` leaves it out
+test-ray: $(VENV)/.test
+	$(PIP) install -q -c $(VENV)/constraints.txt -e '.[ray]'
+	$(TEST_ENV) $(RUN) -m pytest -q tests/cache/test_ray.py
 
 # the suites that lean on torch and Triton, on every pair TORCH/TRITON: gigabytes each, so that `make test` leaves them out
 PAIRS      ?= 2.10.0/3.6.0 2.12.1/3.7.1 2.13.0/3.9.0 2.14.1/3.8.0

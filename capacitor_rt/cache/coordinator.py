@@ -29,6 +29,7 @@ GO = "go"
 _TELL_SECONDS = 0.2
 
 Tell = Callable[[str, Any], None]
+Message = tuple[str, Any]
 
 
 class Setup(NamedTuple):
@@ -50,10 +51,15 @@ class Progress(NamedTuple):
 
 
 class Teller:
-    """The watch of a run that tells another process."""
+    """The watch of a run that tells another process.
 
-    def __init__(self, tell: Tell):
+    Args:
+        stopping: once it is set, the run is interrupted where it next would tell something.
+    """
+
+    def __init__(self, tell: Tell, stopping: threading.Event | None = None):
         self.tell = tell
+        self.stopping = stopping
         self._inputs = self._quarantined = 0
         self._told = 0.0
 
@@ -61,6 +67,8 @@ class Teller:
         self.tell(BEGIN, (total, done))
 
     def advance(self, inputs: int, quarantined: int, measure: Callable[[], Meters]) -> None:
+        if self.stopping is not None and self.stopping.is_set():
+            raise KeyboardInterrupt
         self._inputs += inputs
         self._quarantined += quarantined
         if time.monotonic() - self._told > _TELL_SECONDS:
@@ -76,7 +84,7 @@ class Teller:
         self._told = time.monotonic()
 
 
-def coordinate(setup: Setup, tell: Tell) -> None:
+def coordinate(setup: Setup, tell: Tell, teller: Teller | None = None) -> None:
     """Do a run and tell how it goes and ends. Raises nothing but KeyboardInterrupt."""
     from .run import cache_images
 
@@ -88,7 +96,7 @@ def coordinate(setup: Setup, tell: Tell) -> None:
             setup.request,
             note=lambda line: tell(NOTE, line),
             options=setup.options,
-            watch=Teller(tell),
+            watch=teller or Teller(tell),
         )
         tell(REPORT, report)
     except CapacitorError as e:

@@ -37,19 +37,19 @@ class Gathering:
         self._lost: list[str] = []
         self._meters: dict[int, Meters] = {}
         self._notes: set[str] = set()
+        self._at_work: set[int] = set()
         self._left = 0
 
     def hear(self, number: int, word: str, what: Any) -> None:
         """Take a message of a coordinator."""
         if word == NOTE:
-            # what one has said the others say as well
-            if what not in self._notes:
+            # what is to be said before the work the first has said
+            if what not in self._notes and (not self.begun or number in self._at_work):
                 self._notes.add(what)
                 self.note(what)
-        elif word == BEGIN and not self.begun:
-            total, done = what
-            self.begun, self._left = True, total - done
-            self.watch.begin(total, done)
+        elif word == BEGIN:
+            self._at_work.add(number)
+            self._begin(*what)
         elif word == ADVANCE:
             self._advance(number, what)
         elif word == REPORT:
@@ -100,6 +100,11 @@ class Gathering:
             "with fewer of them",
             self._lost,
         )
+
+    def _begin(self, total: int, done: int) -> None:
+        if not self.begun:
+            self.begun, self._left = True, total - done
+            self.watch.begin(total, done)
 
     def _advance(self, number: int, progress: Progress) -> None:
         self._meters[number] = progress.meters

@@ -97,6 +97,13 @@ def cache(
     coordinators: Annotated[
         int | None, typer.Option(min=1, help="Processes that encode on the device, or on each of --gpus.")
     ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            help="Work by actors on a Ray cluster, a GPU each: its address, auto or local. --coordinators: how many.",
+            metavar="ADDRESS",
+        ),
+    ] = None,
     compute_dtype: ComputeDtype = None,
     backend: Backend = "auto",
     encode_precision: Annotated[
@@ -172,6 +179,8 @@ def cache(
         raise InputError("--rehash is for --update: add it")
     if update and dry_run:
         raise InputError("--dry-run is for a new cache, not for --update")
+    if ray is not None and gpus is not None:
+        raise InputError("--ray and --gpus exclude each other: on a cluster --coordinators says how many GPUs")
     with interruptible():
         from ..cache.model_source import Checkpoint
         from ..cache.options import RunOptions
@@ -181,7 +190,7 @@ def cache(
         from ..cache.sources import ColumnsRequest
 
         compute = compute_dtype.full_name if compute_dtype else None
-        devices = _devices(gpus, device, coordinators)
+        devices = _devices(gpus, device, coordinators) if ray is None else ["cpu" if device == "cpu" else "cuda"]
         checkpoint = Checkpoint(model, devices[0], compute, revision, backend, encode_precision)
         request = CacheRequest(
             side=sides[0],
@@ -215,7 +224,13 @@ def cache(
         if dry_run:
             _print_dry_run(describe_run(src, out, checkpoint, request, options=options))
             return
-        if gpus is None and coordinators is None:
+        if ray is not None:
+            from ..cache.ray_actors import cache_on_ray
+
+            report = cache_on_ray(
+                ray, src, out, checkpoint, request, actors=coordinators, note=_remark, options=options
+            )
+        elif gpus is None and coordinators is None:
             report = cache_images(src, out, checkpoint, request, note=_remark, options=options)
         else:
             from ..cache.coordinators import cache_on

@@ -141,6 +141,7 @@ def test_several_are_told_as_one():
     one.hear(0, NOTE, "left out: 3")
     one.hear(1, NOTE, "left out: 3")
     one.hear(0, BEGIN, (100, 40))
+    one.hear(1, NOTE, "going on: 5 of 10 tasks are done")
     one.hear(1, BEGIN, (100, 52))
     one.hear(0, ADVANCE, Progress(30, 1, Meters(1, images=30)))
     # lost with its process and done again: no more than all

@@ -1,0 +1,109 @@
+"""Actors on a local Ray: the same leases, the same bytes, and the living take over from the dead."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+from cache_cases import commits_of, snapshot, write_images
+from kill_driver import REQUEST
+from models import random_model
+
+from capacitor_rt.cache import Checkpoint, RunOptions, cache_images, ray_actors
+from capacitor_rt.cache.ray_actors import cache_on_ray
+from capacitor_rt.errors import CacheError
+
+ray = pytest.importorskip("ray", reason="Ray is not installed: make test-ray, or pip install '.[ray]'")
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        ray.init(address="local", num_cpus=2, num_gpus=0, include_dashboard=False, object_store_memory=80 << 20)
+        yield
+        ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ray")
+    write_images(folder / "src", 90, sizes=((40, 40), (20, 80), (90, 24)))
+    (folder / "src" / "004b.png").write_bytes(b"no image")
+    random_model().save_pretrained(folder / "model")
+    model = Checkpoint(str(folder / "model"))
+    cache_images(folder / "src", folder / "whole", model, REQUEST, workers=0, progress=False)
+    return folder
+
+
+def cache(folder, out, notes, **more):
+    model = Checkpoint(str(folder / "model"))
+    options = RunOptions(workers=0, progress=False)
+    return cache_on_ray(
+        "local", folder / "src", out, model, REQUEST, actors=2, note=notes.append, options=options, **more
+    )
+
+
+def test_two_actors_leave_the_bytes_of_one_process(cluster, folder, tmp_path):
+    notes = []
+    report = cache(folder, tmp_path / "out", notes)
+    assert (report.exit_code, report.cached, report.quarantined) == (3, 90, {"not_an_image": 1})
+    # nothing is done twice, and what is to be said is said once
+    assert report.new_images == 91 and len(notes) == len({line.partition(":")[0] for line in notes})
+    assert snapshot(tmp_path / "out") == snapshot(folder / "whole")
+    assert cache(folder, tmp_path / "out", notes).new_images == 0
+
+
+def test_the_tasks_of_a_dead_actor_are_taken_over(cluster, folder, tmp_path, monkeypatch):
+    started, notes = [], []
+    seat = ray_actors._seat
+    monkeypatch.setattr(ray_actors, "_seat", lambda *args: started.append(seat(*args)) or started[-1])
+
+    def kill_the_planner():
+        while not commits_of(tmp_path / "out"):
+            time.sleep(0.001)
+        os.kill(ray.get(started[0].actor.pid.remote()), signal.SIGKILL)
+
+    thread = threading.Thread(target=kill_the_planner)
+    thread.start()
+    report = cache(folder, tmp_path / "out", notes)
+    thread.join()
+    assert report.exit_code == 3
+    assert [line for line in notes if "lost" in line] == [
+        "the coordinator on Ray (0) was lost (ActorDiedError): its tasks are taken over by the others"
+    ]
+    assert snapshot(tmp_path / "out") == snapshot(folder / "whole")
+
+
+def test_an_interruption_stops_the_actors_and_keeps_what_is_complete(cluster, folder, tmp_path, monkeypatch):
+    look = ray_actors._look
+
+    def interrupted(*args):
+        if commits_of(tmp_path / "out"):
+            raise KeyboardInterrupt
+        look(*args)
+
+    monkeypatch.setattr(ray_actors, "_look", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cache(folder, tmp_path / "out", [])
+    assert commits_of(tmp_path / "out") and not (tmp_path / "out" / "leases").exists()
+    monkeypatch.undo()
+    assert cache(folder, tmp_path / "out", []).exit_code == 3
+    assert snapshot(tmp_path / "out") == snapshot(folder / "whole")
+
+
+def test_what_is_refused_is_refused_once(cluster, folder, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("")
+    notes = []
+    with pytest.raises(CacheError, match="is not empty and no latent cache"):
+        cache(folder, tmp_path / "out", notes)
+    assert notes == []
+    model = Checkpoint(str(folder / "model"), device="cuda")
+    with pytest.raises(CacheError, match="the Ray cluster has no GPU"):
+        cache_on_ray("local", folder / "src", tmp_path / "gpu", model, REQUEST, note=notes.append)
