@@ -122,6 +122,11 @@ class LatentDataset(Dataset[LatentRow]):
         log = read_log(folder, self.plan.log_name)
         commits = [commit for _, commit in sorted(log.commits.items())]
         seen, total = sum(c.inputs for c in commits), self.plan.count
+        if self.plan.is_interim and not allow_partial:
+            raise CacheError(
+                f"{self.root} is not finished: inputs of the same bytes are still to be added: run the cache command "
+                "again, or pass allow_partial=True"
+            )
         if not allow_partial and (seen != total or len(commits) != self.plan.task_count or log.bad):
             damage = f"; {len(log.bad)} lines of commits.jsonl are damaged" if log.bad else ""
             raise CacheError(

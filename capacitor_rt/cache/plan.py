@@ -63,6 +63,7 @@ class CacheRequest:
         crop: "center", or "adm": the square crop of ADM and DiT, see `images.adm`.
         posterior: store `logsnr` too.
         flip: store the latents of the mirrored images too.
+        dedupe: inputs of the same bytes share a row.
         batch: images per encode call. None takes an existing plan's, or else one that fits the size.
         task_inputs: most inputs per task, that is per file of latents. None takes an existing plan's, or else 8192, or
             fewer where their latents would exceed 512 MiB. `shard_rows` is the name of version 0.2.
@@ -83,6 +84,7 @@ class CacheRequest:
     decode: str = "exact"
     icc: str = "srgb"
     crop: str = "center"
+    dedupe: bool = False
     shard_rows: InitVar[int | None] = None
 
     def __post_init__(self, shard_rows: int | None) -> None:
@@ -205,6 +207,11 @@ class CachePlan:
     def is_update(self) -> bool:
         """Whether `cache --update` has made it: its rows may lie in files of earlier generations."""
         return "generation" in self.fields
+
+    @property
+    def is_interim(self) -> bool:
+        """Whether it has one input for each content alone, and the others are still to be added."""
+        return "distinct_of" in self.fields["source"]
 
     @property
     def log_name(self) -> str:
@@ -344,6 +351,8 @@ def make_plan(
     }
     if configs:
         fields["configs"] = configs
+    if request.dedupe:
+        fields["store"]["dedupe"] = True
     fields["store"] |= {
         "batch": request.batch or _default_batch(model.device, buckets),
         "task_inputs": request.task_inputs or _default_task_inputs(CachePlan(fields), buckets),

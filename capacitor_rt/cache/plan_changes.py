@@ -34,6 +34,7 @@ def plan_changes(old: CachePlan, request: CacheRequest, model: ModelIdentity) ->
         "dtype": DTYPES[request.dtype],
         "posterior": request.posterior,
         "flip": request.flip,
+        "dedupe": request.dedupe,
         "batch": request.batch or old.batch,
         "task_inputs": request.task_inputs or old.task_inputs,
     }
@@ -41,6 +42,7 @@ def plan_changes(old: CachePlan, request: CacheRequest, model: ModelIdentity) ->
         "dtype": old.dtype,
         "posterior": "logsnr" in old.tensors,
         "flip": "latents_flip" in old.tensors,
+        "dedupe": fields["store"].get("dedupe", False),
         "batch": old.batch,
         "task_inputs": old.task_inputs,
     }

@@ -23,7 +23,16 @@ PLAN_SCHEMA = Record(
     {
         "format": Choice((FORMAT,)),
         "pipeline": Number(1, 1 << 20),
-        "source": Record({"kind": Text("[a-z]{1,20}"), "count": Number(1, 2**48), "sha256": HEX64, "tasks": _COUNT}),
+        "source": Record(
+            {
+                "kind": Text("[a-z]{1,20}"),
+                "count": Number(1, 2**48),
+                "sha256": HEX64,
+                "tasks": _COUNT,
+                "distinct_of": Record({"count": Number(1, 2**48), "sha256": HEX64}),
+            },
+            optional=("distinct_of",),
+        ),
         "columns": ListOf(
             Record({"name": COLUMN_NAME, "type": Choice(COLUMN_TYPES), "from": Text(longest=400)}), most=200
         ),
@@ -72,7 +81,9 @@ PLAN_SCHEMA = Record(
                 "tensors": ListOf(Choice(KINDS), 1, 4),
                 "batch": Number(1, 1 << 24),
                 "task_inputs": Number(1, 1 << 31),
-            }
+                "dedupe": Choice((True,)),
+            },
+            optional=("dedupe",),
         ),
         "code": MapOf(Text(longest=200)),
         # what a config may be is checked by the launches, which know theirs

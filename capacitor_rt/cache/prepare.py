@@ -8,12 +8,16 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from ..errors import CacheError
 from ..extras import require_extra
 from ..model import FullCapacitor
 from ..reference import Autoencoder
 from .commits import read_log
+from .dedupe import distinct, restricted, subset
 from .folder import LEASES, TMP, CacheFolder
 from .kept_configs import configs_of
 from .model_source import Checkpoint, Loaded, ModelSource, with_whitening
@@ -43,6 +47,8 @@ class PreparedRun:
         restore_listing: whether `source.parquet` is damaged and is to be written anew.
         cc: compute capability of the GPU, where launches of ours may serve.
         rehash: of an update: trust no time of a file.
+        whole: of an interim plan, all inputs.
+        just_listed: plan whose list was made from the same listing of the source as this one's.
     """
 
     plan: CachePlan
@@ -53,6 +59,8 @@ class PreparedRun:
     restore_listing: bool = False
     cc: int | None = None
     rehash: bool = False
+    whole: Source | None = None
+    just_listed: CachePlan | None = None
 
     def nbytes(self, tasks: Iterable[Task]) -> int:
         """Most bytes of the latents of `tasks`."""
@@ -119,18 +127,41 @@ def prepare(
     source = source or open_source(
         src, out, options.source, options.columns, options.image_column, lambda: planned_listing(folder, plan)
     )
+    whole = None
     if plan and folder:
         if plan.is_update:
             source = with_stable_labels(source, plan.fields["label_names"])
+        if plan.is_interim and not is_checked:
+            whole, source = source, restricted(folder, plan, source) or source
         restore = _check_inputs(folder, plan, source, is_checked)
         _check_files(folder, plan, source)
         notes = source.notes + version_notes(plan)
-        return PreparedRun(plan, tasks_of(plan, source), source, None, notes, restore, identity.cc)
+        return PreparedRun(plan, tasks_of(plan, source), source, None, notes, restore, identity.cc, whole=whole)
+    notes = list(source.notes)
+    distinct_of = None
+    if request.dedupe and load:
+        whole, (source, distinct_of) = source, without_copies(source, np.arange(len(source.listing)), notes)
     model = model_source.load(identity) if load else None
     if model is not None:
         identity = with_whitening(identity, model)
     plan = make_plan(request, identity, source, buckets, configs_of(identity, buckets, request.posterior))
-    return PreparedRun(plan, tasks_of(plan, source), source, model, source.notes, cc=identity.cc)
+    if distinct_of:
+        plan.fields["source"]["distinct_of"] = distinct_of
+    return PreparedRun(plan, tasks_of(plan, source), source, model, notes, cc=identity.cc, whole=whole)
+
+
+def without_copies(source: Source, candidates: np.ndarray, notes: list[str]) -> tuple[Source, dict[str, Any] | None]:
+    """The source without inputs whose bytes an earlier one has, and what is to be said of it in an interim plan.
+
+    The source itself, and None, if there are none. `candidates`: as in `distinct`.
+    """
+    kept, nbytes = distinct(source, candidates)
+    copies = len(source.listing) - len(kept)
+    if not copies:
+        return source, None
+    size = f" ({nbytes / 1e6:.1f} MB)" if nbytes else ""
+    notes.append(f"{copies} of {len(source.listing)} inputs{size} have the bytes of an earlier one and share its row")
+    return subset(source, kept), {"count": len(source.listing), "sha256": source.listing.digest()}
 
 
 def tasks_of(plan: CachePlan, source: Source) -> list[Task]:

@@ -79,6 +79,17 @@ def joined(reports: Sequence[Report]) -> Report:
     )
 
 
+def after(first: Report, then: Report) -> Report:
+    """The report of a run that had an interim part."""
+    meters = [report.meters for report in (first, then) if report.meters is not None]
+    return replace(
+        then,
+        new_images=first.new_images + then.new_images,
+        meters=Meters.joined(meters) if meters else None,
+        costs=first.costs or then.costs,
+    )
+
+
 @dataclass
 class DryRun:
     """What a run would do.

@@ -245,12 +245,12 @@ class Reuse:
         at = self.known.find(digest)
         return int(self._rows[at]) if at >= 0 else UNKNOWN
 
-    def by_time(self, plan: CachePlan, planned: Listing, listed_ns: int, now: Listing) -> None:
+    def by_time(self, plan: CachePlan, planned: Listing, listed_ns: int | None, now: Listing) -> None:
         """Find the rows of inputs that a list of an earlier plan has with the same name, place, size and time.
 
         Args:
             planned: the list of `plan`.
-            listed_ns: when it was written.
+            listed_ns: when it was written; None if both lists are of one moment, and no time need be compared.
         """
         numbers = self.survey.numbers(plan)
         old = unchanged(planned, listed_ns, now)
@@ -267,7 +267,7 @@ class Reuse:
         self.refs[at[found >= 0]] = self._rows[found[found >= 0]]
 
 
-def unchanged(planned: Listing, listed_ns: int, now: Listing) -> np.ndarray:
+def unchanged(planned: Listing, listed_ns: int | None, now: Listing) -> np.ndarray:
     """Ordinal in the planned list of each input that is listed now and has not changed since, int64, `UNKNOWN` else."""
     pa, pc = require_extra("pyarrow"), require_extra("pyarrow.compute")
     if planned.locators == now.locators:
@@ -278,8 +278,9 @@ def unchanged(planned: Listing, listed_ns: int, now: Listing) -> np.ndarray:
     at = np.flatnonzero(old >= 0)
     before = old[at]
     same = (planned.sizes[before] == now.sizes[at]) & (planned.offsets[before] == now.offsets[at])
-    same &= (planned.mtimes[before] == now.mtimes[at]) & (now.mtimes[at] >= 0)
-    same &= now.mtimes[at] < listed_ns - RACY_NS
+    if listed_ns is not None:
+        same &= (planned.mtimes[before] == now.mtimes[at]) & (now.mtimes[at] >= 0)
+        same &= now.mtimes[at] < listed_ns - RACY_NS
     # another container of that name has another size in its own, or other places
     numbers = {name: i for i, name in enumerate(planned.container_names)}
     container = np.array([numbers.get(name, -2) for name in now.container_names] + [-1])

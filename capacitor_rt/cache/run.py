@@ -36,7 +36,7 @@ from .pipeline import Pipeline
 from .plan import CachePlan, CacheRequest, Task, load_plan
 from .prepare import PreparedRun, as_source, check_folder, outlook, prepare
 from .quarantine import quarantine_bytes, write_quarantine
-from .report import Report
+from .report import Report, after
 from .resizing import RECORD_BYTES, Resizer, by_device
 from .retry import quarantined, reopen, try_again
 from .reuse import Reuse, check_file
@@ -98,6 +98,10 @@ def cache_images(
             prepared = _plan(os.fspath(src), folder, mutex, source, request, chosen)
             with kept(prepared.plan, prepared.cc, source.model if isinstance(source, Loaded) else prepared.model):
                 report = _run(prepared, folder, mutex, source, threads, chosen, note, watch)
+                if prepared.plan.is_interim and not report.unfinished:
+                    prepared = prepare_update(os.fspath(src), folder, mutex, source, request, chosen, prepared)
+                    prepared.notes.clear()
+                    report = after(report, _run(prepared, folder, mutex, source, threads, chosen, note, watch))
         finally:
             _clear(folder, mutex)
     report.seconds = time.perf_counter() - begin
@@ -284,7 +288,7 @@ def _reuse(prepared: PreparedRun, folder: CacheFolder, todo: list[Task], note: C
     """What an update need not encode again; None where nothing can be known already."""
     if not todo or not prepared.plan.is_update:
         return None
-    reuse, notes = reuse_for(folder, prepared.plan, prepared.source, prepared.rehash)
+    reuse, notes = reuse_for(folder, prepared)
     for line in notes:
         note(line)
     return reuse
@@ -408,7 +412,7 @@ def _account(store: TaskStore, tasks: int) -> Report:
 def _make_current(folder: CacheFolder, plan: CachePlan) -> None:
     """Put a finished update in the place of the generation that it was made from."""
     current = load_plan(folder)
-    if current is None or current.id == plan.id or not plan.is_update:
+    if current is None or current.id == plan.id or not plan.is_update or plan.is_interim:
         return
     if current.id != plan.fields["generation"]["of"]:
         raise CacheError(

@@ -49,6 +49,7 @@ class Status:
         free_nbytes: free on the disk.
         litter_nbytes: of what `gc` would remove.
         generation: number of the generation; 0 for a cache that was never updated.
+        is_interim: whether inputs of the same bytes as others are still to be added, with `--dedupe`.
         updates: those that are not finished.
     """
 
@@ -66,6 +67,7 @@ class Status:
     free_nbytes: int = 0
     litter_nbytes: int = 0
     generation: int = 0
+    is_interim: bool = False
     updates: list[Update] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
@@ -88,7 +90,8 @@ def status(root: str | os.PathLike[str]) -> Status:
         if plan is None:
             raise CacheError(f"{folder.path} is no latent cache: it has no {PLAN}")
         found = Status(plan.count, plan.task_count, free_nbytes=shutil.disk_usage(folder.path).free)
-        found.generation, found.updates = plan.number, _updates(folder, plan)
+        found.generation, found.is_interim = plan.number, plan.is_interim
+        found.updates = _updates(folder, plan)
         commits = {n: c for n, c in read_log(folder, plan.log_name).commits.items() if n < plan.task_count}
         found.done_inputs = sum(c.inputs for c in commits.values())
         found.done_tasks, found.rows = len(commits), sum(c.rows for c in commits.values())

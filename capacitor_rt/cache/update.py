@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from ..errors import CacheError
 from .carried import load_carried
+from .commits import read_log
+from .dedupe import restricted
 from .folder import CacheFolder
 from .generations import record, recorded, unfinished
 from .model_source import ModelSource
@@ -13,8 +17,8 @@ from .mutex import Mutex
 from .options import RunOptions
 from .plan import PLAN, CachePlan, CacheRequest, code_versions, load_plan
 from .plan_changes import check_plan, version_notes
-from .prepare import PreparedRun, committed_hashes, planned_listing, prepare, tasks_of
-from .reuse import Reuse, Survey, survey
+from .prepare import PreparedRun, committed_hashes, planned_listing, prepare, tasks_of, without_copies
+from .reuse import Reuse, Survey, survey, unchanged
 from .sources import Source, load_listing
 from .sources.changes import changed_inputs
 from .sources.open import open_source
@@ -29,8 +33,12 @@ def prepare_update(
     model_source: ModelSource,
     request: CacheRequest,
     options: RunOptions,
+    after: PreparedRun | None = None,
 ) -> PreparedRun:
     """The plan of an update, a new one or that of one under way; the current one if the inputs are still its own.
+
+    Args:
+        after: the interim run that was just finished.
 
     Raises:
         CacheError: other settings, or another model, than those of the current plan.
@@ -39,38 +47,69 @@ def prepare_update(
     assert current is not None
     identity = model_source.identity(current.fields["model"]["compute_dtype"])
     check_plan(current, request, identity, folder)
-    source = open_source(
-        src,
-        folder.path,
-        options.source,
-        options.columns,
-        options.image_column,
-        lambda: planned_listing(folder, current),
-    )
+    source = after.whole if after else None
+    if source is None:
+        source = open_source(
+            src,
+            folder.path,
+            options.source,
+            options.columns,
+            options.image_column,
+            lambda: planned_listing(folder, current),
+        )
     source = with_stable_labels(source, current.fields["label_names"])
-    rehash = options.rehash
+    rehash, notes = options.rehash, source.notes + version_notes(current)
     if is_of(folder, current, source, rehash):
         return prepare(src, folder.path, folder, model_source, request, options, load=False, source=source)
+    part = _interim(folder, current, source)
+    if part is not None and not _is_complete(folder, current):
+        prepared = prepare(src, folder.path, folder, model_source, request, options, load=False, source=part)
+        prepared.whole = source
+        return prepared
     if why := strange_plan(folder, current):
         raise CacheError(f"{folder.path / PLAN} is not that of the cache ({why}): {repair_hint(folder)}")
     found = _under_way(folder, current, source, rehash)
     if found is None:
         looked = survey(folder, [current, *unfinished(folder, current)])
+        part, distinct_of = source, None
+        if request.dedupe and after is None and part is not None:
+            part, distinct_of = without_copies(source, _unseen(folder, current, source), notes)
         with mutex:
             if (now := load_plan(folder)) is None or now.id != current.id:
                 raise CacheError(f"{folder.path} was updated by another process meanwhile: run the same command again")
             # another may have planned it meanwhile
             found = _under_way(folder, current, source, rehash)
             if found is None:
-                found = _planned(folder, current, source, looked)
-    prepared = PreparedRun(found, tasks_of(found, source), source, cc=identity.cc, rehash=rehash)
-    prepared.notes += source.notes + version_notes(current)
+                found = (_planned(folder, current, part, looked, distinct_of), part)
+    plan, part = found
+    prepared = PreparedRun(plan, tasks_of(plan, part), part, None, notes, cc=identity.cc, rehash=rehash)
+    prepared.whole, prepared.just_listed = source, after.plan if after else None
     return prepared
+
+
+def _interim(folder: CacheFolder, plan: CachePlan, source: Source) -> Source | None:
+    """Of a source, the inputs of an interim plan for it, none of which has changed; else None."""
+    part = restricted(folder, plan, source) if plan.is_interim else None
+    return part if part is not None and is_of(folder, plan, part, False) else None
+
+
+def _is_complete(folder: CacheFolder, plan: CachePlan) -> bool:
+    return len(read_log(folder, plan.log_name).commits) >= plan.task_count
+
+
+def _unseen(folder: CacheFolder, current: CachePlan, source: Source) -> np.ndarray:
+    """Ordinals of the inputs that are not known to be in the current plan already."""
+    try:
+        planned = load_listing(folder, current.source_name, current.fields["source"]["sha256"])
+    except CacheError:
+        return np.arange(len(source.listing))
+    info = folder.stat(current.source_name)
+    return np.flatnonzero(unchanged(planned, info.st_mtime_ns if info else 0, source.listing) < 0)
 
 
 def is_of(folder: CacheFolder, plan: CachePlan, source: Source, rehash: bool) -> bool:
     """Whether the inputs, their bytes and what is kept beside them are those of a plan, as far as it is committed."""
-    fields = {k: v for k, v in plan.fields["source"].items() if k != "tasks"}
+    fields = {k: v for k, v in plan.fields["source"].items() if k not in ("tasks", "distinct_of")}
     if fields != source.fields() or plan.columns != source.columns.fields():
         return False
     if plan.fields["label_names"] != source.columns.label_names:
@@ -86,13 +125,23 @@ def is_of(folder: CacheFolder, plan: CachePlan, source: Source, rehash: bool) ->
     return not changed_inputs(listing, source, known, rehash=rehash)
 
 
-def _under_way(folder: CacheFolder, current: CachePlan, source: Source, rehash: bool) -> CachePlan | None:
-    """The latest update of the current plan to these inputs that was begun."""
-    plans = [p for p in unfinished(folder, current) if p.fields["generation"]["of"] == current.id]
-    return next((plan for plan in reversed(plans) if is_of(folder, plan, source, rehash)), None)
+def _under_way(
+    folder: CacheFolder, current: CachePlan, source: Source, rehash: bool
+) -> tuple[CachePlan, Source] | None:
+    """The latest update of the current plan to these inputs that was begun, and its inputs."""
+    plans = [p for p in reversed(unfinished(folder, current)) if p.fields["generation"]["of"] == current.id]
+    for plan in plans:
+        if not plan.is_interim and is_of(folder, plan, source, rehash):
+            return plan, source
+    for plan in plans:
+        if not _is_complete(folder, plan) and (part := _interim(folder, plan, source)) is not None:
+            return plan, part
+    return None
 
 
-def _planned(folder: CacheFolder, current: CachePlan, source: Source, looked: Survey) -> CachePlan:
+def _planned(
+    folder: CacheFolder, current: CachePlan, source: Source, looked: Survey, distinct_of: dict[str, Any] | None
+) -> CachePlan:
     """Write down what the update is to be. Under the mutex."""
     carried = looked.carried([current, *unfinished(folder, current)])
     number = 1 + max([current.number, *(plan.number for plan in recorded(folder))])
@@ -104,6 +153,8 @@ def _planned(folder: CacheFolder, current: CachePlan, source: Source, looked: Su
         "code": code_versions(),
         "generation": {"number": number, "of": current.id, "carried": carried.digest()},
     }
+    if distinct_of:
+        fields["source"]["distinct_of"] = distinct_of
     plan = CachePlan(fields)
     # the plan comes last: without it none of the others counts
     source.listing.save(folder, plan.source_name)
@@ -112,23 +163,20 @@ def _planned(folder: CacheFolder, current: CachePlan, source: Source, looked: Su
     return plan
 
 
-def reuse_for(folder: CacheFolder, plan: CachePlan, source: Source, rehash: bool) -> tuple[Reuse, list[str]]:
-    """The rows that a generation need not encode again, and what is to be said of those that it must.
-
-    Args:
-        rehash: trust no time: read every input.
-    """
+def reuse_for(folder: CacheFolder, prepared: PreparedRun) -> tuple[Reuse, list[str]]:
+    """The rows that a generation need not encode again, and what is to be said of those that it must."""
+    plan, now = prepared.plan, prepared.source.listing
     current = load_plan(folder)
     plans = {p.id: p for p in ([current] if current else []) + list(reversed(recorded(folder)))}
     looked = survey(folder, list(plans.values()))
-    reuse = Reuse(looked, load_carried(folder, plan), len(source.listing))
-    if not rehash:
-        for other in plans.values():
-            try:
-                planned = load_listing(folder, other.source_name, other.fields["source"]["sha256"])
-            except CacheError:
-                continue
-            info = folder.stat(other.source_name)
-            if info is not None:
-                reuse.by_time(other, planned, info.st_mtime_ns, source.listing)
+    reuse = Reuse(looked, load_carried(folder, plan), len(now))
+    for other in () if prepared.rehash else plans.values():
+        try:
+            planned = load_listing(folder, other.source_name, other.fields["source"]["sha256"])
+        except CacheError:
+            continue
+        info = folder.stat(other.source_name)
+        if info is not None:
+            is_same = prepared.just_listed is not None and prepared.just_listed.id == other.id
+            reuse.by_time(other, planned, None if is_same else info.st_mtime_ns, now)
     return reuse, looked.notes

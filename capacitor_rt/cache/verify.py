@@ -103,7 +103,7 @@ class _Check:
         if plan is None:
             return found
         found.inputs = plan.count
-        found.unfinished = sum(n not in log.commits for n in range(plan.task_count))
+        found.unfinished = sum(n not in log.commits for n in range(plan.task_count)) + plan.is_interim
         tasks = plan_tasks(plan, listing.tasks(plan.task_inputs)) if listing else None
         commits = []
         for number, commit in sorted(log.commits.items()):

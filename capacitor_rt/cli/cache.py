@@ -143,6 +143,10 @@ def cache(
     rehash: Annotated[
         bool, typer.Option("--rehash", help="With --update: read every file, also one of unchanged size and time.")
     ] = False,
+    dedupe: Annotated[
+        bool,
+        typer.Option("--dedupe", help="Encode inputs of the same bytes once: the source is searched for them first."),
+    ] = False,
     retry_quarantined: Annotated[
         bool, typer.Option("--retry-quarantined", help="Try quarantined inputs again, and cache those that can be now.")
     ] = False,
@@ -205,6 +209,7 @@ def cache(
             flip=flip,
             batch=batch,
             task_inputs=task_inputs,
+            dedupe=dedupe,
         )
         options = RunOptions(
             workers=workers,

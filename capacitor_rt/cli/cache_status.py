@@ -22,7 +22,7 @@ def status(
     from ..cache.status import status as look
 
     found = look(root)
-    unfinished = found.done_tasks < found.tasks
+    unfinished = found.done_tasks < found.tasks or found.is_interim
     if as_json:
         echo_json(found.to_json())
         raise typer.Exit(int(unfinished))
@@ -31,6 +31,8 @@ def status(
     echo(f"{found.rows} rows, {bytes_text(found.nbytes)} of latents")
     for reason, count in found.quarantined.most_common():
         echo(f"quarantined: {reason} {count}")
+    if found.is_interim:
+        echo("inputs of the same bytes as others are still to be added: run the cache command again")
     if found.generation:
         echo(f"generation {found.generation}, by `cache --update`")
     for task, who in sorted(found.workers.items()):

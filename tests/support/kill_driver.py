@@ -5,12 +5,14 @@ itself. Prints how far the cache was (committed tasks) when each died.
 `kill-update` does the same by `--update`; meanwhile and after each death the cache in OUT is read, all of it.
 `share SRC OUT COUNT KILLS SEED` caches SRC into OUT in COUNT children at once, kills some of them, and prints how much
 each has read and their exit codes. `share-update` does the same by `--update`.
+Both have a form `-dedupe`, too.
 `signal SRC MODEL OUT NUMBER [OUT NUMBER ...]` runs the command in a child for each OUT, sends it a signal after its
 first task, and prints the exit codes.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 import signal
@@ -151,6 +153,8 @@ if __name__ == "__main__":
         require_extra(module)
     mode, src, second, *rest = sys.argv[1:]
     is_update = mode.endswith("-update")
+    if mode.endswith("-dedupe"):
+        REQUEST = dataclasses.replace(REQUEST, dedupe=True)
     if mode.startswith("kill"):
         print(*kill_until_done(Path(src), Path(second), *map(int, rest), is_update))
     elif mode.startswith("share"):

@@ -26,6 +26,9 @@ class Reader(Protocol):
             ImageError: it cannot be read; `failures.is_retryable` tells from the reason whether it may be later.
         """
 
+    def sample(self, ordinal: int, nbytes: int) -> bytes | None:
+        """At most `nbytes` from the middle of an input; None where that is no cheaper than all of it. As `read`."""
+
     def name(self, ordinal: int) -> str:
         """What messages call an input: its id."""
 

@@ -10,7 +10,7 @@ import numpy as np
 from ...errors import ImageError
 from ...images.scan import path_to_id
 from ..hashing import xxh3
-from . import Reader, Source
+from . import Expecting, Reader, Source
 from .listing import Listing, examples
 
 THREADS = 8
@@ -51,6 +51,8 @@ def changed_inputs(
 def _edited(source: Source, known: dict[int, bytes]) -> list[int]:
     """Inputs whose bytes have not the hash that is known of them."""
     reader = source.open()
+    if isinstance(reader, Expecting):
+        reader.expect(known)
     with ThreadPoolExecutor(THREADS) as pool:
         has = pool.map(lambda item: _has_bytes(reader, *item), known.items())
         return [i for i, same in zip(known, has, strict=True) if not same]

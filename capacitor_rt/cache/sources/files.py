@@ -68,6 +68,25 @@ class FileReader:
             raise ImageError(UNREADABLE, listing.errors[ordinal])
         return read_file(os.path.join(self.root, listing.locators[ordinal]), int(listing.sizes[ordinal]))
 
+    def sample(self, ordinal: int, nbytes: int) -> bytes:
+        listing = self.listing
+        begin = max(0, (int(listing.sizes[ordinal]) - nbytes) // 2)
+        return read_part(os.path.join(self.root, listing.locators[ordinal]), begin, nbytes)
+
+
+def read_part(path: bytes, begin: int, nbytes: int) -> bytes:
+    """At most `nbytes` of a regular file from byte `begin` on. Raises ImageError: it cannot be read."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise ImageError(UNREADABLE, "not a regular file")
+            return os.pread(fd, nbytes, begin)
+        finally:
+            os.close(fd)
+    except OSError as e:
+        raise ImageError(IO_ERROR, e.strerror or str(e)) from e
+
 
 def read_file(path: bytes, size: int) -> bytes:
     """The bytes of a regular file of `size` bytes when it was listed. No path stands in messages.

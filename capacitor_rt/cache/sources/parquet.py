@@ -98,6 +98,9 @@ class ParquetReader:
             raise ImageError(EMPTY, "the row has no image")
         return value
 
+    def sample(self, ordinal: int, nbytes: int) -> None:
+        return None
+
 
 class _Stream:
     """The images of a row group, from the first on.

@@ -90,6 +90,12 @@ class TarReader:
         container = listing.container_names[listing.containers[ordinal]]
         return container, int(listing.offsets[ordinal]), int(listing.sizes[ordinal])
 
+    def sample(self, ordinal: int, nbytes: int) -> bytes | None:
+        if not isinstance(self.members, Containers):
+            return None
+        name, offset, size = self._place(ordinal)
+        return self.members.read(name, offset + max(0, (size - nbytes) // 2), min(size, nbytes))
+
 
 def _members_of(files: Files, mtimes: dict[bytes, int]) -> Containers | RemoteSpans:
     """What reads members of tar files."""
