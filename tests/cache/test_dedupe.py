@@ -17,8 +17,8 @@ import torch
 from cache_cases import Forbidden, index_rows, open_cache, snapshot, write_images
 from kill_driver import REQUEST as DRIVEN
 from models import random_model
-from test_update import REQUEST as PLAIN
-from test_update import SIZES, age, cache, drive, image, reads, rows_of, run, src, update, write_tar
+from update_cases import REQUEST as PLAIN
+from update_cases import SIZES, age, cache, drive, image, reads, rows_of, run, src, update, write_tar
 
 from capacitor_rt.cache import LatentDataset
 from capacitor_rt.cache import run as run_module

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import os
 import random
 import re
 import shutil
-import subprocess
-import sys
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +13,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from cache_cases import Forbidden, index_rows, open_cache, pixels, snapshot, write_images
+from cache_cases import Forbidden, index_rows, open_cache, snapshot, write_images
 from kill_driver import REQUEST as DRIVEN
 from models import random_model
 from PIL import Image
+from update_cases import OLD, SIZES, age, cache, drive, image, out, reads, rows_of, run, src, update, write_tar
 
-from capacitor_rt.cache import CacheRequest, LatentDataset, RunOptions, cache_images
+from capacitor_rt.cache import CacheRequest, LatentDataset
 from capacitor_rt.cache import run as run_module
 from capacitor_rt.cache.compare import compare
-from capacitor_rt.cache.decoding import work
-from capacitor_rt.cache.decoding.work import Worker
 from capacitor_rt.cache.garbage import collect
 from capacitor_rt.cache.generations import recorded
 from capacitor_rt.cache.repair import repair
@@ -34,73 +29,9 @@ from capacitor_rt.cache.reuse import KnownContents
 from capacitor_rt.cache.sources import ColumnsRequest
 from capacitor_rt.cache.status import status
 from capacitor_rt.cache.verify import verify
-from capacitor_rt.cli.app import _run
 from capacitor_rt.errors import CacheError
 
-REQUEST = CacheRequest(32, area=True, dtype="fp32", posterior=True, task_inputs=3, batch=2)
-SIZES = ((40, 40), (20, 80), (90, 24))
-OLD = 1_600_000_000
-
-
-def cache(src, out, model=None, request=REQUEST, told=None, **options):
-    chosen = RunOptions(**{"workers": 0, "progress": False, "backoff": (0.0,), **options})
-    note = (lambda line: None) if told is None else told.append
-    return cache_images(src, out, model or random_model(), request, options=chosen, note=note)
-
-
-def update(src, out, model=None, request=REQUEST, told=None, **options):
-    return cache(src, out, model, request, told, update=True, **options)
-
-
-def age(src: Path) -> None:
-    """Make all files old enough for their times to be trusted."""
-    for path in src.rglob("*"):
-        os.utime(path, (OLD, OLD))
-
-
-def image(path: Path, seed: int, size=(40, 40)) -> Path:
-    Image.fromarray(pixels(*size, seed=seed)).save(path)
-    os.utime(path, (OLD, OLD))
-    return path
-
-
-def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
-    with tarfile.open(path, "w") as file:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            file.addfile(info, io.BytesIO(data))
-
-
-@pytest.fixture
-def src(tmp_path) -> Path:
-    write_images(tmp_path / "src", 10, sizes=SIZES)
-    (tmp_path / "src" / "003b.png").write_bytes(b"no image")
-    age(tmp_path / "src")
-    return tmp_path / "src"
-
-
-@pytest.fixture
-def out(tmp_path, src) -> Path:
-    cache(src, tmp_path / "out")
-    return tmp_path / "out"
-
-
-@pytest.fixture
-def reads(monkeypatch) -> dict[str, list]:
-    """Inputs that are read, and images that are decoded."""
-    found: dict[str, list] = {"read": [], "decoded": []}
-    attempt, load = Worker._attempt, work.load_image
-    monkeypatch.setattr(Worker, "_attempt", lambda self, i: found["read"].append(i) or attempt(self, i))
-    monkeypatch.setattr(
-        work, "load_image", lambda data, *args, **kw: found["decoded"].append(kw["name"]) or load(data, *args, **kw)
-    )
-    return found
-
-
-def rows_of(out: Path) -> dict[str, dict[str, torch.Tensor]]:
-    ds = LatentDataset(out, verify=True)
-    return {ds.ids[i]: ds.tensors(i) for i in range(len(ds))}
+__all__ = ["out", "reads", "run", "src"]
 
 
 def assert_as_fresh(src: Path, out: Path, tmp_path: Path, **options) -> None:
@@ -549,17 +480,6 @@ def test_known_contents():
     assert empty.find(keys[0].tobytes()) == -1 and empty.find_all(keys).tolist() == [-1] * 50
 
 
-HERE = Path(__file__).parents[1] / "support"
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
-
-
-def drive(*args: object) -> str:
-    command = [sys.executable, str(HERE / "kill_driver.py"), *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=120)
-    assert done.returncode == 0 and not done.stderr, done.stderr
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def grown(tmp_path_factory):
     """A source that has grown, shrunk and changed, the cache of what it was, and its update that nothing disturbed."""
@@ -607,16 +527,3 @@ def test_several_processes_share_an_update(tmp_path, grown, count, kills):
         # nothing is encoded twice
         assert sum(map(int, re.findall(r"read (\d+)", text))) == 10
     assert snapshot(out) == snapshot(whole), seed
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["capacitor-rt", *map(str, args)])
-        try:
-            code = _run()
-        except SystemExit as end:
-            code = end.code
-        return code, *capsys.readouterr()
-
-    return run
