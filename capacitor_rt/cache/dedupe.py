@@ -26,7 +26,7 @@ from .sources import Columns, Expecting, Listing, Reader, Source, load_listing
 SAMPLE = 4096
 """Bytes from the middle of a file by which files of one size are told apart first."""
 THREADS = 16
-_BLOCK = 4096
+_BLOCK = 512
 
 
 class Distinct(NamedTuple):

@@ -13,7 +13,7 @@ from ..hashing import xxh3
 from . import Expecting, Reader, Source
 from .listing import Listing, examples
 
-THREADS = 8
+THREADS, BLOCK = 8, 512
 
 
 def changed_inputs(
@@ -50,12 +50,15 @@ def changed_inputs(
 
 def _edited(source: Source, known: dict[int, bytes]) -> list[int]:
     """Inputs whose bytes have not the hash that is known of them."""
-    reader = source.open()
-    if isinstance(reader, Expecting):
-        reader.expect(known)
+    reader, ordinals, edited = source.open(), sorted(known), []
     with ThreadPoolExecutor(THREADS) as pool:
-        has = pool.map(lambda item: _has_bytes(reader, *item), known.items())
-        return [i for i, same in zip(known, has, strict=True) if not same]
+        for start in range(0, len(ordinals), BLOCK):
+            block = ordinals[start : start + BLOCK]
+            if isinstance(reader, Expecting):
+                reader.expect(block)
+            has = pool.map(lambda i: _has_bytes(reader, i, known[i]), block)
+            edited += [i for i, same in zip(block, has, strict=True) if not same]
+    return edited
 
 
 def _has_bytes(reader: Reader, i: int, digest: bytes) -> bool:
