@@ -4,11 +4,13 @@
     python -m bench cache --device cuda                the model on a GPU
     python -m bench cache --set 500 --images 5000 --workers 8 --folder /data/tmp
 
-The photographs are made of the bundled ones, all different. Of each set four things are measured, one after the other
-in the same run: one core that decodes and resizes (exact, and fast), a whole run of the cache, and a plain loop, Pillow
-in a DataLoader, with as many workers. Rates are by the clock, and `cpu` is the CPU time of all processes, starting them
-included. Prints a line for each and appends them as JSON to bench/results/cache-<gpu>.jsonl. Needs the packages of the
-extra `cache`.
+The photographs are made of the bundled ones, all different. Of each set three things are measured, one after the other
+in the same run: one core that decodes and resizes (exact, fast, and with the resize left to the GPU), a whole run of
+the cache, and a plain loop, Pillow in a DataLoader, with as many workers, which saves latents too. Both have the same
+encoder; the null one has its latents before it is asked, as a GPU would, so that it takes no time of these cores. Rates
+are by the clock, whole and without the start (until the first images are there), and `cpu` is the CPU time of all
+processes, starting them included. Prints a line for each and appends them as JSON to bench/results/cache-<gpu>.jsonl.
+Needs the packages of the extra `cache`.
 """
 
 from __future__ import annotations
@@ -21,8 +23,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -68,11 +72,17 @@ def start_seconds(folder: Path) -> float:
 
 
 def one_core(files: Sequence[bytes], size: int, decode: str) -> float:
-    """Images per second of CPU time of one thread that decodes and resizes; the better of two passes."""
+    """Images per second of CPU time of one thread that decodes and resizes; the better of two passes.
+
+    With `decode` "deferred" it decodes exactly, cuts, and leaves the resizing to a GPU.
+    """
+    from capacitor_rt.cache.resizing import RECORD_BYTES
     from capacitor_rt.images.geometry import Size
     from capacitor_rt.images.load import PixelPolicy, load_image
 
-    policy, buckets, out = PixelPolicy(decode=decode), [Size(size, size)], np.empty(size * size * 3, np.uint8)
+    policy, buckets = PixelPolicy("fast" if decode == "fast" else "exact"), [Size(size, size)]
+    record = RECORD_BYTES if decode == "deferred" else None
+    out = np.empty(record or size * size * 3, np.uint8)
     buffer = bytearray()
 
     def memory(nbytes: int) -> bytearray:
@@ -85,7 +95,7 @@ def one_core(files: Sequence[bytes], size: int, decode: str) -> float:
     for _ in range(2):
         begin = time.thread_time()
         for data in files:
-            load_image(data, policy, buckets, out, buffer=memory)
+            load_image(data, policy, buckets, out, buffer=memory, record_bytes=record)
         rates.append(len(files) / (time.thread_time() - begin))
     return max(rates)
 
@@ -108,16 +118,45 @@ def null_model() -> Any:
     return model
 
 
-def cache_run(folder: Path, out: Path, model: Any, size: int, workers: int | None, decode: str) -> dict[str, Any]:
+def null_latents(pixels: Tensor) -> Tensor:
+    """float16 latents for pixels `[B,H,W,3]` that are there before they are asked for."""
+    return _latents(*pixels.shape[:3])
+
+
+@cache
+def _latents(batch: int, height: int, width: int) -> Tensor:
+    return torch.zeros(batch, 128, height // 16, width // 16, dtype=torch.float16)
+
+
+def null_encoder() -> Any:
+    """A class of encoders that have the latents of their null model before they are asked for them."""
+    from capacitor_rt.cache.encoder import BatchEncoder, Encoded
+
+    class NullEncoder(BatchEncoder):
+        known: dict[Any, Encoded] = {}  # noqa: RUF012
+
+        def submit(self, pixels: Tensor) -> Encoded:
+            key = tuple(pixels.shape)
+            if key not in self.known:
+                self.known[key] = super().submit(pixels)
+            return self.known[key]
+
+    return NullEncoder
+
+
+def cache_run(folder: Path, out: Path, model: Any, size: int, args: argparse.Namespace) -> dict[str, Any]:
     """Cache every file of `folder` into `out`; the figures of the run."""
+    import capacitor_rt.cache.run as run_module
     from capacitor_rt.cache import CacheRequest, cache_images
     from capacitor_rt.cache.options import RunOptions
 
     reports = []
 
     def run() -> int:
-        options = RunOptions(workers=workers, progress=False)
-        report = cache_images(folder, out, model, CacheRequest(side=size, decode=decode), options=options)
+        options = RunOptions(workers=args.workers, progress=False, resize=args.resize)
+        encoder = null_encoder() if model.device.type == "cpu" else run_module.BatchEncoder
+        with patch.object(run_module, "BatchEncoder", encoder):
+            report = cache_images(folder, out, model, CacheRequest(side=size, decode=args.decode), options=options)
         reports.append(report)
         return report.new_images
 
@@ -146,13 +185,19 @@ def measure(photos: PhotoSet, root: Path, model: Any, args: argparse.Namespace, 
     folder = root / "files"
     names = sorted(folder.iterdir())
     sample = [path.read_bytes() for path in names[: max(4, len(names) // 8)]]
-    core = {decode: one_core(sample, size, decode) for decode in ("exact", "fast")}
+    core = {decode: one_core(sample, size, decode) for decode in ("exact", "fast", "deferred")}
     out = root / f"latents-{size}"
-    line = {"core_images_per_s": core} | cache_run(folder, out, model, size, args.workers, args.decode)
+    line = {"core_images_per_s": core} | cache_run(folder, out, model, size, args)
     start = start_seconds(folder) if line["workers"] else 0.0
     line |= {"start_cpu_seconds": start, "running_cpu_ms": line["cpu_ms"] - 1e3 * start / line["images"]}
-    plain = timed(lambda: one_pass(folder, size, line["workers"]))
-    plain |= {"loop_is_slower": plain["seconds"] / line["seconds"]}
+    started, first = time.perf_counter(), []
+    encode = null_latents if model.device.type == "cpu" else model.encode
+    plain: dict[str, Any] = timed(
+        lambda: one_pass(folder, size, line["workers"], root / f"plain-{size}", encode, first)
+    )
+    running = line["images"] / (plain["seconds"] - (first[0] - started))
+    plain |= {"loop_is_slower": plain["seconds"] / line["seconds"], "running_images_per_s": running}
+    plain["running_is_slower"] = line["running_images_per_s"] / running
     return line | {"plain": plain}
 
 
@@ -187,10 +232,11 @@ def run(args: argparse.Namespace) -> int:
             )
             for size in args.size or (256,):
                 if on_gpu:
-                    cache_run(root / "warm", root / f"warm-{size}", model, size, args.workers, args.decode)
+                    cache_run(root / "warm", root / f"warm-{size}", model, size, args)
                 line = {"bench": "cache", "size": size, "file_size": f"{photos.width}x{photos.height}"}
                 line |= {"file_bytes": nbytes, "encoder": encoder, "backend": backend, "cores": cores}
-                line |= measure(photos, root, model, args, size) | {"decode": args.decode} | facts
+                line |= measure(photos, root, model, args, size) | facts
+                line |= {"decode": args.decode, "resize": args.resize}
                 append_line(out, line)
                 _print(line)
     return 0
@@ -200,7 +246,8 @@ def _print(line: dict[str, Any]) -> None:
     core, plain = line["core_images_per_s"], line["plain"]
     shares = ", ".join(f"{stage} {share:.0%}" for stage, share in line["occupancy"].items())
     print(f"  to {line['size']}x{line['size']}, {line['encoder']} encoder, {line['workers']} workers")
-    print(f"  one core     {core['exact']:8.1f} images/s exact, {core['fast']:.1f} fast")
+    left = f"{core['deferred']:.1f} with the resize left to the GPU"
+    print(f"  one core     {core['exact']:8.1f} images/s exact, {core['fast']:.1f} fast, {left}")
     print(f"  cache        {line['images_per_s']:8.1f} images/s, cpu {line['cpu_ms']:.2f} ms per image; {shares}")
     print(
         f"  once started {line['running_images_per_s']:8.1f} images/s, cpu {line['running_cpu_ms']:.2f} ms per image, "
@@ -208,7 +255,8 @@ def _print(line: dict[str, Any]) -> None:
     )
     print(
         f"  plain loop   {plain['images_per_s']:8.1f} images/s, cpu {plain['cpu_ms']:.2f} ms per image: "
-        f"{plain['loop_is_slower']:.2f} times the cache's time",
+        f"{plain['loop_is_slower']:.2f} times the cache's time; once started {plain['running_images_per_s']:.1f}, "
+        f"{plain['running_is_slower']:.2f} times",
         flush=True,
     )
 
@@ -221,6 +269,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--images", type=int, help="Write and cache this many files of each set.")
     parser.add_argument("--size", type=int, action="append", help="Cache at this many pixels per side; default 256.")
     parser.add_argument("--decode", choices=("exact", "fast"), default="exact", help="How the cache decodes.")
+    parser.add_argument("--resize", choices=("cpu", "gpu"), default="cpu", help="Where the cache resizes.")
     parser.add_argument(
         "--folder", type=Path, help="Put files and latents below this folder, and remove them at the end."
     )
