@@ -263,6 +263,11 @@ class LatentDataset(Dataset[LatentRow]):
             chunks += table.filter(is_ok(table))[name].chunks
         return _whole(pa.chunked_array(chunks))
 
+    @property
+    def task_stops(self) -> np.ndarray:
+        """Number of rows up to and with each committed task, int64 `[T]`."""
+        return self._stops
+
     def entries(self, i: int) -> dict[str, Any]:
         """All that the index says of row `i`, by the names of its columns."""
         i = self._position(i)

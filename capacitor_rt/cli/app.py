@@ -13,7 +13,7 @@ import typer
 
 from ..errors import CapacitorError, CheckpointError, InputError
 from ..version import __version__
-from .cache import cache, verify
+from .cache import cache
 from .cache_status import diff, gc, status
 from .calibrate import calibrate
 from .calibrate_fp8 import calibrate_fp8
@@ -27,6 +27,7 @@ from .psnr import psnr
 from .push import push
 from .terminal import echo, note, note_error, route_messages
 from .tune import tune
+from .verify import verify
 from .view import view
 
 app = typer.Typer(

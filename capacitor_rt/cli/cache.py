@@ -1,4 +1,4 @@
-"""`capacitor-rt cache` and `capacitor-rt verify`."""
+"""`capacitor-rt cache`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from tqdm import tqdm
 
-from ..errors import CacheError, InputError
+from ..errors import InputError
 from .interrupts import bytes_text, interruptible
 from .options import (
     AreaSide,
@@ -250,51 +249,6 @@ def _devices(gpus: str | None, device: str, coordinators: int | None) -> list[st
     """The device of each process that encodes."""
     each = visible_gpus(gpus) if gpus is not None else [resolve_device(device)]
     return [name for name in each for _ in range(coordinators or 1)]
-
-
-def verify(
-    root: Annotated[Path, typer.Argument(help="Folder of the cache.")],
-    workers: Annotated[int, typer.Option(min=1, help="Threads that read.")] = 4,
-    repair: Annotated[
-        bool,
-        typer.Option("--repair", help="Move what is damaged to OUT/damaged, so that the cache command makes it anew."),
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress bar.")] = False,
-) -> None:
-    """Compare every byte of a cache with its hashes and name what is damaged.
-
-    Ends with 1 if something is damaged or still to be written.
-    """
-    if not root.is_dir():
-        raise CacheError(f"{str(root)!r} is not a folder: give the folder of a cache")
-    with interruptible():
-        from ..cache.verify import verify as check
-
-        with tqdm(desc="verify", unit="task", disable=quiet, leave=False) as bar:
-
-            def advance(done: int, total: int) -> None:
-                bar.total = total
-                bar.update(1)
-
-            found = check(root, workers=workers, advance=advance)
-        if repair and found.problems:
-            from ..cache.repair import repair as mend
-
-            for line in found.problems:
-                note(f"damaged: {line}")
-            for line in mend(root, found):
-                note(f"repaired: {line}")
-            found = check(root, workers=workers)
-    for line in found.notes:
-        _remark(line)
-    for line in found.problems:
-        note(f"damaged: {line}")
-    if found.unfinished:
-        note(f"unfinished: {found.unfinished} tasks are still to be written: run the cache command again")
-    state = f"{len(found.problems)} problems" if found.problems else "no damage"
-    echo(f"{found.rows} rows of {found.inputs} inputs, {found.tasks} tasks, {bytes_text(found.nbytes)}: {state}")
-    if found.problems or found.unfinished:
-        raise typer.Exit(1)
 
 
 def _print_dry_run(found: DryRun) -> None:

@@ -175,7 +175,7 @@ def contact_sheet(items: Sequence[Item], title: str) -> Image.Image:
         entries.append((f"{item.name}   {item.psnr:.2f} dB", item.note, tiles))
     mean = np.mean([item.psnr for item in items])
     heads = ("original", "reconstruction", f"absolute difference x {DIFFERENCE_GAIN}")
-    return _sheet(title, f"{len(items)} photographs, PSNR {mean:.2f} dB in the mean", heads, entries, across=1)
+    return sheet(title, f"{len(items)} photographs, PSNR {mean:.2f} dB in the mean", heads, entries, across=1)
 
 
 def latents_picture(items: Sequence[Item], title: str) -> Image.Image:
@@ -188,7 +188,7 @@ def latents_picture(items: Sequence[Item], title: str) -> Image.Image:
         shape = "x".join(map(str, item.latents.shape))
         entries.append((item.name, f"latents {shape}", (item.original, np.asarray(enlarged))))
     note = f"three principal components of the latents of all photographs, {share:.0%} of their variance"
-    return _sheet(title, note, ("picture", "latents"), entries, across=2)
+    return sheet(title, note, ("picture", "latents"), entries, across=2)
 
 
 def principal_colours(latents: Sequence[Tensor]) -> tuple[list[np.ndarray], float]:
@@ -232,7 +232,7 @@ SheetEntry = tuple[str, str, tuple[np.ndarray, ...]]
 """Label, note, and tiles `[H,W,3]`."""
 
 
-def _sheet(title: str, subtitle: str, heads: Sequence[str], entries: Sequence[SheetEntry], across: int) -> Image.Image:
+def sheet(title: str, subtitle: str, heads: Sequence[str], entries: Sequence[SheetEntry], across: int) -> Image.Image:
     """Entries of tiles under a label and a note, `across` of them in a line, tiles in columns headed by `heads`."""
     across = min(across, len(entries))
     cell = max(tile.shape[1] for _, _, tiles in entries for tile in tiles)
@@ -240,8 +240,8 @@ def _sheet(title: str, subtitle: str, heads: Sequence[str], entries: Sequence[Sh
     lines = [entries[i : i + across] for i in range(0, len(entries), across)]
     heights = [max(tile.shape[0] for _, _, tiles in line for tile in tiles) for line in lines]
     width = 2 * MARGIN + across * entry_width + (across - 1) * 2 * MARGIN
-    sheet = Image.new("RGB", (width, TOP + sum(heights) + len(lines) * (LABEL + GAP) + MARGIN - GAP), PAPER)
-    draw = ImageDraw.Draw(sheet)
+    picture = Image.new("RGB", (width, TOP + sum(heights) + len(lines) * (LABEL + GAP) + MARGIN - GAP), PAPER)
+    draw = ImageDraw.Draw(picture)
     draw.text((MARGIN, 22), title, INK, _font(26))
     draw.text((MARGIN, 56), subtitle, GREY, _font(18))
     for column in range(across * len(heads)):
@@ -254,10 +254,10 @@ def _sheet(title: str, subtitle: str, heads: Sequence[str], entries: Sequence[Sh
             draw.text((x, y + 4), text, INK, _font(20))
             draw.text((x + draw.textlength(text + "   ", _font(20)), y + 6), note, GREY, _font(18))
             for tile in tiles:
-                sheet.paste(Image.fromarray(tile), (x, y + LABEL))
+                picture.paste(Image.fromarray(tile), (x, y + LABEL))
                 x += cell + GAP
         y += LABEL + height + GAP
-    return sheet
+    return picture
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

@@ -27,7 +27,8 @@ from models import random_model
 
 from capacitor_rt import FullCapacitor
 from capacitor_rt.cache import CacheRequest, LatentDataset, RunOptions, cache_images
-from capacitor_rt.cli.cache import cache, verify
+from capacitor_rt.cli.cache import cache
+from capacitor_rt.cli.verify import verify
 from capacitor_rt.extras import require_extra
 
 REQUEST = CacheRequest(32, area=True, dtype="fp32", posterior=True, flip=True, task_inputs=3, batch=2)
