@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,22 +100,21 @@ def opened(root: Path) -> dict[str, float]:
     return json.loads(done.stdout)
 
 
-def read_rate(dataset: Any, workers: int, batch: int) -> float:
-    """Bytes per second of one pass over all rows, the workers' start left out."""
+def read_rates(dataset: Any, workers: int, batch: int) -> Iterator[tuple[float, float]]:
+    """Of each pass over all rows bytes per second, and seconds of CPU time per gigabyte of the process that reads."""
     from torch.utils.data import DataLoader
 
     from capacitor_rt.cache import BucketBatchSampler
 
     sampler = BucketBatchSampler(dataset, batch, seed=1)
-    loader = DataLoader(dataset, batch_sampler=sampler, num_workers=workers)
-    nbytes, begin = 0, time.perf_counter()
-    for number, rows in enumerate(loader):
-        if number == 2 * workers:
-            nbytes, begin = 0, time.perf_counter()
-        # as a training loop does, look at every byte
-        rows["latents"].view(torch.int16).sum()
-        nbytes += rows["latents"].nbytes
-    return nbytes / (time.perf_counter() - begin)
+    loader = DataLoader(dataset, batch_sampler=sampler, num_workers=workers, persistent_workers=workers > 0)
+    while True:
+        nbytes, begin, cpu = 0, time.perf_counter(), time.process_time()
+        for rows in loader:
+            # as a training loop does, look at every byte
+            rows["latents"].view(torch.int16).amax()
+            nbytes += rows["latents"].nbytes
+        yield nbytes / (time.perf_counter() - begin), 1e9 * (time.process_time() - cpu) / nbytes
 
 
 def run(args: argparse.Namespace) -> int:
@@ -137,14 +136,20 @@ def run(args: argparse.Namespace) -> int:
             _print_opened(label, line[label], args.rows)
         write_cache(root / "large", READ_ROWS, 256, 1024)
         dataset = LatentDataset(root / "large")
-        rates: dict[int, list[float]] = {workers: [] for workers in (0, *args.workers)}
-        for _ in range(PASSES):
-            for workers, found in rates.items():
-                found.append(read_rate(dataset, workers, args.batch))
-        best = {workers: max(found) for workers, found in rates.items()}
-        line["bytes_per_s"] = {str(workers): rate for workers, rate in best.items()}
-        for workers, rate in best.items():
-            print(f"{workers} workers: {rate / 1e9:.2f} GB/s, {rate / best[0]:.2f} of none", flush=True)
+        readers = {workers: read_rates(dataset, workers, args.batch) for workers in (0, *args.workers)}
+        # the first pass starts the workers
+        found = {workers: [next(rates) for rates in [reader] * (1 + PASSES)][1:] for workers, reader in readers.items()}
+        for workers, reader in readers.items():
+            found[workers] += [next(reader) for _ in range(PASSES)]
+        rate = {workers: max(rate for rate, _ in passes) for workers, passes in found.items()}
+        cpu = {workers: min(cpu for _, cpu in passes) for workers, passes in found.items()}
+        line |= {"bytes_per_s": rate, "cpu_s_per_gb": cpu}
+        for workers in rate:
+            print(
+                f"{workers} workers: {rate[workers] / 1e9:.2f} GB/s, {rate[workers] / rate[0]:.2f} of none; "
+                f"{cpu[workers]:.2f} s of CPU time per GB in the process that reads",
+                flush=True,
+            )
     append_line(args.out or default_results(device, "reading"), line | environment(device) | {"busy": busy(device)})
     return 0
 

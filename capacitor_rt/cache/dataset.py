@@ -26,6 +26,7 @@ from .latent_reader import Batch, BatchRow, LatentReader
 from .plan import CachePlan, load_plan
 from .quantization import bad_numbers, values_of
 from .rows import Rows, load_rows
+from .shared_batches import shared_batches
 from .store import read_index
 
 
@@ -111,6 +112,8 @@ class LatentDataset(Dataset[LatentRow]):
         self.verify = verify
         self.raw = raw
         self._open_files()
+        # before a data loader's workers are forked, which share it
+        self._shared = shared_batches()
         with CacheFolder(self.root) as folder:
             plan = load_plan(folder)
             if plan is None:
@@ -317,9 +320,8 @@ class LatentDataset(Dataset[LatentRow]):
         """The tensors of rows, bucket by bucket, compared with their hashes where that was asked for."""
         with self._lock:
             if self._reader is None:
-                self._reader = LatentReader(
-                    self._opened, [part.name for part in self.plan.parts], self._name, self._layout
-                )
+                parts = [part.name for part in self.plan.parts]
+                self._reader = LatentReader(self._opened, parts, self._name, self._layout, self._shared)
             reader = self._reader
         found = reader.batches([self._rows.place(i) for i in places])
         if self.verify:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections import OrderedDict
@@ -9,7 +10,6 @@ from collections.abc import Callable, Sequence
 from io import FileIO
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
@@ -18,6 +18,7 @@ from ..errors import CacheError
 from .folder import CacheFolder
 from .hashing import byte_view
 from .latent_files import Layout, Placed, has_header, read_into
+from .shared_batches import SharedBatch, SharedBatches, is_shared
 
 OPEN_FILES = 128
 """Files of latents that one process keeps open at a time."""
@@ -51,6 +52,7 @@ class LatentReader:
         parts: names of what is stored of a row, in order.
         name: of a file by its number, relative to the folder.
         layout: of a file by its number, as it follows from its index.
+        shared: where a data loader's workers leave batches.
     """
 
     def __init__(
@@ -59,11 +61,13 @@ class LatentReader:
         parts: Sequence[str],
         name: Callable[[int], str],
         layout: Callable[[int], Layout],
+        shared: SharedBatches | None = None,
     ):
         self.folder = folder
         self.parts = parts
         self.name = name
         self.layout = layout
+        self.shared = shared
         self._files: OrderedDict[int, FileIO] = OrderedDict()
         self._known: OrderedDict[int, tuple[_Identity, dict[tuple[int, str], Placed]]] = OrderedDict()
         self._lock = threading.Lock()
@@ -83,7 +87,7 @@ class LatentReader:
         # what has been opened stays open until it is read, whatever others open meanwhile
         opened = {file: self._open(file) for file in dict.fromkeys(places[p][0] for p in positions)}
         first = [self._placed(opened, places[positions[0]], part) for part in self.parts]
-        tensors = {p.part: _empty((len(positions), *p.shape), getattr(torch, p.dtype)) for p in first}
+        tensors = {p.part: self._empty((len(positions), *p.shape), getattr(torch, p.dtype)) for p in first}
         rows = {part: byte_view(t).reshape(len(positions), -1) for part, t in tensors.items()}
         order = sorted(range(len(positions)), key=lambda at: places[positions[at]])
         start = 0
@@ -101,6 +105,16 @@ class LatentReader:
                 read_into(opened[file][0].fileno(), placed, row, into, what)
             start = stop
         return Batch(number, positions, tensors)
+
+    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Memory for a batch; that of a data loader's worker is shared, as its batches go to another process."""
+        if get_worker_info() is None:
+            return torch.empty(shape, dtype=dtype)
+        tensor = self.shared.empty(shape, dtype) if self.shared is not None else None
+        if tensor is not None:
+            return tensor
+        storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)
+        return torch.empty(0, dtype=dtype).set_(storage, 0, shape, torch.empty(shape, device="meta").stride())
 
     def _placed(self, opened: dict[int, tuple[FileIO, Any]], place: Place, part: str) -> Placed:
         placed = opened[place[0]][1].get((place[1], part))
@@ -167,7 +181,7 @@ def collate_rows(rows: Sequence[BatchRow], *, collate_fn_map: Any = None) -> dic
             found[key] = tensor
         else:
             found[key] = collate(values, collate_fn_map=collate_fn_map)
-    return found
+    return SharedBatch(found) if any(map(is_shared, found.values())) else found
 
 
 def _are_rows(values: Sequence[Any], tensor: Tensor) -> bool:
@@ -193,12 +207,3 @@ def _register() -> None:
 
 
 _register()
-
-
-def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Memory for a batch; that of a data loader's worker is shared, as its batches go to another process."""
-    if get_worker_info() is None:
-        return torch.empty(shape, dtype=dtype)
-    nbytes = int(np.prod(shape)) * dtype.itemsize
-    storage = torch.UntypedStorage._new_shared(nbytes)
-    return torch.empty(0, dtype=dtype).set_(storage, 0, shape, torch.empty(shape, device="meta").stride())

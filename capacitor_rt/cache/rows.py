@@ -214,12 +214,11 @@ def _files(table: Any, number: int, stems: Any, tasks: int) -> np.ndarray:
 class _Sink:
     """A file that is written from front to back and hashed."""
 
-    closed = False
-
     def __init__(self, fd: int):
         self.fd = fd
         self.digest = xxh3()
         self.size = 0
+        self.closed = False
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
@@ -233,6 +232,9 @@ class _Sink:
 
     def flush(self) -> None:
         pass
+
+    def close(self) -> None:
+        self.closed = True
 
 
 def _write(file: Any, tables: Iterator[Any], key: str, schema: Any) -> None:
