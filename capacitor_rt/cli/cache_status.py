@@ -8,11 +8,12 @@ from typing import Annotated
 import typer
 
 from .interrupts import bytes_text
+from .options import check_cache
 from .terminal import echo, echo_json, note
 
 
 def status(
-    root: Annotated[Path, typer.Argument(help="Folder of the cache.")],
+    root: Annotated[Path, typer.Argument(help="Folder of the cache.", callback=check_cache)],
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Say how far a cache is, who is at work on it, how fast, and whether the disk will do.
@@ -57,8 +58,8 @@ def _print_outlook(rate: float | None, seconds: float | None, left: int, free: i
 
 
 def diff(
-    old: Annotated[Path, typer.Argument(help="Folder of a cache.")],
-    new: Annotated[Path, typer.Argument(help="Folder of another.")],
+    old: Annotated[Path, typer.Argument(help="Folder of a cache.", callback=check_cache)],
+    new: Annotated[Path, typer.Argument(help="Folder of another.", callback=check_cache)],
 ) -> None:
     """Say what differs between two caches: settings, and inputs added, removed, changed or encoded otherwise.
 
@@ -78,7 +79,7 @@ def diff(
 
 
 def gc(
-    root: Annotated[Path, typer.Argument(help="Folder of the cache.")],
+    root: Annotated[Path, typer.Argument(help="Folder of the cache.", callback=check_cache)],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be removed, and remove nothing.")] = False,
     drop_updates: Annotated[
         bool, typer.Option("--drop-updates", help="Give up unfinished updates, and remove what they have written.")

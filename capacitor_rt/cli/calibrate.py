@@ -56,6 +56,9 @@ def calibrate(
     Images are brought to 512 x 512 unless --size or --area says otherwise. One in ten is not fitted but scored. Nothing
     is written where the calibrated latents do not stand for FLUX.2's (mean cosine under 0.9).
 
+    Nobody has run this with FLUX.2's real weights yet: it is tested on autoencoders of that shape whose lines are
+    known.
+
     Ends with 3 if some images could not be decoded.
     """
     check_one_of(size, area)

@@ -11,7 +11,7 @@ import typer
 from ..cache.export.request import ARCHITECTURES, FORMATS, LAYOUTS, SPACES, ExportRequest
 from ..errors import InputError
 from .interrupts import bytes_text, interruptible
-from .options import Dtype
+from .options import Dtype, check_cache
 from .terminal import echo, note
 
 Formats = Enum("Formats", {name: name for name in FORMATS}, type=str)  # type: ignore[misc]
@@ -22,7 +22,7 @@ _DEV = Architectures("f2d")
 
 
 def export(
-    root: Annotated[Path, typer.Argument(metavar="CACHE", help="Folder of the cache.")],
+    root: Annotated[Path, typer.Argument(metavar="CACHE", help="Folder of the cache.", callback=check_cache)],
     out: Annotated[Path, typer.Argument(help="Folder of the export: a new one, an empty one, or one to go on with.")],
     format: Annotated[Formats, typer.Option("--format", "-f", help="Whose format to write.", show_default=False)],
     layout: Annotated[

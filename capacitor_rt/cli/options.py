@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import CheckpointError, InputError
+from ..errors import CacheError, CheckpointError, InputError
 from ..sizes import SIZE_MULTIPLE
 
 if TYPE_CHECKING:
@@ -120,6 +120,13 @@ def check_background(text: str) -> str:
     """A colour's text as it is; InputError for what is none."""
     parse_background(text)
     return text
+
+
+def check_cache(root: Path) -> Path:
+    """Refuse what cannot be a cache before torch is imported."""
+    if not root.is_dir():
+        raise CacheError(f"{str(root)!r} is not a folder: give the folder of a cache")
+    return root
 
 
 def check_square(side: int | None) -> int | None:

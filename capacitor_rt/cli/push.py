@@ -19,8 +19,16 @@ def _check_repo(name: str) -> str:
     return name
 
 
+def _check_folder(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise InputError(f"{str(folder)!r} is no folder: give a cache, or a folder of save_pretrained")
+    return folder
+
+
 def push(
-    folder: Annotated[Path, typer.Argument(help="A finished cache, or a folder of `save_pretrained`.")],
+    folder: Annotated[
+        Path, typer.Argument(help="A finished cache, or a folder of `save_pretrained`.", callback=_check_folder)
+    ],
     repo_id: Annotated[str, typer.Argument(help="OWNER/NAME on the hub; made if needed.", callback=_check_repo)],
     private: Annotated[bool, typer.Option("--private", help="Make the repository private, where it is made.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch to push to; made if needed.")] = None,

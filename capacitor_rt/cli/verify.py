@@ -8,14 +8,14 @@ from typing import Annotated
 import typer
 from tqdm import tqdm
 
-from ..errors import CacheError, InputError
+from ..errors import InputError
 from .interrupts import bytes_text, interruptible
-from .options import Device, Revision, resolve_device
+from .options import Device, Revision, check_cache, resolve_device
 from .terminal import echo, note
 
 
 def verify(
-    root: Annotated[Path, typer.Argument(help="Folder of the cache.")],
+    root: Annotated[Path, typer.Argument(help="Folder of the cache.", callback=check_cache)],
     workers: Annotated[int, typer.Option(min=1, help="Threads that read.")] = 4,
     repair: Annotated[
         bool,
@@ -55,12 +55,10 @@ def verify(
         raise InputError("--images, --model and --sheet are for --decode N: add it")
     if decode is not None and images is None:
         raise InputError("--decode compares rows with their images: give what was cached by --images")
-    if not root.is_dir():
-        raise CacheError(f"{str(root)!r} is not a folder: give the folder of a cache")
     with interruptible():
         from ..cache.verify import verify as check
 
-        with tqdm(desc="verify", unit="task", disable=quiet, leave=False) as bar:
+        with tqdm(desc="verify", unit="task", disable=quiet or None, leave=False) as bar:
 
             def advance(done: int, total: int) -> None:
                 bar.total = total

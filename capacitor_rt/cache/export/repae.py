@@ -11,13 +11,14 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ...extras import require_extra
+from ...extras import MissingExtraError, is_installed, require_extra
 from .base import Record, from_numpy, torch_bytes
 from .files import OutFile
 from .pieces import Piece, cut, split
@@ -35,7 +36,10 @@ class RepaE(Repa):
     """Pieces of two shards each, latents and pictures."""
 
     def __init__(self, rows: Rows):
-        self._h5py: Any = require_extra("h5py", "trainers")
+        if not is_installed("h5py"):
+            # not the extra: that brings an older numpy
+            raise MissingExtraError("REPA-E reads HDF5, and h5py is not installed: pip install h5py")
+        self._h5py: Any = import_module("h5py")
         super().__init__(rows)
         self.reader = f"h5py {self._h5py.__version__}"
 

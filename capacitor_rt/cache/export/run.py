@@ -163,7 +163,9 @@ def _tensor_bytes(writer: Format) -> int:
 def _write(writer: Format, out: Path, log: PieceLog, progress: bool) -> int:
     """Write the pieces that are missing; the number of their rows."""
     new = 0
-    with tqdm(total=len(writer.rows), desc="export", unit="row", disable=not progress, leave=False) as bar:
+    with tqdm(
+        total=len(writer.rows), desc="export", unit="row", disable=None if progress else True, leave=False
+    ) as bar:
         for piece in writer.pieces:
             if not log.is_done(piece, out, writer.names(piece)):
                 log.append(_write_piece(writer, out, piece))
@@ -236,6 +238,7 @@ def _notes(writer: Format, out: Path) -> list[str]:
             "divided by alpha" if "logsnr" in rows.dataset.plan.tensors else "not divided by alpha (no logsnr cached)"
         )
         lines.append(f"latents are converted to FLUX.2's space approximately, {alpha}")
+        lines.append("no trainer of FLUX.2 has been tried on such latents yet")
     if rows.empty_captions:
         lines.append(f"{rows.empty_captions} rows have no caption in the cache, and an empty one in the export")
     if rows.labels is not None and rows.labels.classes:
