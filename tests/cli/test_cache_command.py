@@ -14,7 +14,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from capacitor_rt.cache import LatentDataset
-from capacitor_rt.cli.cache import cache, verify
+from capacitor_rt.cli.cache import cache
+from capacitor_rt.cli.verify import verify
 from capacitor_rt.errors import CacheError, CheckpointError, InputError
 
 

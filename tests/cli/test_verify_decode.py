@@ -138,7 +138,7 @@ def test_a_tar_file_and_an_updated_cache(src, tmp_path):
     [
         (("--images", "x"), "are for --decode N: add it"),
         (("--decode", 3), "give what was cached by --images"),
-        (("--decode", 0, "--images", "x"), "0"),
+        (("--decode", 0, "--images", "x"), "'--decode'"),
     ],
 )
 def test_wrong_usage(out, run, args, message):
