@@ -17,6 +17,7 @@ from ..extras import require_extra
 from ..model import FullCapacitor
 from ..reference import Autoencoder
 from .commits import read_log
+from .decoding import Helper
 from .dedupe import distinct, restricted, subset
 from .folder import LEASES, TMP, CacheFolder
 from .kept_configs import configs_of
@@ -46,6 +47,7 @@ class PreparedRun:
         notes: what a user may want to know before the work starts.
         restore_listing: whether `source.parquet` is damaged and is to be written anew.
         cc: compute capability of the GPU, where launches of ours may serve.
+        helper: what decoding workers are forked from, where it was started before the plan was made.
         rehash: of an update: trust no time of a file.
         whole: of an interim plan, all inputs.
         just_listed: plan whose list was made from the same listing of the source as this one's.
@@ -58,6 +60,7 @@ class PreparedRun:
     notes: list[str] = field(default_factory=list)
     restore_listing: bool = False
     cc: int | None = None
+    helper: Helper | None = None
     rehash: bool = False
     whole: Source | None = None
     just_listed: CachePlan | None = None

@@ -20,7 +20,7 @@ from ..model import FullCapacitor
 from ..reference import Autoencoder
 from .carried import carried_nbytes
 from .commits import read_log, rewrite_log
-from .decoding import DecodePool, usable_cores
+from .decoding import DecodePool, Helper, usable_cores
 from .dtype_costs import DtypeCost, as_json, describe, measure_dtypes
 from .encoder import BatchEncoder, IdleEncoder
 from .folder import CacheFolder, make_dir
@@ -33,7 +33,7 @@ from .mutex import Mutex
 from .options import RunOptions
 from .parts import INT8
 from .pipeline import Pipeline
-from .plan import CachePlan, CacheRequest, Task, load_plan
+from .plan import PLAN, CachePlan, CacheRequest, Task, load_plan
 from .prepare import PreparedRun, as_source, check_folder, outlook, prepare
 from .quarantine import quarantine_bytes, write_quarantine
 from .report import Report, after
@@ -94,8 +94,11 @@ def cache_images(
     check_folder(out)
     with _opened(out) as folder:
         mutex = Mutex(folder, note)
+        # what is there already needs no long planning, and perhaps no workers
+        helper = Helper() if threads != 0 and folder.stat(PLAN) is None else None
         try:
             prepared = _plan(os.fspath(src), folder, mutex, source, request, chosen)
+            prepared.helper = helper
             with kept(prepared.plan, prepared.cc, source.model if isinstance(source, Loaded) else prepared.model):
                 report = _run(prepared, folder, mutex, source, threads, chosen, note, watch)
                 if prepared.plan.is_interim and not report.unfinished:
@@ -103,6 +106,8 @@ def cache_images(
                     prepared.notes.clear()
                     report = after(report, _run(prepared, folder, mutex, source, threads, chosen, note, watch))
         finally:
+            if helper is not None:
+                helper.end()
             _clear(folder, mutex)
     report.seconds = time.perf_counter() - begin
     return report
@@ -308,6 +313,8 @@ def _pool(
 ) -> DecodePool:
     budget = options.pixel_budget // 2 if is_deferring else options.pixel_budget
     ring: dict[str, Any] = {"ring_bytes": budget, "record_bytes": RECORD_BYTES} if is_deferring else {}
+    # it serves one pool
+    helper, prepared.helper = prepared.helper, None
     return DecodePool(
         prepared.source,
         prepared.plan.policy,
@@ -318,6 +325,7 @@ def _pool(
         **ring,
         backoff=options.backoff,
         known=reuse.known if reuse else None,
+        helper=helper,
     )
 
 

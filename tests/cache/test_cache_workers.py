@@ -16,6 +16,7 @@ import pytest
 from cache_cases import snapshot
 from models import random_model
 
+from capacitor_rt import CapacitorError
 from capacitor_rt.cache import CacheRequest, cache_images
 from capacitor_rt.cache import run as run_module
 from capacitor_rt.cache.options import RunOptions
@@ -96,3 +97,39 @@ def test_as_many_workers_as_there_is_work_for(wanted, nbytes, count):
                 sizes = np.array([nbytes // 2, nbytes - nbytes // 2] if nbytes >= 0 else [-1, -1])
 
     assert run_module._workers(wanted, Prepared, [Task(0, 0, 2)]) == count
+
+
+def test_the_helper_starts_before_the_plan_and_serves_the_run(src, alone, tmp_path, monkeypatch):
+    started, planned = [], []
+
+    class Counted(run_module.Helper):
+        def __init__(self):
+            super().__init__()
+            started.append(self.pid)
+            assert not planned
+
+    monkeypatch.setattr(run_module, "Helper", Counted)
+    monkeypatch.setattr("capacitor_rt.cache.decoding.coordinator.Helper", lambda: pytest.fail("another was started"))
+    monkeypatch.setattr(run_module, "_plan", lambda *args, plan=run_module._plan: planned.append(1) or plan(*args))
+    cache_images(src, tmp_path / "out", random_model(), REQUEST, options=RunOptions(1, progress=False))
+    assert snapshot(tmp_path / "out") == alone and len(started) == 1
+    # nothing is planned for a cache that is there
+    cache_images(src, tmp_path / "out", random_model(), REQUEST, options=RunOptions(1, progress=False))
+    assert len(started) == 1
+    assert not Path(f"/proc/{started[0]}").exists()
+
+
+def test_a_helper_that_is_not_needed_is_gone_at_once(tmp_path, monkeypatch):
+    started = []
+
+    class Kept(run_module.Helper):
+        def __init__(self):
+            super().__init__()
+            started.append(self)
+
+    monkeypatch.setattr(run_module, "Helper", Kept)
+    begin = time.monotonic()
+    with pytest.raises(CapacitorError):
+        cache_images(tmp_path / "none", tmp_path / "out", random_model(), REQUEST, options=RunOptions(progress=False))
+    assert [helper.returncode for helper in started] == [-signal.SIGKILL] and time.monotonic() - begin < 4
+    assert not (tmp_path / "out").exists()

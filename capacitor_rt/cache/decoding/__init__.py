@@ -9,6 +9,7 @@ that tells who is to blame when it dies or hangs.
 
 from __future__ import annotations
 
+from .helper import Helper as Helper
 from .pool import DecodedChunk as DecodedChunk
 from .pool import DecodePool as DecodePool
 from .pool import usable_cores as usable_cores

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter, deque
@@ -23,6 +20,7 @@ import numpy as np
 from ...errors import CacheError, CapacitorError, InputError
 from ...extras import require_extra
 from ..failures import CRASHED, TIMEOUT
+from .helper import Helper
 from .ring import Allocator, SharedMemory, Span
 from .server import BROKEN, DIED, FORK, KILL, MESSAGE_BYTES, READY, Done, Failure, Setup, Task
 from .work import Job, Meter, chunk_schema, to_batch
@@ -34,15 +32,6 @@ _DEATHS = 3
 # of workers or helpers in a row, with nothing decoded between and no image to blame
 _MOST_DEATHS = 8
 _TICK_SECONDS = 0.25
-_CLOSE_SECONDS = 5.0
-# the path comes first, and from the coordinator: no file beside the user's is taken for a module
-_COMMAND = (
-    "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
-    "from capacitor_rt.cache.decoding.server import main; main(int(sys.argv[2]), int(sys.argv[3]))"
-)
-_ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
-# Arrow's allocator has a thread of its own, and a process that forks should have no other
-_ONE_THREAD |= {"ARROW_DEFAULT_MEMORY_POOL": "system", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
 
 
 class Result(NamedTuple):
@@ -102,13 +91,13 @@ class Coordinator:
         CacheError: no shared memory; the source cannot be sent to the workers.
     """
 
-    def __init__(self, job: Job, workers: int, ring_bytes: int, image_timeout: float):
+    def __init__(self, job: Job, workers: int, ring_bytes: int, image_timeout: float, helper: Helper | None = None):
         require_extra("pyarrow")
         self._job, self._image_timeout = job, image_timeout
         self._schema = chunk_schema()
         self._memory = SharedMemory(workers, ring_bytes)
         self._allocator = Allocator(ring_bytes)
-        self._setup = Setup(job, workers, ring_bytes, self._memory.fd)
+        self._setup = Setup(job, workers, ring_bytes)
         self._pinned = False
         self._seats = [_Seat() for _ in range(workers)]
         self._queue: deque[Order] = deque()
@@ -120,7 +109,7 @@ class Coordinator:
         self._woken, self._waker = os.pipe()
         os.set_blocking(self._waker, False)
         self._is_ready = False
-        self._helper, self._control = self._start()
+        self._helper = self._set_up(helper or Helper())
         self._thread = threading.Thread(target=self._run, name="decode-pool", daemon=True)
         self._thread.start()
 
@@ -188,7 +177,7 @@ class Coordinator:
         self._closing = True
         self._wake()
         self._thread.join()
-        self._end_helper()
+        self._helper.end()
         for seat in self._seats:
             if seat.connection is not None:
                 seat.connection.close()
@@ -198,35 +187,14 @@ class Coordinator:
         os.close(self._woken)
         os.close(self._waker)
 
-    def _start(self) -> tuple[subprocess.Popen[bytes], socket.socket]:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        setup = os.memfd_create("capacitor-setup") if hasattr(os, "memfd_create") else _temporary_fd()
-        try:
-            with os.fdopen(os.dup(setup), "wb") as file:
-                try:
-                    pickle.dump(self._setup, file)
-                except (pickle.PicklingError, AttributeError, TypeError) as e:
-                    raise CacheError(f"the source cannot be sent to the workers: {e}: define it in a module") from e
-            os.lseek(setup, 0, os.SEEK_SET)
-            fds = (theirs.fileno(), setup, self._memory.fd)
-            command = [sys.executable, "-I", "-c", _COMMAND, json.dumps(sys.path), str(fds[0]), str(fds[1])]
-            helper = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=fds, env=os.environ | _ONE_THREAD)
-        except OSError as e:
-            ours.close()
-            raise CacheError(f"decoding workers cannot be started: {e}: use workers=0") from e
-        finally:
-            theirs.close()
-            os.close(setup)
+    def _set_up(self, helper: Helper) -> Helper:
         self._is_ready = False
-        return helper, ours
-
-    def _end_helper(self) -> None:
-        self._control.close()
         try:
-            self._helper.wait(_CLOSE_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._helper.kill()
-            self._helper.wait()
+            helper.set_up(self._setup, self._memory.fd)
+        except CacheError:
+            helper.end()
+            raise
+        return helper
 
     def _wake(self) -> None:
         with suppress(BlockingIOError, OSError):
@@ -237,13 +205,13 @@ class Coordinator:
             while not self._closing:
                 self._hand_out()
                 connections = [seat.connection for seat in self._seats if seat.connection is not None]
-                ready = wait([*connections, self._control, self._woken], _TICK_SECONDS)
+                ready = wait([*connections, self._helper.control, self._woken], _TICK_SECONDS)
                 if self._woken in ready:
                     os.read(self._woken, 4096)
                 for seat in self._seats:
                     if seat.connection in ready:
                         self._receive(seat)
-                if self._control in ready:
+                if self._helper.control in ready:
                     self._hear()
                 self._look_at_the_clock()
         except CapacitorError as e:
@@ -303,7 +271,7 @@ class Coordinator:
     def _hear(self) -> None:
         """A message of the helper."""
         try:
-            message = self._control.recv(MESSAGE_BYTES)
+            message = self._helper.control.recv(MESSAGE_BYTES)
         except OSError:
             message = b""
         if not message:
@@ -325,7 +293,7 @@ class Coordinator:
         ours, theirs = socket.socketpair()
         self._memory.inputs[number], self._memory.since[number] = -1, 0.0
         try:
-            socket.send_fds(self._control, [pickle.dumps((FORK, number))], [theirs.fileno()])
+            socket.send_fds(self._helper.control, [pickle.dumps((FORK, number))], [theirs.fileno()])
             self._seats[number].connection = Connection(ours.detach())
         except OSError:
             # the helper is gone: it will be replaced, and then there will be workers
@@ -367,12 +335,12 @@ class Coordinator:
 
     def _replace_helper(self) -> None:
         """Whoever ended the helper has ended its workers."""
-        self._end_helper()
+        self._helper.end()
         self._is_ready = False
         self._count_in_vain(f"the helper {_ended(self._helper.returncode)}")
         for number in range(len(self._seats)):
             self._bury(number, -signal.SIGKILL)
-        self._helper, self._control = self._start()
+        self._helper = self._set_up(Helper())
 
     def _count_in_vain(self, what: str) -> None:
         self._deaths_in_vain += 1
@@ -390,7 +358,7 @@ class Coordinator:
             if ordinal >= 0 and since > 0 and seat.late is None and now - since > self._image_timeout:
                 seat.late = ordinal
                 with suppress(OSError):
-                    self._control.send(pickle.dumps((KILL, number)))
+                    self._helper.control.send(pickle.dumps((KILL, number)))
 
 
 def _ended(code: int) -> str:
@@ -400,13 +368,6 @@ def _ended(code: int) -> str:
         return f"was ended by {signal.Signals(-code).name}"
     except ValueError:
         return f"was ended by signal {-code}"
-
-
-def _temporary_fd() -> int:
-    import tempfile
-
-    with tempfile.TemporaryFile() as file:
-        return os.dup(file.fileno())
 
 
 def _pin(memory: np.ndarray) -> bool:

@@ -17,6 +17,7 @@ from ...images.geometry import Size
 from ...images.load import PixelPolicy
 from ..sources import Source
 from .coordinator import Coordinator, Order
+from .helper import Helper
 from .work import BACKOFF_SECONDS, Contents, Job, Meter, Worker, to_batch
 
 CHUNK = 32
@@ -112,6 +113,7 @@ class DecodePool:
             workers resize.
         backoff: seconds to wait before each further attempt to read an input that failed for now.
         known: hashes of inputs that are read and not decoded: their rows have the status "known".
+        helper: where the workers are forked, if it was started before; it ends with the pool.
 
     Raises:
         InputError: an argument out of range.
@@ -132,6 +134,7 @@ class DecodePool:
         record_bytes: int = 0,
         backoff: Sequence[float] = BACKOFF_SECONDS,
         known: Contents | None = None,
+        helper: Helper | None = None,
     ):
         checks: dict[str, bool] = {"workers": workers >= 0, "image_timeout": image_timeout > 0, "readers": readers >= 1}
         checks |= {"pixel_budget": pixel_budget > 0, "ring_bytes": ring_bytes > 0, "buckets": len(buckets) > 0}
@@ -152,6 +155,7 @@ class DecodePool:
         self.chunk = max(1, min(CHUNK, ring_bytes // (self._job.slot * (2 * workers + 2))))
         self._ring_bytes = max(ring_bytes, self._job.slot * self.chunk * (2 * workers + 2))
         self._image_timeout = image_timeout
+        self._helper = helper
         self._coordinator: Coordinator | None = None
         self._here: Worker | None = None
 
@@ -159,7 +163,8 @@ class DecodePool:
         if self.workers == 0:
             self._here = Worker(self._job)
         else:
-            self._coordinator = Coordinator(self._job, self.workers, self._ring_bytes, self._image_timeout)
+            helper, self._helper = self._helper, None
+            self._coordinator = Coordinator(self._job, self.workers, self._ring_bytes, self._image_timeout, helper)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:

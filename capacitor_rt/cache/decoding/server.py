@@ -31,7 +31,7 @@ from .ring import SharedMemory
 from .work import Job, Meter, Worker, to_batch
 
 # messages of the control socket: a word, a number of a worker, and what belongs to it
-FORK, KILL, DIED, READY, BROKEN = "fork", "kill", "died", "ready", "broken"
+SETUP, FORK, KILL, DIED, READY, BROKEN = "setup", "fork", "kill", "died", "ready", "broken"
 MESSAGE_BYTES = 1 << 16
 # how often to look whether the coordinator is still the parent
 _LOOK_SECONDS = 1.0
@@ -46,7 +46,6 @@ class Setup(NamedTuple):
     job: Job
     workers: int
     ring_bytes: int
-    ring_fd: int
 
 
 class Task(NamedTuple):
@@ -79,18 +78,24 @@ class Failure(NamedTuple):
     text: str
 
 
-def main(control_fd: int, setup_fd: int) -> None:
-    """Serve the coordinator at the other end of `control_fd` until it is gone."""
+def main(control_fd: int) -> None:
+    """Serve the coordinator at the other end of `control_fd` until it is gone. What it is to do comes later."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = os.getppid()
     control = socket.socket(fileno=control_fd)
     try:
+        _import_what_decoding_needs()
+        message, fds, _, _ = socket.recv_fds(control, MESSAGE_BYTES, 2)
+        if not message:
+            # it was not needed
+            return
+        setup_fd, ring_fd = fds
         with os.fdopen(setup_fd, "rb") as file:
             setup: Setup = pickle.load(file)
-        memory = SharedMemory(setup.workers, setup.ring_bytes, setup.ring_fd)
-        _import_what_decoding_needs()
+        memory = SharedMemory(setup.workers, setup.ring_bytes, ring_fd)
     except BaseException:
-        control.send(pickle.dumps((BROKEN, 0, traceback.format_exc()[-4000:])))
+        with suppress(OSError):
+            control.send(pickle.dumps((BROKEN, 0, traceback.format_exc()[-4000:])))
         return
     control.send(pickle.dumps((READY, 0, None)))
     try:
@@ -272,4 +277,4 @@ def _budget(share: int, memory: SharedMemory, number: int, queued: list[float]) 
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main(int(sys.argv[1]))
