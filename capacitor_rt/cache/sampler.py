@@ -23,6 +23,11 @@ class BucketBatchSampler(Sampler[list[int]]):
     The order is a function of (seed, epoch); call `set_epoch` before each epoch. `len` is the number of this rank's
     batches.
 
+    With `run` above 1 not rows are shuffled but runs of so many neighbours, which a file is read at for once: a batch
+    of 64 in runs of 8 costs 8 reads instead of 64, on disks and networks where that counts. The runs begin elsewhere
+    in every epoch. Neighbours are alike where the source is sorted, for instance by class, so keep runs short beside a
+    batch.
+
     To resume in the middle of an epoch, save `state_dict(done)` and give it to `load_state_dict` of a new sampler;
     iteration goes on after `done` batches. Data loader workers ask for batches ahead of time: pass the number that
     your loop has finished.
@@ -38,9 +43,12 @@ class BucketBatchSampler(Sampler[list[int]]):
         drop_last: bool = False,
         rank: int = 0,
         world_size: int = 1,
+        run: int = 1,
     ):
         if batch_size < 1:
             raise InputError(f"batch_size {batch_size} is too small: it is at least 1")
+        if run < 1 or batch_size % run:
+            raise InputError(f"run {run} does not divide batch_size {batch_size}: a batch is of whole runs")
         if not 0 <= rank < world_size:
             raise InputError(f"rank {rank} is not among 0 to {world_size - 1}")
         self.dataset = dataset
@@ -50,6 +58,7 @@ class BucketBatchSampler(Sampler[list[int]]):
         self.drop_last = drop_last
         self.rank = rank
         self.world_size = world_size
+        self.run = run
         self.epoch = 0
         self._start = 0
         self._given = 0
@@ -66,13 +75,13 @@ class BucketBatchSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         start, self._start = self._start, 0
         self._given = start
-        orders = [self._shuffled(rows, n) for n, rows in enumerate(self._members())]
+        orders = [self._in_runs(rows, n) for n, rows in enumerate(self._members())]
         mine = (s for s in self._shuffled(self._steps(), len(orders)) if self._share(s[2] - s[1]))
         for number, (bucket, begin, end) in enumerate(mine):
             if number < start:
                 continue
             self._given = number + 1
-            yield orders[bucket][begin + self.rank : end : self.world_size].tolist()
+            yield orders[bucket][begin:end][self._mine(end - begin)].tolist()
 
     def state_dict(self, done: int | None = None) -> dict[str, Any]:
         """Where this epoch is. `done`: batches of this epoch that are finished; default all that were given out."""
@@ -84,6 +93,8 @@ class BucketBatchSampler(Sampler[list[int]]):
         Raises:
             InputError: the state is of another cache or of other settings, under which the order is another.
         """
+        # a state of before there were runs
+        state = {"run": 1} | state
         differing = {k: (state.get(k), v) for k, v in self._settings().items() if state.get(k) != v}
         if differing:
             changes = ", ".join(f"{k} {a} -> {b}" for k, (a, b) in differing.items())
@@ -92,7 +103,7 @@ class BucketBatchSampler(Sampler[list[int]]):
         self._given = self._start
 
     def _settings(self) -> dict[str, Any]:
-        names = ("batch_size", "shuffle", "seed", "drop_last", "world_size")
+        names = ("batch_size", "shuffle", "seed", "drop_last", "world_size", "run")
         own = {name: getattr(self, name) for name in names}
         return own | {"plan": self.dataset.plan.id, "rows": len(self.dataset)}
 
@@ -112,11 +123,27 @@ class BucketBatchSampler(Sampler[list[int]]):
         return np.concatenate(steps)
 
     def _share(self, rows: int) -> int:
-        """Rows of a step of `rows` rows that are this rank's."""
-        return len(range(self.rank, rows, self.world_size))
+        """How many of a step's rows are this rank's."""
+        return self.batch_size if rows == self.batch_size * self.world_size else len(self._mine(rows))
+
+    def _mine(self, rows: int) -> np.ndarray:
+        """Which of a step's rows are this rank's: every so manieth run, of a smaller step every so manieth row."""
+        run = self.run if rows == self.batch_size * self.world_size else 1
+        return np.flatnonzero(np.arange(rows) // run % self.world_size == self.rank)
+
+    def _in_runs(self, rows: np.ndarray, stream: int) -> np.ndarray:
+        """The rows of a bucket, runs of neighbours in a shuffled order; those at the ends are shorter."""
+        if not self.shuffle or self.run == 1:
+            return self._shuffled(rows, stream)
+        random = self._random(stream)
+        first = int(random.integers(min(self.run, len(rows) + 1)))
+        stop = len(rows) - (len(rows) - first) % self.run
+        whole = random.permutation(rows[first:stop].reshape(-1, self.run), axis=0)
+        # those at the ends behind the others, so that no other is cut by the end of a batch
+        return np.concatenate([whole.reshape(-1), rows[:first], rows[stop:]])
 
     def _shuffled(self, values: np.ndarray, stream: int) -> np.ndarray:
-        if not self.shuffle:
-            return values
-        seed = np.random.SeedSequence([self.seed, self.epoch, stream])
-        return np.random.Generator(np.random.PCG64(seed)).permutation(values, axis=0)
+        return self._random(stream).permutation(values, axis=0) if self.shuffle else values
+
+    def _random(self, stream: int) -> np.random.Generator:
+        return np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, self.epoch, stream])))

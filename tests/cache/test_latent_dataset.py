@@ -228,6 +228,47 @@ def test_batches_are_of_one_bucket_and_ranks_share_all_rows_once(rows, world_siz
             assert len({rows.bucket(b[0]) for b in step_batches}) == 1
 
 
+def test_runs_of_neighbours_stay_together_and_every_row_comes_once(rows, monkeypatch):
+    per_bucket = Counter(rows.bucket(i) for i in range(23))
+    members = {bucket: [i for i in range(23) if rows.bucket(i) == bucket] for bucket in per_bucket}
+    seen = set()
+    for epoch in range(4):
+        samplers = [BucketBatchSampler(rows, 4, seed=7, rank=r, world_size=2, run=2) for r in range(2)]
+        for sampler in samplers:
+            sampler.set_epoch(epoch)
+        ranks = [list(sampler) for sampler in samplers]
+        assert sorted(i for rank in ranks for batch in rank for i in batch) == list(range(23))
+        assert [len(sampler) for sampler in samplers] == [len(rank) for rank in ranks]
+        for batch in (b for rank in ranks for b in rank if len(b) == 4):
+            order = members[rows.bucket(batch[0])]
+            neighbours = [order.index(b) - order.index(a) == 1 for a, b in zip(batch[::2], batch[1::2], strict=True)]
+            assert sum(neighbours) >= len(neighbours) - 1
+            seen.update(order.index(i) % 2 for i, near in zip(batch[::2], neighbours, strict=True) if near)
+    # they begin at odd rows too
+    assert seen == {0, 1}
+    with pytest.raises(InputError, match="run 3 does not divide batch_size 4"):
+        BucketBatchSampler(rows, 4, run=3)
+    old = BucketBatchSampler(rows, 4).state_dict()
+    del old["run"]
+    BucketBatchSampler(rows, 4).load_state_dict(old)
+    with pytest.raises(InputError, match="run 1 -> 2"):
+        BucketBatchSampler(rows, 4, run=2).load_state_dict(old)
+
+
+def test_runs_are_read_at_once(tmp_path, monkeypatch):
+    write_images(tmp_path / "src", 48, sizes=((40, 40),))
+    cache_images(tmp_path / "src", tmp_path / "out", random_model(), CacheRequest(32), workers=0, progress=False)
+    rows = LatentDataset(tmp_path / "out")
+    reads = []
+    original = latent_reader.read_into
+    monkeypatch.setattr(latent_reader, "read_into", lambda *args: reads.append(len(args[3])) or original(*args))
+    for run, most in ((1, 48), (8, 7)):
+        reads.clear()
+        assert sum(len(batch["id"]) for batch in DataLoader(rows, batch_sampler=BucketBatchSampler(rows, 16, run=run)))
+        assert sum(reads) == 48 and len(reads) <= most
+    assert len(reads) < 10
+
+
 def test_order_is_a_function_of_seed_and_epoch(rows):
     def order(seed, epoch):
         sampler = BucketBatchSampler(rows, 3, seed=seed)
