@@ -358,9 +358,17 @@ def make_plan(
         "task_inputs": request.task_inputs or _default_task_inputs(CachePlan(fields), buckets),
     }
     fields["source"]["tasks"] = len(source.listing.tasks(fields["store"]["task_inputs"]))
+    return new_plan(fields)
+
+
+def new_plan(fields: dict[str, Any]) -> CachePlan:
+    """A plan that is to be written.
+
+    Raises:
+        CacheError: it could not be read again, which would be the end of the cache.
+    """
     plan = CachePlan(fields)
     try:
-        # a plan that could not be read again would be the end of the cache
         check_plan_fields(fields)
         parse(text := plan.text())
     except (Invalid, StrictJSONError) as e:

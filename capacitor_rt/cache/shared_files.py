@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,21 @@ from .folder import CacheFolder
 from .index import is_ok, is_own
 from .latent_files import has_header
 from .plan import CachePlan
-from .store import repair_hint
+from .reuse import check_file
+from .store import TaskStore, repair_hint
+
+
+def look_at_shared(store: TaskStore) -> Callable[[Any, int], str | None]:
+    """What says whether rows of an index that lie in files of earlier generations are there and sound."""
+
+    def look(table: Any, task: int) -> str | None:
+        shared = SharedFiles(store.folder, store.plan)
+        if shared.problem is not None or (why := shared.add(table, task)):
+            return shared.problem or why
+        found = (check_file(store.folder, file, store.plan, store.stamps) for file in shared.used())
+        return next((why for why in found if why), None)
+
+    return look
 
 
 class SharedFiles:

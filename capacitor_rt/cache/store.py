@@ -137,10 +137,13 @@ class TaskStore:
         names = self.plan.index_name(task.number), self.plan.data_name(task.number)
         return all(self.folder.stat(name) is None for name in names)
 
-    def recover(self, task: Task) -> bool:
+    def recover(self, task: Task, look: Callable[[Any, int], str | None]) -> bool:
         """Commit a task whose files are whole but have no commit line: a crash came between, or the log was lost.
 
         An index without latents was published for latents that never were, and is removed. Under the task's lease.
+
+        Args:
+            look: told the index and its task; what is wrong with rows that lie elsewhere.
 
         Raises:
             CacheError: both are there and do not vouch for each other, or there are latents alone.
@@ -173,6 +176,8 @@ class TaskStore:
             whole = False
         if not whole or disk_row_hashes(self.folder, data, self.plan, placed) != wanted:
             raise CacheError(problem + f"does not match its index: {repair_hint(self.folder)}")
+        if why := look(table, task.number):
+            raise CacheError(problem + f"rows of its index lie elsewhere: {why}: {repair_hint(self.folder)}")
         rows, digest = cached_rows(table), self.folder.hash(data)
         commit = Commit(task.number, len(task), rows, len(body), named, placed.nbytes, digest)
         with self.mutex:

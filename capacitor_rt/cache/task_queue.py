@@ -9,6 +9,7 @@ from contextlib import suppress
 from .folder import TMP, CacheFolder
 from .leases import Leases
 from .plan import Task
+from .shared_files import look_at_shared
 from .store import TaskStore
 
 
@@ -23,6 +24,7 @@ class TaskQueue:
         self.store = store
         self.order = tasks[start:] + tasks[:start]
         self.given_up: set[int] = set()
+        self.look = look_at_shared(store)
 
     def __iter__(self) -> Iterator[Task]:
         for task in self.order:
@@ -38,7 +40,7 @@ class TaskQueue:
             if task.number in store.commits or not store.leases.take(task.number):
                 return False
         try:
-            if not store.recover(task):
+            if not store.recover(task, self.look):
                 return True
         except BaseException:
             self._release(task)

@@ -15,7 +15,7 @@ from .generations import record, recorded, unfinished
 from .model_source import ModelSource
 from .mutex import Mutex
 from .options import RunOptions
-from .plan import PLAN, CachePlan, CacheRequest, code_versions, load_plan
+from .plan import PLAN, CachePlan, CacheRequest, code_versions, load_plan, new_plan
 from .plan_changes import check_plan, version_notes
 from .prepare import PreparedRun, committed_hashes, planned_listing, prepare, tasks_of, without_copies
 from .reuse import Reuse, Survey, survey, unchanged
@@ -155,7 +155,7 @@ def _planned(
     }
     if distinct_of:
         fields["source"]["distinct_of"] = distinct_of
-    plan = CachePlan(fields)
+    plan = new_plan(fields)
     # the plan comes last: without it none of the others counts
     source.listing.save(folder, plan.source_name)
     carried.save(folder, plan)

@@ -12,9 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from ..cache.commits import read_log
 from ..cache.dataset import LatentDataset
+from ..cache.folder import CacheFolder
 from ..cache.hashing import xxh3
 from ..cache.parts import ITEM_SIZE
+from ..cache.quarantine import quarantine_bytes
 from ..errors import CacheError, ImageError, InputError
 from ..evaluation.evaluate import ImageCodec
 from ..evaluation.metrics import CosineSimilarity
@@ -46,7 +49,7 @@ def view_cache(
     Raises:
         CapacitorError: no cache or none of the first model's shapes, or a place for the page that is none.
     """
-    dataset = LatentDataset(root, allow_partial=True)
+    dataset = LatentDataset(root, verify=True, allow_partial=True)
     first = next(iter(models))
     _check_shapes(dataset, models)
     item_size = ITEM_SIZE[dataset.plan.dtype]
@@ -63,7 +66,7 @@ def view_cache(
         for warning in page.notes:
             note(f"warning: {warning}")
         done = fill(page, rows.of(chosen), len(chosen), settings)
-        reasons = _quarantine(root, page, images)
+        reasons = _quarantine(dataset, page, images)
         return page.finish(cosines=pairs(list(models), cosines), cache=_facts(dataset, reasons)), done
 
 
@@ -101,19 +104,22 @@ class _Rows:
         names = [id_of(Path(self.dataset.path(row))) for row in rows]
         originals: list[tuple[np.ndarray | None, int | None]] = []
         kept = []
+        stored = []
         for row, name in zip(rows, names, strict=True):
             try:
+                latents_of = self.dataset.tensors(row)["latents"]
                 originals.append(self._original(row))
-                kept.append((row, name))
-            except ImageError as error:
-                note(f"{error.reason}: {error}")
-                yield LeftOut(name, error.reason, str(error))
+            except (ImageError, CacheError) as error:
+                reason = error.reason if isinstance(error, ImageError) else "damaged"
+                note(f"{reason}: {error}")
+                yield LeftOut(name, reason, str(error))
+                continue
+            stored.append(latents_of)
+            kept.append((row, name))
         if not kept:
             return
         device = self.codec.device
-        latents = {
-            self.first: torch.stack([self.dataset.tensors(row)["latents"] for row, _ in kept]).float().to(device)
-        }
+        latents = {self.first: torch.stack(stored).float().to(device)}
         if self.others:
             pixels = torch.from_numpy(np.stack([p for p, _ in originals if p is not None]))
             latents |= {name: codec.encode(pixels.to(codec.device)) for name, codec in self.others}
@@ -142,11 +148,12 @@ class _Rows:
 def _check_shapes(dataset: LatentDataset, models: Mapping[str, ImageCodec]) -> None:
     (name, codec), *others = models.items()
     shown = shown_model(name, codec, STORED_ITEM_SIZE)
-    z, bucket = dataset.tensors(0)["latents"], dataset.bucket(0)
-    if (z.shape[0], bucket.height // z.shape[1]) != (shown.channels, shown.stride):
+    of_model = dataset.plan.fields["model"]
+    channels, stride = of_model["channels"], of_model["stride"]
+    if (channels, stride) != (shown.channels, shown.stride):
         raise InputError(
-            f"the cache holds latents of {z.shape[0]} channels and stride {bucket.height // z.shape[1]}, and the model "
-            f"{name} has {shown.channels} and {shown.stride}: give the model that made it as --model"
+            f"the cache holds latents of {channels} channels and stride {stride}, and the model {name} has "
+            f"{shown.channels} and {shown.stride}: give the model that made it as --model"
         )
     for other, its in others:
         bad = next((b for b in dataset.buckets if b.height % its.size_multiple or b.width % its.size_multiple), None)
@@ -171,24 +178,16 @@ def _other_model(dataset: LatentDataset, codec: ImageCodec) -> list[str]:
     ]
 
 
-def _quarantine(root: Path, page: PageWriter, images: Path | None) -> Counter[str]:
-    """Add what the cache could not hold to the page; numbers by reason."""
+def _quarantine(dataset: LatentDataset, page: PageWriter, images: Path | None) -> Counter[str]:
+    """Add what the cache could not hold, by its index, to the page; numbers by reason."""
     reasons: Counter[str] = Counter()
-    try:
-        lines = (root / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return reasons
-    except (OSError, ValueError) as error:
-        raise CacheError(f"cannot read {root / 'quarantine.jsonl'}: {error}") from error
-    for line in lines:
-        try:
-            entry = json.loads(line)
-            name = str(entry.get("path") or entry.get("locator") or entry.get("id"))
-            reason, message = str(entry["reason"]), str(entry.get("message") or "")
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise CacheError(f"{root / 'quarantine.jsonl'} is damaged: run `capacitor-rt verify`") from None
-        reasons[reason] += 1
-        page.leave_out(LeftOut(name, reason, message, _glimpse(images, name)))
+    with CacheFolder(dataset.root) as folder:
+        commits = read_log(folder, dataset.plan.log_name).commits
+        lines = quarantine_bytes(folder, dataset.plan, commits).splitlines()
+    for entry in map(json.loads, lines):
+        reasons[entry["reason"]] += 1
+        name = entry["path"]
+        page.leave_out(LeftOut(name, entry["reason"], entry["message"] or "", _glimpse(images, name)))
     return reasons
 
 

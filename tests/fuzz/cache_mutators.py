@@ -14,7 +14,6 @@ from typing import Any
 
 from .checkpoints import VALUES, damage, special
 
-FILES = ("plan.json", "source.parquet", "commits.jsonl", "quarantine.jsonl", ".stamps", ".rows")
 MOST_BYTES = 1 << 20
 
 
@@ -25,7 +24,7 @@ class NothingToDo(Exception):
 def files(cache: Path) -> list[Path]:
     """Every file of a cache, the ones of tasks twice: they are most of it."""
     parts = sorted(p for sub in ("tasks", "index") for p in (cache / sub).iterdir())
-    found = [*(cache / name for name in FILES), *parts, *parts]
+    found = [*sorted(cache.iterdir()), *sorted((cache / "generations").glob("*")), *parts, *parts]
     # what an earlier edit has made a pipe, a device or a terabyte is not read
     return [p for p in found if is_plain(p)]
 
@@ -39,6 +38,11 @@ def contents(path: Path) -> bytes:
     if not is_plain(path):
         raise NothingToDo(path.name)
     return path.read_bytes()
+
+
+def log_of(cache: Path, rng: random.Random) -> Path:
+    """The log of the current generation, or of another."""
+    return rng.choice(sorted(cache.glob("commits*.jsonl")))
 
 
 def some_bytes(cache: Path, rng: random.Random) -> str:
@@ -139,7 +143,8 @@ def leftovers(cache: Path, rng: random.Random) -> str:
 
 def lines(cache: Path, rng: random.Random) -> str:
     """Lines of the log dropped, repeated, moved, torn or exchanged for others."""
-    path = cache / rng.choice(("commits.jsonl", "commits.jsonl", "quarantine.jsonl", ".stamps"))
+    logs = sorted(p.name for p in cache.iterdir() if p.name.startswith(("commits", "carried")))
+    path = cache / rng.choice((*logs, *logs, "quarantine.jsonl", ".stamps"))
     old = contents(path).splitlines(keepends=True)
     for _ in range(rng.choice((1, 1, 2, 4))):
         what = rng.randrange(6)
@@ -164,7 +169,7 @@ def log_fields(cache: Path, rng: random.Random) -> str:
     """A line that says something else and has the right hash of its own."""
     from capacitor_rt.cache.commits import Commit
 
-    path = cache / "commits.jsonl"
+    path = log_of(cache, rng)
     old = contents(path).splitlines(keepends=True)
     at = rng.randrange(len(old))
     before: dict[str, Any] = json.loads(old[at])
@@ -261,7 +266,8 @@ def index_cells(cache: Path, rng: random.Random) -> str:
     body = bytes(parquet_bytes(table))
     path.write_bytes(body)
     if rng.random() < 0.5:
-        log = cache / "commits.jsonl"
+        own = cache / f"commits-{path.stem[:8]}.jsonl"
+        log = own if own.exists() else cache / "commits.jsonl"
         old = contents(log).splitlines(keepends=True)
         number = int(path.stem[9:])
         fields = json.loads(old[number])
@@ -304,7 +310,7 @@ def row_table(cache: Path, rng: random.Random) -> str:
 
 def uncommitted(cache: Path, rng: random.Random) -> str:
     """A task without its line in the log, as a crash leaves it; sometimes its files are not as they were, either."""
-    log = cache / "commits.jsonl"
+    log = log_of(cache, rng)
     old = contents(log).splitlines(keepends=True)
     at = rng.randrange(len(old))
     number = int(json.loads(old[at])["task"])

@@ -26,12 +26,16 @@ from .forked import Surface, scratch
 
 CORPUS = Path(__file__).parent / "corpus" / "caches"
 CASE = "case.json"
+BASES = ("whole", "updated", "underway")
 # a file that says that a mutant is to be read by everything
 EVERY = "every"
 
 
 class Caches(Surface):
-    """A small cache with two sizes, mirrored and with logsnr, two of whose inputs are quarantined."""
+    """A small cache with two sizes, mirrored and with logsnr, two of whose inputs are quarantined.
+
+    A third of the mutants are of the same after an update, or of one whose update is under way.
+    """
 
     name = "caches"
     corpus = CORPUS
@@ -63,25 +67,58 @@ class Caches(Surface):
         self.request = CacheRequest(48, area=True, posterior=True, task_inputs=4, batch=2)
         os.environ["XDG_CACHE_HOME"] = str(self.home / "xdg")
         self.go_on(self.home / "whole")
-        # leaves the table of rows, too
-        rows = LatentDataset(self.home / "whole", verify=True)
-        self.truth = {rows.ids[i]: rows.tensors(i) for i in range(len(rows))}
+        self.update(rng)
+        self.truths = []
+        for name in ("whole", "updated"):
+            # leaves the table of rows, too
+            rows = LatentDataset(self.home / name, verify=True)
+            self.truths.append({rows.ids[i]: rows.tensors(i) for i in range(len(rows))})
         # everything that a child uses is imported
         for step in ("one_bit", "index_cells"):
-            folder = Path(tempfile.mkdtemp(dir=self.home))
-            self.make(folder, [[step, "0"]])
-            with suppress(CacheError):
-                self.read_all(folder, every=True)
+            for base in BASES:
+                folder = Path(tempfile.mkdtemp(dir=self.home))
+                self.make(folder, [["base", base], [step, "0"]])
+                with suppress(CacheError):
+                    self.read_all(folder, every=True)
 
-    def go_on(self, out: Path) -> Any:
+    def update(self, rng: Any) -> None:
+        """Make `updated` of `whole`, and `underway`, the same before its last task was committed."""
+        import numpy as np
+        from PIL import Image
+
+        assert self.home is not None
+        whole, updated, underway = (self.home / base for base in BASES)
+        source = self.home / "src2"
+        shutil.copytree(self.home / "src", source)
+        for name in ("1", "9"):
+            Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(source / f"{name}.png")
+        (source / "3.png").unlink()
+        shutil.copytree(whole, updated)
+        self.go_on(updated, update=True)
+        shutil.copytree(updated, underway)
+        (record,) = (underway / "generations").iterdir()
+        (log,) = underway.glob("commits-*")
+        plan8 = log.stem[8:]
+        (underway / "plan.json").rename(underway / "generations" / f"{plan8}.json")
+        record.rename(underway / "plan.json")
+        (underway / "quarantine.jsonl").write_bytes((whole / "quarantine.jsonl").read_bytes())
+        log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:-1]))
+        for part in underway.glob(f"*/{plan8}-000002.*"):
+            part.unlink()
+
+    def go_on(self, out: Path, *, update: bool = False) -> Any:
         from capacitor_rt.cache import RunOptions, cache_images
 
         assert self.home is not None
-        options = RunOptions(workers=0, progress=False, backoff=(0.0,))
-        return cache_images(self.home / "src", out, self.model, self.request, options=options)
+        source = self.home / ("src2" if update else "src")
+        options = RunOptions(workers=0, progress=False, backoff=(0.0,), update=update)
+        return cache_images(source, out, self.model, self.request, options=options)
 
     def write(self, seed: int, number: int, folder: Path) -> str:
-        steps = draw(random.Random(f"{seed}:{number}"), f"{seed}:{number}")
+        rng = random.Random(f"{seed}:{number}")
+        steps = draw(rng, f"{seed}:{number}")
+        if rng.random() < 0.35:
+            steps.insert(0, ["base", rng.choice(BASES[1:])])
         done = self.make(folder, steps)
         return f"{json.dumps(steps)} ({done})"
 
@@ -92,12 +129,13 @@ class Caches(Surface):
     def make(self, folder: Path, steps: list[list[str]]) -> str:
         """A copy of the cache with these mutators applied, and a folder beside it that nothing may touch."""
         assert self.home is not None
-        shutil.copytree(self.home / "whole", folder / "cache")
+        base = steps[0][1] if steps[0][0] == "base" else "whole"
+        shutil.copytree(self.home / base, folder / "cache")
         outside = folder / "outside"
         outside.mkdir()
         (outside / "mine").write_bytes(b"mine")
         (folder / CASE).write_text(json.dumps(steps))
-        return mutate(folder / "cache", steps)
+        return mutate(folder / "cache", [step for step in steps if step[0] != "base"])
 
     def read(self, folder: Path) -> None:
         self.read_all(folder, every=(folder / EVERY).exists())
@@ -106,7 +144,12 @@ class Caches(Surface):
         """Whatever reads a cache; those that write are for some of the mutants only, unless `every`."""
         from capacitor_rt.errors import CacheError, CapacitorError
 
-        rng = random.Random((folder / CASE).read_text())
+        case = (folder / CASE).read_text()
+        rng = random.Random(case)
+        name, value = json.loads(case)[0]
+        self.is_update = name == "base" and value != "whole"
+        # what is damaged of the earlier generation is encoded anew by an update, and lies elsewhere then
+        self.is_exact = name != "base" or value != "underway"
         cache, outside = folder / "cache", folder / "outside"
         os.environ["XDG_CACHE_HOME"] = str(folder / "xdg")
         before = _snapshot(outside)
@@ -141,12 +184,9 @@ class Caches(Surface):
             except CacheError as error:
                 refusal = refusal or error
                 continue
-            if not partial and sorted(rows.ids) != sorted(self.truth):
-                raise AssertionError(f"{len(rows)} rows of {len(self.truth)}")
-            for i, row in enumerate(found):
-                truth = self.truth[rows.ids[i]]
-                if not all(torch.equal(row[kind], t) for kind, t in truth.items()):
-                    raise AssertionError(f"row {i} is not the one that was cached")
+            wrong = [_wrong(found, truth, partial) for truth in self.truths[: 1 + self.is_update]]
+            if all(wrong):
+                raise AssertionError(wrong[-1])
             if not partial:
                 return
         if refusal:
@@ -163,15 +203,24 @@ class Caches(Surface):
         if found.problems or found.unfinished:
             raise CacheError("\n".join(found.problems) or "unfinished")
         assert self.home is not None
-        whole = self.home / "whole"
+        plan = json.loads((cache / "plan.json").read_bytes())
+        bases = [self.home / base for base in BASES[: 1 + self.is_update]]
+        if "generation" in plan and not self.is_exact:
+            return
+        of = [base for base in bases if json.loads((base / "plan.json").read_bytes()) == plan]
+        if not of:
+            if self.is_update and plan["generation"]["number"] > 1:
+                # an update of what was damaged is another one
+                return
+            raise AssertionError("verify finds nothing wrong with plan.json")
+        whole = of[0]
         for name in found.files:
-            if name == "commits.jsonl":
+            if name.startswith("commits"):
                 # lines in another order, or there twice, are no damage
                 same = {*(whole / name).read_bytes().split(b"\n")} == {*(cache / name).read_bytes().split(b"\n")}
-            elif name == "plan.json":
-                same = json.loads((whole / name).read_bytes()) == json.loads((cache / name).read_bytes())
             else:
-                same = name == "source.parquet" or (cache / name).read_bytes() == (whole / name).read_bytes()
+                same = name.startswith("source") or (cache / name).read_bytes() == (whole / name).read_bytes()
+                same |= name == "plan.json"
             if not same:
                 raise AssertionError(f"verify finds nothing wrong with {name}")
 
@@ -200,18 +249,19 @@ class Caches(Surface):
 
         out = cache.parent / "export"
         report = export_cache(cache, out, ExportRequest("comfy", space="whitened"), progress=False)
-        if report.rows != len(self.truth):
-            raise AssertionError(f"{report.rows} rows are exported of {len(self.truth)}")
+        if report.rows != len(self.truths[0]):
+            raise AssertionError(f"{report.rows} rows are exported of {len(self.truths[0])}")
         for path in out.rglob("*.latent"):
             exported = load_file(path)["latent_tensor"][0]
-            if not any(torch.equal(exported, row["latents"].float()) for row in self.truth.values()):
+            cached = [row["latents"].float() for truth in self.truths for row in truth.values()]
+            if not any(torch.equal(exported, latents) for latents in cached):
                 raise AssertionError(f"{path.name} is none of the rows")
 
     def resume(self, cache: Path) -> None:
         """A run that ends well has left what an undisturbed one has."""
         from capacitor_rt.errors import CacheError
 
-        report = self.go_on(cache)
+        report = self.go_on(cache, update=self.is_update)
         if report.exit_code == 1:
             raise CacheError("tasks are not finished")
         try:
@@ -239,7 +289,21 @@ class Caches(Surface):
         from capacitor_rt.cache.verify import verify
 
         repair(cache, verify(cache, workers=0))
+        # rows of a damaged file of an earlier generation are encoded anew
+        self.is_exact = not self.is_update
         self.resume(cache)
+
+
+def _wrong(found: list[Any], truth: dict[str, dict[str, torch.Tensor]], partial: bool) -> str:
+    """What rows are not as they were cached; empty for nothing."""
+    ids = sorted(row["id"] for row in found)
+    if not partial and ids != sorted(truth):
+        return f"{len(found)} rows of {len(truth)}"
+    for row in found:
+        tensors = truth.get(row["id"], {})
+        if not tensors or not all(torch.equal(row[kind], t) for kind, t in tensors.items()):
+            return f"row {row['id']} is not the one that was cached"
+    return ""
 
 
 def _snapshot(folder: Path) -> dict[str, tuple[bytes | None, int, int]]:
