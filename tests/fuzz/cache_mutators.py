@@ -366,6 +366,8 @@ def mutate(cache: Path, steps: list[list[str]]) -> str:
     for name, seed in steps:
         try:
             done.append(MUTATORS[name](cache, random.Random(seed)))
+        except NothingToDo:
+            continue
         except Exception:
             # the ones before may have left no such part, or nonsense in its place
             if not done:
