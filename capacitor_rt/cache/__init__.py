@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from .run import cache_images
     from .sampler import BucketBatchSampler
     from .sources import ColumnsRequest
+    from .views import parse_views
+    from .views_run import cache_views, dry_run_views
 
 # imported on first use: none of these is needed to import the package, and some load torch's data loaders
 _EXPORTS = {
@@ -26,7 +28,10 @@ _EXPORTS = {
     "cache_on": ("coordinators", "cache_on"),
     "ColumnsRequest": ("sources", "ColumnsRequest"),
     "RunOptions": ("options", "RunOptions"),
+    "cache_views": ("views_run", "cache_views"),
     "dry_run": ("outlook", "dry_run"),
+    "dry_run_views": ("views_run", "dry_run_views"),
+    "parse_views": ("views", "parse_views"),
     # the names of version 0.1
     "Request": ("plan", "CacheRequest"),
     "forecast": ("outlook", "dry_run"),
@@ -42,7 +47,10 @@ __all__ = [
     "RunOptions",
     "cache_images",
     "cache_on",
+    "cache_views",
     "dry_run",
+    "dry_run_views",
+    "parse_views",
 ]
 
 

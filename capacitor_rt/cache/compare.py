@@ -10,9 +10,10 @@ from ..errors import CacheError
 from ..extras import require_extra
 from .commits import read_log
 from .folder import CacheFolder
-from .plan import PLAN, CachePlan, load_plan
+from .plan import CachePlan, load_plan
 from .plan_changes import differences
 from .store import read_index
+from .views import no_cache
 
 EXAMPLES = 5
 UNCOMPARED = ("source", "code", "generation")
@@ -77,7 +78,7 @@ def _rows(root: str | os.PathLike[str]) -> tuple[CachePlan, dict[str, tuple[Any,
     with CacheFolder(root) as folder:
         plan = load_plan(folder)
         if plan is None:
-            raise CacheError(f"{folder.path} is no latent cache: it has no {PLAN}")
+            raise CacheError(no_cache(folder.path))
         rows: dict[str, tuple[Any, Any]] = {}
         for _, commit in sorted(read_log(folder, plan.log_name).commits.items()):
             table = read_index(folder, plan, commit)

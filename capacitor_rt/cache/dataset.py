@@ -28,6 +28,7 @@ from .quantization import bad_numbers, values_of
 from .rows import Rows, load_rows
 from .shared_batches import shared_batches
 from .store import read_index
+from .views import no_cache
 
 
 class _Row(TypedDict):
@@ -117,7 +118,7 @@ class LatentDataset(Dataset[LatentRow]):
         with CacheFolder(self.root) as folder:
             plan = load_plan(folder)
             if plan is None:
-                raise CacheError(f"{self.root} is no latent cache: it has no plan.json")
+                raise CacheError(no_cache(self.root))
             self.plan: CachePlan = plan
             self._load_index(folder, allow_partial)
 

@@ -15,8 +15,9 @@ from .folder import DAMAGED, GENERATIONS, INDEX, LEASES, TASKS, CacheFolder
 from .generations import record_name, recorded
 from .leases import Leases
 from .mutex import Mutex
-from .plan import PLAN, CachePlan, load_plan
+from .plan import CachePlan, load_plan
 from .store import read_index
+from .views import no_cache
 
 _STEM = re.compile(r"[0-9a-f]{8}-\d{6,}")
 OLD_SECONDS = 600.0
@@ -108,7 +109,7 @@ def collect(
     with CacheFolder(root) as folder:
         plan = load_plan(folder)
         if plan is None:
-            raise CacheError(f"{folder.path} is no latent cache: it has no {PLAN}")
+            raise CacheError(no_cache(folder.path))
         if dry_run:
             return litter(folder, plan, living_stems(folder, plan), drop_updates=drop_updates)
         with Mutex(folder) as mutex:

@@ -6,7 +6,7 @@ this: they are those of a version, which a cache notes when it changes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -49,25 +49,43 @@ def kept(plan: CachePlan, cc: int | None, model: Autoencoder | None) -> Iterator
     Raises:
         CacheError: they are another GPU's. ConfigError: they are damaged.
     """
-    recorded = plan.fields.get("configs")
+    with kept_together([plan], cc, [model]):
+        yield
+
+
+@contextmanager
+def kept_together(plans: Sequence[CachePlan], cc: int | None, models: Sequence[Autoencoder | None]) -> Iterator[None]:
+    """As `kept`, of several caches whose images are encoded by turns: each plan's rows are of its own sizes."""
+    families: dict[str, list[Any]] = {}
+    for plan in plans:
+        recorded = plan.fields.get("configs")
+        _check_gpu(recorded, cc)
+        for family, rows in (recorded["families"] if recorded else {}).items():
+            known = families.setdefault(family, [])
+            known += [row for row in rows if row not in known]
+    if cc is None:
+        yield
+        return
+    from ..runtime.configs import keep_configs
+
+    with keep_configs(families, cc):
+        # what ran before was launched by whatever was in force then
+        for model in models:
+            _release(model)
+        try:
+            yield
+        finally:
+            for model in models:
+                _release(model)
+
+
+def _check_gpu(recorded: dict[str, Any] | None, cc: int | None) -> None:
     if recorded is not None and recorded["compute_capability"] != cc:
         here = "no such GPU is here" if cc is None else f"this GPU is sm_{cc}"
         raise CacheError(
             f"the cache was begun with launch configs tuned for sm_{recorded['compute_capability']}, and {here}: "
             "go on where it was begun, or cache into a new OUT"
         )
-    if cc is None:
-        yield
-        return
-    from ..runtime.configs import keep_configs
-
-    with keep_configs(recorded["families"] if recorded else {}, cc):
-        # what ran before was launched by whatever was in force then
-        _release(model)
-        try:
-            yield
-        finally:
-            _release(model)
 
 
 def _release(model: Autoencoder | None) -> None:

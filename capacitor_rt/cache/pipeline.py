@@ -12,6 +12,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -192,6 +193,8 @@ class Pipeline:
         self.sizes: Counter[Size] = Counter()
         self._under_way: deque[tuple[OpenTask, int, Waiting, Encoded]] = deque()
         self.abandoned: set[int] = set()
+        self._open: OpenTask | None = None
+        self._writer: ThreadPoolExecutor | None = None
         self._writing: Future[float] | None = None
         self._begin: float | None = None
         self._before = 0.0
@@ -201,28 +204,44 @@ class Pipeline:
 
         On an exception, KeyboardInterrupt included, the task being written is finished and the open one is dropped.
         """
-        self._begin = begin = time.perf_counter()
-        writer = ThreadPoolExecutor(1, thread_name_prefix="write")
         order: deque[tuple[Task, Sequence[int], bool]] = deque()
-        open_task: OpenTask | None = None
-        try:
+        with self.at_work():
             for chunk in self.decoder.decode(self._ranges(tasks, order), AHEAD):
-                task, chosen, is_last = order.popleft()
-                if open_task is None or open_task.task != task:
-                    open_task = self._begin_task(task)
-                is_held = task.number not in self.abandoned and self._take(open_task, chunk, chosen)
-                if not is_held:
+                if not self.accept(*order.popleft(), chunk):
                     chunk.release()
-                if is_last:
-                    self._finish(writer, open_task)
-                    open_task = None
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """While chunks are accepted; at its end what is to be written is on disk."""
+        self._begin = begin = time.perf_counter()
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="write")
+        try:
+            yield
             self._wait_for_writer()
         finally:
             if self.encoder.resizer is not None:
                 self.encoder.resizer.finish()
-            writer.shutdown(wait=True)
+            self._writer.shutdown(wait=True)
+            self._open = None
             self._before += time.perf_counter() - begin
             self._begin = None
+
+    def accept(self, task: Task, chosen: Sequence[int], is_last: bool, chunk: DecodedChunk | None) -> bool:
+        """The next inputs of a task, decoded, in order. Whether the chunk is still in use, and released when it is not.
+
+        Args:
+            is_last: whether nothing comes after them: the task is finished.
+            chunk: None of a task that was abandoned.
+        """
+        if self._open is None or self._open.task != task:
+            self._open = self._begin_task(task)
+        is_held = False
+        if task.number not in self.abandoned and chunk is not None:
+            is_held = self._take(self._open, chunk, chosen)
+        if is_last:
+            self._finish(self._open)
+            self._open = None
+        return is_held
 
     def measure(self) -> Meters:
         """The meters as of now."""
@@ -343,7 +362,7 @@ class Pipeline:
         open_task.add(bucket, waiting.positions[: waiting.count], self.encoder.fetch(encoded))
         self.encoder.give_back(waiting.pixels)
 
-    def _finish(self, writer: ThreadPoolExecutor, open_task: OpenTask) -> None:
+    def _finish(self, open_task: OpenTask) -> None:
         if open_task.task.number in self.abandoned:
             with self.store.mutex:
                 self.store.leases.release(open_task.task.number)
@@ -355,7 +374,8 @@ class Pipeline:
         if open_task.overflowed:
             self.advance(0, len(open_task.overflowed))
         self._wait_for_writer()
-        self._writing = writer.submit(self._write, open_task)
+        assert self._writer is not None, "it is at work"
+        self._writing = self._writer.submit(self._write, open_task)
 
     def _write(self, open_task: OpenTask) -> float:
         begin = time.perf_counter()

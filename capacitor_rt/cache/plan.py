@@ -410,7 +410,9 @@ def _default_batch(device: str, buckets: tuple[Size, ...]) -> int:
 
 
 def _default_task_inputs(plan: CachePlan, buckets: tuple[Size, ...]) -> int:
-    return max(1, min(TASK_INPUTS, TASK_BYTES // max(plan.row_bytes(b) for b in buckets)))
+    most = max(1, min(TASK_INPUTS, TASK_BYTES // max(plan.row_bytes(b) for b in buckets)))
+    # a power of two, so that the tasks of several views lie in each other
+    return 1 << (most.bit_length() - 1)
 
 
 def _identity(fields: dict[str, Any]) -> dict[str, Any]:

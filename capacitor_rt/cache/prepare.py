@@ -106,12 +106,14 @@ def prepare(
     options: RunOptions,
     load: bool,
     source: Source | None = None,
+    is_checked: bool = False,
 ) -> PreparedRun:
     """Check what can be checked before work starts. The model is loaded only for a new plan, and with `load`.
 
     Args:
         folder: the cache `out`, None where there is none yet.
-        source: the inputs, where they were listed already and are known to be those of the plan.
+        source: the inputs, where they were listed already.
+        is_checked: whether they are known to be those of the plan.
 
     Raises:
         CacheError: other settings, another model or other inputs than those of the plan that is there.
@@ -126,7 +128,6 @@ def prepare(
     elif request.posterior and identity.config["bottleneck_posterior_kind"] != "diagonal_gaussian":
         raise CacheError(f"{identity.id} is deterministic and has no logsnr to store: leave out posterior")
     buckets = plan.buckets if plan else request.buckets(identity.multiple)
-    is_checked = source is not None
     source = source or open_source(
         src, out, options.source, options.columns, options.image_column, lambda: planned_listing(folder, plan)
     )

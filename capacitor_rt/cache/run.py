@@ -7,8 +7,9 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 
 from ..errors import CacheError
+from ..images.load import View
 from ..model import FullCapacitor
 from ..reference import Autoencoder
 from .carried import carried_nbytes
@@ -41,6 +43,7 @@ from .resizing import RECORD_BYTES, Resizer, by_device
 from .retry import quarantined, reopen, try_again
 from .reuse import Reuse, check_file
 from .shared_files import SharedFiles
+from .sources import Source
 from .store import TaskStore, repair_hint
 from .task_queue import TaskQueue, remove_stale
 from .update import prepare_update, reuse_for
@@ -92,12 +95,12 @@ def cache_images(
     watch = watch or Bar(chosen.progress, chosen.metrics)
     source, out = as_source(model), Path(out)
     check_folder(out)
-    with _opened(out) as folder:
+    with opened(out) as folder:
         mutex = Mutex(folder, note)
         # what is there already needs no long planning, and perhaps no workers
         helper = Helper() if threads != 0 and folder.stat(PLAN) is None else None
         try:
-            prepared = _plan(os.fspath(src), folder, mutex, source, request, chosen)
+            prepared = planned(os.fspath(src), folder, mutex, source, request, chosen)
             prepared.helper = helper
             with kept(prepared.plan, prepared.cc, source.model if isinstance(source, Loaded) else prepared.model):
                 report = _run(prepared, folder, mutex, source, threads, chosen, note, watch)
@@ -108,13 +111,14 @@ def cache_images(
         finally:
             if helper is not None:
                 helper.end()
-            _clear(folder, mutex)
+            clear(folder, mutex)
     report.seconds = time.perf_counter() - begin
     return report
 
 
 @contextmanager
-def _opened(out: Path) -> Iterator[CacheFolder]:
+def opened(out: Path) -> Iterator[CacheFolder]:
+    """The folder of a cache, made if it is new, and removed again if nothing has come into it."""
     new = not out.exists()
     try:
         make_dir(out)
@@ -130,22 +134,78 @@ def _opened(out: Path) -> Iterator[CacheFolder]:
                 out.rmdir()
 
 
-def _plan(
-    src: str, folder: CacheFolder, mutex: Mutex, source: ModelSource, request: CacheRequest, options: RunOptions
+def planned(
+    src: str,
+    folder: CacheFolder,
+    mutex: Mutex,
+    source: ModelSource,
+    request: CacheRequest,
+    options: RunOptions,
+    inputs: Source | None = None,
 ) -> PreparedRun:
-    """The plan that is there, or a new one: whoever comes first makes it, and the others wait for it."""
+    """The plan that is there, or a new one: whoever comes first makes it, and the others wait for it.
+
+    Args:
+        inputs: the source, where it was opened already.
+    """
     with mutex:
         first = folder.stat("plan.json") is None
         if first:
             remove_stale(folder, None)
-            prepared = prepare(src, folder.path, folder, source, request, options, load=True)
+            prepared = prepare(src, folder.path, folder, source, request, options, load=True, source=inputs)
             # the plan comes last: with it the cache exists, without it nothing that lies here counts
             prepared.source.listing.save(folder, prepared.plan.source_name)
             prepared.plan.save(folder)
             return prepared
     if options.update:
         return prepare_update(src, folder, mutex, source, request, options)
-    return prepare(src, folder.path, folder, source, request, options, load=True)
+    return prepare(src, folder.path, folder, source, request, options, load=True, source=inputs)
+
+
+@dataclass
+class Begun:
+    """A run whose plan stands and whose cache is sound, before anything is encoded.
+
+    Attributes:
+        todo: the tasks that are not committed.
+        costs: what storage types cost, where it was measured.
+        reuse: of an update, rows that need not be encoded again.
+    """
+
+    prepared: PreparedRun
+    store: TaskStore
+    todo: list[Task]
+    costs: list[DtypeCost]
+    reuse: Reuse | None
+
+    def account(self) -> Report:
+        """Write the quarantine anew, and count what the cache holds."""
+        return _account(self.store, len(self.prepared.tasks))
+
+    def report(self, pipeline: Pipeline | None) -> Report:
+        """The outcome, where nothing is going to be added to it."""
+        report = self.account()
+        report.costs = self.costs
+        if pipeline is not None:
+            report.new_images, report.reused = pipeline.read, pipeline.reused
+            report.meters = pipeline.measure() if pipeline.read + pipeline.reused else None
+            id = self.prepared.source.listing.id
+            report.failures = {id(row["input"]): (row["reason"], row["message"]) for row in pipeline.unfinished}
+        report.unfinished = len(self.prepared.tasks) - report.tasks
+        report.generation = self.prepared.plan.number
+        return report
+
+
+@contextmanager
+def accounted(*runs: Begun) -> Iterator[None]:
+    """On an exception, account for what is done so far: the reason why the run ends matters more than that."""
+    try:
+        yield
+    except BaseException:
+        for run in runs:
+            with suppress(CacheError, OSError):
+                run.account()
+        raise
 
 
 def _run(
@@ -158,6 +218,24 @@ def _run(
     note: Callable[[str], None],
     watch: Watch,
 ) -> Report:
+    with begun(prepared, folder, mutex, workers, options, note) as run:
+        pipeline = None
+        with accounted(run):
+            if run.todo:
+                pipeline = _write_tasks(run, source, workers, options, note, watch)
+        return run.report(pipeline)
+
+
+@contextmanager
+def begun(
+    prepared: PreparedRun,
+    folder: CacheFolder,
+    mutex: Mutex,
+    workers: int | None,
+    options: RunOptions,
+    note: Callable[[str], None],
+) -> Iterator[Begun]:
+    """Check what the run builds on and say what it is going to do; leases can be taken until the end."""
     plan, tasks = prepared.plan, prepared.tasks
     leases = Leases(folder, mutex, plan.plan8, heartbeat=options.heartbeat, stale=options.stale)
     with leases:
@@ -175,25 +253,7 @@ def _run(
         for line in outlook(prepared, folder.path, todo, _unknown(reuse, todo)):
             note(line)
         costs = _measure(prepared, options, note) if todo else []
-        pipeline = None
-        try:
-            if todo:
-                pipeline = _write_tasks(prepared, store, todo, reuse, source, workers, options, note, watch, costs)
-        except BaseException:
-            # what is done so far; the reason why the run ends matters more than this file
-            with suppress(CacheError, OSError):
-                _account(store, len(tasks))
-            raise
-        report = _account(store, len(tasks))
-    report.costs = costs
-    if pipeline is not None:
-        report.new_images, report.reused = pipeline.read, pipeline.reused
-        report.meters = pipeline.measure() if pipeline.read + pipeline.reused else None
-        listing = prepared.source.listing
-        report.failures = {listing.id(row["input"]): (row["reason"], row["message"]) for row in pipeline.unfinished}
-    report.unfinished = len(tasks) - report.tasks
-    report.generation = plan.number
-    return report
+        yield Begun(prepared, store, todo, costs, reuse)
 
 
 def _measure(prepared: PreparedRun, options: RunOptions, note: Callable[[str], None]) -> list[DtypeCost]:
@@ -243,18 +303,15 @@ def _check(store: TaskStore, tasks: list[Task]) -> list[str]:
 
 
 def _write_tasks(
-    prepared: PreparedRun,
-    store: TaskStore,
-    todo: list[Task],
-    reuse: Reuse | None,
+    run: Begun,
     source: ModelSource,
     workers: int | None,
     options: RunOptions,
     note: Callable[[str], None],
     watch: Watch,
-    costs: list[DtypeCost],
 ) -> Pipeline | None:
     """Write what is to be done, together with whoever else is at it. None if there was nothing to encode."""
+    prepared, store, todo = run.prepared, run.store, run.todo
     plan = prepared.plan
     rank, size = options.place()
     queue = TaskQueue(store, todo, rank * len(todo) // size)
@@ -262,14 +319,15 @@ def _write_tasks(
     if first is None and not queue.left():
         return None
     meters: Meters | None = None
-    is_idle = _unknown(reuse, todo) == 0
+    is_idle = _unknown(run.reuse, todo) == 0
     watch.begin(plan.count, plan.count - sum(len(task) for task in todo))
     try:
         is_deferring = not is_idle and by_device(options.resize, prepared.cc)
-        decoder = _pool(prepared, 0 if is_idle else _workers(workers, prepared, todo), options, reuse, is_deferring)
+        count = 0 if is_idle else workers_for(workers, prepared, todo)
+        decoder = pool_of(prepared, count, options, run.reuse, is_deferring=is_deferring)
         # the workers get ready while the model does
         with decoder:
-            encoder = IdleEncoder() if is_idle else _encoder(prepared, source, note, is_deferring)
+            encoder = IdleEncoder() if is_idle else encoder_of(prepared, source, note, is_deferring)
             if encoder.on_gpu:
                 decoder.pin()
             pipeline = Pipeline(
@@ -278,10 +336,10 @@ def _write_tasks(
                 decoder,
                 encoder,
                 give_up=options.give_up,
-                reuse=reuse,
+                reuse=run.reuse,
                 advance=lambda inputs, quarantined: watch.advance(inputs, quarantined, pipeline.measure),
             )
-            pipeline.meters.costs = as_json(costs)
+            pipeline.meters.costs = as_json(run.costs)
             _until_done(pipeline, queue, first)
             meters = pipeline.measure()
     finally:
@@ -304,13 +362,21 @@ def _unknown(reuse: Reuse | None, todo: list[Task]) -> int | None:
     return None if reuse is None else sum(int((reuse.refs[task.first : task.stop] < 0).sum()) for task in todo)
 
 
-def _pool(
+def pool_of(
     prepared: PreparedRun,
     workers: int,
     options: RunOptions,
     reuse: Reuse | None = None,
+    *,
     is_deferring: bool = False,
+    also: Sequence[View] = (),
 ) -> DecodePool:
+    """The pool that decodes for a run, not started.
+
+    Args:
+        is_deferring: whether images are resized elsewhere.
+        also: further views of the images.
+    """
     budget = options.pixel_budget // 2 if is_deferring else options.pixel_budget
     ring: dict[str, Any] = {"ring_bytes": budget, "record_bytes": RECORD_BYTES} if is_deferring else {}
     # it serves one pool
@@ -326,6 +392,7 @@ def _pool(
         backoff=options.backoff,
         known=reuse.known if reuse else None,
         helper=helper,
+        also=also,
     )
 
 
@@ -336,14 +403,14 @@ def _retry(prepared: PreparedRun, store: TaskStore, workers: int | None, options
         return "nothing is quarantined"
     tasks = Counter(inputs.values())
     todo = [task for task in prepared.tasks if task.number in tasks]
-    better = try_again(store, inputs, _pool(prepared, _workers(workers, prepared, todo), options))
+    better = try_again(store, inputs, pool_of(prepared, workers_for(workers, prepared, todo), options))
     reopened = reopen(store, better)
     return (
         f"{better.total()} of {len(inputs)} quarantined inputs can be decoded now: {len(reopened)} tasks are done again"
     )
 
 
-def _workers(wanted: int | None, prepared: PreparedRun, todo: list[Task]) -> int:
+def workers_for(wanted: int | None, prepared: PreparedRun, todo: list[Task]) -> int:
     """Processes that decode: as many as are wanted, or one per core less one that drives a GPU, if there is enough."""
     if wanted == 0:
         return 0
@@ -380,9 +447,10 @@ def _with(first: Task | None, tasks: Iterator[Task]) -> Iterator[Task]:
     yield from tasks
 
 
-def _encoder(
-    prepared: PreparedRun, source: ModelSource, note: Callable[[str], None], is_deferring: bool
+def encoder_of(
+    prepared: PreparedRun, source: ModelSource, note: Callable[[str], None], is_deferring: bool = False
 ) -> BatchEncoder:
+    """What encodes for a run, its kernels made ready."""
     plan = prepared.plan
     model: Autoencoder = prepared.model or source.load(source.identity(plan.fields["model"]["compute_dtype"]))
     encoder = BatchEncoder(model, plan.tensors, plan.dtype, Resizer(model.device) if is_deferring else None)
@@ -436,7 +504,7 @@ def is_current(folder: CacheFolder, plan: CachePlan) -> bool:
     return current is not None and current.id == plan.id
 
 
-def _clear(folder: CacheFolder, mutex: Mutex) -> None:
+def clear(folder: CacheFolder, mutex: Mutex) -> None:
     """Remove the lock's file, unless others are at work."""
     with suppress(CacheError, OSError), mutex:
         if not folder.names("leases"):

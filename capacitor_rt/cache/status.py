@@ -18,8 +18,9 @@ from .garbage import litter, living_stems
 from .generations import unfinished
 from .leases import Leases
 from .mutex import Mutex
-from .plan import PLAN, CachePlan, load_plan
+from .plan import CachePlan, load_plan
 from .quarantine import quarantine_bytes
+from .views import no_cache
 
 WINDOW_SECONDS = 600.0
 """Tasks that were finished within so long before the latest one tell the rate."""
@@ -88,7 +89,7 @@ def status(root: str | os.PathLike[str]) -> Status:
     with CacheFolder(root) as folder:
         plan = load_plan(folder)
         if plan is None:
-            raise CacheError(f"{folder.path} is no latent cache: it has no {PLAN}")
+            raise CacheError(no_cache(folder.path))
         found = Status(plan.count, plan.task_count, free_nbytes=shutil.disk_usage(folder.path).free)
         found.generation, found.is_interim = plan.number, plan.is_interim
         found.updates = _updates(folder, plan)

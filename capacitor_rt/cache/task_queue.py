@@ -28,12 +28,13 @@ class TaskQueue:
 
     def __iter__(self) -> Iterator[Task]:
         for task in self.order:
-            if task.number not in self.given_up and self._take(task):
+            if self.take(task):
                 yield task
 
-    def _take(self, task: Task) -> bool:
+    def take(self, task: Task) -> bool:
+        """Whether this process is to do a task, and has its lease now."""
         store = self.store
-        if task.number in store.commits:
+        if task.number in store.commits or task.number in self.given_up:
             return False
         with store.mutex:
             store.refresh()

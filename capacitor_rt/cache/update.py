@@ -60,10 +60,14 @@ def prepare_update(
     source = with_stable_labels(source, current.fields["label_names"])
     rehash, notes = options.rehash, source.notes + version_notes(current)
     if is_of(folder, current, source, rehash):
-        return prepare(src, folder.path, folder, model_source, request, options, load=False, source=source)
+        return prepare(
+            src, folder.path, folder, model_source, request, options, load=False, source=source, is_checked=True
+        )
     part = _interim(folder, current, source)
     if part is not None and not _is_complete(folder, current):
-        prepared = prepare(src, folder.path, folder, model_source, request, options, load=False, source=part)
+        prepared = prepare(
+            src, folder.path, folder, model_source, request, options, load=False, source=part, is_checked=True
+        )
         prepared.whole = source
         return prepared
     if why := strange_plan(folder, current):

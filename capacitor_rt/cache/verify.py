@@ -25,6 +25,7 @@ from .shared_files import SharedFiles
 from .sources.listing import SOURCE, Listing, load_listing
 from .stamps import STAMPS
 from .store import known_plans, read_index, repair_hint, strange_plan
+from .views import no_cache
 
 
 @dataclass
@@ -81,7 +82,7 @@ def verify(
         require_extra(extra)
     root = Path(root)
     if not root.is_dir() or not any(os.path.lexists(root / name) for name in (PLAN, COMMITS, SOURCE)):
-        raise CacheError(f"{root} is no latent cache: it has no {PLAN}")
+        raise CacheError(no_cache(root))
     with CacheFolder(root) as folder:
         return _Check(folder).run(workers, advance)
 

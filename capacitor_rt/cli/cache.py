@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import InputError
-from .interrupts import bytes_text, interruptible
+from ..sizes import SIZE_MULTIPLE
+from .cache_report import print_dry_run, print_report, print_views, remark
+from .interrupts import interruptible
 from .options import (
     AreaSide,
     Backend,
@@ -24,10 +26,12 @@ from .options import (
     resolve_device,
     visible_gpus,
 )
-from .terminal import echo, note
+from .terminal import echo
 
 if TYPE_CHECKING:
-    from ..cache.report import DryRun, Report
+    from ..cache.model_source import Checkpoint
+    from ..cache.options import RunOptions
+    from ..cache.plan import CacheRequest
 
 
 def cache(
@@ -42,6 +46,15 @@ def cache(
     model: Model,
     size: SquareSide = None,
     area: AreaSide = None,
+    view: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--view",
+            help="Several sizes from one decode, each a cache in a folder under OUT: SIDE[@OPTION+...], with commas "
+            "between; options are area, adm, posterior, flip, and a --dtype. As 256,512@flip.",
+            metavar="VIEWS",
+        ),
+    ] = None,
     max_aspect: Annotated[
         float, typer.Option(min=1, help="Largest ratio of a bucket's longer side to its shorter side.")
     ] = 4.0,
@@ -172,8 +185,13 @@ def cache(
     130 when interrupted; the same command then goes on from the last finished task.
     """
     sides = [side for side in (size, area) if side is not None]
-    if len(sides) != 1:
-        raise InputError("give one of --size N (squares) and --area N (aspect-ratio buckets)")
+    if len(sides) + bool(view) != 1:
+        raise InputError("give one of --size N (squares), --area N (aspect-ratio buckets) and --view (several sizes)")
+    if view and (gpus is not None or ray is not None or (coordinators or 1) > 1):
+        raise InputError(
+            "--view goes by one process a command: start the same command once per GPU, each with RANK, WORLD_SIZE and "
+            "CUDA_VISIBLE_DEVICES"
+        )
     if "://" not in src and not Path(src).exists() and not any(c in src for c in "*?["):
         raise InputError(f"{src!r} does not exist: give a folder of images, one image, or files that hold images")
     if gpus is not None and device not in ("auto", "cuda"):
@@ -191,12 +209,13 @@ def cache(
         from ..cache.plan import CacheRequest
         from ..cache.run import cache_images
         from ..cache.sources import ColumnsRequest
+        from ..cache.views import parse_views
 
         compute = compute_dtype.full_name if compute_dtype else None
         devices = _devices(gpus, device, coordinators) if ray is None else ["cpu" if device == "cpu" else "cuda"]
         checkpoint = Checkpoint(model, devices[0], compute, revision, backend, encode_precision)
         request = CacheRequest(
-            side=sides[0],
+            side=sides[0] if sides else SIZE_MULTIPLE,
             area=area is not None,
             max_aspect=max_aspect,
             background=parse_background(background),
@@ -225,68 +244,43 @@ def cache(
             measure=measure,
             columns=ColumnsRequest(labels, captions, tuple(keep or ())),
         )
+        if view:
+            _cache_views(src, out, checkpoint, parse_views(view, request), options, dry_run)
+            return
         if dry_run:
-            _print_dry_run(describe_run(src, out, checkpoint, request, options=options))
+            print_dry_run(describe_run(src, out, checkpoint, request, options=options))
             return
         if ray is not None:
             from ..cache.ray_actors import cache_on_ray
 
-            report = cache_on_ray(
-                ray, src, out, checkpoint, request, actors=coordinators, note=_remark, options=options
-            )
+            report = cache_on_ray(ray, src, out, checkpoint, request, actors=coordinators, note=remark, options=options)
         elif gpus is None and coordinators is None:
-            report = cache_images(src, out, checkpoint, request, note=_remark, options=options)
+            report = cache_images(src, out, checkpoint, request, note=remark, options=options)
         else:
             from ..cache.coordinators import cache_on
 
-            report = cache_on(devices, src, out, checkpoint, request, note=_remark, options=options)
-    _print_report(report, out)
+            report = cache_on(devices, src, out, checkpoint, request, note=remark, options=options)
+    print_report(report, out)
     if report.exit_code:
         raise typer.Exit(report.exit_code)
+
+
+def _cache_views(
+    src: str, out: Path, model: Checkpoint, views: dict[str, CacheRequest], options: RunOptions, dry_run: bool
+) -> None:
+    from ..cache.views_run import cache_views, dry_run_views
+
+    if dry_run:
+        for name, found in dry_run_views(src, out, model, views, options=options).items():
+            echo(f"{name}:")
+            print_dry_run(found)
+        return
+    code = print_views(cache_views(src, out, model, views, note=remark, options=options), out)
+    if code:
+        raise typer.Exit(code)
 
 
 def _devices(gpus: str | None, device: str, coordinators: int | None) -> list[str]:
     """The device of each process that encodes."""
     each = visible_gpus(gpus) if gpus is not None else [resolve_device(device)]
     return [name for name in each for _ in range(coordinators or 1)]
-
-
-def _print_dry_run(found: DryRun) -> None:
-    for line in found.notes:
-        _remark(line)
-    echo("bucket (height x width)    images")
-    for bucket, count in found.buckets.items():
-        echo(f"{bucket!s:>23}  {count:>8}")
-    for reason, count in sorted(found.quarantined.items()):
-        echo(f"{'quarantined: ' + reason:>23}  {count:>8}")
-    if found.sampled:
-        note(f"estimated from the headers of {found.sampled} images")
-    echo(f"{found.tasks} tasks of at most {found.inputs} images, {bytes_text(found.nbytes)} of latents in all")
-    sizes = ", ".join(f"{name} {bytes_text(nbytes)}" for name, nbytes in found.by_dtype.items())
-    echo(f"{found.files} files of latents and indexes; by --dtype: {sizes}")
-    echo(f"to be written: {found.todo} tasks, {bytes_text(found.todo_nbytes)}")
-
-
-def _print_report(report: Report, out: Path) -> None:
-    done = f"{report.cached} of {report.inputs} images in {report.tasks} tasks, {bytes_text(report.nbytes)}"
-    if report.meters is None:
-        echo(f"nothing to do: {out} holds {done}")
-    else:
-        rate = report.new_images / max(report.seconds, 1e-9)
-        reused = f"; {report.reused} rows reused for generation {report.generation}" if report.generation else ""
-        echo(f"cached {done}{reused}; {report.new_images} inputs read at {rate:.1f} images/s; {report.meters}")
-    if report.quarantined:
-        reasons = ", ".join(f"{reason} {n}" for reason, n in sorted(report.quarantined.items()))
-        note(f"{report.quarantined.total()} quarantined ({reasons}): see {out / 'quarantine.jsonl'}")
-    if report.unfinished:
-        reasons = ", ".join(f"{reason} {n}" for reason, n in sorted(report.failed.items()))
-        note(
-            f"{report.unfinished} tasks are not finished, as inputs failed for now ({reasons}): run the same command "
-            "again, or add --give-up to quarantine them"
-        )
-        for line in report.examples:
-            note(f"  {line}")
-
-
-def _remark(line: str) -> None:
-    note(f"note: {line}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,22 +11,40 @@ from .interrupts import bytes_text
 from .options import check_cache
 from .terminal import echo, echo_json, note
 
+if TYPE_CHECKING:
+    from ..cache.status import Status
+
 
 def status(
     root: Annotated[Path, typer.Argument(help="Folder of the cache.", callback=check_cache)],
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
-    """Say how far a cache is, who is at work on it, how fast, and whether the disk will do.
+    """Say how far a cache, or each view in a folder, is, who is at work, how fast, and whether the disk will do.
 
     Ends with 0 if every input is done, 1 if some are still to be done.
     """
     from ..cache.status import status as look
+    from ..cache.views import views_in
 
-    found = look(root)
-    unfinished = found.done_tasks < found.tasks or found.is_interim
+    several = views_in(root)
+    found = {place: look(place) for place in several or [root]}
     if as_json:
-        echo_json(found.to_json())
-        raise typer.Exit(int(unfinished))
+        texts = {place.name: status.to_json() for place, status in found.items()}
+        echo_json(texts if several else found[root].to_json())
+    else:
+        for place, status in found.items():
+            if several:
+                echo(f"{place.name}:")
+            _print_status(status, place)
+    raise typer.Exit(int(any(_is_unfinished(status) for status in found.values())))
+
+
+def _is_unfinished(found: Status) -> bool:
+    return found.done_tasks < found.tasks or found.is_interim
+
+
+def _print_status(found: Status, root: Path) -> None:
+    unfinished = _is_unfinished(found)
     done = f"{found.done_inputs} of {found.inputs} inputs are done ({found.done_inputs / found.inputs:.1%})"
     echo(f"{done}, {found.done_tasks} of {found.tasks} tasks")
     echo(f"{found.rows} rows, {bytes_text(found.nbytes)} of latents")
@@ -45,7 +63,6 @@ def status(
         _print_outlook(found.rate, found.left_seconds, found.left_nbytes, found.free_nbytes)
     if found.litter_nbytes:
         echo(f"{bytes_text(found.litter_nbytes)} can be removed by `capacitor-rt gc {root}`")
-    raise typer.Exit(int(unfinished))
 
 
 def _print_outlook(rate: float | None, seconds: float | None, left: int, free: int) -> None:
@@ -90,8 +107,14 @@ def gc(
     Programs that still read an earlier generation need it: end them first.
     """
     from ..cache.garbage import collect
+    from ..cache.views import views_in
 
-    found = collect(root, dry_run=dry_run, drop_updates=drop_updates)
+    several = views_in(root)
+    found = [
+        (f"{place.name}/{name}" if several else name, size)
+        for place in several or [root]
+        for name, size in collect(place, dry_run=dry_run, drop_updates=drop_updates)
+    ]
     for name, size in found:
         note(f"{name}: {bytes_text(size)}")
     done = "would be removed" if dry_run else "removed"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from tqdm import tqdm
@@ -12,6 +12,9 @@ from ..errors import InputError
 from .interrupts import bytes_text, interruptible
 from .options import Device, Revision, check_cache, resolve_device
 from .terminal import echo, note
+
+if TYPE_CHECKING:
+    from ..cache.verify import Verification
 
 
 def verify(
@@ -44,7 +47,7 @@ def verify(
     device: Device = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress bar.")] = False,
 ) -> None:
-    """Compare every byte of a cache with its hashes and name what is damaged.
+    """Compare every byte of a cache, or of each view in a folder, with its hashes and name what is damaged.
 
     With --decode, rows are also decoded and compared with the images that they were made of. A row is poor if it
     decodes more than the tolerance worse than its image encoded anew.
@@ -55,6 +58,27 @@ def verify(
         raise InputError("--images, --model and --sheet are for --decode N: add it")
     if decode is not None and images is None:
         raise InputError("--decode compares rows with their images: give what was cached by --images")
+    from ..cache.views import views_in
+
+    several = views_in(root)
+    if several and decode is not None:
+        raise InputError(f"{root} holds the caches of several views: --decode is for one of them, give its folder")
+    if several:
+        every = [_verify(place, workers, repair, quiet, f"{place.name}: ") for place in several]
+        raise typer.Exit(int(any(found.problems or found.unfinished for found in every)))
+    found = _verify(root, workers, repair, quiet)
+    if decode is None or images is None or found.problems or not found.rows:
+        if found.problems or found.unfinished:
+            raise typer.Exit(1)
+        return
+    with interruptible():
+        code = _decode(root, decode, images, model, tolerance, sheet, revision, device)
+    if code or found.unfinished:
+        raise typer.Exit(1 if found.unfinished else code)
+
+
+def _verify(root: Path, workers: int, repair: bool, quiet: bool, name: str = "") -> Verification:
+    """Verify a cache, called `name`, and say what was found."""
     with interruptible():
         from ..cache.verify import verify as check
 
@@ -80,15 +104,9 @@ def verify(
     if found.unfinished:
         note(f"unfinished: {found.unfinished} tasks are still to be written: run the cache command again")
     state = f"{len(found.problems)} problems" if found.problems else "no damage"
-    echo(f"{found.rows} rows of {found.inputs} inputs, {found.tasks} tasks, {bytes_text(found.nbytes)}: {state}")
-    if decode is None or images is None or found.problems or not found.rows:
-        if found.problems or found.unfinished:
-            raise typer.Exit(1)
-        return
-    with interruptible():
-        code = _decode(root, decode, images, model, tolerance, sheet, revision, device)
-    if code or found.unfinished:
-        raise typer.Exit(1 if found.unfinished else code)
+    size = bytes_text(found.nbytes)
+    echo(f"{name}{found.rows} rows of {found.inputs} inputs, {found.tasks} tasks, {size}: {state}")
+    return found
 
 
 def _decode(

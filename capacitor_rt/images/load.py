@@ -9,14 +9,23 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..errors import ImageError, InputError
 from . import adm, deferred
 from .color import ICC_POLICIES
-from .decode import CORRUPT, DEFAULT_MAX_PIXELS, Buffer, ImageHeader, OpenedImage, check_background, open_image
+from .decode import (
+    CORRUPT,
+    DEFAULT_MAX_PIXELS,
+    TOO_LARGE,
+    Buffer,
+    ImageHeader,
+    OpenedImage,
+    check_background,
+    open_image,
+)
 from .geometry import TOO_SMALL, UPSCALE_POLICIES, Placement, Size, apply, assign, place, stored_window
 from .jpeg import MOST_SHRINK, shrunk
 from .resample import MOST_WASTE
@@ -130,21 +139,131 @@ def load_image(
     Raises:
         ImageError: with one of `REASONS`, or "too_small" by the policy.
     """
-    image = open_image(data, name=name, max_pixels=policy.max_pixels)
+    view = View(policy, tuple(buckets))
+    outs = None if out is None else [out[:record_bytes]]
+    is_record = record_bytes is not None and out is not None
+    (loaded,) = load_views(data, [view], outs, name=name, admit=admit, buffer=buffer, as_records=is_record)
+    if isinstance(loaded, ImageError):
+        raise loaded
+    return loaded
+
+
+class View(NamedTuple):
+    """What is made of an image: pixels by a policy, in the nearest of these buckets."""
+
+    policy: PixelPolicy
+    buckets: tuple[Size, ...]
+
+    @property
+    def slot(self) -> int:
+        """Bytes of the pixels of the largest bucket."""
+        return 3 * max(bucket.area for bucket in self.buckets)
+
+
+def load_views(
+    data: bytes,
+    views: Sequence[View],
+    outs: Sequence[np.ndarray] | None = None,
+    *,
+    name: str = "image",
+    admit: Admit = nullcontext,
+    buffer: Buffer | None = None,
+    as_records: bool = False,
+) -> list[LoadedImage | ImageError]:
+    """Decode an image file and make every view of it, or say why it cannot be made. Pixels are those of `load_image`.
+
+    The file is decoded once, or with `fast` once for each factor by which views shrink it.
+
+    Args:
+        outs: for each view uint8 `[N]`, contiguous, with room for the pixels of any of its buckets; they lie there.
+        name, admit, buffer: as those of `load_image`.
+        as_records: `outs` take records, each as large as its `out` at most, as `load_image` says.
+
+    Raises:
+        ImageError: no view can be made, as the file is no image.
+    """
+    image = open_image(data, name=name, max_pixels=max(view.policy.max_pixels for view in views))
     size = Size(image.header.height, image.header.width)
-    bucket = assign(size, buckets)
-    placement = policy.place(size, bucket)
-    resizing = adm.memory(size, placement) if policy.crop == "adm" else _resizing_memory(size, placement)
-    with admit(image.memory + resizing):
-        if record_bytes is not None and out is not None:
-            nbytes = _record(image, policy, placement, buffer, out[:record_bytes])
-            return LoadedImage(image.header, buckets.index(bucket), placement, out[:nbytes])
-        pixels = frame(image, policy, placement, buffer)
-    if out is not None:
-        view = out[: pixels.size].reshape(pixels.shape)
-        np.copyto(view, pixels)
-        pixels = view
-    return LoadedImage(image.header, buckets.index(bucket), placement, pixels)
+    found: list[LoadedImage | ImageError] = []
+    plans: list[tuple[int, int, int, Placement]] = []
+    needed = 0
+    for number, (policy, buckets) in enumerate(views):
+        bucket = assign(size, buckets)
+        try:
+            if size.area > policy.max_pixels:
+                raise ImageError(TOO_LARGE, f"{name}: {size} is more than {policy.max_pixels} pixels")
+            placement = policy.place(size, bucket)
+        except ImageError as e:
+            found.append(e)
+            continue
+        shrink = _shrink(image.header, placement) if policy.decode == "fast" and image.shrinks else 0
+        found.append(LoadedImage(image.header, buckets.index(bucket), placement, _NO_PIXELS))
+        plans.append((shrink, number, buckets.index(bucket), placement))
+        resizing = adm.memory(size, placement) if policy.crop == "adm" else _resizing_memory(size, placement)
+        needed = max(needed, resizing)
+    if plans:
+        with admit(image.memory + needed):
+            decoded = _Decoded(image, buffer)
+            for shrink, number, bucket_number, placement in sorted(plans, key=lambda plan: plan[0]):
+                policy = views[number].policy
+                try:
+                    pixels = decoded.pixels(policy, shrink)
+                    if outs is None:
+                        pixels = _placed(image, pixels, policy, placement)
+                    elif as_records:
+                        pixels = _record(image, pixels, policy, placement, outs[number])
+                    else:
+                        pixels = _laid(_placed(image, pixels, policy, placement), outs[number])
+                    found[number] = LoadedImage(image.header, bucket_number, placement, pixels)
+                except ImageError as e:
+                    found[number] = e
+    return found
+
+
+_NO_PIXELS = np.empty((0, 0, 3), np.uint8)
+
+
+class _Decoded:
+    """The pixels of an opened image as they were asked for last."""
+
+    def __init__(self, image: OpenedImage, buffer: Buffer | None):
+        self.image, self.buffer = image, buffer
+        self._as: tuple[Any, ...] | None = None
+        self._pixels: np.ndarray | ImageError = _NO_PIXELS
+
+    def pixels(self, policy: PixelPolicy, shrink: int) -> np.ndarray:
+        """uint8 `[H,W,3]` as stored, at 1/2^shrink of the size; of the memory of the last ones."""
+        wanted = (policy.background, policy.icc, shrink)
+        if wanted != self._as:
+            # what was there goes first
+            self._as, self._pixels = wanted, _NO_PIXELS
+            try:
+                self._pixels = _stored(self.image, policy, shrink, self.buffer)
+            except ImageError as e:
+                self._pixels = e
+        if isinstance(self._pixels, ImageError):
+            raise self._pixels
+        return self._pixels
+
+
+def _laid(pixels: np.ndarray, out: np.ndarray) -> np.ndarray:
+    """The same pixels at the begin of `out`."""
+    view = out[: pixels.size].reshape(pixels.shape)
+    np.copyto(view, pixels)
+    return view
+
+
+def _record(
+    image: OpenedImage, pixels: np.ndarray, policy: PixelPolicy, placement: Placement, out: np.ndarray
+) -> np.ndarray:
+    """The record of stored pixels, in `out`, of pixels that are resized where `out` or the policy asks for that."""
+    orientation = image.header.orientation
+    if policy.crop != "adm" and image.color_map(policy.icc) is None:
+        window = stored_window(placement, orientation)
+        is_resized = pixels.shape[:2] == (window.height, window.width)
+        if not is_resized and deferred.record_bytes(pixels.shape, window, FILTER) <= len(out):
+            return out[: deferred.write_record(pixels, window, orientation, FILTER, out)]
+    return out[: deferred.write_ready(_placed(image, pixels, policy, placement), out)]
 
 
 def frame(image: OpenedImage, policy: PixelPolicy, placement: Placement, buffer: Buffer | None = None) -> np.ndarray:
@@ -153,25 +272,11 @@ def frame(image: OpenedImage, policy: PixelPolicy, placement: Placement, buffer:
     Raises:
         ImageError: with one of `REASONS`.
     """
-    return _framed(_stored(image, policy, placement, buffer), image, policy, placement)
-
-
-def _record(
-    image: OpenedImage, policy: PixelPolicy, placement: Placement, buffer: Buffer | None, out: np.ndarray
-) -> int:
-    """Write an opened image's record, of pixels that are resized where `out` or the policy asks for that; its bytes."""
-    pixels, orientation = _stored(image, policy, placement, buffer), image.header.orientation
-    if policy.crop != "adm" and image.color_map(policy.icc) is None:
-        window = stored_window(placement, orientation)
-        is_resized = pixels.shape[:2] == (window.height, window.width)
-        if not is_resized and deferred.record_bytes(pixels.shape, window, FILTER) <= len(out):
-            return deferred.write_record(pixels, window, orientation, FILTER, out)
-    return deferred.write_ready(_framed(pixels, image, policy, placement), out)
-
-
-def _stored(image: OpenedImage, policy: PixelPolicy, placement: Placement, buffer: Buffer | None) -> np.ndarray:
-    """The pixels of an opened image as it is stored, shrunk if the policy allows."""
     shrink = _shrink(image.header, placement) if policy.decode == "fast" and image.shrinks else 0
+    return _placed(image, _stored(image, policy, shrink, buffer), policy, placement)
+
+
+def _stored(image: OpenedImage, policy: PixelPolicy, shrink: int, buffer: Buffer | None) -> np.ndarray:
     pixels = image.stored_pixels(policy.background, icc=policy.icc, shrink=shrink, buffer=buffer)
     height, width = pixels.shape[:2] if image.header.orientation < 5 else pixels.shape[1::-1]
     if (height, width) != (shrunk(image.header.height, shrink), shrunk(image.header.width, shrink)):
@@ -179,7 +284,7 @@ def _stored(image: OpenedImage, policy: PixelPolicy, placement: Placement, buffe
     return pixels
 
 
-def _framed(pixels: np.ndarray, image: OpenedImage, policy: PixelPolicy, placement: Placement) -> np.ndarray:
+def _placed(image: OpenedImage, pixels: np.ndarray, policy: PixelPolicy, placement: Placement) -> np.ndarray:
     orientation = image.header.orientation
     if policy.crop == "adm":
         pixels = adm.apply_adm(pixels, placement, orientation)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from cache_cases import commits_of, snapshot, task_files, write_images
-from kill_driver import REQUEST
+from kill_driver import REQUEST, VIEWS
 from models import random_model
 
 from capacitor_rt.cache import CacheRequest, cache_images
@@ -87,6 +87,22 @@ def test_killed_at_random_points_the_cache_ends_up_the_same_byte_for_byte(tmp_pa
     raise AssertionError(f"only {kills} of 54 kills struck a run")
 
 
+def test_killed_at_random_points_every_view_ends_up_the_same(tmp_path, src):
+    model = random_model()
+    for name, request in VIEWS.items():
+        run(src, tmp_path / "alone" / name, model, request)
+    kills = 0
+    for attempt in range(4):
+        seed, out = random.randrange(1 << 30), tmp_path / f"out-{attempt}"
+        died = [int(n) for n in drive("kill-views", src, out, 6, seed).stdout.split()]
+        assert died == sorted(died)
+        assert snapshot(out) == snapshot(tmp_path / "alone"), f"seed {seed}"
+        kills += len(died)
+        if kills >= 4:
+            return
+    raise AssertionError(f"only {kills} of 24 kills struck a run")
+
+
 def test_what_is_done_is_not_decoded_again(src, out, whole, monkeypatch):
     lines = (out / "commits.jsonl").read_bytes().splitlines(keepends=True)
     lost = [commits_of(out)[n] for n in (len(lines) - 2, len(lines) - 1)]
@@ -104,7 +120,7 @@ def test_what_is_done_is_not_decoded_again(src, out, whole, monkeypatch):
 
 def test_a_lost_commit_log_is_written_anew_from_the_tasks(src, out, whole, monkeypatch):
     (out / "commits.jsonl").unlink()
-    monkeypatch.delattr(work, "load_image")
+    monkeypatch.delattr(work, "load_views")
     run(src, out, random_model())
     assert snapshot(out) == snapshot(whole)
 

@@ -96,7 +96,7 @@ def test_as_many_workers_as_there_is_work_for(wanted, nbytes, count):
             class listing:
                 sizes = np.array([nbytes // 2, nbytes - nbytes // 2] if nbytes >= 0 else [-1, -1])
 
-    assert run_module._workers(wanted, Prepared, [Task(0, 0, 2)]) == count
+    assert run_module.workers_for(wanted, Prepared, [Task(0, 0, 2)]) == count
 
 
 def test_the_helper_starts_before_the_plan_and_serves_the_run(src, alone, tmp_path, monkeypatch):
@@ -110,7 +110,7 @@ def test_the_helper_starts_before_the_plan_and_serves_the_run(src, alone, tmp_pa
 
     monkeypatch.setattr(run_module, "Helper", Counted)
     monkeypatch.setattr("capacitor_rt.cache.decoding.coordinator.Helper", lambda: pytest.fail("another was started"))
-    monkeypatch.setattr(run_module, "_plan", lambda *args, plan=run_module._plan: planned.append(1) or plan(*args))
+    monkeypatch.setattr(run_module, "planned", lambda *args, plan=run_module.planned: planned.append(1) or plan(*args))
     cache_images(src, tmp_path / "out", random_model(), REQUEST, options=RunOptions(1, progress=False))
     assert snapshot(tmp_path / "out") == alone and len(started) == 1
     # nothing is planned for a cache that is there

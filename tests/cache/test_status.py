@@ -177,3 +177,19 @@ def test_a_retry_that_is_killed_half_way_loses_nothing(made):
     cache(made / "src", out)
     assert {k: v for k, v in snapshot(out).items() if not k.startswith("generations/")} == whole
     assert len(commits_of(out)) == 3
+
+
+def test_views_are_looked_at_and_cleared_together(made, run):
+    src, out = made / "src", made / "views"
+    for name in ("32", "64"):
+        cache(src, out / name, CacheRequest(int(name), dtype="fp32", task_inputs=3))
+    flip_byte(task_files(out / "64", 0)[1], 5000)
+    code, text, _ = run("status", out)
+    assert code == 0 and text.splitlines()[0] == "32:" and "64:" in text.splitlines()
+    code, text, _ = run("status", out, "--json")
+    assert {name: found["rows"] for name, found in json.loads(text).items()} == {"32": 7, "64": 7}
+    code, text, errors = run("verify", out, "-q", "--repair")
+    assert code == 1 and "32: 7 rows" in text and "repaired: " in errors
+    code, text, errors = run("gc", out)
+    assert code == 0 and "64/damaged/" in errors and "32/" not in errors
+    assert not (out / "64" / "damaged").exists()

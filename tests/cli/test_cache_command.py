@@ -135,3 +135,48 @@ def test_damage_ends_verify_with_1_and_is_named(cli, tmp_path):
     result = cli("verify", tmp_path / "out")
     assert result.exit_code == 1
     assert "unfinished: 1 tasks" in result.stderr
+
+
+class TestViews:
+    def test_several_sizes_from_one_decode(self, cli, tmp_path):
+        args = options(tmp_path, "--view", "32,64@flip", "--view", "64@area+int8", "--batch", 2, "--task-inputs", 4)
+        first = cli("cache", *args, "-q", "--workers", 0)
+        assert first.exit_code == 0, first.output
+        lines = first.stdout.splitlines()
+        assert lines[0].startswith("6 inputs read at ")
+        names = ["32", "64-flip", "64-area-int8"]
+        assert [line.partition(":")[0] for line in lines[1:]] == names
+        assert all("cached 6 of 6 images in 2 tasks" in line for line in lines[1:])
+        assert "note: 64-area-int8: what storing costs, measured on 4 of these images:" in first.stderr
+        checked = cli("verify", tmp_path / "out")
+        assert checked.exit_code == 0
+        assert [line.split(":")[0] for line in checked.stdout.splitlines()] == sorted(names)
+        again = cli("cache", *args)
+        assert again.exit_code == 0 and again.stdout.count("0 inputs in this run") == 3
+
+    def test_the_worst_exit_code_counts_and_says_where(self, cli, tmp_path):
+        (tmp_path / "src" / "bad.png").write_text("no image")
+        result = cli("cache", *options(tmp_path, "--view", "32,64"), "-q", "--workers", 0)
+        assert result.exit_code == 3
+        for name in ("32", "64"):
+            assert (
+                f"1 quarantined (not_an_image 1): see {tmp_path / 'out' / name / 'quarantine.jsonl'}" in result.stderr
+            )
+
+    def test_dry_run(self, cli, tmp_path):
+        result = cli("cache", *options(tmp_path, "--view", "32,64@area", "--dry-run"))
+        assert result.exit_code == 0 and not (tmp_path / "out").exists()
+        assert result.stdout.count("1 tasks of at most") == 2
+        assert "32:" in result.stdout.splitlines() and "64-area:" in result.stdout.splitlines()
+
+    @pytest.mark.parametrize(
+        ("more", "said"),
+        [
+            (("--view", "32", "--size", "32"), "give one of --size N"),
+            (("--view", "32@x"), "unknown option 'x'"),
+            (("--view", "32", "--coordinators", "2"), "start the same command once per GPU"),
+        ],
+    )
+    def test_wrong_usage(self, cli, tmp_path, more, said):
+        result = cli("cache", *options(tmp_path, *more))
+        assert isinstance(result.exception, InputError) and said in str(result.exception)

@@ -12,9 +12,9 @@ from PIL import Image
 
 from capacitor_rt.errors import ImageError, InputError
 from capacitor_rt.images import jpeg
-from capacitor_rt.images.decode import decode_image, probe
+from capacitor_rt.images.decode import OpenedImage, decode_image, probe
 from capacitor_rt.images.geometry import Size, apply, assign, bucket_table, place
-from capacitor_rt.images.load import PixelPolicy, load_image
+from capacitor_rt.images.load import PixelPolicy, View, load_image, load_views
 
 BUCKETS = bucket_table(64, 16)
 PHOTO = files.texture(240, 320)
@@ -126,3 +126,67 @@ def test_the_policy_is_checked(field):
 def test_policies_differ_in_their_fields():
     policies = [PixelPolicy(), PixelPolicy(decode="fast"), PixelPolicy(icc="ignore"), PixelPolicy(background=(0, 0, 0))]
     assert len({str(p.fields()) for p in policies}) == len(policies)
+
+
+def noted(shrinks: list[int]):
+    """`stored_pixels` that notes by how much it is to shrink."""
+    original = OpenedImage.stored_pixels
+
+    def stored_pixels(self, *args, **options):
+        shrinks.append(options["shrink"])
+        return original(self, *args, **options)
+
+    return stored_pixels
+
+
+class TestViews:
+    VIEWS = (
+        View(PixelPolicy(), (Size(64, 64),)),
+        View(PixelPolicy(), tuple(BUCKETS)),
+        View(PixelPolicy(crop="adm"), (Size(48, 48),)),
+        View(PixelPolicy(), (Size(128, 128),)),
+    )
+
+    @pytest.mark.parametrize("orientation", [1, 6])
+    @pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF"])
+    def test_each_is_what_it_is_alone(self, format, orientation):
+        data = files.encoded(files.stored(PHOTO, orientation), format, exif=files.exif(orientation))
+        outs = [np.zeros(view.slot + 5, np.uint8) for view in self.VIEWS]
+        for found in (load_views(data, self.VIEWS, buffer=bytearray), load_views(data, self.VIEWS, outs)):
+            for view, loaded in zip(self.VIEWS, found, strict=True):
+                alone = load_image(data, view.policy, view.buckets)
+                assert (loaded.header, loaded.bucket, loaded.placement) == (alone.header, alone.bucket, alone.placement)
+                np.testing.assert_array_equal(loaded.pixels, alone.pixels)
+        assert all(np.shares_memory(loaded.pixels, out) for loaded, out in zip(found, outs, strict=True))
+
+    def test_a_file_is_decoded_once(self, monkeypatch):
+        decoded = []
+        monkeypatch.setattr(OpenedImage, "stored_pixels", noted(decoded))
+        load_views(jpeg_of(PHOTO), self.VIEWS)
+        assert decoded == [0]
+
+    def test_fast_shrinks_for_each_view_as_it_does_alone(self, monkeypatch):
+        data = jpeg_of(files.texture(515, 771))
+        views = [View(PixelPolicy(decode="fast"), (Size(side, side),)) for side in (160, 32, 128, 96)]
+        decoded = []
+        alone = [load_image(data, view.policy, view.buckets).pixels for view in views]
+        monkeypatch.setattr(OpenedImage, "stored_pixels", noted(decoded))
+        for loaded, pixels in zip(load_views(data, views), alone, strict=True):
+            np.testing.assert_array_equal(loaded.pixels, pixels)
+        assert decoded == [0, 1, 3]
+
+    def test_one_that_cannot_be_made_leaves_the_others(self):
+        refusing = View(PixelPolicy(upscale="refuse"), (Size(512, 512),))
+        found = load_views(jpeg_of(PHOTO), [refusing, self.VIEWS[0]])
+        assert found[0].reason == "too_small"
+        np.testing.assert_array_equal(found[1].pixels, load_image(jpeg_of(PHOTO), PixelPolicy(), [Size(64, 64)]).pixels)
+        few = View(PixelPolicy(max_pixels=100), (Size(64, 64),))
+        found = load_views(jpeg_of(PHOTO), [few, self.VIEWS[0]])
+        assert found[0].reason == "too_large" and found[1].bucket == 0
+
+    def test_what_is_no_image_is_none_in_every_view(self):
+        with pytest.raises(ImageError):
+            load_views(b"no image", self.VIEWS)
+        cut = jpeg_of(PHOTO)[:2000]
+        found = load_views(cut, self.VIEWS)
+        assert all(isinstance(e, ImageError) and e.reason == found[0].reason for e in found)

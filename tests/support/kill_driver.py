@@ -3,6 +3,7 @@
 `kill SRC OUT COUNT SEED` caches SRC into OUT in a child, kills it at a random moment, and so on until one ends by
 itself. Prints how far the cache was (committed tasks) when each died.
 `kill-update` does the same by `--update`; meanwhile and after each death the cache in OUT is read, all of it.
+`kill-views` does the same with several views, whose tasks are counted together.
 `share SRC OUT COUNT KILLS SEED` caches SRC into OUT in COUNT children at once, kills some of them, and prints how much
 each has read and their exit codes. `share-update` does the same by `--update`.
 Both have a form `-dedupe`, too.
@@ -26,7 +27,7 @@ import typer
 from models import random_model
 
 from capacitor_rt import FullCapacitor
-from capacitor_rt.cache import CacheRequest, LatentDataset, RunOptions, cache_images
+from capacitor_rt.cache import CacheRequest, LatentDataset, RunOptions, cache_images, cache_views, parse_views
 from capacitor_rt.cli.cache import cache
 from capacitor_rt.cli.verify import verify
 from capacitor_rt.extras import require_extra
@@ -34,8 +35,12 @@ from capacitor_rt.extras import require_extra
 REQUEST = CacheRequest(32, area=True, dtype="fp32", posterior=True, flip=True, task_inputs=3, batch=2)
 
 
+VIEWS = parse_views(["32", "64@area+flip"], CacheRequest(32, dtype="fp32", task_inputs=3, batch=2))
+
+
 def commits(out: Path) -> int:
-    return sum(log.read_bytes().count(b"\n") for log in out.glob("commits*.jsonl"))
+    """Committed tasks of a cache, or of all views in a folder."""
+    return sum(log.read_bytes().count(b"\n") for log in [*out.glob("commits*.jsonl"), *out.glob("*/commits.jsonl")])
 
 
 def wait_for_commits(out: Path, count: int) -> None:
@@ -74,14 +79,23 @@ def rows_of(out: Path) -> tuple[int, dict[str, bytes]]:
     return ds.plan.number, rows
 
 
-def kill_until_done(src: Path, out: Path, kills: int, seed: int, update: bool = False) -> list[int]:
+def views_at_leisure(src: Path, out: Path, model: FullCapacitor, update: bool) -> int:
+    """The same of several views; the worst of their exit codes."""
+    os.nice(10)
+    options = RunOptions(workers=0, progress=False)
+    return max(r.exit_code for r in cache_views(src, out, model, VIEWS, note=str, options=options).values())
+
+
+def kill_until_done(
+    src: Path, out: Path, kills: int, seed: int, update: bool = False, begin=cache_at_leisure
+) -> list[int]:
     model = random_model()
     rng = random.Random(seed)
     died: list[int] = []
     old = rows_of(out) if update else None
     while True:
         before = commits(out)
-        child = in_child(lambda: cache_at_leisure(src, out, model, update))
+        child = in_child(lambda: begin(src, out, model, update))
         if len(died) < kills:
             # let it finish between none and three more tasks, then strike within the next one
             wait_for_commits(out, before + rng.randint(0, 3))
@@ -156,7 +170,9 @@ if __name__ == "__main__":
     is_update = mode.endswith("-update")
     if mode.endswith("-dedupe"):
         REQUEST = dataclasses.replace(REQUEST, dedupe=True)
-    if mode.startswith("kill"):
+    if mode == "kill-views":
+        print(*kill_until_done(Path(src), Path(second), *map(int, rest), begin=views_at_leisure))
+    elif mode.startswith("kill"):
         print(*kill_until_done(Path(src), Path(second), *map(int, rest), is_update))
     elif mode.startswith("share"):
         print("codes", *share(Path(src), Path(second), *map(int, rest), is_update))

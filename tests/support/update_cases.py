@@ -73,10 +73,10 @@ def out(tmp_path, src) -> Path:
 def reads(monkeypatch) -> dict[str, list]:
     """Inputs that are read, and images that are decoded."""
     found: dict[str, list] = {"read": [], "decoded": []}
-    attempt, load = Worker._attempt, work.load_image
+    attempt, load = Worker._attempt, work.load_views
     monkeypatch.setattr(Worker, "_attempt", lambda self, i: found["read"].append(i) or attempt(self, i))
     monkeypatch.setattr(
-        work, "load_image", lambda data, *args, **kw: found["decoded"].append(kw["name"]) or load(data, *args, **kw)
+        work, "load_views", lambda data, *args, **kw: found["decoded"].append(kw["name"]) or load(data, *args, **kw)
     )
     return found
 

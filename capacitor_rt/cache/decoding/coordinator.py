@@ -51,6 +51,7 @@ class Order:
         failed: reason and message of inputs that are given up.
         deaths: of workers, by the input that they were at.
         is_doubted: whether a worker has died with it between two inputs, so perhaps while it read ahead.
+        views: numbers of those that are wanted.
     """
 
     number: int
@@ -61,6 +62,7 @@ class Order:
     deaths: Counter[int] = field(default_factory=Counter)
     is_abandoned: bool = False
     is_doubted: bool = False
+    views: tuple[int, ...] = (0,)
 
     @property
     def is_suspect(self) -> bool:
@@ -113,13 +115,13 @@ class Coordinator:
         self._thread = threading.Thread(target=self._run, name="decode-pool", daemon=True)
         self._thread.start()
 
-    def place(self, ordinals: Sequence[int]) -> Order | None:
+    def place(self, ordinals: Sequence[int], views: tuple[int, ...] = (0,)) -> Order | None:
         """Order a chunk; None while the ring has no room.
 
         Raises:
             InputError: it never will.
         """
-        nbytes = len(ordinals) * self._job.slot
+        nbytes = len(ordinals) * sum(self._job.slots[view] for view in views)
         if nbytes > self._allocator.nbytes:
             raise InputError(
                 f"{len(ordinals)} inputs do not fit into a ring of {self._allocator.nbytes} bytes: use shorter ranges"
@@ -129,7 +131,7 @@ class Coordinator:
             if span is None:
                 return None
             self._count += 1
-            order = Order(self._count, ordinals, span)
+            order = Order(self._count, ordinals, span, views=views)
             if len(ordinals):
                 self._queue.append(order)
             else:
@@ -234,7 +236,7 @@ class Coordinator:
                 order = self._queue.popleft()
                 seat.orders.append(order)
                 span, careful = order.span, order.is_suspect
-                task = Task(order.number, order.ordinals, span.begin, span.end, order.failed, careful)
+                task = Task(order.number, order.ordinals, span.begin, span.end, order.failed, careful, order.views)
                 # who is dead will be seen to be
                 with suppress(OSError):
                     assert seat.connection is not None

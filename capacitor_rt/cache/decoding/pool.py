@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ...errors import CacheError, InputError
 from ...images.deferred import UNIT
 from ...images.geometry import Size
-from ...images.load import PixelPolicy
+from ...images.load import PixelPolicy, View
 from ..sources import Source
 from .coordinator import Coordinator, Order
 from .helper import Helper
@@ -24,12 +24,19 @@ CHUNK = 32
 """Inputs of a chunk, if they are small."""
 
 
+class Wanted(NamedTuple):
+    """Inputs, and the numbers of the views that are wanted of them."""
+
+    ordinals: Sequence[int]
+    views: tuple[int, ...]
+
+
 @dataclass
 class DecodedChunk:
     """A few inputs after decoding.
 
     Attributes:
-        columns: Arrow record batch of `chunk_schema`, a row for each input.
+        columns: Arrow record batch of `chunk_schema`, a row for each input: of the first view that was wanted.
         meter: what it took.
     """
 
@@ -38,6 +45,7 @@ class DecodedChunk:
     _pixels: np.ndarray
     _offsets: np.ndarray
     _buckets: Sequence[Size]
+    _others: dict[int, DecodedChunk] = field(default_factory=dict)
     _order: Order | None = None
     _owner: Coordinator | None = None
     _bucket_of: np.ndarray | None = None
@@ -78,6 +86,11 @@ class DecodedChunk:
             self._bucket_of = self.columns["bucket"].fill_null(-1).to_numpy()
         return self._bucket_of
 
+    def of(self, view: int) -> DecodedChunk:
+        """The rows and pixels of a view that was wanted, to be used before this chunk is released."""
+        # not among them itself: a circle would outlive the ring
+        return self._others.get(view, self)
+
     def release(self) -> None:
         """The pixels are no longer needed: others may take their place."""
         if self._owner is not None and self._order is not None:
@@ -114,6 +127,7 @@ class DecodePool:
         backoff: seconds to wait before each further attempt to read an input that failed for now.
         known: hashes of inputs that are read and not decoded: their rows have the status "known".
         helper: where the workers are forked, if it was started before; it ends with the pool.
+        also: further views of every image, numbered from 1; the one of `policy` and `buckets` is 0.
 
     Raises:
         InputError: an argument out of range.
@@ -135,6 +149,7 @@ class DecodePool:
         backoff: Sequence[float] = BACKOFF_SECONDS,
         known: Contents | None = None,
         helper: Helper | None = None,
+        also: Sequence[View] = (),
     ):
         checks: dict[str, bool] = {"workers": workers >= 0, "image_timeout": image_timeout > 0, "readers": readers >= 1}
         checks |= {"pixel_budget": pixel_budget > 0, "ring_bytes": ring_bytes > 0, "buckets": len(buckets) > 0}
@@ -150,7 +165,9 @@ class DecodePool:
         if record_bytes % UNIT:
             raise InputError(f"record_bytes {record_bytes} is not a multiple of {UNIT}")
         self.deferring = record_bytes > 0
-        self._job = Job(source, policy, tuple(buckets), readers, tuple(backoff), pixel_budget, record_bytes, known)
+        self._job = Job(
+            source, policy, tuple(buckets), readers, tuple(backoff), pixel_budget, record_bytes, known, tuple(also)
+        )
         # of a ring as asked for, everyone has two chunks at least
         self.chunk = max(1, min(CHUNK, ring_bytes // (self._job.slot * (2 * workers + 2))))
         self._ring_bytes = max(ring_bytes, self._job.slot * self.chunk * (2 * workers + 2))
@@ -183,8 +200,9 @@ class DecodePool:
         if self._coordinator is not None:
             self._coordinator.pin()
 
-    def decode(self, ordinals: Iterable[Sequence[int]], ahead: int | None = None) -> Iterator[DecodedChunk]:
-        """A chunk for each range or list of inputs, in the order given, whichever worker is done first.
+    def decode(self, ordinals: Iterable[Sequence[int] | Wanted], ahead: int | None = None) -> Iterator[DecodedChunk]:
+        """A chunk for each range or list of inputs, in the order given, whichever worker is done first. Where
+        one does not say which views are wanted, it is the first.
 
         They are taken, in the calling thread, as far ahead as the ring has room, or `ahead` inputs. Chunks are to be
         released, or the ring fills up.
@@ -200,16 +218,16 @@ class DecodePool:
             raise InputError("the pool is closed: use it in a with statement")
         coordinator = self._coordinator
         orders: deque[Order] = deque()
-        todo = iter(ordinals)
-        held: Sequence[int] | None = None
+        todo = map(_wanted, ordinals)
+        held: Wanted | None = None
         try:
             while True:
                 under_way = sum(len(order.ordinals) for order in orders)
                 while (ahead is None or not orders or under_way < ahead) and (
                     held is not None or (held := next(todo, None)) is not None
                 ):
-                    under_way += len(held)
-                    order = coordinator.place(held)
+                    under_way += len(held.ordinals)
+                    order = coordinator.place(*held)
                     if order is None:
                         break
                     orders.append(order)
@@ -217,8 +235,9 @@ class DecodePool:
                 if not orders:
                     if held is None:
                         return
+                    count = len(held.ordinals)
                     raise CacheError(
-                        f"no room for {len(held)} inputs in a ring of {self._ring_bytes} bytes, all of which is held: "
+                        f"no room for {count} inputs in a ring of {self._ring_bytes} bytes, all of which is held: "
                         "release chunks, or use a larger ring"
                     )
                 result, waited = coordinator.wait(orders[0])
@@ -230,22 +249,47 @@ class DecodePool:
                 else:
                     self.waited += waited
                 self.meter = self.meter.plus(result.meter)
-                yield DecodedChunk(
-                    result.columns, result.meter, result.pixels, result.offsets, self._job.buckets, order, coordinator
-                )
+                chunk = self._chunk(order.views, *result)
+                chunk._order, chunk._owner = order, coordinator
+                yield chunk
         finally:
             for order in orders:
                 coordinator.abandon(order)
 
-    def _decode_here(self, worker: Worker, ordinals: Iterable[Sequence[int]]) -> Iterator[DecodedChunk]:
-        for chosen in ordinals:
+    def _decode_here(self, worker: Worker, ordinals: Iterable[Sequence[int] | Wanted]) -> Iterator[DecodedChunk]:
+        for chosen, views in map(_wanted, ordinals):
             pixels = np.empty(len(chosen) * self._job.slot, np.uint8)
             worker.push(chosen)
-            rows, meter = worker.chunk(len(chosen), pixels)
+            rows, meter = worker.chunk(len(chosen), pixels, views)
             self.meter = self.meter.plus(meter)
             self.chunks += 1
             offsets = np.array([row.offset for row in rows], np.int64)
-            yield DecodedChunk(to_batch(rows), meter, pixels, offsets, self._job.buckets)
+            yield self._chunk(views, to_batch(rows), pixels, offsets, meter)
+
+    def _chunk(
+        self, views: Sequence[int], columns: Any, pixels: np.ndarray, offsets: np.ndarray, meter: Meter
+    ) -> DecodedChunk:
+        """Of rows that lie view after view."""
+        count = columns.num_rows // max(len(views), 1)
+        parts = {
+            view: DecodedChunk(
+                columns.slice(k * count, count),
+                meter,
+                pixels,
+                offsets[k * count : (k + 1) * count],
+                self._job.views[view].buckets,
+            )
+            for k, view in enumerate(views)
+        }
+        if not parts:
+            return DecodedChunk(columns, meter, pixels, offsets, self._job.buckets)
+        first = parts.pop(views[0])
+        first._others = parts
+        return first
+
+
+def _wanted(ordinals: Sequence[int] | Wanted) -> Wanted:
+    return ordinals if isinstance(ordinals, Wanted) else Wanted(ordinals, (0,))
 
 
 def usable_cores() -> int:

@@ -49,7 +49,7 @@ class Setup(NamedTuple):
 
 
 class Task(NamedTuple):
-    """A chunk for a worker: inputs, their part of the ring, and those that are known to fail, with the reason.
+    """A chunk for a worker: inputs, their part of the ring, those that are known to fail, and which views are wanted.
 
     With `careful`, each is read only when its turn has come, so that whoever dies or hangs dies of it.
     """
@@ -60,6 +60,7 @@ class Task(NamedTuple):
     end: int
     failed: dict[int, tuple[str, str]]
     careful: bool
+    views: tuple[int, ...] = (0,)
 
 
 class Done(NamedTuple):
@@ -229,9 +230,9 @@ def _serve(connection: Connection, job: Job, memory: SharedMemory, number: int) 
             task, queued[0] = tasks.pop(0), 0.0
             out = memory.ring[task.begin : task.end]
             if task.careful:
-                rows, meter = worker.carefully(task.ordinals, out, task.failed)
+                rows, meter = worker.carefully(task.ordinals, out, task.failed, task.views)
             else:
-                rows, meter = worker.chunk(len(task.ordinals), out)
+                rows, meter = worker.chunk(len(task.ordinals), out, task.views)
             offsets = np.array([row.offset for row in rows], np.int64).tobytes()
             batch = to_batch(rows).serialize().to_pybytes()
             meter = meter._replace(queued=queued[0], idle=idle)

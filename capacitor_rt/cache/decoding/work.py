@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import accumulate, chain
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -16,7 +17,7 @@ from ...errors import CapacitorError, ImageError
 from ...extras import require_extra
 from ...images.deferred import ready_bytes
 from ...images.geometry import Size
-from ...images.load import Admit, PixelPolicy, load_image
+from ...images.load import Admit, LoadedImage, PixelPolicy, View, load_views
 from ..failures import CRASHED, OUT_OF_MEMORY, is_retryable
 from ..hashing import xxh3
 from ..index import DECODED, KNOWN, OK, QUARANTINED
@@ -50,6 +51,7 @@ class Job:
         record_bytes: where images are resized elsewhere, what is set aside for the record of each; 0 where they are
             resized by the workers.
         known: hashes of inputs that are read and not decoded: their status is "known".
+        also: further views of every image, beside that of `policy` and `buckets`.
     """
 
     source: Source
@@ -60,18 +62,29 @@ class Job:
     pixel_budget: int = 2 << 30
     record_bytes: int = 0
     known: Contents | None = None
+    also: tuple[View, ...] = ()
+
+    @property
+    def views(self) -> tuple[View, ...]:
+        """What is made of every image."""
+        return View(self.policy, self.buckets), *self.also
 
     @property
     def slot(self) -> int:
-        """Bytes that are set aside for an image: its pixels in the largest bucket, or its record."""
-        return max(self.least, self.record_bytes)
+        """Bytes that are set aside for an image: its pixels in the largest bucket, or its record; in all views."""
+        return sum(self.slots)
 
     @property
-    def least(self) -> int:
-        """Bytes that every image finds room in."""
+    def slots(self) -> tuple[int, ...]:
+        """Bytes that are set aside for each view of an image."""
+        return tuple(max(least, self.record_bytes) for least in self.least)
+
+    @property
+    def least(self) -> tuple[int, ...]:
+        """Bytes that every image finds room in, in each view."""
         if self.record_bytes:
-            return max(ready_bytes(bucket.height, bucket.width) for bucket in self.buckets)
-        return 3 * max(bucket.area for bucket in self.buckets)
+            return tuple(max(ready_bytes(b.height, b.width) for b in view.buckets) for view in self.views)
+        return tuple(view.slot for view in self.views)
 
 
 class Meter(NamedTuple):
@@ -171,12 +184,21 @@ class Worker:
         self._waiting.extend(ordinals)
         self._read_ahead()
 
-    def chunk(self, count: int, out: np.ndarray) -> tuple[list[Row], Meter]:
-        """Decode the next `count` inputs into `out`, uint8 `[N]`, one behind the other."""
-        return self._rows((self._next() for _ in range(count)), count, out)
+    def chunk(self, count: int, out: np.ndarray, views: Sequence[int] = (0,)) -> tuple[list[Row], Meter]:
+        """Decode the next `count` inputs into `out`, uint8 `[N]`, one behind the other.
+
+        Args:
+            views: numbers of those that are wanted. Rows and pixels of the first come first, then those of the second;
+                the pixels of each begin where those of the ones before would end if all were the largest.
+        """
+        return self._rows((self._next() for _ in range(count)), count, out, views)
 
     def carefully(
-        self, ordinals: Sequence[int], out: np.ndarray, failed: Mapping[int, tuple[str, str]]
+        self,
+        ordinals: Sequence[int],
+        out: np.ndarray,
+        failed: Mapping[int, tuple[str, str]],
+        views: Sequence[int] = (0,),
     ) -> tuple[list[Row], Meter]:
         """Decode inputs that were not pushed, nothing of them read before its turn.
 
@@ -194,7 +216,7 @@ class Worker:
                 else:
                     yield ordinal, self._threads.submit(self._patiently, ordinal)
 
-        return self._rows(reads(), len(ordinals), out)
+        return self._rows(reads(), len(ordinals), out, views)
 
     def _next(self) -> tuple[int, Future[_Read]]:
         self._read_ahead()
@@ -202,64 +224,66 @@ class Worker:
         self._read_ahead()
         return ordinal, future
 
-    def _rows(self, reads: Iterable[tuple[int, Future[_Read]]], count: int, out: np.ndarray) -> tuple[list[Row], Meter]:
+    def _rows(
+        self, reads: Iterable[tuple[int, Future[_Read]]], count: int, out: np.ndarray, views: Sequence[int]
+    ) -> tuple[list[Row], Meter]:
         cpu, self._starved, self._read = time.thread_time(), 0.0, 0.0
-        rows: list[Row] = []
-        offset = 0
-        for ordinal, future in reads:
+        wanted, least = [self.job.views[number] for number in views], [self.job.least[number] for number in views]
+        rows: list[list[Row]] = [[] for _ in wanted]
+        ends = [*accumulate(count * self.job.slots[number] for number in views)]
+        offsets = [0, *ends[:-1]]
+        for left, (ordinal, future) in zip(range(count - 1, -1, -1), reads, strict=True):
             self.mark(ordinal)
-            row = Row({"input": ordinal, "status": OK}, offset)
+            made = [Row({"input": ordinal, "status": OK}, offset) for offset in offsets]
             # those that follow keep the least that they need
-            offset += self._one(row, future, out[offset : len(out) - (count - len(rows) - 1) * self.job.least])
+            outs = [out[offset : end - left * n] for offset, end, n in zip(offsets, ends, least, strict=True)]
+            sizes = self._one(made, future, wanted, outs)
             self.mark(None)
-            rows.append(row)
-        return rows, Meter(self._read, time.thread_time() - cpu, self._starved)
+            offsets = [offset + size for offset, size in zip(offsets, sizes, strict=True)]
+            for of_view, row in zip(rows, made, strict=True):
+                of_view.append(row)
+        return [*chain.from_iterable(rows)], Meter(self._read, time.thread_time() - cpu, self._starved)
 
-    def _one(self, row: Row, future: Future[_Read], out: np.ndarray) -> int:
-        """Decode one input; bytes of its pixels."""
+    def _one(
+        self, rows: Sequence[Row], future: Future[_Read], views: Sequence[View], outs: Sequence[np.ndarray]
+    ) -> list[int]:
+        """Decode one input, a row for each view; bytes of its pixels in each."""
         begin = time.perf_counter()
         read = future.result()
         self._starved += time.perf_counter() - begin
         self._read += read.seconds
         self._held -= len(read.data or b"")
-        values, ordinal = row.values, row.values["input"]
-        values["bytes_hash"] = read.digest
+        ordinal = rows[0].values["input"]
+        for row in rows:
+            row.values["bytes_hash"] = read.digest
         if read.error is not None or read.data is None:
             error = read.error or ImageError(CRASHED, "nothing was read")
-            _fail(row, error.reason, str(error))
-            return 0
+            return _fail(rows, error.reason, str(error))
         if self.job.known is not None and read.digest is not None and self.job.known.find(read.digest) >= 0:
-            values["status"], row.offset = KNOWN, -1
-            return 0
+            for row in rows:
+                row.values["status"], row.offset = KNOWN, -1
+            return [0] * len(rows)
         name = f"input {ordinal}"
         try:
             name = self.job.source.listing.id(ordinal)
-            loaded = load_image(
-                read.data,
-                self.job.policy,
-                self.job.buckets,
-                out,
-                name=name,
-                admit=self.admit,
-                buffer=self._buffer,
-                record_bytes=len(out) if self.job.record_bytes else None,
+            as_records = self.job.record_bytes > 0
+            found = load_views(
+                read.data, views, outs, name=name, admit=self.admit, buffer=self._buffer, as_records=as_records
             )
         except ImageError as e:
-            _fail(row, e.reason, str(e))
-            return 0
+            return _fail(rows, e.reason, str(e))
         except MemoryError:
-            _fail(row, OUT_OF_MEMORY, f"{name}: no memory to decode it")
-            return 0
+            return _fail(rows, OUT_OF_MEMORY, f"{name}: no memory to decode it")
         except CapacitorError:
             raise
         except Exception as e:
-            _fail(row, CRASHED, f"{name}: decoding ended in {type(e).__name__}: {e}")
-            return 0
-        header, placement = loaded.header, loaded.placement
-        values |= {"width": header.width, "height": header.height, "orientation": header.orientation}
-        values |= {"bucket": loaded.bucket, "crop_top": placement.top, "crop_left": placement.left}
-        values |= {"resize_height": placement.resize.height, "resize_width": placement.resize.width}
-        return loaded.pixels.size
+            return _fail(rows, CRASHED, f"{name}: decoding ended in {type(e).__name__}: {e}")
+        for row, loaded in zip(rows, found, strict=True):
+            if isinstance(loaded, ImageError):
+                _fail([row], loaded.reason, str(loaded))
+            else:
+                row.values |= _described(loaded)
+        return [0 if isinstance(loaded, ImageError) else loaded.pixels.size for loaded in found]
 
     def _buffer(self, nbytes: int) -> bytearray:
         """Memory for a decoded picture, the same again and again unless it is a large one."""
@@ -305,6 +329,24 @@ class Worker:
             return _Read(error=ImageError(CRASHED, f"input {ordinal}: reading ended in {type(e).__name__}: {e}"))
 
 
-def _fail(row: Row, reason: str, message: str) -> None:
-    row.values |= {"status": QUARANTINED, "reason": reason, "message": message, "retryable": is_retryable(reason)}
-    row.offset = -1
+def _described(loaded: LoadedImage) -> dict[str, int]:
+    """What the index says of an image that was decoded."""
+    header, placement = loaded.header, loaded.placement
+    return {
+        "width": header.width,
+        "height": header.height,
+        "orientation": header.orientation,
+        "bucket": loaded.bucket,
+        "resize_height": placement.resize.height,
+        "resize_width": placement.resize.width,
+        "crop_top": placement.top,
+        "crop_left": placement.left,
+    }
+
+
+def _fail(rows: Sequence[Row], reason: str, message: str) -> list[int]:
+    """None of these rows has pixels: 0 bytes each."""
+    for row in rows:
+        row.values |= {"status": QUARANTINED, "reason": reason, "message": message, "retryable": is_retryable(reason)}
+        row.offset = -1
+    return [0] * len(rows)

@@ -1,0 +1,76 @@
+"""What `capacitor-rt cache` says in the end, of one cache and of several views."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .interrupts import bytes_text
+from .terminal import echo, note
+
+if TYPE_CHECKING:
+    from ..cache.report import DryRun, Report
+
+
+def print_dry_run(found: DryRun) -> None:
+    """What a run would do."""
+    for line in found.notes:
+        remark(line)
+    echo("bucket (height x width)    images")
+    for bucket, count in found.buckets.items():
+        echo(f"{bucket!s:>23}  {count:>8}")
+    for reason, count in sorted(found.quarantined.items()):
+        echo(f"{'quarantined: ' + reason:>23}  {count:>8}")
+    if found.sampled:
+        note(f"estimated from the headers of {found.sampled} images")
+    echo(f"{found.tasks} tasks of at most {found.inputs} images, {bytes_text(found.nbytes)} of latents in all")
+    sizes = ", ".join(f"{name} {bytes_text(nbytes)}" for name, nbytes in found.by_dtype.items())
+    echo(f"{found.files} files of latents and indexes; by --dtype: {sizes}")
+    echo(f"to be written: {found.todo} tasks, {bytes_text(found.todo_nbytes)}")
+
+
+def print_report(report: Report, out: Path) -> None:
+    """What a run has done, and what is to be done about the rest."""
+    done = f"{report.cached} of {report.inputs} images in {report.tasks} tasks, {bytes_text(report.nbytes)}"
+    if report.meters is None:
+        echo(f"nothing to do: {out} holds {done}")
+    else:
+        rate = report.new_images / max(report.seconds, 1e-9)
+        reused = f"; {report.reused} rows reused for generation {report.generation}" if report.generation else ""
+        echo(f"cached {done}{reused}; {report.new_images} inputs read at {rate:.1f} images/s; {report.meters}")
+    print_failures(report, out)
+
+
+def print_failures(report: Report, out: Path) -> None:
+    """What could not be cached, and what is to be done about it."""
+    if report.quarantined:
+        reasons = ", ".join(f"{reason} {n}" for reason, n in sorted(report.quarantined.items()))
+        note(f"{report.quarantined.total()} quarantined ({reasons}): see {out / 'quarantine.jsonl'}")
+    if report.unfinished:
+        reasons = ", ".join(f"{reason} {n}" for reason, n in sorted(report.failed.items()))
+        note(
+            f"{report.unfinished} tasks are not finished, as inputs failed for now ({reasons}): run the same command "
+            "again, or add --give-up to quarantine them"
+        )
+        for line in report.examples:
+            note(f"  {line}")
+
+
+def remark(line: str) -> None:
+    """A line that a user may want to know."""
+    note(f"note: {line}")
+
+
+def print_views(reports: Mapping[str, Report], out: Path) -> int:
+    """What a run has done in every view, and its exit code: the worst, which is 1 before 3 before 0."""
+    first = next(iter(reports.values()))
+    if first.meters is not None:
+        images = first.meters.images
+        echo(f"{images} inputs read at {images / max(first.seconds, 1e-9):.1f} images/s; {first.meters}")
+    for name, report in reports.items():
+        done = f"{report.cached} of {report.inputs} images in {report.tasks} tasks, {bytes_text(report.nbytes)}"
+        echo(f"{name}: cached {done}; {report.new_images} inputs in this run")
+        print_failures(report, out / name)
+    codes = {report.exit_code for report in reports.values()}
+    return next((code for code in (1, 3) if code in codes), 0)
