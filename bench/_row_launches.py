@@ -80,7 +80,7 @@ def launches_at(
     Args:
         dtype: of the weights, "bf16" or "fp16", or "e4m3" for encoders in fp8.
         grid: rows and columns of patches of an image.
-        use: "throughput" (a batch of 32 and an odd one) or "latency" (one image).
+        use: "throughput" (a batch of 32, an odd one, and one image) or "latency" (one image).
         families: ops to follow; all when empty.
 
     Returns:
@@ -97,7 +97,7 @@ def launches_at(
     for model in _models(dtype):
         for call in calls(dtype):
             users.append(call)
-            for batch in (1,) if use == "latency" else (THROUGHPUT_BATCH, ODD_BATCH):
+            for batch in (1,) if use == "latency" else (THROUGHPUT_BATCH, ODD_BATCH, 1):
                 size = batch, grid[0] * model.patch_size, grid[1] * model.patch_size
                 image_dtype = getattr(torch, _DTYPES[call.dtype])
                 key = PlanKey(call.direction, *size, torch_dtype, image_dtype, call.layout, cc, use)

@@ -44,11 +44,14 @@ class FullCapacitor(PretrainedAutoencoder):
             "triton" on such a GPU in bfloat16 or float16 and "torch" elsewhere, and for whatever needs gradients.
         strict_size: require H and W to be multiples of 32, as the published model does; False admits every
             multiple of the latent stride.
-        low_latency: let the Triton backend run a single image by launches shaped for it. A row's bits then depend on
-            whether it came alone; otherwise they depend neither on the batch nor on the place in it.
+        low_latency: let the Triton backend run a single image by launches shaped for it, which cut sums in slices. A
+            row's bits then depend on whether it came alone; otherwise they depend neither on the batch nor on the
+            place in it.
         cuda_graphs: capture a CUDA graph for each shape and replay it; else launches are queued one by one.
         overlap: make two branches of a graph of the halves of an even batch, so that what is bound by memory in one may
             hide under the products of the other. Bits stay as they are. What it gains is not measured yet.
+        narrow_tiles: run few images by narrower tiles, which leave the same bits; turned off by itself on a GPU where
+            they were compared and did not.
         memory_budget: bytes that the Triton backend may keep in arenas beside the packed weights; by default at most
             2 GiB and an eighth of the device's memory. `release()` frees them.
     """

@@ -35,6 +35,7 @@ _NAMES = {
     "dewhiten": "ops.whiten",
     "dwconv_partials_shape": "ops.dwconv",
     "dwconv_sumsq_shape": "ops.dwconv",
+    "expand_fp8_partials_shape": "ops.expand_fp8",
     "expand_partials_shape": "ops.expand",
     "lookup": "tuning",
     "pack_patchify_weight": "ops.patchify",

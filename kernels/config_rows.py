@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from functools import cache
 from importlib import import_module, resources
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from . import OPS, user_rows
-from .gemm import GemmConfig, gemm_smem
+from .gemm import GemmConfig, gemm_smem, product_bits
 from .gpu_limits import limits
 
 Shape = Mapping[str, int]
@@ -39,6 +39,10 @@ class Family:
         accepts: (config of a row, requested shape) -> whether the row suits a shape that is not its own.
         choose: (config that was found, compute capability, shape, dtype, use) -> the one to take: for forms that are
             asked for, and for rows whose form this Triton lacks.
+        bits: (config, compute capability, dtype) -> what decides the bits of an image beside the operands; two configs
+            with equal ones, a bit class, leave the same. Without it every config is a class of its own.
+        few: (config that was found, compute capability, shape, dtype, images) -> the one for so few images; it is taken
+            where it is of the same bit class.
         forms: configs of other forms of the op, for who measures; not every GPU and shape has them.
     """
 
@@ -49,7 +53,29 @@ class Family:
     default: Callable[[int, Shape, torch.dtype, str], Any]
     accepts: Callable[[Any, Shape], bool] | None = None
     choose: Callable[[Any, int, Shape, torch.dtype, str], Any] | None = None
+    bits: Callable[[Any, int, torch.dtype], Hashable] | None = None
+    few: Callable[[Any, int, Shape, torch.dtype, int], Any] | None = None
     forms: tuple[Any, ...] = ()
+
+    def same_bits(self, a: Any, b: Any, cc: int, dtype: torch.dtype) -> bool:
+        """Whether two configs are of one bit class."""
+        return a == b or (self.bits is not None and self.bits(a, cc, dtype) == self.bits(b, cc, dtype))
+
+
+def flat_family(
+    name: str,
+    exact: tuple[str, ...],
+    default: Callable[[int, Shape, torch.dtype, str], GemmConfig],
+    accepts: Callable[[Any, Shape], bool] | None = None,
+) -> Family:
+    """The family of a GEMM whose tiles may mix images: few images take the default for as many tokens of one image."""
+
+    def few(config: GemmConfig, cc: int, shape: Shape, dtype: torch.dtype, images: int) -> GemmConfig:
+        tokens = {"tokens_per_image": images * shape["tokens_per_image"]}
+        one = default(cc, {**shape, **tokens}, dtype, "latency")
+        return config if one == default(cc, {**shape, **tokens}, dtype, "throughput") else one
+
+    return Family(name, GemmConfig, exact, ("tokens_per_image",), default, accepts, bits=product_bits, few=few)
 
 
 @dataclass(frozen=True)

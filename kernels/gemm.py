@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from .gpu_limits import SMEM_RESERVED_PER_CTA, limits
+from .gpu_limits import SMEM_RESERVED_PER_CTA, base_cc, limits
 from .launch import cdiv, check_int32, compiler_options, next_power_of_2
 
 # one image at a time: tiles shrink, or K is cut into slices, until there is a program for each of some hundred SMs
 LATENCY_PROGRAMS = 128
+# few images: tiles get narrower until there is a program for most SMs; two where products are slow beside L2, since
+# small tiles lose nothing there
+FEW_PROGRAMS = {80: 96, 89: 240, 90: 96, 100: 96, 120: 320}
+_NARROWER = ((256, 128), (128, 128), (128, 64), (64, 64), (32, 64))
 
 
 @dataclass(frozen=True)
@@ -87,14 +91,14 @@ def gemm_default(cc: int, tokens_per_image: int, n: int, k: int, dtype: torch.dt
     block_k = 32 if (big and cc not in (90, 100)) or dtype == torch.float32 else 64
     block_k = min(block_k, max(16, next_power_of_2(k)))
     warps = 8 if big and cc in (90, 100) else 4
-    stages = 2
+    config = GemmConfig(block_m, block_n, block_k, group_m=8, num_warps=warps, num_stages=2)
+    return replace(config, num_stages=_deepest(config, cc, itemsize, 4))
+
+
+def _deepest(config: GemmConfig, cc: int, itemsize: int, most: int) -> int:
+    """Stages, at least 2 and at most `most`, with which two CTAs of a tile share an SM."""
     half = limits(cc).smem_per_sm // 2 - SMEM_RESERVED_PER_CTA
-    while stages < 4:
-        deeper = GemmConfig(block_m, block_n, block_k, 8, warps, stages + 1)
-        if gemm_smem(deeper, itemsize, buffers=stages + 1) > half:
-            break
-        stages += 1
-    return GemmConfig(block_m, block_n, block_k, group_m=8, num_warps=warps, num_stages=stages)
+    return max([2, *(n for n in range(3, most + 1) if gemm_smem(config, itemsize, buffers=n) <= half)])
 
 
 def flat_gemm_default(cc: int, tokens_per_image: int, n: int, k: int, dtype: torch.dtype, use: str) -> GemmConfig:
@@ -117,3 +121,66 @@ def flat_tiles(tokens: int, columns: int, config: GemmConfig) -> tuple[int, int]
     programs = tiles_m * cdiv(columns, config.block_n)
     check_int32("number of tiles", programs)
     return tiles_m, programs
+
+
+def product_bits(config: GemmConfig, cc: int, dtype: torch.dtype) -> Hashable:
+    """What decides the bits of a product's sums beside its operands: configs with equal ones leave equal bits.
+
+    A product adds 16 of K in one instruction after another, in order, into one float32 sum for each element; how many
+    elements share an instruction, a loop or a warp changes nothing. What does change sums: the kind of instruction
+    (`mma`, `wgmma`, `tcgen05`), which operand is which, and slices of K. That instructions of one kind but another
+    width add alike is certain of `mma`, of which Triton uses one width; of wgmma and tcgen05 it is expected, and
+    documented nowhere, so the GPU at hand is asked by who must know.
+
+    Products in float32 are no such instructions: every config is a class of its own.
+    """
+    if dtype == torch.float32:
+        return config
+    rows = config.block_n if config.transposed else config.block_m
+    whole_groups = rows >= 64 and config.num_warps % 4 == 0
+    kind = {90: "wgmma", 100: "tcgen05"}.get(base_cc(cc), "mma") if whole_groups else "mma"
+    slices = (config.split_k, config.block_k) if config.split_k > 1 else 1
+    return kind, config.transposed, slices
+
+
+def narrowed(
+    config: GemmConfig,
+    cc: int,
+    k: int,
+    itemsize: int,
+    programs: Callable[[int, int], int],
+    keeps: Callable[[GemmConfig], bool],
+) -> GemmConfig:
+    """The config with the widest tile within its own that gives `FEW_PROGRAMS`, else with the narrowest.
+
+    Args:
+        k: extent that is summed over.
+        programs: of a grid by tiles of so many rows and columns.
+        keeps: whether a config is of the bit class that it must be.
+    """
+    wanted = FEW_PROGRAMS[base_cc(cc)]
+    if programs(config.block_m, config.block_n) >= wanted:
+        return config
+    fitting = [
+        tile
+        for rows, columns in _NARROWER
+        if rows <= config.block_m and columns <= config.block_n and (rows, columns) != (config.block_m, config.block_n)
+        # on sm_80 fewer rows lose more in shared memory than the programs bring
+        if rows >= (64 if base_cc(cc) == 80 else 32)
+        if keeps(tile := _narrow(config, rows, columns, base_cc(cc), k, itemsize))
+    ]
+    enough = [tile for tile in fitting if programs(tile.block_m, tile.block_n) >= wanted]
+    return (*enough, *fitting[-1:], config)[0]
+
+
+def _narrow(config: GemmConfig, rows: int, columns: int, cc: int, k: int, itemsize: int) -> GemmConfig:
+    """A config with another tile, and what warps, k and stages suit it."""
+    big = rows * columns >= 128 * 128
+    warps = 8 if big and cc in (90, 100) else 4
+    depth = 32 if big and cc not in (90, 100) else 64
+    tile = replace(config, block_m=rows, block_n=columns, block_k=min(depth, max(16, next_power_of_2(k))))
+    # the descriptors of the form in Gluon are that kernel's
+    tile = replace(tile, num_warps=warps, tma=config.tma and not config.gluon, gluon=False)
+    # two CTAs on an SM, as in the defaults
+    maxnreg = 128 if warps == 8 and cc == 90 and not tile.tma else None
+    return replace(tile, num_stages=_deepest(tile, cc, itemsize, 6 if tile.tma else 4), maxnreg=maxnreg)

@@ -134,6 +134,28 @@ def dot_e4m3(a, b, acc, PRODUCTS: tl.constexpr):
 
 
 @triton.jit
+def group_sums(x, ROWS: tl.constexpr, IN_WARPS: tl.constexpr):
+    """Sums `[M / ROWS, N]` of each ROWS rows of an accumulator `[M, N]`, in an order that hangs on no tile.
+
+    IN_WARPS: 16 rows lie in one warp, as `mma` and `wgmma` leave them, and are added within it whatever the layout of
+    warps; then 64 rows are (0 + 2) + (1 + 3) of those sums, the order that Triton adds four warps of a wgmma in.
+    """
+    if IN_WARPS and ROWS > 16:
+        sums = tl.sum(tl.reshape(x, (x.shape[0] // 16, 16, x.shape[1])), axis=1)
+        if ROWS == 64:
+            # [groups, halves, quarters of the half, N]
+            quarters = tl.reshape(sums, (x.shape[0] // 64, 2, 2, x.shape[1]))
+            lower, upper = tl.split(tl.permute(quarters, (0, 2, 3, 1)))
+            sums = tl.permute(lower + upper, (0, 2, 1))
+        else:
+            sums = tl.permute(tl.reshape(sums, (x.shape[0] // 32, 2, x.shape[1])), (0, 2, 1))
+        even, odd = tl.split(sums)
+        return even + odd
+    else:
+        return tl.sum(tl.reshape(x, (x.shape[0] // ROWS, ROWS, x.shape[1])), axis=1)
+
+
+@triton.jit
 def ordered_sum(partials_ptr, image, tiles, offs_f, HIDDEN: tl.constexpr, UNROLL: tl.constexpr):
     """Sum of an image's partials `[B, tiles, HIDDEN]` in tile order; UNROLL loads are in flight at a time."""
     acc = tl.zeros(offs_f.shape, dtype=tl.float32)

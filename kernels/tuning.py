@@ -36,22 +36,36 @@ _watchers: list[list[ConfigRow]] = []
 _generation = 0
 
 
-def lookup(family: str, cc: int, shape: Mapping[str, int], dtype: torch.dtype, use: str = "throughput") -> Any:
+def lookup(
+    family: str,
+    cc: int,
+    shape: Mapping[str, int],
+    dtype: torch.dtype,
+    use: str = "throughput",
+    images: int | None = None,
+) -> Any:
     """The config of `family` for a shape: exact row, else nearest row, else the analytical default.
+
+    It follows from the shape of one image, so that many images fill the GPU. With `images`, so few that they do not are
+    launched by narrower tiles of the same bit class (`Family.bits`): an image's bits stay what they are in any batch.
 
     Args:
         cc: compute capability, e.g. 90.
         shape: the family's shape keys, e.g. {"tokens_per_image": 256, "dim": 896, "hidden": 3584}.
         dtype: dtype of the activations.
         use: "throughput" (bits independent of the batch) or "latency".
+        images: that run together; the config is that of many when None.
 
     Raises:
         ValueError: unknown family or use, or a shape that lacks one of the family's keys.
     """
     config, row = _cached_lookup(family, cc, tuple(sorted(shape.items())), dtype, use)
-    choose = get_family(family).choose
-    if choose is not None:
-        config = choose(config, base_cc(cc), shape, dtype, use)
+    known = get_family(family)
+    if known.choose is not None:
+        config = known.choose(config, base_cc(cc), shape, dtype, use)
+    if images is not None and known.few is not None and use == "throughput":
+        few = known.few(config, base_cc(cc), shape, dtype, images)
+        config = few if known.same_bits(few, config, cc, dtype) else config
     if family in _forced:
         config, seen = _forced[family]
         seen.append(dict(shape))

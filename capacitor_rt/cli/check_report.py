@@ -62,6 +62,9 @@ def _as_json(device: torch.device, dtype: torch.dtype, facts: dict[str, str]) ->
     rows = self_check.check_launches(device, dtype)
     _record(device, dtype, rows)
     ok = all(row.ok for row in rows)
+    bits = _bits(device, dtype) if ok else []
+    rows = [*rows, *bits]
+    ok = all(row.ok for row in rows)
     shown: list[dict[str, Any]] = [
         {"name": row.name, "error": row.error, "bound": row.bound, "ok": row.ok, "problem": row.problem} for row in rows
     ]
@@ -83,8 +86,12 @@ def _as_text(device: torch.device, dtype: torch.dtype, facts: dict[str, str]) ->
         # at once: where a launch hangs, the one before it is the last that is seen
         echo(_line(row))
         rows.append(row)
-    seconds = time.perf_counter() - begin
     _record(device, dtype, rows)
+    if all(row.ok for row in rows):
+        bits = _bits(device, dtype)
+        echo("\n".join(map(_line, bits)))
+        rows += bits
+    seconds = time.perf_counter() - begin
     wrong = sum(not row.ok for row in rows)
     verdict = "all within their bounds" if not wrong else f"{wrong} of them wrong"
     echo()
@@ -101,6 +108,19 @@ def _record(device: torch.device, dtype: torch.dtype, rows: list[CheckRow]) -> N
         from ..runtime import first_contact
 
         first_contact.record(device, dtype, rows)
+
+
+def _bits(device: torch.device, dtype: torch.dtype) -> list[CheckRow]:
+    """Whether narrower tiles leave the same bits; only GPUs take them, and not in float32."""
+    import torch
+
+    if device.type != "cuda" or dtype == torch.float32:
+        return []
+    from ..runtime import first_contact, self_check
+
+    rows = self_check.check_bits(device, dtype)
+    first_contact.record_bits(device, dtype, rows)
+    return rows
 
 
 def _line(row: CheckRow) -> str:

@@ -51,7 +51,7 @@ class ServedAutoencoder(Autoencoder):
     Args:
         config: architecture.
         backend: "auto", "torch" or "triton".
-        low_latency, cuda_graphs, overlap, memory_budget: see `options.ServingOptions`.
+        low_latency, cuda_graphs, overlap, memory_budget, narrow_tiles: see `options.ServingOptions`.
 
     Raises:
         InputError: an unknown backend, or a bad budget.
@@ -68,9 +68,10 @@ class ServedAutoencoder(Autoencoder):
         cuda_graphs: bool = True,
         overlap: bool = False,
         memory_budget: int | None = None,
+        narrow_tiles: bool = True,
     ):
         super().__init__(config)
-        self._options = ServingOptions(low_latency, cuda_graphs, overlap, memory_budget)
+        self._options = ServingOptions(low_latency, cuda_graphs, overlap, memory_budget, narrow_tiles)
         # weights that graphs of callers read: they stay as long as the model
         self._lent: list[Any] = []
         self._said: set[str] = set()
@@ -113,18 +114,21 @@ class ServedAutoencoder(Autoencoder):
                             "this model has not run yet, and weights cannot be folded, nor kernels compiled, while a "
                             "CUDA graph is being captured: call it once with the same shape, or warmup(), before that"
                         )
-            from .first_contact import first_contact
+            from .first_contact import few_images, first_contact
             from .runtime import Runtime
 
             why = first_contact(self.device, self.dtype) if self._backend == "auto" else None
             if why is not None:
                 self._leave_to_torch(why)
                 return None
+            ask = self._backend == "auto"
+            narrow = self._options.narrow_tiles and few_images(self.device, self.dtype, ask) is None
             with _making_runtime:
                 if self._runtime is None:
                     place = (self.device, self.dtype)
                     to_fold, ranges = ServedAutoencoder.to_fold, self._fp8_ranges
                     self._runtime = Runtime(self, *place, self._options, to_fold, self._lent, ranges)
+                    self._runtime.narrow = narrow and self._runtime.narrow
         return self._runtime
 
     @property
@@ -145,6 +149,16 @@ class ServedAutoencoder(Autoencoder):
     @overlap.setter
     def overlap(self, value: bool) -> None:
         self._options.overlap = value
+        self._drop_runtime()
+
+    @property
+    def narrow_tiles(self) -> bool:
+        """Whether few images are run by narrower tiles of the same bits."""
+        return self._options.narrow_tiles
+
+    @narrow_tiles.setter
+    def narrow_tiles(self, value: bool) -> None:
+        self._options.narrow_tiles = value
         self._drop_runtime()
 
     @property

@@ -9,20 +9,24 @@ import json
 import os
 import tempfile
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from capacitor_kernels.launch import INTERPRETED
+
 from .memory import is_out_of_memory
 from .platform import build_failure, describe
-from .self_check import CheckRow, check_model
+from .self_check import CheckRow, check_bits, check_model
 
 SWITCH = "CAPACITOR_SELF_CHECK"
 # a result holds as long as all of these are the same, and the dtype
 DEPENDS_ON = ("GPU", "compute capability", "driver", "torch", "Triton", "capacitor_rt")
+# what is remembered of `few_images`, beside the same of `first_contact`
+FEW_IMAGES = ", few images"
 _lock = threading.Lock()
 _met: dict[str, str | None] = {}
 
@@ -36,14 +40,37 @@ def first_contact(device: torch.device, dtype: torch.dtype) -> str | None:
     """
     if os.environ.get(SWITCH) == "0" or not _may_run(device):
         return None
-    key = combination(device, dtype)
+    return _answer(combination(device, dtype), device, dtype, check_model)
+
+
+def few_images(device: torch.device, dtype: torch.dtype, ask: bool = True) -> str | None:
+    """Why few images are to be run by the tiles of many, in one line; None where narrower ones leave the same bits.
+
+    Asked and remembered as `first_contact` is; without `ask` nothing is run, and None returned where nothing is known.
+    """
+    if os.environ.get(SWITCH) == "0" or INTERPRETED or dtype == torch.float32 or not _may_run(device):
+        return None
+    key = combination(device, dtype) + FEW_IMAGES
+    if not ask:
+        with _lock:
+            return _met.get(key, _read().get(key))
+    return _answer(key, device, dtype, check_bits)
+
+
+def _answer(
+    key: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    check: Callable[[torch.device, torch.dtype], Iterable[CheckRow]],
+) -> str | None:
+    """What is remembered under a key, else what a check says, which is then remembered."""
     with _lock:
         if key not in _met:
             known = _read()
             if key in known:
                 _met[key] = known[key]
             else:
-                _settle(key, device, dtype, check_model(device, dtype))
+                _settle(key, device, dtype, check(device, dtype))
         return _met.get(key)
 
 
@@ -51,6 +78,12 @@ def record(device: torch.device, dtype: torch.dtype, rows: Iterable[CheckRow]) -
     """Take the rows of a longer check for what `first_contact` is to say from now on."""
     with _lock:
         _settle(combination(device, dtype), device, dtype, rows)
+
+
+def record_bits(device: torch.device, dtype: torch.dtype, rows: Iterable[CheckRow]) -> None:
+    """The same for `few_images`."""
+    with _lock:
+        _settle(combination(device, dtype) + FEW_IMAGES, device, dtype, rows)
 
 
 def combination(device: torch.device, dtype: torch.dtype) -> str:
@@ -88,7 +121,8 @@ def _settle(key: str, device: torch.device, dtype: torch.dtype, rows: Iterable[C
         # says nothing about the launches: the next model tries again
         _met.pop(key, None)
     else:
-        found = f"the Triton backend failed its check on this GPU ({bad.name}: {bad.problem})"
+        what = "few images took other bits" if key.endswith(FEW_IMAGES) else "the Triton backend failed its check"
+        found = f"{what} on this GPU ({bad.name}: {bad.problem})"
         _keep(key, f"{found}: please report the output of `{report_command(device, dtype)}`")
 
 

@@ -33,6 +33,7 @@ class PlanKey:
         image_dtype, layout: of the input image, "nchw" or "nhwc"; in decoding, dtype of the latents and "nchw".
         cc: compute capability, e.g. 90.
         use: "throughput" (a row's bits depend on neither the batch nor its place) or "latency" (one image at a time).
+        narrow: whether few images are launched by narrower tiles of the same bit class.
         inference: sampler settings of "decode", guidance of "predict"; the seed plays no part.
         precision: "fp8" for an encoder whose blocks are in e4m3, else None.
     """
@@ -49,6 +50,7 @@ class PlanKey:
     inference: FullCapacitorInferenceConfig | None = None
     time: float | None = None
     precision: str | None = None
+    narrow: bool = True
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ class ServingOptions:
         low_latency: run a single image by launches shaped for it.
         cuda_graphs: capture and replay CUDA graphs; else every launch is queued by itself.
         overlap: run the halves of an even batch as two branches of one graph.
+        narrow_tiles: run few images by narrower tiles, where their bits stay those of many.
         memory_budget: bytes of all arenas together, None for the default. What is about to run is kept all the same.
 
     Raises:
@@ -25,6 +26,7 @@ class ServingOptions:
     cuda_graphs: bool = True
     overlap: bool = False
     memory_budget: int | None = None
+    narrow_tiles: bool = True
 
     def __post_init__(self) -> None:
         budget = self.memory_budget

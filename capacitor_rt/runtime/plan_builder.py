@@ -20,6 +20,9 @@ from .launch_plan import LaunchPlan, PlanKey, Step, Tensors
 class Builder:
     """Collects steps; a buffer lives from the first to the last step that names it."""
 
+    narrows = True
+    """Whether few images may take narrower tiles: their bits must not hang on more than `tuning.lookup` knows."""
+
     def __init__(self, config: ModelConfig, key: PlanKey):
         self.config, self.key = config, key
         self.h, self.w = key.height // config.patch_size, key.width // config.patch_size
@@ -234,7 +237,8 @@ class Builder:
     # bookkeeping
 
     def lookup(self, family: str, **shape: int) -> Any:
-        return tuning.lookup(family, self.key.cc, shape, self.key.dtype, use=self.key.use)
+        images = self.key.batch if self.key.narrow and self.narrows else None
+        return tuning.lookup(family, self.key.cc, shape, self.key.dtype, self.key.use, images)
 
     def weight(self, name: str) -> str:
         """Reference to a packed tensor; a decoder's name begins with the number of its time."""

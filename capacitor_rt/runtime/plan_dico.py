@@ -27,6 +27,9 @@ from .plan_builder import Builder
 class DicoBuilder(Builder):
     """As `Builder`; `sums` has the sums of squares of the token buffers whose last writer left them."""
 
+    # sums of squares are by tiles of columns, and those of SiLU by tiles of pixels
+    narrows = False
+
     def __init__(self, config: ModelConfig, key: PlanKey):
         super().__init__(config, key)
         if config.dico is None:

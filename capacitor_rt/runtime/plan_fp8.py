@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from capacitor_kernels import dwconv_sumsq_shape, expand_partials_shape, project_workspace_shape, tuning
+from capacitor_kernels import dwconv_sumsq_shape, expand_fp8_partials_shape, project_workspace_shape, tuning
 from capacitor_kernels.launch import E4M3
 
 from .arena import TensorSpec
@@ -20,7 +20,7 @@ class Fp8Builder(Builder):
         shape = {"tokens_per_image": self.per_image, "dim": self.dim, "hidden": self.hidden}
         conv = self.lookup("dwconv", height=self.h, width=self.w, dim=self.dim)
         expand, project = (tuning.lookup(op, cc, shape, E4M3, use=use) for op in ("expand_fp8", "project_fp8"))
-        partials = expand_partials_shape(batch, self.per_image, self.hidden, expand)
+        partials = expand_fp8_partials_shape(batch, self.per_image, self.hidden, expand)
         grn = self.lookup("grn", tiles=partials[1], hidden=self.hidden)
         x, out = self.token_buffer(source), self.token_buffer(target)
         y = self.buffer("y", (self.tokens, self.dim), E4M3)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from capacitor_kernels.launch import check_e4m3, compute_capability
+from capacitor_kernels.launch import INTERPRETED, check_e4m3, compute_capability
 
 from ..config import FullCapacitorInferenceConfig
 from ..diffusion import sample
@@ -51,6 +51,7 @@ class Runtime:
 
     Attributes:
         stats: counters.
+        narrow: whether few images are run by narrower tiles; whoever made it may turn it off before the first call.
 
     Raises:
         InputError: a model, device or dtype that the launches do not take.
@@ -71,6 +72,8 @@ class Runtime:
         self.config, self.device, self.dtype = model.config, device, dtype
         self.options = options or ServingOptions()
         self.stats = Stats()
+        # the interpreter's products are numpy's, whose sums follow no instruction
+        self.narrow = self.options.narrow_tiles and not INTERPRETED
         self._cuda = device.type == "cuda"
         budget = self.options.memory_budget or CACHE_BUDGET
         if self._cuda and self.options.memory_budget is None:
@@ -169,6 +172,7 @@ class Runtime:
         use = "latency" if batch == 1 and self.options.low_latency else "throughput"
         size = batch, height, width
         key = PlanKey(direction, *size, self.dtype, image_dtype, layout, self.cc, use, inference, at)
+        key = replace(key, narrow=self.narrow)
         return replace(key, precision=self._precision) if direction in ("encode", "posterior") else key
 
     def _image(self, direction: str, image: Tensor, outputs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -28,6 +28,8 @@ RATIO, LARGEST_RATIO = 2.0, 4.0
 # below these, relative to the rms of the truth, an error is roundings of the dtype and their order
 FLOORS = {torch.float32: 1e-6, torch.float16: 2e-5, torch.bfloat16: 2e-5}
 LARGEST_FLOORS = {torch.float32: 3e-5, torch.float16: 1.6e-2, torch.bfloat16: 0.125}
+# images enough for the tiles of many, and numbers of them that take narrower ones
+MANY, FEW = 64, (1, 2, 8)
 LOST = "not run: after the error above this process can use the device no more"
 
 
@@ -89,6 +91,19 @@ def check_model(device: torch.device, dtype: torch.dtype, seed: int = 0) -> list
         except Exception as error:
             rows.append(_failed("a small model", error))
     return rows
+
+
+def check_bits(device: torch.device, dtype: torch.dtype, seed: int = 0) -> list[CheckRow]:
+    """Whether few images have the bits that they have among many, by which other tiles run them.
+
+    That instructions of one kind and another width add alike is documented for no GPU (`gemm.product_bits`): it is
+    compared here, and where it is not so, `ServingOptions.narrow_tiles` is to be off. Errors are counts of images.
+    """
+    with undisturbed(device):
+        try:
+            return list(_bit_rows(device, dtype, torch.Generator("cpu").manual_seed(seed)))
+        except Exception as error:
+            return [_failed("few images among many", error)]
 
 
 def compare(name: str, results: Sequence[tuple[Tensor, Tensor, Tensor]], dtype: torch.dtype) -> CheckRow:
@@ -174,6 +189,33 @@ def _model_rows(device: torch.device, dtype: torch.dtype, draw: torch.Generator)
             yield _failed(name, error)
             if not device_works(device):
                 return
+    runtime.clear()
+
+
+def _bit_rows(device: torch.device, dtype: torch.dtype, draw: torch.Generator) -> Iterator[CheckRow]:
+    config, (h, w), *_ = sizes()
+    height, width = h * config.patch_size, w * config.patch_size
+    # a runtime holds its model weakly
+    loaded = _model(config, random_tensors(config, draw), torch.device("cpu"), torch.float32)
+    runtime = Runtime(loaded, device, dtype)
+    pixels = torch.randint(0, 256, (MANY, 3, height, width), generator=draw, dtype=torch.uint8, device="cpu").to(device)
+    latents, noise = (
+        torch.randn(shape, generator=draw, dtype=torch.float32, device="cpu").to(device)
+        for shape in ((MANY, config.bottleneck_dim, h, w), (MANY, 3, height, width))
+    )
+    one_step = FullCapacitorInferenceConfig()
+    calls = {
+        "encode": lambda n: runtime.encode(pixels[:n]),
+        "decode": lambda n: runtime.decode(latents[:n], noise[:n], one_step),
+    }
+    for direction, call in calls.items():
+        # on the CPU: whoever is in question does not judge
+        many = call(MANY).cpu()
+        for n in FEW:
+            same = (call(n).cpu() == many[:n]).flatten(1).all(1)
+            wrong = n - int(same.sum())
+            problem = f"{wrong} of {n} images have other bits than among {MANY}" if wrong else ""
+            yield CheckRow(f"{direction} {n}x{height}x{width} among {MANY}", float(wrong), 0.0, problem)
     runtime.clear()
 
 

@@ -23,6 +23,7 @@ FLOPs 2*49*T*C; bytes T*C * (itemsize(x) + itemsize(y)) + 50*C * itemsize(w) + 4
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -53,6 +54,8 @@ from ..launch import (
 from ..tuning import lookup
 
 SILU_REGISTERS = 168
+# strips that many images have at least; fewer get shorter, so that there are programs for most SMs
+FEW_STRIPS = 1024
 
 
 @dataclass(frozen=True)
@@ -357,4 +360,28 @@ def _suits(config: DwconvConfig, shape: Shape) -> bool:
     return _cost(shape, config) <= 1.1 * _cost(shape, _default(80, shape, torch.bfloat16, "throughput"))
 
 
-register(Family("dwconv", DwconvConfig, ("dim",), ("height", "width"), _default, _suits))
+def _bits(config: DwconvConfig, cc: int, dtype: torch.dtype) -> Hashable:
+    """Taps are added in one order whatever the config, squares by tiles of channels and within one by threads."""
+    return config.block_c, config.strips_x * config.strips_y * config.block_c // (32 * config.num_warps)
+
+
+def _few(config: DwconvConfig, cc: int, shape: Shape, dtype: torch.dtype, images: int) -> DwconvConfig:
+    """Short strips, as for one image at a time, by the pixels of all images."""
+    strips = images * cdiv(shape["width"], config.cols) * shape["height"]
+    if strips * cdiv(shape["dim"], config.block_c) >= FEW_STRIPS:
+        return config
+    return _default(cc, shape, dtype, "latency")
+
+
+register(
+    Family(
+        "dwconv",
+        DwconvConfig,
+        exact=("dim",),
+        near=("height", "width"),
+        default=_default,
+        accepts=_suits,
+        bits=_bits,
+        few=_few,
+    )
+)

@@ -2,7 +2,7 @@
 
     rstd[t] = rsqrt(sum_c y[t, c]^2 / D + eps)
     h       = gelu(rstd * (y @ w1) + b1)                      [T, F]
-    partials[b, i, f] = sum of h[t, f]^2 over tile i of image b
+    partials[b, i, f] = sum of h[t, f]^2 over the i-th 64 tokens of image b
 
 DiCo blocks take it without GELU for their first 1x1, and for their MLP behind two norms, `s` being what w1 has folded
 in between them: rstd * rsqrt(rstd^2 * sum_c (s[c] y[t, c])^2 / D + eps). Neither asks for partials.
@@ -22,6 +22,7 @@ FLOPs 2*T*D*F; bytes (T*D + D*F + T*F) * itemsize + F * itemsize(b1) + 4*T*n + 4
 from __future__ import annotations
 
 import os
+from collections.abc import Hashable
 from dataclasses import replace
 from functools import cache
 from importlib import import_module
@@ -34,8 +35,9 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..config_rows import Family, Shape, register
-from ..gemm import GemmConfig, gemm_default, suits_image
-from ..jit import gelu, grouped_tile, image_tile, load_tile
+from ..gemm import GemmConfig, gemm_default, narrowed, product_bits, suits_image
+from ..gpu_limits import base_cc
+from ..jit import gelu, group_sums, grouped_tile, image_tile, load_tile
 from ..launch import (
     FLOATS,
     INTERPRETED,
@@ -57,6 +59,7 @@ from ..launch import (
 from ..tuning import lookup
 
 GELU_KINDS = ("fit", "erf", "none")
+GROUP_ROWS = 64
 # the form of specialised warps: rows of one of the two consumers, and what each tile takes
 HOPPER_ROWS = 64
 HOPPER = GemmConfig(2 * HOPPER_ROWS, 256, 64, group_m=8, num_warps=4, num_stages=4, tma=True, gluon=True)
@@ -81,6 +84,8 @@ def expand_kernel(
     SCALED_TILES: tl.constexpr,
     PARTIALS: tl.constexpr,
     GELU: tl.constexpr,
+    GROUP_ROWS: tl.constexpr,
+    ROWS_IN_WARPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -92,7 +97,7 @@ def expand_kernel(
     EVEN_N: tl.constexpr = HIDDEN % BLOCK_N == 0
     EVEN_K: tl.constexpr = DIM % BLOCK_K == 0
     pid_m, pid_n = grouped_tile(tl.program_id(0), tiles_m, tl.cdiv(HIDDEN, BLOCK_N), GROUP_M)
-    _, first, left = image_tile(pid_m, tokens_per_image, tiles_per_image, BLOCK_M)
+    image, first, left = image_tile(pid_m, tokens_per_image, tiles_per_image, BLOCK_M)
     offs_m = tl.arange(0, BLOCK_M)
     # rows past the image read its last row again: no mask in the loop, and the epilogue drops them
     rows = offs_m if EVEN_M else tl.minimum(offs_m, left - 1)
@@ -136,12 +141,22 @@ def expand_kernel(
         squares = h * h
         if not EVEN_M:
             squares = tl.where(offs_m[:, None] < left, squares, 0.0)
-        tl.store(partials_ptr + pid_m.to(tl.int64) * HIDDEN + offs_n, tl.sum(squares, axis=0), mask=in_n)
+        groups_per_image = tl.cdiv(tokens_per_image, GROUP_ROWS)
+        group = pid_m % tiles_per_image * (BLOCK_M // GROUP_ROWS) + tl.arange(0, BLOCK_M // GROUP_ROWS)
+        at = (image.to(tl.int64) * groups_per_image + group)[:, None] * HIDDEN + offs_n[None, :]
+        inside = in_n[None, :] if EVEN_M else (group < groups_per_image)[:, None] & in_n[None, :]
+        tl.store(partials_ptr + at, group_sums(squares, GROUP_ROWS, ROWS_IN_WARPS), mask=inside)
 
 
 def expand_partials_shape(batch: int, tokens_per_image: int, hidden: int, config: GemmConfig) -> tuple[int, int, int]:
-    """Shape [B, tiles per image, F] of the float32 partials that `expand` writes with this config."""
-    return batch, cdiv(tokens_per_image, HOPPER_ROWS if config.gluon else config.block_m), hidden
+    """Shape [B, groups of tokens, F] of the float32 partials that `expand` writes with this config."""
+    return batch, cdiv(tokens_per_image, group_rows(config)), hidden
+
+
+def group_rows(config: GemmConfig) -> int:
+    """Tokens to a partial sum: 64 whatever the tile, so that the order of GRN's sums does not hang on it, or all of a
+    smaller tile's."""
+    return min(GROUP_ROWS, config.block_m)
 
 
 def expand(
@@ -203,7 +218,7 @@ def expand(
         _check_hopper(config, compute_capability(y), tokens_per_image, dim, hidden, y.dtype, gelu)
         launch = _hopper().launch(y, w1, b1, sumsq, h, partials, eps, config, config.options())
         return run_launches([launch], y.device)
-    tiles_per_image = partials_shape[1]
+    tiles_per_image = cdiv(tokens_per_image, config.block_m)
     tiles_m = batch * tiles_per_image
     programs = tiles_m * cdiv(hidden, config.block_n)
     check_int32("number of tiles", programs)
@@ -225,6 +240,9 @@ def expand(
         "SCALED_TILES": 0 if scaled_sumsq is None else scaled_sumsq.shape[1],
         "PARTIALS": partials is not None,
         "GELU": gelu,
+        "GROUP_ROWS": group_rows(config),
+        # tcgen05 leaves a row in each thread
+        "ROWS_IN_WARPS": base_cc(compute_capability(y)) != 100,
         "EVEN_M": tokens_per_image % config.block_m == 0,
         "TMA": config.tma,
         "PRECISION": dot_precision(y.dtype),
@@ -317,4 +335,33 @@ def _suits(config: GemmConfig, shape: Shape) -> bool:
     return suits_image(config, shape) and not (config.tma and masked)
 
 
-register(Family("expand", GemmConfig, ("dim", "hidden"), ("tokens_per_image",), _default, _suits, _choose, (HOPPER,)))
+def _bits(config: GemmConfig, cc: int, dtype: torch.dtype) -> Hashable:
+    """The sums of the product, and of squares; with tcgen05 a tile's rows decide which thread has which."""
+    rows = config.block_m if base_cc(cc) == 100 else 0
+    return product_bits(config, cc, dtype), group_rows(config), rows
+
+
+def _few(config: GemmConfig, cc: int, shape: Shape, dtype: torch.dtype, images: int) -> GemmConfig:
+    def programs(rows: int, columns: int) -> int:
+        return images * cdiv(shape["tokens_per_image"], rows) * cdiv(shape["hidden"], columns)
+
+    def keeps(tile: GemmConfig) -> bool:
+        return _bits(tile, cc, dtype) == _bits(config, cc, dtype)
+
+    return narrowed(config, cc, shape["dim"], dtype.itemsize, programs, keeps)
+
+
+register(
+    Family(
+        "expand",
+        GemmConfig,
+        exact=("dim", "hidden"),
+        near=("tokens_per_image",),
+        default=_default,
+        accepts=_suits,
+        choose=_choose,
+        bits=_bits,
+        few=_few,
+        forms=(HOPPER,),
+    )
+)

@@ -120,6 +120,13 @@ def expand_fp8_kernel(
     tl.store(partials_ptr + pid_m.to(tl.int64) * HIDDEN + offs_n, tl.sum(squares, axis=0), mask=in_n)
 
 
+def expand_fp8_partials_shape(
+    batch: int, tokens_per_image: int, hidden: int, config: GemmConfig
+) -> tuple[int, int, int]:
+    """Shape [B, tiles per image, F] of the float32 partials that `expand_fp8` writes with this config."""
+    return batch, cdiv(tokens_per_image, config.block_m), hidden
+
+
 def expand_fp8(
     y: torch.Tensor,
     w1: torch.Tensor,
@@ -144,7 +151,7 @@ def expand_fp8(
         sumsq: [T, n] fp32 partial sums over channels of y^2 before y was scaled.
         h: [T, F] e4m3 output.
         h_inverse: [F] fp32, reciprocals of the scales of h.
-        partials: fp32 output of shape `expand_partials_shape(...)`, of h before it is scaled.
+        partials: fp32 output of shape `expand_fp8_partials_shape(...)`, of h before it is scaled.
         eps: added to the mean square.
         config: launch parameters; looked up by the shape of one image when None.
 
@@ -164,8 +171,9 @@ def expand_fp8(
         check_tensor(name, t, shape=(hidden,), dtypes=torch.float32, like=y)
     check_tensor("sumsq", sumsq, shape=(tokens, None), dtypes=torch.float32, like=y)
     check_tensor("h", h, shape=(tokens, hidden), dtypes=E4M3, like=y)
-    tiles_per_image = cdiv(tokens_per_image, config.block_m)
-    check_tensor("partials", partials, shape=(batch, tiles_per_image, hidden), dtypes=torch.float32, like=y)
+    partials_shape = expand_fp8_partials_shape(batch, tokens_per_image, hidden, config)
+    tiles_per_image = partials_shape[1]
+    check_tensor("partials", partials, shape=partials_shape, dtypes=torch.float32, like=y)
     check_tma(config.tma, y=y, w1=w1)
     tiles_m = batch * tiles_per_image
     programs = tiles_m * cdiv(hidden, config.block_n)

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..config_rows import Family, Shape, register
+from ..config_rows import Shape, flat_family, register
 from ..gemm import GemmConfig, flat_gemm_default, flat_tiles
 from ..jit import grouped_tile, load_tile
 from ..launch import (
@@ -143,4 +143,4 @@ def _default(cc: int, shape: Shape, dtype: torch.dtype, use: str) -> GemmConfig:
     return flat_gemm_default(cc, shape["tokens_per_image"], shape["width"], 2 * shape["dim"], dtype, use)
 
 
-register(Family("fuse_skip", GemmConfig, ("dim", "width"), ("tokens_per_image",), _default))
+register(flat_family("fuse_skip", ("dim", "width"), _default))

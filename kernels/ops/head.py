@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..config_rows import Family, Shape, register
+from ..config_rows import Shape, flat_family, register
 from ..gemm import GemmConfig, flat_gemm_default, flat_tiles
 from ..jit import grouped_tile, load_tile
 from ..launch import (
@@ -267,7 +267,7 @@ def work(
 def _default(cc: int, shape: Shape, dtype: torch.dtype, use: str) -> GemmConfig:
     """Half the columns of a plain GEMM tile, since there are two accumulators."""
     config = flat_gemm_default(cc, shape["tokens_per_image"], shape["channels"], shape["dim"], dtype, use)
-    config = replace(config, block_n=max(16, min(config.block_n, 128 if use == "throughput" else 64) // 2))
+    config = replace(config, block_n=max(16, min(config.block_n, 128) // 2))
     if dtype == torch.float32 or _suits(config, shape):
         return config
     return replace(config, block_m=64, block_k=64, num_stages=3)
@@ -278,4 +278,4 @@ def _suits(config: GemmConfig, shape: Shape) -> bool:
     return shape["tokens_per_image"] % 16 == 0 or config.num_warps == 8 or config.block_m <= 64
 
 
-register(Family("head", GemmConfig, ("dim", "channels"), ("tokens_per_image",), _default, _suits))
+register(flat_family("head", ("dim", "channels"), _default, _suits))

@@ -28,7 +28,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..config_rows import Family, Shape, register
+from ..config_rows import Shape, flat_family, register
 from ..gemm import GemmConfig, flat_gemm_default, flat_tiles
 from ..jit import grouped_tile, load_tile
 from ..launch import (
@@ -262,4 +262,4 @@ def _default(cc: int, shape: Shape, dtype: torch.dtype, use: str) -> GemmConfig:
     return replace(config, block_n=min(config.block_n, 64), num_stages=3, maxnreg=224)
 
 
-register(Family("patchify", GemmConfig, ("dim", "depth"), ("tokens_per_image",), _default))
+register(flat_family("patchify", ("dim", "depth"), _default))

@@ -35,7 +35,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..config_rows import Family, Shape, register
-from ..gemm import LATENCY_PROGRAMS, GemmConfig, gemm_default, suits_image
+from ..gemm import LATENCY_PROGRAMS, GemmConfig, gemm_default, narrowed, product_bits, suits_image
 from ..jit import grouped_tile, image_tile, load_tile, scaled
 from ..launch import (
     FLOATS,
@@ -405,4 +405,28 @@ def _suits(config: GemmConfig, shape: Shape) -> bool:
 
 
 _FORMS = tuple(GemmConfig(rows, 128, 64, 8, 8, 3, tma=True, transposed=True) for rows in (WIDE_ROWS, 128))
-register(Family("project", GemmConfig, ("hidden", "dim"), ("tokens_per_image",), _default, _suits, forms=_FORMS))
+
+
+def _few(config: GemmConfig, cc: int, shape: Shape, dtype: torch.dtype, images: int) -> GemmConfig:
+    def programs(rows: int, columns: int) -> int:
+        return images * cdiv(shape["tokens_per_image"], rows) * cdiv(shape["dim"], columns)
+
+    def keeps(tile: GemmConfig) -> bool:
+        return product_bits(tile, cc, dtype) == product_bits(config, cc, dtype)
+
+    return narrowed(config, cc, shape["hidden"], dtype.itemsize, programs, keeps)
+
+
+register(
+    Family(
+        "project",
+        GemmConfig,
+        exact=("hidden", "dim"),
+        near=("tokens_per_image",),
+        default=_default,
+        accepts=_suits,
+        bits=product_bits,
+        few=_few,
+        forms=_FORMS,
+    )
+)

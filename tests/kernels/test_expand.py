@@ -28,7 +28,7 @@ from capacitor_kernels import reference, tuning
 from capacitor_kernels.config_rows import ConfigRow
 from capacitor_kernels.gemm import GemmConfig
 from capacitor_kernels.launch import INTERPRETED, cdiv, compute_capability, recording
-from capacitor_kernels.ops.expand import HOPPER, HOPPER_ROWS, expand, expand_partials_shape
+from capacitor_kernels.ops.expand import HOPPER, expand, expand_partials_shape
 from capacitor_kernels.tuning import lookup
 
 DIM, HIDDEN = 72, 200
@@ -357,7 +357,7 @@ def test_specialised_warps_at_real_size(batch, tokens):
         pytest.skip("needs sm_90")
     made = {"dim": 896, "hidden": 3584}
     ours = make_case(batch, tokens, torch.bfloat16, config=HOPPER, **made)
-    plain = make_case(batch, tokens, torch.bfloat16, config=GemmConfig(HOPPER_ROWS, 128, 64, 8, 4, 3), **made)
+    plain = make_case(batch, tokens, torch.bfloat16, config=GemmConfig(128, 128, 64, 8, 8, 3), **made)
     h, partials = ours.run()
     truth_h, truth_sums = ours.reference("erf")
     assert_close("h", h, truth_h, ours.reference("erf", torch.bfloat16)[0], max_ratio=0.1)
@@ -372,7 +372,7 @@ def test_bf16_at_real_size(batch, tokens):
     shape = {"tokens_per_image": tokens, "dim": 896, "hidden": 3584}
     config = lookup("expand", compute_capability(DEVICE), shape, torch.bfloat16)
     case = make_case(batch, tokens, torch.bfloat16, dim=896, hidden=3584, config=config)
-    assert case.partials.tensor.shape[1] == cdiv(tokens, config.block_m)
+    assert case.partials.tensor.shape[1] == cdiv(tokens, 64)
     h, partials = case.run()
     truth_h, truth_sums = case.reference("erf")
     base_h, base_sums = case.reference("erf", torch.bfloat16)

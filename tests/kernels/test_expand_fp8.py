@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from capacitor_kernels import GemmConfig, expand_fp8, expand_partials_shape, tuning
+from capacitor_kernels import GemmConfig, expand_fp8, expand_fp8_partials_shape, tuning
 from capacitor_kernels import reference as ref
 from capacitor_kernels.launch import E4M3, recording
 
@@ -29,7 +29,7 @@ def inputs(batch: int, tokens: int, dim: int, hidden: int, spread: float = 30.0)
 def run(t: dict[str, torch.Tensor], batch: int, tokens: int, config: GemmConfig) -> tuple[torch.Tensor, torch.Tensor]:
     hidden = t["w1"].shape[0]
     h = torch.full((batch * tokens, hidden), float("nan"), device=DEVICE).to(E4M3)
-    partials = torch.full(expand_partials_shape(batch, tokens, hidden, config), float("nan"), device=DEVICE)
+    partials = torch.full(expand_fp8_partials_shape(batch, tokens, hidden, config), float("nan"), device=DEVICE)
     expand_fp8(**t, h=h, partials=partials, tokens_per_image=tokens, config=config)
     return h, partials
 
@@ -93,7 +93,7 @@ def test_sm_120_takes_the_block_scaled_product():
     found = {}
     for cc in (89, 90, 100, 120):
         config = tuning.lookup("expand_fp8", cc, {"tokens_per_image": 16, "dim": 64, "hidden": 32}, E4M3)
-        partials = torch.empty(expand_partials_shape(1, 16, 32, config), device="meta")
+        partials = torch.empty(expand_fp8_partials_shape(1, 16, 32, config), device="meta")
         with recording(cc) as launches:
             expand_fp8(**t, h=torch.empty(16, 32, dtype=E4M3, device="meta"), partials=partials, tokens_per_image=16)
         found[cc] = launches[0].args["PRODUCTS"]

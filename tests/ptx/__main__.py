@@ -40,13 +40,12 @@ def _quick(args: argparse.Namespace) -> Iterator[Result]:
 def _two_forms_of_expand() -> Result:
     """The kernel of specialised warps leaves the bits that the plain one leaves."""
     from capacitor_kernels.gemm import GemmConfig
-    from capacitor_kernels.ops.expand import HOPPER, HOPPER_ROWS
+    from capacitor_kernels.ops.expand import HOPPER
 
     from . import cases
     from .compare import same_bits
 
-    # tiles of as many rows, so that partial sums are of as many
-    forms = (cases.Form(90, config=config) for config in (HOPPER, GemmConfig(HOPPER_ROWS, 128, 64, 8, 4, 3)))
+    forms = (cases.Form(90, config=config) for config in (HOPPER, GemmConfig(128, 128, 64, 8, 8, 3)))
     made = (cases.expand(form, 2, 256, 384, 512, sms=3) for form in forms)
     ok, text = same_bits(*made)
     return Result(ok, f"sm_90 bf16 expand by specialised warps against the plain kernel: {text}")
@@ -74,6 +73,21 @@ def _run_cases(makes: Iterable[Callable[[], Case]], args: argparse.Namespace) ->
         verdict = run_case(case, bits=not args.no_bits)
         what = f"sm_{case.cc} {NAMES[case.dtype]} {case.op} {case.name}"
         yield Result(verdict.ok, f"{what}: {verdict.text} ({verdict.seconds:.1f} s)", verdict.ratio)
+
+
+def _bits(args: argparse.Namespace) -> Iterator[Result]:
+    from .bit_classes import foreign, pairs
+    from .compare import same_bits
+
+    for cc in args.cc or (90, 80, 120):
+        for pair in pairs(cc):
+            if not args.op or pair.many.op in args.op:
+                ok, text = same_bits(pair.many, pair.few)
+                yield Result(ok, f"sm_{cc} bits of {pair.text}: {text}")
+        if not args.op or "project" in args.op:
+            pair = foreign(cc)
+            same, text = same_bits(pair.many, pair.few)
+            yield Result(not same, f"sm_{cc} bits of {pair.text}: {text}, as they may")
 
 
 def _units(args: argparse.Namespace) -> Iterator[Result]:
@@ -131,6 +145,7 @@ def _large(args: argparse.Namespace) -> Iterator[Result]:
 PARTS = {
     "units": _units,
     "gelu": _gelu,
+    "bits": _bits,
     "quick": _quick,
     "cases": _cases,
     "selftest": _selftest,
@@ -152,6 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     part.add_argument("--cases", action="store_true", help="Run every config row at its own shape, and odd shapes.")
     part.add_argument("--units", action="store_true", help="Check single instructions against scalar code.")
     part.add_argument("--gelu", action="store_true", help="Compare GELU with the exact one at every bfloat16 number.")
+    part.add_argument("--bits", action="store_true", help="Compare the bits of few images' tiles with those of many.")
     part.add_argument("--selftest", action="store_true", help="Break real kernels and count the breaks noticed.")
     part.add_argument("--large", action="store_true", help="Run the last CTAs of tensors of over 2^31 elements.")
     part.add_argument(

@@ -46,7 +46,7 @@ def expand(form: Form, batch: int, tokens: int, dim: int, hidden: int) -> Case:
     )
 
     def outputs(batch: int) -> Specs:
-        partials = ck.expand_partials_shape(batch, tokens, hidden, config)
+        partials = ck.expand_fp8_partials_shape(batch, tokens, hidden, config)
         return {"h": ((batch * tokens, hidden), E4M3), "partials": (partials, torch.float32)}
 
     def call(images: Tensors, weights: Tensors, outs: Tensors, batch: int) -> None:

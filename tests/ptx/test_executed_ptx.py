@@ -65,6 +65,21 @@ def test_a_golden_model_is_right():
         assert _passed(output, what), f"{what} was not checked"
 
 
+@pytest.mark.parametrize(
+    ("cc", "ops"),
+    [
+        (120, ("expand", "project")),
+        pytest.param(80, (), marks=pytest.mark.slow),
+        pytest.param(90, (), marks=pytest.mark.slow),
+        pytest.param(120, (), marks=pytest.mark.slow),
+    ],
+)
+def test_few_images_have_the_bits_of_many(cc, ops):
+    output = _run("--bits", "--cc", str(cc), *(word for op in ops for word in ("--op", op)))
+    # and two configs of different classes do not
+    assert _passed(output, "of the same bits") >= (4 if ops else 16) and _passed(output, "differs") == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["dico_ir", "dico_m2"])
 def test_a_golden_sibling_is_right(name):

@@ -13,7 +13,7 @@ from golden_cases import relative_error
 from models import randomise
 
 from capacitor_rt import FullCapacitor, FullCapacitorInferenceConfig, InputError, ModelConfig
-from capacitor_rt.runtime import graphs, runtime
+from capacitor_rt.runtime import graphs, runtime, self_check
 
 pytestmark = pytest.mark.gpu
 MIB = 1 << 20
@@ -71,6 +71,19 @@ def test_auto_serves_half_precision_by_triton(weights):
     assert model.to("cuda", torch.bfloat16).runtime is not None
     assert model.to("cuda", torch.float32).runtime is None and next(model.parameters()).is_cuda
     assert model.to(torch.float16).runtime is not None and not next(model.parameters()).is_cuda
+
+
+def test_few_images_have_the_bits_that_they_have_among_many(full):
+    """What no documentation of wgmma or tcgen05 says: narrower tiles of one bit class leave the same bits."""
+    rows = self_check.check_bits(torch.device("cuda", torch.cuda.current_device()), torch.bfloat16)
+    assert [row.problem for row in rows if not row.ok] == []
+    for height, width in ((256, 256), (224, 224), (512, 512)):
+        x = images(64, height, width)
+        full.narrow_tiles = False
+        many = full.encode(x)
+        full.narrow_tiles = True
+        for n in (1, 2, 7):
+            assert torch.equal(full.encode(x[:n]), many[:n]), (n, height, width)
 
 
 @pytest.mark.parametrize("shape", [(3, 256, 256), (1, 64, 96), (5, 64, 64)])

@@ -12,6 +12,8 @@ import torch
 STARTED = os.environ.get("CAPACITOR_FAKE_GPU") == "1"
 collect_ignore_glob = [] if STARTED else ["*"]
 if STARTED:
+    # launches compute nothing here, and must not be judged or remembered
+    os.environ["CAPACITOR_SELF_CHECK"] = "0"
     import fake_cuda
 
     fake_cuda.install()

@@ -11,6 +11,7 @@ from models import TINY, randomise
 
 from capacitor_rt import FullCapacitor
 from capacitor_rt.runtime import first_contact, launch_cases, self_check
+from capacitor_rt.runtime.runtime import Runtime
 
 GPU = torch.device("cuda", 0)
 IMAGE = torch.linspace(-1, 1, 2 * 3 * 16 * 16).reshape(2, 3, 16, 16)
@@ -68,6 +69,50 @@ def test_whoever_asks_for_triton_is_not_second_guessed(small):
     asked = model("triton")
     asked.encode(IMAGE.to(GPU))
     assert asked.stats().folds == 1 and not small.exists()
+
+
+def test_tiles_whose_bits_differ_are_not_taken_for_few_images(small, gpu, monkeypatch):
+    differ = [self_check.CheckRow("encode 1x32x32 among 64", 1.0, 0.0, "1 of 1 images have other bits than among 64")]
+    monkeypatch.setattr(first_contact, "check_model", lambda *_: [])
+    monkeypatch.setattr(first_contact, "check_bits", lambda *_: differ)
+    for backend in ("auto", "triton"):
+        one = model(backend)
+        one.encode(IMAGE.to(GPU))
+        # who asks for triton is told what is known
+        assert one.narrow_tiles and not one.runtime.narrow
+    reasons = json.loads(small.read_text())
+    assert sorted(key.endswith(", few images") for key in reasons) == [False, True]
+    assert "few images took other bits on this GPU (encode 1x32x32" in next(filter(None, reasons.values()))
+    first_contact._met.clear()
+    small.unlink()
+    monkeypatch.setattr(first_contact, "check_bits", lambda *_: [])
+    agreed = model("auto")
+    agreed.encode(IMAGE.to(GPU))
+    assert agreed.runtime.narrow
+    agreed.narrow_tiles = False
+    agreed.encode(IMAGE.to(GPU))
+    assert not agreed.runtime.narrow
+
+
+def test_the_bits_of_few_images_are_compared(gpu, monkeypatch):
+    """On this device no kernel computes: what an arena holds is what comes out, so a mark in it must be found."""
+    rows = self_check.check_bits(GPU, torch.bfloat16)
+    names = [f"{what} {n}x32x32 among 64" for what in ("encode", "decode") for n in self_check.FEW]
+    assert [row.name for row in rows] == names, rows[0].problem
+    assert gpu.counts["launch"] > 0
+
+    real = Runtime.encode
+
+    def marked(self, image, out=None):
+        latents = real(self, image, out)
+        latents.copy_(torch.arange(float(len(image)), device=GPU)[:, None, None, None].expand_as(latents))
+        latents[0] += len(image)
+        return latents
+
+    monkeypatch.setattr(Runtime, "encode", marked)
+    rows = self_check.check_bits(GPU, torch.bfloat16)
+    assert [row.error for row in rows[:3]] == [1.0, 1.0, 1.0]
+    assert all("1 of" in row.problem and "other bits" in row.problem for row in rows[:3])
 
 
 def test_every_launch_of_the_check_is_queued_and_found_wrong(gpu):
