@@ -11,6 +11,7 @@ from pathlib import Path
 # a driver that knows its target and nothing else: what is launched or loaded fails
 PROGRAM = """
 import json
+from functools import partial
 import torch, triton
 from triton.backends.compiler import GPUTarget
 
@@ -35,7 +36,8 @@ found = []
 for batches in ((128,), (128, 100, 7), (128, 100, 7)):
     stats = Stats()
     # narrower tiles are kernels of their own
-    keys = [PlanKey(d, n, 128, 128, bf16, bf16, "nchw", 90, narrow=False) for d in ("encode", "decode") for n in batches]
+    many = partial(PlanKey, height=128, width=128, dtype=bf16, image_dtype=bf16, layout="nchw", cc=90, narrow=False)
+    keys = [many(d, n) for d in ("encode", "decode") for n in batches]
     precompile([make_plan(config, key) for key in keys], stats)
     found.append([stats.compile_seconds, *(len(k.device_caches[0][0]) for k in KERNELS)])
 print(json.dumps(found))
