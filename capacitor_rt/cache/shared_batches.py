@@ -4,7 +4,7 @@ Torch makes new shared memory for every tensor that leaves a worker: each of its
 both processes, which takes longer than reading a batch. Here one mapping serves all batches. A batch lies in a run of
 its units: a worker takes the run and fills it, what goes through the loader's queue is where it is, and it is free
 again when the last tensor of it is gone in the process that got it. Where all units are taken the batch goes torch's
-way. The memory is anonymous, takes no more than is in use at a time, and ends with the last process that has it.
+way. The memory is anonymous, takes what was in use at most at a time, and ends with the last process that has it.
 """
 
 from __future__ import annotations

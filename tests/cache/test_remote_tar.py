@@ -16,6 +16,7 @@ from test_remote_sources import REQUEST, png, run
 from capacitor_rt.cache import ColumnsRequest, LatentDataset, RunOptions, cache_images
 from capacitor_rt.cache.sources import spans, tar
 from capacitor_rt.cache.sources.open import open_source
+from capacitor_rt.cache.sources.remote import expand
 from capacitor_rt.errors import CacheError
 
 
@@ -48,7 +49,7 @@ def memory():
     store.rm("/wds", recursive=True)
 
 
-@pytest.mark.parametrize("url", ["memory://wds/*.tar", "memory://wds"])
+@pytest.mark.parametrize("url", ["memory://wds/*.tar", "memory://wds", "memory://wds/{00000..00001}.tar"])
 def test_a_url_gives_the_bytes_of_the_files(memory, tmp_path, url):
     (tmp_path / "wds").mkdir()
     for name in ("00000.tar", "00001.tar"):
@@ -92,6 +93,14 @@ def test_a_run_that_goes_on_lists_by_the_plan(memory, tmp_path, monkeypatch):
     memory.pipe_file("/wds/00000.tar", shard(1, 6))
     with pytest.raises(CacheError, match="other inputs"):
         run("memory://wds/*.tar", tmp_path / "out", kind="tar", **columns)
+
+
+def test_numbered_names_are_those_of_webdataset():
+    assert expand("a-{08..10}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar"]
+    assert expand("{0..1}-{5..6}.tar") == ["0-5.tar", "0-6.tar", "1-5.tar", "1-6.tar"]
+    assert expand("plain-{a,b}.tar") == ["plain-{a,b}.tar"]
+    with pytest.raises(CacheError, match="stands for 10000000000 files"):
+        expand("{0..9999999999}.tar")
 
 
 @pytest.fixture
@@ -178,5 +187,8 @@ def test_a_tar_file_cut_short_is_refused_when_it_is_listed(server, tmp_path):
     server.files["/data/a.tar"] = server.files["/data/a.tar"][:9000]
     with pytest.raises(CacheError, match=r"/data/a\.tar cannot be read as an uncompressed tar file"):
         open_source(f"{server.url}/data/a.tar", tmp_path)
+    server.files["/data/0.tar"] = shard(0, 1)
+    with pytest.raises(CacheError, match=r"/data/1\.tar does not exist"):
+        open_source(f"{server.url}/data/{{0..1}}.tar", tmp_path)
     with pytest.raises(CacheError, match=r"/data/b\.tar does not exist"):
         open_source(f"{server.url}/data/b.tar", tmp_path, columns=ColumnsRequest())

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import fnmatch
 import os
+import re
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -25,6 +27,9 @@ from .listing import MISSING, Listing
 
 BLOCK_BYTES = 1 << 20
 """That a remote file is read ahead by, while it is listed or streamed."""
+ASKERS = 32
+"""Files that are asked for side by side how large they are."""
+MOST_NAMES = 1_000_000
 _TIMES = ("mtime", "LastModified", "last_modified", "created")
 _TAGS = ("ETag", "etag", "blob_id")
 
@@ -166,6 +171,8 @@ Files = LocalFiles | RemoteContainers
 def find_files(src: Path | str, suffix: str, out: Path) -> tuple[Files, list[bytes]]:
     """The files with a suffix that a path, a URL, a folder or a pattern (of a URL: in its last part) names.
 
+    A pattern of a URL may also be `{00000..00099}`, as WebDataset has it, which nothing has to be listed for.
+
     Returns:
         Where they are, and their names there, sorted.
 
@@ -177,7 +184,12 @@ def find_files(src: Path | str, suffix: str, out: Path) -> tuple[Files, list[byt
         root, names = find_containers(Path(src), suffix, out)
         return LocalFiles(root), names
     folder, _, last = text.rpartition("/")
-    if not last.endswith(suffix):
+    numbered = expand(last)
+    if len(numbered) > 1:
+        files = RemoteFiles(folder)
+        with ThreadPoolExecutor(ASKERS, thread_name_prefix="list") as pool:
+            found = dict(zip(numbered, pool.map(files.info_of, numbered), strict=True))
+    elif not last.endswith(suffix):
         files = RemoteFiles(text)
         found = {n: info for n, info in files.names().items() if _is_wanted(n, suffix)}
     elif _is_pattern(last):
@@ -189,6 +201,22 @@ def find_files(src: Path | str, suffix: str, out: Path) -> tuple[Files, list[byt
     if not found:
         raise CacheError(f"no {suffix} files in {text!r}")
     return RemoteContainers(files.url, found), sorted(os.fsencode(name) for name in found)
+
+
+def expand(name: str) -> list[str]:
+    """The names that `{first..last}` in a name stands for, with as many digits as the first number has.
+
+    Raises:
+        CacheError: there are more than a million of them.
+    """
+    found = re.search(r"\{(\d+)\.\.(\d+)\}", name)
+    if found is None:
+        return [name]
+    first, last = int(found[1]), int(found[2])
+    if last - first >= MOST_NAMES:
+        raise CacheError(f"{name!r} stands for {last - first + 1} files: {MOST_NAMES} are the most")
+    heads = [f"{name[: found.start()]}{i:0{len(found[1])}d}" for i in range(first, last + 1)]
+    return [head + tail for head in heads for tail in expand(name[found.end() :])]
 
 
 def _is_wanted(name: str, suffix: str) -> bool:
