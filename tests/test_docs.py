@@ -26,7 +26,7 @@ from capacitor_rt.cache.plan_schema import PLAN_SCHEMA
 from capacitor_rt.checkpoint_schema import DERIVED, STATISTICS, expected_shapes
 from capacitor_rt.config import KNOWN_MODELS
 from capacitor_rt.diffusion import noise_levels
-from capacitor_rt.images.decode import REASONS
+from capacitor_rt.images.reasons import REASONS
 from capacitor_rt.runtime.forecast import CEILINGS
 from capacitor_rt.runtime.plan import PlanKey, make_plan
 

@@ -19,10 +19,10 @@ from ..cache.run import cache_images
 from ..config import FullCapacitorInferenceConfig
 from ..errors import InputError
 from ..evaluation.metrics import PsnrTable, psnr
-from ..images.decode import read_bytes
 from ..images.frames import to_uint8
 from ..images.geometry import Size
 from ..images.load import PixelPolicy, load_image
+from ..images.reading import read_bytes
 from ..model import FullCapacitor
 from .terminal import printable
 from .view_cache import view_cache

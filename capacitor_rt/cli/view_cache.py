@@ -24,9 +24,9 @@ from ..evaluation.metrics import CosineSimilarity
 from ..evaluation.view.perceptual import lpips_distance
 from ..evaluation.view.pictures import glimpse
 from ..evaluation.view.writer import CacheFacts, LeftOut, PageWriter, Shown
-from ..images.decode import read_bytes
 from ..images.frames import to_uint8
 from ..images.load import load_image
+from ..images.reading import read_bytes
 from ..images.scan import id_to_path
 from .codecs import cosine_observer
 from .terminal import note

@@ -12,8 +12,8 @@ from PIL import Image
 
 from ..errors import ImageError, InputError
 from .convert import orient
-from .decode import DEFAULT_MAX_PIXELS, TOO_LARGE
 from .geometry import Placement, Size
+from .reasons import DEFAULT_MAX_PIXELS, TOO_LARGE
 
 FILTER, RESAMPLE = "box+bicubic", "pillow"
 """How pixels are made, as a plan names it."""

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from ..errors import ImageError, InputError
-from .decode import ImageHeader, open_image, read_bytes
+from .decode import open_image
 from .geometry import Placement, Size, assign, bucket_table, place, square_bucket
 from .load import PixelPolicy, frame
+from .opening import ImageHeader
+from .reading import read_bytes
 
 RGB = tuple[int, int, int]
 

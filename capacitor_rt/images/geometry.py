@@ -9,7 +9,7 @@ import numpy as np
 
 from ..errors import ImageError, InputError
 from .convert import orient
-from .decode import DEFAULT_MAX_PIXELS, TOO_LARGE
+from .reasons import DEFAULT_MAX_PIXELS, TOO_LARGE
 from .resample import FILTERS, Window, resample
 
 TOO_SMALL = "too_small"

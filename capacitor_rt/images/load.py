@@ -16,18 +16,11 @@ import numpy as np
 from ..errors import ImageError, InputError
 from . import adm, deferred
 from .color import ICC_POLICIES
-from .decode import (
-    CORRUPT,
-    DEFAULT_MAX_PIXELS,
-    TOO_LARGE,
-    Buffer,
-    ImageHeader,
-    OpenedImage,
-    check_background,
-    open_image,
-)
+from .decode import Buffer, OpenedImage, check_background, open_image
 from .geometry import TOO_SMALL, UPSCALE_POLICIES, Placement, Size, apply, assign, place, stored_window
 from .jpeg import MOST_SHRINK, shrunk
+from .opening import ImageHeader
+from .reasons import CORRUPT, DEFAULT_MAX_PIXELS, TOO_LARGE
 from .resample import MOST_WASTE
 
 DECODE_POLICIES = ("exact", "fast")

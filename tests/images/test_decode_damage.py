@@ -15,7 +15,9 @@ from PIL import Image, ImageFile
 
 from capacitor_rt.errors import ImageError, InputError
 from capacitor_rt.images import jpeg
-from capacitor_rt.images.decode import REASONS, decode_image, probe, read_bytes
+from capacitor_rt.images.decode import decode_image, probe
+from capacitor_rt.images.reading import read_bytes
+from capacitor_rt.images.reasons import REASONS
 
 PICTURE = files.texture(37, 53)
 

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from capacitor_rt.errors import ImageError
-from capacitor_rt.images.decode import REASONS, decode_image, probe
+from capacitor_rt.images.decode import decode_image, probe
+from capacitor_rt.images.reasons import REASONS
 
 
 def encoded(image: Image.Image | np.ndarray, format: str, **options) -> bytes:

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from ...errors import CacheError, ImageError, InputError
 from ...extras import require_extra
-from ...images.decode import open_image, read_bytes
+from ...images.decode import open_image
 from ...images.geometry import Placement, Size
 from ...images.load import PixelPolicy, frame
+from ...images.reading import read_bytes
 from .base import Format, Record, from_numpy
 from .columns import source_path
 from .files import OutFile

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import CacheError, ImageError
-from ...images.decode import EMPTY, TOO_LARGE, UNREADABLE
+from ...images.reasons import EMPTY, TOO_LARGE, UNREADABLE
 from ...images.scan import path_to_id
 from ...strict_json import open_regular
 from ..failures import CHANGED, IO_ERROR, OUT_OF_MEMORY, is_for_good

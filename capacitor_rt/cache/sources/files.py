@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import CacheError, ImageError
-from ...images.decode import EMPTY, TOO_LARGE, UNREADABLE
+from ...images.reasons import EMPTY, TOO_LARGE, UNREADABLE
 from ...images.scan import Scan, path_to_id, scan
 from ...strict_json import open_regular
 from ..failures import CHANGED, IO_ERROR, OUT_OF_MEMORY, is_for_good

@@ -15,7 +15,7 @@ import numpy as np
 
 from ...errors import CacheError, CapacitorError, ImageError, InputError
 from ...extras import require_extra
-from ...images.decode import EMPTY, UNREADABLE
+from ...images.reasons import EMPTY, UNREADABLE
 from ..failures import CHANGED, IO_ERROR, OUT_OF_MEMORY
 from .columns import CAPTION, LABEL, MAX_LABEL_NAME, Column, Columns, ColumnsRequest, parse_json, text_of
 from .containers import LocalFiles

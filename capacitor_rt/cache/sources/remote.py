@@ -16,7 +16,7 @@ import numpy as np
 
 from ...errors import CacheError, ImageError
 from ...extras import require_extra
-from ...images.decode import EMPTY, TOO_LARGE
+from ...images.reasons import EMPTY, TOO_LARGE
 from ...images.scan import EXTENSIONS
 from ..failures import CHANGED, IO_ERROR, OUT_OF_MEMORY
 from ..hashing import xxh3

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from ...errors import ImageError
-from ...images.decode import EMPTY, TOO_LARGE
+from ...images.reasons import EMPTY, TOO_LARGE
 from ..failures import CHANGED, IO_ERROR
 from .containers import MAX_BYTES
 from .remote import RemoteContainers

@@ -10,7 +10,10 @@ import numpy as np
 from PIL import Image, ImageFile
 
 from ...errors import ImageError
-from ...images.decode import DEFAULT_MAX_PIXELS, FORMATS, decode_image, read_bytes
+from ...images.decode import decode_image
+from ...images.opening import FORMATS
+from ...images.reading import read_bytes
+from ...images.reasons import DEFAULT_MAX_PIXELS
 
 THUMB_SIDE = 96
 LARGEST_SIDE = 16383
