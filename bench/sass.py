@@ -5,6 +5,7 @@
     python -m bench sass --gpu h200 --case encode:128:256 --detail          one call, cycles by pipe, to the terminal
     python -m bench sass --case encode:1:1024:latency       by the rows for one image; :gluon: by the form of expand
                                               that CAPACITOR_EXPAND=gluon asks for
+    python -m bench sass --case encode:128:256:fp8          the encoder in e4m3
     python -m bench sass --overlap 0          epilogues exposed; 1: fully hidden under another CTA; the page has 0.5
     python -m bench sass --json FILE          the totals as JSON, and every launch with --detail
     python -m bench sass --before FILE        beside an earlier --json; bench/results/model-before.json by default
@@ -22,7 +23,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -51,6 +52,12 @@ CALLS = (
     "encode:128:256:gluon",
     "encode:32:512:gluon",
     "decode:1:1024:gluon",
+    "encode:128:256:fp8",
+    "encode:32:512:fp8",
+    "encode:1:256:fp8",
+    "encode:1:1024:fp8",
+    "encode:1:256:latency:fp8",
+    "encode:1:1024:latency:fp8",
 )
 ASSUMPTIONS = """\
 ## What the model assumes
@@ -64,6 +71,9 @@ Clocks, rates and capacities are in `bench/_gpu_model.py`, costs of instructions
 - A grid is whole waves, and a tail that spreads over the SMs.
 - Bytes from L2 are counted once for a CTA and address; from DRAM come weights, and activations beyond the share of L2
   that is theirs.
+- e4m3: sm_90 multiplies twice as fast as in bf16; sm_120 twice as fast by the plain instruction and four times by the
+  block-scaled one, whose 1005 TFLOP/s against 255 others have measured (Dao-AILab/quack, gemm_sm120.py). A ceiling of a
+  whole-GPU product is as many times that of bf16; no product in e4m3 was measured for this.
 - Not modelled: power, bank conflicts, the instruction cache, skew at barriers, hit rates of L2, host time, copies in
   and out of the arena.
 
@@ -76,7 +86,8 @@ expected to be 10 to 25 % optimistic. Of an A100's product at 8192^3, 223 TFLOP/
 class CallName(NamedTuple):
     """What is asked for: `direction:batch:size` of square images.
 
-    `:latency` after it takes the rows for one image, `:gluon` the form of expand that CAPACITOR_EXPAND=gluon gives.
+    `:latency` after it takes the rows for one image, `:gluon` the form of expand that CAPACITOR_EXPAND=gluon gives,
+    `:fp8` the encoder in e4m3.
     """
 
     direction: str
@@ -84,32 +95,41 @@ class CallName(NamedTuple):
     size: int
     use: str
     expand: str = ""
+    precision: str = ""
 
     @classmethod
     def parse(cls, text: str) -> CallName:
         """Raises `argparse.ArgumentTypeError` in words for what is no call."""
-        given = text.removesuffix(":gluon")
-        direction, *numbers = given.split(":")
+        expand = "gluon" if text.endswith(":gluon") else ""
+        precision = "fp8" if text.endswith(":fp8") else ""
+        direction, *numbers = text.removesuffix(":gluon").removesuffix(":fp8").split(":")
         use = numbers.pop() if numbers and numbers[-1] in ("latency", "throughput") else "throughput"
         sound = direction in ("encode", "decode") and len(numbers) == 2 and all(n.isdecimal() for n in numbers)
         if not sound or int(numbers[0]) < 1 or int(numbers[1]) < 32 or int(numbers[1]) % 32:
             raise argparse.ArgumentTypeError(
                 f"{text!r} is no call: write direction:batch:size, e.g. encode:128:256, sizes being multiples of 32, "
-                "with :latency for the rows of one image, with :gluon for expand's other form"
+                "with :latency for the rows of one image, with :gluon for expand's other form, with :fp8 for e4m3"
             )
+        if precision and direction != "encode":
+            raise argparse.ArgumentTypeError(f"{text!r}: only encoders have launches in fp8, write encode")
         if use == "latency" and numbers[0] != "1":
             raise argparse.ArgumentTypeError(
                 f"{text!r}: rows for latency are for one image at a time, write {direction}:1"
             )
-        return cls(direction, int(numbers[0]), int(numbers[1]), use, "" if given == text else "gluon")
+        return cls(direction, int(numbers[0]), int(numbers[1]), use, expand, precision)
+
+    def runs_on(self, cc: int) -> bool:
+        """Whether GPUs of this compute capability have such launches."""
+        return (not self.expand or cc == 90) and (not self.precision or cc >= 89)
 
     def __str__(self) -> str:
         form = (" latency" if self.use == "latency" else "") + (f" expand={self.expand}" if self.expand else "")
+        form += f" {self.precision}" if self.precision else ""
         return f"{self.direction} {self.batch}x{self.size}²{form}"
 
 
 def predict_named(call: CallName, gpu: Gpu, overlap: float = OVERLAP) -> CallPrediction:
-    """A call of full_capacitor in bfloat16: uint8 pixels to encode, float32 latents to decode."""
+    """A call of full_capacitor in bfloat16, or with blocks in e4m3: uint8 pixels to encode, float32 latents to decode."""
     import torch
 
     from capacitor_rt.config import KNOWN_MODELS
@@ -120,6 +140,7 @@ def predict_named(call: CallName, gpu: Gpu, overlap: float = OVERLAP) -> CallPre
     given = torch.uint8 if call.direction == "encode" else torch.float32
     size = call.batch, call.size, call.size
     key = PlanKey(call.direction, *size, torch.bfloat16, given, "nchw", gpu.cc, call.use)
+    key = replace(key, precision=call.precision or None)
     before = os.environ.get("CAPACITOR_EXPAND")
     try:
         os.environ["CAPACITOR_EXPAND"] = call.expand or before or ""
@@ -226,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     calls = args.case or [CallName.parse(text) for text in CALLS]
     found = []
     for gpu in args.gpu or ("h200", "5090", "a100"):
-        for call in calls if args.case else (c for c in calls if not c.expand or GPUS[gpu].cc == 90):
+        for call in calls if args.case else (c for c in calls if c.runs_on(GPUS[gpu].cc)):
             found.append(predict_named(call, GPUS[gpu], args.overlap))
             print(f"{found[-1].gpu}: {call}: {found[-1].ms:.3f} ms", file=sys.stderr)
     if args.json:

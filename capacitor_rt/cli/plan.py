@@ -41,6 +41,10 @@ def plan(
     low_latency: Annotated[
         bool, typer.Option("--low-latency", help="Plan launches that are shaped for a single image.")
     ] = False,
+    encode_precision: Annotated[
+        str | None,
+        typer.Option("--encode-precision", help="Plan an encoder in fp8 (e4m3).", metavar="NAME"),
+    ] = None,
     tflops: Annotated[float | None, typer.Option(min=1e-3, help="Ceiling of arithmetic in TFLOP/s.")] = None,
     gbps: Annotated[float | None, typer.Option(min=1e-3, help="Ceiling of memory traffic in GB/s.")] = None,
     as_json: AsJson = False,
@@ -51,6 +55,7 @@ def plan(
     architecture = read_architecture(model, config, revision)
     height, width = size, width or size
     _check(architecture, direction, height, width)
+    _check_precision(encode_precision, architecture, direction, cc)
     inference = FullCapacitorInferenceConfig(num_steps=steps, sampler=sampler, pdg=pdg)
     import torch
 
@@ -70,6 +75,7 @@ def plan(
         cc,
         "latency" if low_latency and batch == 1 else "throughput",
         inference if decoding else None,
+        precision=encode_precision,
     )
     result = forecast(architecture, key, ceilings_of(cc, compute, tflops, gbps))
     if as_json:
@@ -106,3 +112,20 @@ def _check(config: ModelConfig, direction: str, height: int, width: int) -> None
     if direction not in directions:
         raise InputError(f"direction {direction!r} is none of this model's: use one of {', '.join(directions)}")
     check_multiple(height, width, config.latent_stride, config.latent_stride)
+
+
+def _check_precision(name: str | None, config: ModelConfig, direction: str, cc: int) -> None:
+    """Refuse a precision that the call has no launches in."""
+    from ..fp8_encoding import check_precision
+
+    check_precision(name)
+    if name is None:
+        return
+    if direction == "decode" or config.dico is not None:
+        raise InputError(f"{direction} of this model has no launches in {name}: only full_capacitor's encoder has")
+    from capacitor_kernels.launch import check_e4m3
+
+    try:
+        check_e4m3(cc)
+    except ValueError as error:
+        raise InputError(f"{error} (--cc 89, 90, 100 or 120)") from error

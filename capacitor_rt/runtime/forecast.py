@@ -22,24 +22,29 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Ceilings:
-    """The best a GPU can do: dense bfloat16 TFLOP/s with float32 sums, GB/s, and where the figures are from."""
+    """The best a GPU can do: dense bfloat16 TFLOP/s with float32 sums, GB/s, and where the figures are from.
+
+    `fp8` is how many times as fast it multiplies e4m3; 0 where it cannot.
+    """
 
     tflops: float
     gbps: float
     source: str
+    fp8: float = 2.0
 
     def milliseconds(self, step: Step) -> tuple[float, str]:
         """Time of a step that reaches the ceiling that binds it, and which one that is."""
-        maths, memory = step.flops / self.tflops / 1e9, step.nbytes / self.gbps / 1e6
+        rate = self.tflops * (self.fp8 if step.op.endswith("_fp8") else 1)
+        maths, memory = step.flops / rate / 1e9, step.nbytes / self.gbps / 1e6
         return (maths, "math") if maths > memory else (memory, "memory")
 
 
 # docs/numbers.md
 CEILINGS: dict[int, Ceilings] = {
-    80: Ceilings(312.0, 2040.0, "A100-80 SXM, datasheet"),
+    80: Ceilings(312.0, 2040.0, "A100-80 SXM, datasheet", 0.0),
     89: Ceilings(165.2, 1008.0, "RTX 4090, datasheet"),
     90: Ceilings(790.0, 4300.0, "H200, measured: an 8192^3 product and a copy"),
-    120: Ceilings(209.5, 1792.0, "RTX 5090, datasheet"),
+    120: Ceilings(209.5, 1792.0, "RTX 5090, datasheet", 4.0),
 }
 
 
@@ -49,15 +54,20 @@ def ceilings_of(cc: int, dtype: torch.dtype, tflops: float | None, gbps: float |
     Raises:
         InputError: none are known for it, or not for float32.
     """
-    if tflops is not None and gbps is not None:
-        return Ceilings(tflops, gbps, "as given")
     known = CEILINGS.get(base_cc(cc))
+    if tflops is not None and gbps is not None:
+        return Ceilings(tflops, gbps, "as given", 2.0 if known is None else known.fp8)
     if known is None or dtype == torch.float32:
         what = "float32" if dtype == torch.float32 else f"compute capability {cc}"
         raise InputError(f"no ceilings are known for {what}: state both with --tflops and --gbps")
     if tflops is None and gbps is None:
         return known
-    return Ceilings(tflops or known.tflops, gbps or known.gbps, f"as given; the rest: {known.source}")
+    return replace(
+        known,
+        tflops=tflops or known.tflops,
+        gbps=gbps or known.gbps,
+        source=f"as given; the rest: {known.source}",
+    )
 
 
 @dataclass(frozen=True)
@@ -90,6 +100,7 @@ class Forecast:
             "layout": r.layout,
             "compute_capability": r.cc,
             "use": r.use,
+            "precision": r.precision,
             "inference": None if r.inference is None else asdict(r.inference),
             "runs": list(self.runs),
             "ceilings": asdict(self.ceilings),
@@ -138,7 +149,8 @@ class Forecast:
     def lines(self) -> Iterator[str]:
         """For people."""
         r = self.key
-        what = f"{r.direction}, {r.batch} images of {r.height}x{r.width}, {dtype_name(r.dtype)}, sm_{r.cc}"
+        kind = dtype_name(r.dtype) + (" and fp8" if r.precision else "")
+        what = f"{r.direction}, {r.batch} images of {r.height}x{r.width}, {kind}, sm_{r.cc}"
         runs = " + ".join(f"{n} x {size}" for size, n in Counter(self.runs).items())
         yield f"{what}: {runs} images, {sum(len(self.plans[n].steps) for n in self.runs)} ops"
         for size, plan in self.plans.items():
@@ -147,20 +159,22 @@ class Forecast:
         total = self.milliseconds
         yield ""
         yield f"{flops / 1e9:,.1f} GFLOP and {nbytes / 1e6:,.1f} MB in all"
+        rate = f"{self.ceilings.tflops:g} TFLOP/s"
+        rate += f", {self.ceilings.fp8:g} times that in e4m3," if r.precision else ""
         yield (
             f"{total:.3f} ms at best, {1e3 * r.batch / total:,.0f} images/s: every op at its ceiling of "
-            f"{self.ceilings.tflops:g} TFLOP/s or {self.ceilings.gbps:g} GB/s ({self.ceilings.source})"
+            f"{rate} or {self.ceilings.gbps:g} GB/s ({self.ceilings.source})"
         )
 
     def _lines(self, size: int, plan: LaunchPlan) -> Iterator[str]:
         yield ""
-        yield f"{size} images:  #  op              GFLOP         MB        ms  bound   config"
+        yield f"{size} images:  #  op               GFLOP         MB        ms  bound   config"
         pad = " " * len(f"{size} images:")
         for i, step in enumerate(plan.steps):
             milliseconds, bound = self.ceilings.milliseconds(step)
             config = _short(step.options.get("config"))
             figures = f"{step.flops / 1e9:>11.3f} {step.nbytes / 1e6:>10.2f} {milliseconds:>9.4f}"
-            yield f"{pad}{i:>3}  {step.op:<10}{figures}  {bound:<6}  {config}".rstrip()
+            yield f"{pad}{i:>3}  {step.op:<11}{figures}  {bound:<6}  {config}".rstrip()
         yield ""
         yield f"{pad}     buffer         MiB     offset   steps    shape"
         for b in sorted(plan.buffers, key=lambda b: b.offset):

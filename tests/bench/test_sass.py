@@ -122,6 +122,14 @@ def test_latency_rows_are_for_one_image():
         sass.CallName.parse("encode:2:512:latency")
 
 
+def test_only_encoders_are_in_fp8_and_only_where_gpus_have_it():
+    call = sass.CallName.parse("encode:1:256:latency:fp8")
+    assert str(call) == "encode 1x256² latency fp8" and call.use == "latency" and not call.expand
+    assert [cc for cc in (80, 89, 90, 100, 120) if call.runs_on(cc)] == [89, 90, 100, 120]
+    with pytest.raises(argparse.ArgumentTypeError, match="only encoders have launches in fp8"):
+        sass.CallName.parse("decode:1:256:fp8")
+
+
 def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | environment
     command = [sys.executable, "-m", "bench", "sass", *arguments]

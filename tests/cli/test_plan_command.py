@@ -96,3 +96,30 @@ def test_stated_ceilings_bind_each_step():
     slow_maths = forecast(ModelConfig(), key, Ceilings(1e-3, 1e9, "as given"))
     assert slow_maths.milliseconds == pytest.approx(slow_maths.plans[2].flops / 1e6, rel=1e-3)
     assert document("--size", "64", "--cc", "100", "--tflops", "2000", "--gbps", "8000")["ceilings"]["gbps"] == 8000
+
+
+def test_an_encoder_in_fp8():
+    got = document("--size", "256", "--batch", "128", "--cc", "120", "--encode-precision", "fp8")
+    half = document("--size", "256", "--batch", "128", "--cc", "120")
+    assert got["precision"] == "fp8" and half["precision"] is None
+    steps = {step["op"]: step for step in got["plans"][0]["steps"]}
+    # block-scaled products of sm_120 are four times as fast as those in bfloat16
+    assert steps["expand_fp8"]["milliseconds"] == pytest.approx(steps["expand_fp8"]["flops"] / 4 / 209.5e9)
+    assert got["plans"][0]["flops"] == half["plans"][0]["flops"] and got["milliseconds"] < 0.35 * half["milliseconds"]
+    text = run("--size", "256", "--batch", "128", "--cc", "120", "--encode-precision", "fp8")
+    assert "bf16 and fp8, sm_120" in text and "e4m3 [32768, 3584]" in text and "4 times that in e4m3" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--cc", "80"), r"8\.0 has no fp8.*--cc 89, 90, 100 or 120"),
+        (("--direction", "decode"), "decode of this model has no launches in fp8"),
+        (("--config", "irdiffae_v1"), "encode of this model has no launches in fp8"),
+    ],
+)
+def test_what_has_no_launches_in_fp8(options, message):
+    with pytest.raises(CapacitorError, match=message):
+        run("--size", "256", "--encode-precision", "fp8", *options)
+    with pytest.raises(CapacitorError, match="encode_precision 'int4' is unknown"):
+        run("--size", "256", "--encode-precision", "int4")

@@ -10,7 +10,7 @@ from functools import partial
 from capacitor_kernels.gemm import GemmConfig
 from capacitor_kernels.ops.expand import HOPPER
 
-from . import cases
+from . import cases, fp8_cases
 from .cases import Case, Form
 from .compare import run_case
 
@@ -55,6 +55,11 @@ def broken_cases(cc: int) -> dict[str, Callable[[], Case]]:
         by_descriptors |= {
             "project transposed": lambda: cases.project(turned, 1, 35, 264, 200),
             "expand by specialised warps": lambda: cases.expand(specialised, 2, 128, 384, 256, sms=1),
+        }
+    if cc == 90 or cc == 120:
+        by_descriptors |= {
+            "expand_fp8": lambda: fp8_cases.expand(form, 1, 35, 200, 264),
+            "project_fp8": lambda: fp8_cases.project(form, 1, 35, 264, 200),
         }
     return by_descriptors | {
         "expand": lambda: cases.expand(form, 1, 35, 200, 264),
@@ -108,6 +113,12 @@ def breaks(text: str) -> Iterator[Break]:
         yield Break("first ldmatrix reads 16 bytes on", cut(m, f"{m[1]}+{int(m[3] or 0) + 16}]"))
     for m in first(r"(cvt\.rn\.bf16x2\.f32 \t%r\d+, )(%r\d+), (%r\d+);"):
         yield Break("halves of a pair swapped", cut(m, f"{m[1]}{m[3]}, {m[2]};"))
+    for m in first(r"(cvt\.rn\.satfinite\.e4m3x2\.f32\s+%?\w+, )(%r\d+), (%r\d+);"):
+        yield Break("bytes of a pair swapped", cut(m, f"{m[1]}{m[3]}, {m[2]};"))
+    for m in first(r"fma\.rn\.f16x2 \t(%r\d+), (%r\d+), (%r\d+), (%r\d+);"):
+        yield Break("two weights without their gain", cut(m, f"mov.b32 \t{m[1]}, {m[4]};"))
+    for m in first(r"(mma[^{;]*e4m3[^{;]*\{[^}]*\}\s*,\s*\{\s*)(%r\d+)(\s*,\s*)(%r\d+)"):
+        yield Break("rows of A in 8 bits swapped", cut(m, f"{m[1]}{m[4]}{m[3]}{m[2]}"))
     # another set of distances that adds every lane once would not be a break
     for m in first(r"(shfl\.sync\.bfly\.b32 \t%r\d+, %r\d+, )(\d+)"):
         yield Break("shuffle by another distance", cut(m, f"{m[1]}{int(m[2]) // 2 or 2}"))

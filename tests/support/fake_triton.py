@@ -26,6 +26,7 @@ POINTERS = {
     "*fp32": torch.float32,
     "*fp64": torch.float64,
     "*u8": torch.uint8,
+    "*fp8e4nv": torch.float8_e4m3fn,
     "*i8": torch.int8,
     "*i32": torch.int32,
     "*i64": torch.int64,
