@@ -129,7 +129,7 @@ class CallName(NamedTuple):
 
 
 def predict_named(call: CallName, gpu: Gpu, overlap: float = OVERLAP) -> CallPrediction:
-    """A call of full_capacitor in bfloat16, or its blocks in e4m3: uint8 pixels to encode, float32 latents to decode."""
+    """A call of full_capacitor, in bfloat16 or blocks in e4m3: uint8 pixels to encode, float32 latents to decode."""
     import torch
 
     from capacitor_rt.config import KNOWN_MODELS
