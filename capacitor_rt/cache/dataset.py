@@ -337,7 +337,7 @@ class LatentDataset(Dataset[LatentRow]):
                         raise self._damaged(places[position], why)
         if self.raw:
             return found
-        return [batch._replace(tensors=values_of(batch.tensors, self.plan.tensors)) for batch in found]
+        return [batch._replace(tensors=reader.placed(values_of(batch.tensors, self.plan.tensors))) for batch in found]
 
     def _damaged(self, i: int, why: str) -> CacheError:
         file, number, row = self._rows.place(i)

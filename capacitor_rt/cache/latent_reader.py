@@ -83,6 +83,13 @@ class LatentReader:
             by_bucket.setdefault(number, []).append(position)
         return [self._batch(number, positions, places) for number, positions in by_bucket.items()]
 
+    def placed(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What was computed of a batch, as it is, but in a data loader's worker where its batches lie."""
+        if get_worker_info() is None or self.shared is None:
+            return tensors
+        own = {kind: t for kind, t in tensors.items() if not is_shared(t)}
+        return tensors | {kind: self._empty(tuple(t.shape), t.dtype).copy_(t) for kind, t in own.items()}
+
     def _batch(self, number: int, positions: list[int], places: Sequence[Place]) -> Batch:
         # what has been opened stays open until it is read, whatever others open meanwhile
         opened = {file: self._open(file) for file in dict.fromkeys(places[p][0] for p in positions)}

@@ -12,7 +12,7 @@ from cache_cases import write_images
 from models import random_model
 from torch.utils.data import DataLoader, Subset
 
-from capacitor_rt.cache import BucketBatchSampler, CacheRequest, LatentDataset, cache_images
+from capacitor_rt.cache import BucketBatchSampler, CacheRequest, LatentDataset, RunOptions, cache_images
 from capacitor_rt.cache import shared_batches as module
 from capacitor_rt.cache.shared_batches import SharedBatch, SharedBatches
 from capacitor_rt.errors import CacheError
@@ -95,6 +95,22 @@ def test_rows_that_are_collated_otherwise_leave_nothing(dataset):
     gc.collect()
     dataset._shared._reclaim()
     assert dataset._shared.taken() == 0
+
+
+def test_integers_arrive_as_the_values_that_they_stand_for(made, tmp_path, monkeypatch):
+    request = CacheRequest(64, area=True, task_inputs=8, dtype="int8")
+    options = {"workers": 0, "progress": False, "options": RunOptions(progress=False, measure=0)}
+    cache_images(made.parent / "src", tmp_path / "out", random_model(), request, **options)
+    for raw in (False, True):
+        dataset = LatentDataset(tmp_path / "out", raw=raw)
+        sampler = BucketBatchSampler(dataset, 4, seed=2)
+        plain = list(DataLoader(dataset, batch_sampler=sampler))
+        held = list(DataLoader(dataset, batch_sampler=sampler, num_workers=1))
+        for got, expected in zip(held, plain, strict=True):
+            same(got, expected)
+        # all kinds of all batches lie there
+        kinds = sum(isinstance(v, torch.Tensor) and v.is_floating_point() for v in plain[0].values()) + raw
+        assert dataset._shared is None or dataset._shared.taken() == kinds * len(plain)
 
 
 def test_a_run_is_one_s_at_a_time():
