@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
@@ -33,12 +33,12 @@ Message = tuple[str, Any]
 
 
 class Setup(NamedTuple):
-    """What a coordinator has to know: the arguments of `cache_images`."""
+    """What a coordinator has to know: the arguments of `cache_images`, or with a request of each of `cache_views`."""
 
     src: str
     out: str
     model: ModelSource
-    request: CacheRequest
+    request: CacheRequest | Mapping[str, CacheRequest]
     options: RunOptions
 
 
@@ -87,17 +87,19 @@ class Teller:
 def coordinate(setup: Setup, tell: Tell, teller: Teller | None = None) -> None:
     """Do a run and tell how it goes and ends. Raises nothing but KeyboardInterrupt."""
     from .run import cache_images
+    from .views_run import cache_views
+
+    request, watch = setup.request, teller or Teller(tell)
+
+    def note(line: str) -> None:
+        tell(NOTE, line)
 
     try:
-        report = cache_images(
-            setup.src,
-            setup.out,
-            setup.model,
-            setup.request,
-            note=lambda line: tell(NOTE, line),
-            options=setup.options,
-            watch=teller or Teller(tell),
-        )
+        where, options = (setup.src, setup.out, setup.model), setup.options
+        if isinstance(request, CacheRequest):
+            report = cache_images(*where, request, note=note, options=options, watch=watch)
+        else:
+            report = cache_views(*where, request, note=note, options=options, watch=watch)
         tell(REPORT, report)
     except CapacitorError as e:
         tell(ERROR, e)

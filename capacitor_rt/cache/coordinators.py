@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
@@ -52,12 +52,14 @@ def cache_on(
     src: str | os.PathLike[str],
     out: str | os.PathLike[str],
     model: Checkpoint,
-    request: CacheRequest,
+    request: CacheRequest | Mapping[str, CacheRequest],
     *,
     note: Callable[[str], None],
     options: RunOptions | None = None,
 ) -> Report:
     """`cache_images` by a coordinator process on each of `devices`, such as "cuda:0"; "cpu" may be named repeatedly.
+
+    With a request for each of several views it is `cache_views`.
 
     The first makes the plan or checks it, then all take tasks by leases: there is no process group and no barrier. A
     coordinator that dies or fails is reported through `note`, and the others take over its tasks. The files are those

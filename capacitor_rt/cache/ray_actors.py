@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -77,13 +77,15 @@ def cache_on_ray(
     src: str | os.PathLike[str],
     out: str | os.PathLike[str],
     model: Checkpoint,
-    request: CacheRequest,
+    request: CacheRequest | Mapping[str, CacheRequest],
     *,
     actors: int | None = None,
     note: Callable[[str], None],
     options: RunOptions | None = None,
 ) -> Report:
     """`cache_images` by actors on a Ray cluster. An actor that is lost is reported, and its tasks are taken over.
+
+    With a request for each of several views it is `cache_views`.
 
     Args:
         address: of the cluster, "auto" for the one that this machine belongs to, "local" for one that ends with the

@@ -27,6 +27,7 @@ class Report:
         seconds: wall time of the run, planning included.
         meters: what its stages did; None if there was nothing to encode.
         costs: what each storage type costs, where it was measured.
+        views: of a run over several views the report of each, by name, of which this is the sum.
     """
 
     inputs: int
@@ -42,6 +43,7 @@ class Report:
     seconds: float = 0.0
     meters: Meters | None = None
     costs: list[DtypeCost] = field(default_factory=list)
+    views: dict[str, Report] = field(default_factory=dict)
 
     @property
     def failed(self) -> Counter[str]:
@@ -63,6 +65,10 @@ class Report:
 
 def joined(reports: Sequence[Report]) -> Report:
     """The report of several runs, at least one, that have shared the tasks of one cache."""
+    if reports[0].views:
+        meters_of = [report.meters for report in reports if report.meters is not None]
+        views = {name: joined([report.views[name] for report in reports]) for name in reports[0].views}
+        return replace(of_views(views), meters=Meters.joined(meters_of) if meters_of else None)
     # the one that accounted last has seen the most
     last = max(reports, key=lambda report: report.tasks)
     meters = [report.meters for report in reports if report.meters is not None]
@@ -76,6 +82,25 @@ def joined(reports: Sequence[Report]) -> Report:
         seconds=max(report.seconds for report in reports),
         meters=Meters.joined(meters) if meters else None,
         costs=next((report.costs for report in reports if report.costs), []),
+    )
+
+
+def of_views(views: dict[str, Report]) -> Report:
+    """The sum of the reports of several views, at least one; inputs count in each."""
+    every = list(views.values())
+    return Report(
+        inputs=sum(report.inputs for report in every),
+        cached=sum(report.cached for report in every),
+        quarantined=sum((report.quarantined for report in every), Counter()),
+        tasks=sum(report.tasks for report in every),
+        nbytes=sum(report.nbytes for report in every),
+        failures={id: why for report in every for id, why in report.failures.items()},
+        unfinished=sum(report.unfinished for report in every),
+        new_images=sum(report.new_images for report in every),
+        seconds=max(report.seconds for report in every),
+        meters=every[0].meters,
+        costs=next((report.costs for report in every if report.costs), []),
+        views=views,
     )
 
 

@@ -24,7 +24,7 @@ from .outlook import dry_run
 from .pipeline import Pipeline
 from .plan import CacheRequest
 from .prepare import PreparedRun, as_source, check_folder, prepare
-from .report import DryRun, Report
+from .report import DryRun, Report, of_views
 from .run import POLL_SECONDS, Begun, accounted, begun, clear, encoder_of, opened, planned, pool_of, workers_for
 from .sources import Source
 from .sources.open import open_source
@@ -46,7 +46,7 @@ def cache_views(
     note: Callable[[str], None],
     options: RunOptions | None = None,
     watch: Watch | None = None,
-) -> dict[str, Report]:
+) -> Report:
     """Encode every image of `src` into a cache per view, each image read and decoded once, or go on with that.
 
     The caches are `out/NAME`. Each is what `cache_images` with its request would write, to the bit, and is gone on with
@@ -57,7 +57,7 @@ def cache_views(
         src, model, note, options, watch: as those of `cache_images`.
 
     Returns:
-        A report of every view; its meters are those of all.
+        A report of all, whose `views` are those of each.
 
     Raises:
         As `cache_images`, and InputError for an update; before anything is written if one of the views is refused.
@@ -102,8 +102,10 @@ def cache_views(
         reports = {name: run.report(p) for name, run, p in zip(views, runs, pipelines, strict=True)}
     for report in reports.values():
         report.seconds = time.perf_counter() - begin
-        report.meters = together.measure() if together and together.read else None
-    return reports
+        report.meters = None
+    total = of_views(reports)
+    total.meters = together.measure() if together and together.read else None
+    return total
 
 
 def dry_run_views(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -27,11 +27,6 @@ from .options import (
     visible_gpus,
 )
 from .terminal import echo
-
-if TYPE_CHECKING:
-    from ..cache.model_source import Checkpoint
-    from ..cache.options import RunOptions
-    from ..cache.plan import CacheRequest
 
 
 def cache(
@@ -187,11 +182,6 @@ def cache(
     sides = [side for side in (size, area) if side is not None]
     if len(sides) + bool(view) != 1:
         raise InputError("give one of --size N (squares), --area N (aspect-ratio buckets) and --view (several sizes)")
-    if view and (gpus is not None or ray is not None or (coordinators or 1) > 1):
-        raise InputError(
-            "--view goes by one process a command: start the same command once per GPU, each with RANK, WORLD_SIZE and "
-            "CUDA_VISIBLE_DEVICES"
-        )
     if "://" not in src and not Path(src).exists() and not any(c in src for c in "*?["):
         raise InputError(f"{src!r} does not exist: give a folder of images, one image, or files that hold images")
     if gpus is not None and device not in ("auto", "cuda"):
@@ -210,6 +200,7 @@ def cache(
         from ..cache.run import cache_images
         from ..cache.sources import ColumnsRequest
         from ..cache.views import parse_views
+        from ..cache.views_run import cache_views, dry_run_views
 
         compute = compute_dtype.full_name if compute_dtype else None
         devices = _devices(gpus, device, coordinators) if ray is None else ["cpu" if device == "cpu" else "cuda"]
@@ -244,40 +235,34 @@ def cache(
             measure=measure,
             columns=ColumnsRequest(labels, captions, tuple(keep or ())),
         )
-        if view:
-            _cache_views(src, out, checkpoint, parse_views(view, request), options, dry_run)
+        views = parse_views(view, request) if view else None
+        if dry_run and views is not None:
+            for name, found in dry_run_views(src, out, checkpoint, views, options=options).items():
+                echo(f"{name}:")
+                print_dry_run(found)
             return
         if dry_run:
             print_dry_run(describe_run(src, out, checkpoint, request, options=options))
             return
+        asked = views or request
         if ray is not None:
             from ..cache.ray_actors import cache_on_ray
 
-            report = cache_on_ray(ray, src, out, checkpoint, request, actors=coordinators, note=remark, options=options)
-        elif gpus is None and coordinators is None:
-            report = cache_images(src, out, checkpoint, request, note=remark, options=options)
-        else:
+            report = cache_on_ray(ray, src, out, checkpoint, asked, actors=coordinators, note=remark, options=options)
+        elif gpus is not None or coordinators is not None:
             from ..cache.coordinators import cache_on
 
-            report = cache_on(devices, src, out, checkpoint, request, note=remark, options=options)
-    print_report(report, out)
+            report = cache_on(devices, src, out, checkpoint, asked, note=remark, options=options)
+        elif views is not None:
+            report = cache_views(src, out, checkpoint, views, note=remark, options=options)
+        else:
+            report = cache_images(src, out, checkpoint, request, note=remark, options=options)
+    if report.views:
+        print_views(report, out)
+    else:
+        print_report(report, out)
     if report.exit_code:
         raise typer.Exit(report.exit_code)
-
-
-def _cache_views(
-    src: str, out: Path, model: Checkpoint, views: dict[str, CacheRequest], options: RunOptions, dry_run: bool
-) -> None:
-    from ..cache.views_run import cache_views, dry_run_views
-
-    if dry_run:
-        for name, found in dry_run_views(src, out, model, views, options=options).items():
-            echo(f"{name}:")
-            print_dry_run(found)
-        return
-    code = print_views(cache_views(src, out, model, views, note=remark, options=options), out)
-    if code:
-        raise typer.Exit(code)
 
 
 def _devices(gpus: str | None, device: str, coordinators: int | None) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,15 +61,12 @@ def remark(line: str) -> None:
     note(f"note: {line}")
 
 
-def print_views(reports: Mapping[str, Report], out: Path) -> int:
-    """What a run has done in every view, and its exit code: the worst, which is 1 before 3 before 0."""
-    first = next(iter(reports.values()))
-    if first.meters is not None:
-        images = first.meters.images
-        echo(f"{images} inputs read at {images / max(first.seconds, 1e-9):.1f} images/s; {first.meters}")
-    for name, report in reports.items():
+def print_views(total: Report, out: Path) -> None:
+    """What a run has done in every view."""
+    if total.meters is not None:
+        images = total.meters.images
+        echo(f"{images} inputs read at {images / max(total.seconds, 1e-9):.1f} images/s; {total.meters}")
+    for name, report in total.views.items():
         done = f"{report.cached} of {report.inputs} images in {report.tasks} tasks, {bytes_text(report.nbytes)}"
         echo(f"{name}: cached {done}; {report.new_images} inputs in this run")
         print_failures(report, out / name)
-    codes = {report.exit_code for report in reports.values()}
-    return next((code for code in (1, 3) if code in codes), 0)

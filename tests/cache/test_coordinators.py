@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 from cache_cases import commits_of, snapshot, write_images
-from kill_driver import REQUEST
+from kill_driver import REQUEST, VIEWS
 from models import random_model
 
 from capacitor_rt.cache import Checkpoint, RunOptions, cache_images, coordinators
@@ -261,3 +261,17 @@ def test_errors_go_from_process_to_process_as_they_are():
     for error in (CacheError("a", ["b", "c"]), ImageError("corrupt", "x"), InputError("y")):
         copy = pickle.loads(pickle.dumps(error))
         assert type(copy) is type(error) and str(copy) == str(error) and copy.__dict__ == error.__dict__
+
+
+def test_several_views_are_shared_as_well(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    model = Checkpoint(str(folder / "model"))
+    options = RunOptions(workers=0, progress=False)
+    report = cache_on(["cpu", "cpu"], folder / "src", tmp_path / "out", model, VIEWS, note=str, options=options)
+    assert {name: (r.cached, r.exit_code) for name, r in report.views.items()} == dict.fromkeys(VIEWS, (90, 3))
+    assert (report.cached, report.unfinished, report.exit_code) == (180, 0, 3)
+    assert report.meters.processes == 2
+    assert sum(r.new_images for r in report.views.values()) == 2 * 91
+    for name, request in VIEWS.items():
+        cache_images(folder / "src", tmp_path / name, model, request, workers=0, progress=False)
+        assert snapshot(tmp_path / "out" / name) == snapshot(tmp_path / name)

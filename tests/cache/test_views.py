@@ -30,6 +30,11 @@ VIEWS = parse_views(["32, 64@area+flip", "96@adm+posterior+int8"], BASE)
 
 
 def run(src, out, model, views=VIEWS, workers=0, notes=None, **options):
+    """The reports of the views."""
+    return run_all(src, out, model, views, workers, notes, **options).views
+
+
+def run_all(src, out, model, views=VIEWS, workers=0, notes=None, **options):
     chosen = RunOptions(workers=workers, progress=False, backoff=(0.0,), measure=0, **options)
     return cache_views(src, out, model, views, note=(notes if notes is not None else []).append, options=chosen)
 
@@ -142,11 +147,11 @@ def test_every_image_is_read_and_decoded_once(images, monkeypatch):
         OpenedImage, "stored_pixels", lambda self, *a, **k: decoded.append(self._name) or stored(self, *a, **k)
     )
     monkeypatch.setattr(Worker, "_attempt", lambda self, ordinal: read.append(ordinal) or attempt(self, ordinal))
-    reports = run(src, out, model)
+    total = run_all(src, out, model)
     assert len(decoded) == len(set(decoded)) == 10
     assert sorted(read) == list(range(11))
-    meters = reports["32"].meters
-    assert meters.images == 11 and meters.seconds["encode"] > 0
+    assert total.meters.images == 11 and total.meters.seconds["encode"] > 0
+    assert (total.inputs, total.cached, total.quarantined.total(), total.exit_code) == (33, 30, 3, 3)
 
 
 def test_a_second_run_writes_nothing_and_does_not_load_the_model(images):

@@ -174,7 +174,9 @@ class TestViews:
         [
             (("--view", "32", "--size", "32"), "give one of --size N"),
             (("--view", "32@x"), "unknown option 'x'"),
-            (("--view", "32", "--coordinators", "2"), "start the same command once per GPU"),
+            (("--view", "32", "--update"), "update each view by itself"),
+            (("--view", "32,64", "--dedupe"), "for each view by itself"),
+            (("--view", "32,64", "--resize", "gpu"), "leave out resize gpu"),
         ],
     )
     def test_wrong_usage(self, cli, tmp_path, more, said):

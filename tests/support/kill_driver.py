@@ -83,7 +83,7 @@ def views_at_leisure(src: Path, out: Path, model: FullCapacitor, update: bool) -
     """The same of several views; the worst of their exit codes."""
     os.nice(10)
     options = RunOptions(workers=0, progress=False)
-    return max(r.exit_code for r in cache_views(src, out, model, VIEWS, note=str, options=options).values())
+    return cache_views(src, out, model, VIEWS, note=str, options=options).exit_code
 
 
 def kill_until_done(
