@@ -14,8 +14,9 @@ import pytest
 from fuzz.archives import Member, archive, long_name, pax
 
 from capacitor_rt.cache.sources import ColumnsRequest
-from capacitor_rt.cache.sources.columns import MAX_CAPTION, numbered, typed
+from capacitor_rt.cache.sources.columns import numbered, typed
 from capacitor_rt.cache.sources.open import open_source
+from capacitor_rt.cache.sources.tables import MAX_CAPTION
 from capacitor_rt.errors import CacheError, ImageError
 
 ROOT = Path(__file__).parents[2]

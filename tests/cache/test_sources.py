@@ -309,6 +309,7 @@ def test_labels_that_are_names_are_numbered_in_their_order(classes, tmp_path):
     ("write", "options", "message"),
     [
         ('{"ant/000.png": 1}', {"labels": "t.json"}, r"3 inputs have no label: 'ant/001\.png'"),
+        ('{"labels": [["ant/000.png", 1], ["ant/000.png", 2]]}', {"labels": "t.json"}, r"two labels of 'ant/000\.png'"),
         ("[1, 2]", {"labels": "t.json"}, "its rows are no JSON objects"),
         ("[" * 90_000, {"labels": "t.json"}, "cannot be read as a table"),
         ('{"ant/000.png": 1}', {"labels": "t.nope"}, "cannot read .*t.nope"),

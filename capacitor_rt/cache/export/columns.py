@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ...errors import InputError
+from ...errors import CacheError, InputError
 from ...images.scan import id_to_path
-from ..sources.columns import CAPTIONS, LABELS
-from .tables import join, read_pairs, some
+from ..sources.tables import CAPTIONS, LABELS, Table, some
 
 MOST_CAPTION_BYTES = 64 * 1024
 """Of one caption in UTF-8; text encoders take a few thousand tokens at most."""
@@ -50,12 +49,20 @@ def read_labels(source: str, ids: Sequence[str], others: Sequence[str] = ()) -> 
             )
         return _numbered([str(folder) for folder in folders], [id.partition("/")[0] for id in others if "/" in id])
     path = _file(source, "labels", "folder")
-    values = [_label(value, path) for value in join(ids, read_pairs(path, LABELS), path, "label")]
+    values = [_label(value, path) for value in _joined(path, ids, LABELS)]
     if all(isinstance(value, int) for value in values):
         return Labels(np.array(values, np.int64))
     if any(isinstance(value, int) for value in values):
         raise InputError(f"{path} holds numbers and names of classes: use one or the other")
     return _numbered([str(value) for value in values])
+
+
+def _joined(path: Path, ids: Sequence[str], names: Sequence[str]) -> list[Any]:
+    """The values of the rows in a table. Raises InputError."""
+    try:
+        return Table(path).joined(ids, names)
+    except CacheError as e:
+        raise InputError(str(e)) from e
 
 
 def _numbered(names: Sequence[str], others: Sequence[str] = ()) -> Labels:
@@ -95,7 +102,7 @@ def read_captions(source: str, ids: Sequence[str], images: Path | None) -> list[
         found = [_caption_file(_beside(images, id, source)) for id in ids]
     else:
         path = _file(source, "captions", "txt or json")
-        found = join(ids, read_pairs(path, CAPTIONS), path, "caption")
+        found = _joined(path, ids, CAPTIONS)
     for id, caption in zip(ids, found, strict=True):
         check_caption(caption, id)
     return found

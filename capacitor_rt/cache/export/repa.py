@@ -23,11 +23,11 @@ from ...images.decode import open_image
 from ...images.geometry import Placement, Size
 from ...images.load import PixelPolicy, frame
 from ...images.reading import read_bytes
+from ..sources.tables import some
 from .base import Format, Record, from_numpy
 from .columns import source_path
 from .files import OutFile
 from .pieces import Piece, split
-from .tables import some
 
 ROWS = 1000
 """Rows of a folder, as ADM's tools write them."""

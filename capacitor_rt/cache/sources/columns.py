@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import hashlib
-import io
-import json
 import os
 import re
 from collections.abc import Callable
@@ -15,18 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import CacheError, InputError
-from ...extras import require_extra
 from ...images.scan import path_to_id
 from ...strict_json import open_regular
 from .listing import Listing, examples
+from .tables import CAPTION, CAPTIONS, LABEL, MAX_CAPTION, Table, parse_json, text_of
 
-LABEL, CAPTION = "label", "caption"
-KEYS = ("file_name", "id", "path", "key", "image", "filename")
-"""Names of the column of a table that says which input a row is about."""
-LABELS = ("label", "class", "cls", "class_id", "category")
-CAPTIONS = ("caption", "text", "prompt")
-MAX_CAPTION = 1 << 20
-MAX_TABLE = 4 << 30
 MAX_LABEL_NAME = 4096
 RESERVED = frozenset(
     (
@@ -199,104 +188,6 @@ def caption_text(data: bytes, kind: str, where: str) -> str | None:
     return text_of(value) if isinstance(value, str) else None
 
 
-def parse_json(text: str | bytes) -> Any:
-    """What a JSON text of a user says, NaN included, which tools write for what is missing.
-
-    Raises:
-        ValueError: it is none, or nested too deep.
-    """
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("it is nested too deep") from None
-
-
-class Table:
-    """A table of a file: CSV, JSON lines, JSON, or Parquet, found by its extension.
-
-    Attributes:
-        names: of its columns; none for a JSON object of ids and values.
-        origin: the kind of file and the hash of its bytes.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path
-        hint = "give a .csv, .jsonl, .json or .parquet file"
-        try:
-            with open_regular(path) as file:
-                if os.fstat(file.fileno()).st_size > MAX_TABLE:
-                    raise CacheError(f"{path} has more than {MAX_TABLE} bytes: keep columns of the source itself")
-                data = file.read()
-        except OSError as e:
-            raise CacheError(f"cannot read {path}: {e.strerror or 'it is no regular file'}: {hint}") from e
-        kind = path.suffix.lower().lstrip(".")
-        self.origin = f"{kind}:{hashlib.sha256(data).hexdigest()}"
-        self.is_mapping = False
-        try:
-            rows = self._rows(data, kind)
-        except (ValueError, csv.Error) as e:
-            raise CacheError(f"{path} cannot be read as a table: {str(e)[:200]}") from e
-        if self.is_mapping:
-            self.names: list[str] = []
-            self.by_key: dict[str, Any] = {str(k): {"": v} for k, v in rows.items()}
-            return
-        self.names = list(dict.fromkeys(name for row in rows[:1000] for name in row))
-        key = next((name for name in KEYS if name in self.names), None)
-        if key is None:
-            raise CacheError(f"{path} has no column that names the images: call it 'file_name'")
-        self.by_key = {str(row.get(key)): row for row in rows}
-
-    def column(self, ids: list[str], name: str) -> list[Any]:
-        """Values of a column for inputs, found by their id, or by it without extension; None where there is none."""
-        found = []
-        for id in ids:
-            row = self.by_key.get(id)
-            if row is None:
-                bare = re.sub(r"\.[^./]*$", "", id)
-                # a key of WebDataset stands without the name of its tar file
-                row = self.by_key.get(bare) or self.by_key.get(bare.rpartition(".tar/")[2], {})
-            found.append(row.get(name))
-        return found
-
-    def value(self, ids: list[str], name: str) -> list[Any]:
-        """The labels or captions of inputs: of the column that is named so, or what a JSON object maps ids to."""
-        found = ""
-        if not self.is_mapping:
-            names = LABELS if name == LABEL else CAPTIONS
-            found = next((n for n in names if n in self.names), "")
-            if not found:
-                raise CacheError(f"{self.path} has no column {' or '.join(map(repr, names[:2]))}: name one so")
-        values = self.column(ids, found)
-        return values if name == LABEL else [None if v is None else text_of(v) for v in values]
-
-    def _rows(self, data: bytes, kind: str) -> Any:
-        if kind == "parquet":
-            pa, pq = require_extra("pyarrow"), require_extra("pyarrow.parquet")
-            try:
-                return pq.read_table(pa.BufferReader(data)).to_pylist()
-            except (OSError, pa.ArrowException) as e:
-                raise ValueError(e) from e
-        text = data.decode("utf-8-sig")
-        if kind in ("csv", "tsv"):
-            return list(csv.DictReader(io.StringIO(text), delimiter="\t" if kind == "tsv" else ","))
-        if kind in ("jsonl", "ndjson"):
-            return self._objects([parse_json(line) for line in text.split("\n") if line.strip()])
-        if kind == "json":
-            value = parse_json(text)
-            self.is_mapping = isinstance(value, dict) and not any(isinstance(v, dict) for v in value.values())
-            if self.is_mapping:
-                return value
-            if isinstance(value, dict):
-                value = [{"id": key, **row} for key, row in value.items() if isinstance(row, dict)]
-            return self._objects(value)
-        raise ValueError(f"its extension {kind!r} is none of csv, tsv, jsonl, json, parquet")
-
-    def _objects(self, rows: Any) -> list[dict[str, Any]]:
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise ValueError("its rows are no JSON objects")
-        return rows
-
-
 _WORDS = ("folder", "txt", "json")
 
 
@@ -336,17 +227,3 @@ def typed(values: list[Any]) -> tuple[str, list[Any]]:
         with suppress(OverflowError):
             return "float64", [None if v is None else float(v) for v in values]
     return "string", [None if v is None else text_of(v) for v in values]
-
-
-def text_of(value: Any, most: int = MAX_CAPTION) -> str:
-    """A value as a text that UTF-8 can say; what is no text in JSON.
-
-    Raises:
-        CacheError: it is longer than `most` characters.
-    """
-    if isinstance(value, bytes):
-        value = value.decode("utf-8", "backslashreplace")
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    if len(text) > most:
-        raise CacheError(f"{text[:40]!r}... has {len(text)} characters, and {most} are the most: shorten it")
-    return text.encode("utf-8", "backslashreplace").decode()
