@@ -33,6 +33,24 @@ def forget(folder: CacheFolder, plan: CachePlan) -> None:
         folder.unlink(record_name(plan))
 
 
+def record_names(folder: CacheFolder) -> list[str]:
+    """Names of the plans in `generations/`."""
+    return [f"{GENERATIONS}/{base}" for base in folder.names(GENERATIONS) if _RECORD.fullmatch(base)]
+
+
+def damaged_records(folder: CacheFolder) -> list[str]:
+    """Names of those that cannot be used."""
+    return [name for name in record_names(folder) if _read(folder, name) is None]
+
+
+def _read(folder: CacheFolder, name: str) -> CachePlan | None:
+    with suppress(CacheError, FileNotFoundError):
+        plan = parse_plan(folder.read(name, PLAN_BYTES), folder)
+        if record_name(plan) == name:
+            return plan
+    return None
+
+
 def recorded(folder: CacheFolder) -> list[CachePlan]:
     """The plans in `generations/`, by their numbers.
 
@@ -40,22 +58,15 @@ def recorded(folder: CacheFolder) -> list[CachePlan]:
         CacheError: one of them is damaged.
     """
     plans = []
-    for base in folder.names(GENERATIONS):
-        named = _RECORD.fullmatch(base)
-        if not named:
-            continue
-        name = f"{GENERATIONS}/{base}"
-        why = "it is damaged"
-        try:
-            plan = parse_plan(folder.read(name, PLAN_BYTES), folder)
-        except CacheError as e:
-            why, plan = str(e), None
-        except FileNotFoundError:
-            continue
-        if plan is None or plan.plan8 != named[1]:
+    for name in record_names(folder):
+        plan = _read(folder, name)
+        if plan is None:
+            if folder.stat(name) is None:
+                # another process has made it current, or forgotten it
+                continue
             raise CacheError(
-                f"{folder.path / name}, the plan of another generation, cannot be used ({why}): move it away; what it "
-                "alone knows of is then no longer reused"
+                f"{folder.path / name}, the plan of another generation, is damaged: `capacitor-rt verify --repair "
+                f"{folder.path}` moves it away; what it alone knows of is then no longer reused"
             )
         plans.append(plan)
     return sorted(plans, key=lambda plan: (plan.number, plan.plan8))

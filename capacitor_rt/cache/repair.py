@@ -9,7 +9,7 @@ from contextlib import suppress
 from ..errors import CacheError
 from .commits import COMMITS, Commit, read_log, rewrite_log
 from .folder import INDEX, CacheFolder
-from .generations import recorded
+from .generations import damaged_records, recorded
 from .hashing import xxh3
 from .index import INDEX_BYTES, plan_in_index
 from .latent_files import index_hash_in_header
@@ -51,6 +51,8 @@ def repair(root: str | os.PathLike[str], found: Verification) -> list[str]:
         if found.bad_plan or done:
             # what hangs on the plan could not be looked at before
             found = verify(root)
+        for name in damaged_records(folder):
+            done.append(f"{name}: moved to {folder.set_aside(name)}")
         _set_aside(folder, plan, found.damaged, done)
         for name in found.damaged_files:
             if (moved := folder.set_aside(name)) is not None:

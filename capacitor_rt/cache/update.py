@@ -86,7 +86,8 @@ def prepare_update(
             if found is None:
                 found = (_planned(folder, current, part, looked, distinct_of), part)
     plan, part = found
-    prepared = PreparedRun(plan, tasks_of(plan, part), part, None, notes, cc=identity.cc, rehash=rehash)
+    restore = not _is_listed(folder, plan)
+    prepared = PreparedRun(plan, tasks_of(plan, part), part, None, notes, restore, identity.cc, rehash=rehash)
     prepared.whole, prepared.just_listed = source, after.plan if after else None
     return prepared
 
@@ -95,6 +96,15 @@ def _interim(folder: CacheFolder, plan: CachePlan, source: Source) -> Source | N
     """Of a source, the inputs of an interim plan for it, none of which has changed; else None."""
     part = restricted(folder, plan, source) if plan.is_interim else None
     return part if part is not None and is_of(folder, plan, part, False) else None
+
+
+def _is_listed(folder: CacheFolder, plan: CachePlan) -> bool:
+    """Whether the list of a plan's inputs is there and sound; it follows from the inputs, whose hash is the plan's."""
+    try:
+        load_listing(folder, plan.source_name, plan.fields["source"]["sha256"])
+    except CacheError:
+        return False
+    return True
 
 
 def _is_complete(folder: CacheFolder, plan: CachePlan) -> bool:

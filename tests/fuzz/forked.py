@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import resource
@@ -100,6 +101,9 @@ def judge(surface: Surface, seed: int, numbers: range) -> Iterator[Verdict]:
 def _one_child(surface: Surface, seed: int, batch: list[int]) -> Iterator[Verdict]:
     """Verdicts of one child; it ends early with the mutant that killed it. Returns the number of mutants judged."""
     folder = Path(tempfile.mkdtemp(prefix="capacitor-fuzz-", dir=scratch()))
+    # so that children collect their own garbage alone
+    gc.collect()
+    gc.freeze()
     receive, send = os.pipe()
     child = os.fork()
     if child == 0:
@@ -157,6 +161,8 @@ def _work(surface: Surface, seed: int, batch: list[int], folder: Path, send: int
                     verdict = Verdict(number, "?", f"no mutant: {_raw(error)}")
                 results.write(pickle.dumps(verdict))
                 shutil.rmtree(place)
+                # what one mutant leaves of addresses and files would count against the next
+                gc.collect()
         code = 0
     finally:
         os._exit(code)
