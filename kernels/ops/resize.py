@@ -38,7 +38,7 @@ from ..launch import (
     nbytes_of,
     run_launches,
 )
-from ..pictures import Field, check_sizes
+from ..pictures import Field, check_sizes, columns
 from ..tuning import lookup
 
 FIELDS = tl.constexpr(len(Field))
@@ -170,7 +170,7 @@ def resize(
     check_tensor("images", images, shape=(None, len(Field)), dtypes=torch.int32, like=source)
     check_tensor("workspace", workspace, shape=(None,), dtypes=torch.uint8, like=source)
     check_tensor("out", out, shape=(None, None, None, 3), dtypes=torch.uint8, like=source)
-    check_sizes(sizes, source.numel(), weights.numel(), workspace.numel(), tuple(out.shape))
+    t = check_sizes(sizes, source.numel(), weights.numel(), workspace.numel(), tuple(out.shape))
     if sizes.shape != images.shape:
         raise ValueError(f"sizes has shape {list(sizes.shape)}, images {list(images.shape)}: pass the same table")
     if config is None:
@@ -179,7 +179,7 @@ def resize(
     tile = {"BLOCK_ROWS": config.block_rows, "BLOCK_VALUES": config.block_values}
     tables = {"weights_ptr": weights, "images_ptr": images}
     options = compiler_options(config.num_warps, 1)
-    first, second = (_most_tiles(sizes, rows, config) for rows in (Field.LENGTH_B, Field.COUNT_B))
+    first, second = (_most_tiles(t[rows], t[Field.COUNT_A], config) for rows in (Field.LENGTH_B, Field.COUNT_B))
     args = {"source_ptr": source, "between_ptr": workspace, **tables, **tile}
     launches = [Launch(resize_first_kernel, (first, len(sizes)), args, options)]
     args = {"between_ptr": workspace, "out_ptr": out, "image_bytes": out[0].numel(), **tables, **tile}
@@ -187,9 +187,9 @@ def resize(
     run_launches(launches, source.device)
 
 
-def _most_tiles(sizes: torch.Tensor, rows: Field, config: ResizeConfig) -> int:
-    tall = (sizes[:, rows].long() + config.block_rows - 1) // config.block_rows
-    wide = (3 * sizes[:, Field.COUNT_A].long() + config.block_values - 1) // config.block_values
+def _most_tiles(rows: Any, columns: Any, config: ResizeConfig) -> int:
+    tall = (rows + config.block_rows - 1) // config.block_rows
+    wide = (3 * columns + config.block_values - 1) // config.block_values
     most = int((tall * wide).max())
     check_int32("number of tiles of one picture", most)
     return most
@@ -206,7 +206,7 @@ def work(
     **options: Any,
 ) -> Work:
     """FLOPs, all of whole numbers, and bytes of `resize` called with these arguments."""
-    t = {field: sizes[:, field].long() for field in Field}
+    t = columns(sizes)
     first = t[Field.LENGTH_B] * t[Field.COUNT_A] * t[Field.TAPS_A]
     second = t[Field.COUNT_B] * t[Field.COUNT_A] * t[Field.TAPS_B]
     nbytes = nbytes_of(source, weights, images, workspace, workspace, out)
