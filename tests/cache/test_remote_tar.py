@@ -121,32 +121,32 @@ def test_what_goes_wrong_once_is_tried_again(server, tmp_path, fault):
     source = open_source(f"{server.url}/data/a.tar", tmp_path)
     assert len(source.listing) == 8 and source.listing.mtimes[0] == -1
     cache_http(server, tmp_path / "whole")
-    original = tar.TarReader.read
+    original = tar.TarReader.expect
 
-    def failing(self, ordinal):
+    def failing(self, ordinals):
         # the list is read by then
         if not started:
-            started.append(ordinal)
+            started.append(ordinals)
             server.faults["/data/a.tar"] = [fault]
-        return original(self, ordinal)
+        original(self, ordinals)
 
-    started: list[int] = []
+    started: list[range] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tar.TarReader, "read", failing)
+        patch.setattr(tar.TarReader, "expect", failing)
         report = cache_http(server, tmp_path / "out", attempts=3)
     assert started and server.faults["/data/a.tar"] == [] and report.exit_code == 0
     assert snapshot(tmp_path / "out") == snapshot(tmp_path / "whole")
 
 
 def test_what_stays_wrong_leaves_the_task_for_later_and_never_quarantines(server, tmp_path, monkeypatch):
-    original = tar.TarReader.read
+    original = tar.TarReader.expect
 
-    def failing(self, ordinal):
-        server.faults["/data/a.tar"] = ["reset"] * 50
-        return original(self, ordinal)
+    def failing(self, ordinals):
+        server.faults["/data/a.tar"] = ["reset"] * 500
+        original(self, ordinals)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tar.TarReader, "read", failing)
+        patch.setattr(tar.TarReader, "expect", failing)
         report = cache_http(server, tmp_path / "out")
     assert (report.exit_code, report.unfinished, set(report.failed), report.quarantined) == (1, 2, {"io_error"}, {})
     server.faults.clear()
@@ -169,6 +169,21 @@ def test_members_are_fetched_in_spans_each_once(server, tmp_path, monkeypatch):
     server.requests.clear()
     assert [reader.read(i) for i in range(8)] == [png(i) for i in range(8)]
     assert 3 <= server.requests["/data/a.tar"] <= 5
+
+
+def test_spans_are_fetched_ahead_within_a_bound(server, tmp_path, monkeypatch):
+    source = open_source(f"{server.url}/data/a.tar", tmp_path)
+    monkeypatch.setattr(spans, "SPAN_BYTES", len(png(0)))
+    for held, most in ((spans.HELD_BYTES, 8), (1, 1 + spans.FETCHERS)):
+        monkeypatch.setattr(spans, "HELD_BYTES", held)
+        reader = source.open()
+        server.requests.clear()
+        reader.expect(range(8))
+        reader.members._fetchers.shutdown(wait=True)
+        assert 1 <= server.requests["/data/a.tar"] <= most
+        assert [reader.read(i) for i in range(8)] == [png(i) for i in range(8)]
+        # nothing is fetched twice, and nothing is held
+        assert server.requests["/data/a.tar"] == 8 and reader.members._held == 0
 
 
 @pytest.mark.parametrize("change", ["cut", "longer", "gone"])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from ...errors import ImageError
@@ -17,6 +19,10 @@ SPAN_BYTES = 8 << 20
 """Of a span of several members."""
 GAP_BYTES = 128 << 10
 """Between two members of a span: what is fetched in vain rather than asked for separately."""
+
+HELD_BYTES = 64 << 20
+"""Of spans that are fetched before they are asked for."""
+FETCHERS = 4
 
 Member = tuple[bytes, int, int]
 """Name of the file, where the member begins, and its bytes."""
@@ -35,7 +41,8 @@ class _Span:
 class RemoteSpans:
     """Reads members of files below a URL. Threads may share it.
 
-    It holds the spans of which some members have been read and others are still to be.
+    Spans are fetched when they are announced, a few at a time, so that the latency of a network is not waited for; it
+    holds those of which some members are still to be read, and begins no more while these have `HELD_BYTES`.
 
     Args:
         mtimes: of the files by name, in nanoseconds, as they were listed.
@@ -47,10 +54,13 @@ class RemoteSpans:
         self._spans: dict[Member, _Span] = {}
         self._compared: set[bytes] = set()
         self._lock = threading.Lock()
+        self._fetchers: ThreadPoolExecutor | None = None
+        self._held = 0
 
     def expect(self, members: Iterable[Member]) -> None:
         """These will be read soon, all of them, in this order."""
         span: _Span | None = None
+        made: list[_Span] = []
         with self._lock:
             for member in members:
                 name, start, size = member
@@ -64,9 +74,15 @@ class RemoteSpans:
                 )
                 if span is None or not fits:
                     span = _Span(name, start, start)
+                    made.append(span)
                 span.stop = start + size
                 span.left.add((start, size))
                 self._spans[member] = span
+            if self._fetchers is None:
+                # a thread for each, once there is something to do, in the process that reads
+                self._fetchers = ThreadPoolExecutor(FETCHERS, thread_name_prefix="fetch")
+        for span in made:
+            self._fetchers.submit(self._early, span)
 
     def read(self, name: bytes, offset: int, size: int) -> bytes:
         """`size` bytes from `offset` on.
@@ -83,15 +99,33 @@ class RemoteSpans:
         if span is None:
             return self._fetch(name, offset, offset + size)
         with span.lock:
-            if span.data is None:
-                span.data = memoryview(self._fetch(name, span.start, span.stop))
+            self._fill(span)
+            assert span.data is not None
             data = bytes(span.data[offset - span.start : offset - span.start + size])
             span.left.discard((offset, size))
             if not span.left:
                 span.data = None
+                with self._lock:
+                    self._held -= span.stop - span.start
         with self._lock:
             self._spans.pop((name, offset, size), None)
         return data
+
+    def _early(self, span: _Span) -> None:
+        """Fetch a span before it is asked for; whoever asks for it tries again if that fails."""
+        with self._lock:
+            if self._held >= HELD_BYTES:
+                return
+        with suppress(ImageError), span.lock:
+            if span.left:
+                self._fill(span)
+
+    def _fill(self, span: _Span) -> None:
+        """Under the span's lock."""
+        if span.data is None:
+            span.data = memoryview(self._fetch(span.name, span.start, span.stop))
+            with self._lock:
+                self._held += span.stop - span.start
 
     def _fetch(self, name: bytes, start: int, stop: int) -> bytes:
         self._compare(name)
