@@ -85,11 +85,10 @@ def check_views(out: Path, views: Mapping[str, object]) -> None:
         raise CacheError(f"cannot use {out}: {e.strerror}: give a folder") from e
     if PLAN in names:
         raise CacheError(f"{out} is a cache, and several views have a cache each in a folder: give another OUT")
-    for name in names:
-        path = out / name
-        is_cache = (path / PLAN).is_file() or (name in views and path.is_dir() and not path.is_symlink())
-        if not is_cache:
-            raise CacheError(f"{out} is not empty and holds {name!r}, which is no cache: give a new or empty folder")
+    foreign = [name for name in names if not (name in views and (out / name).is_dir())]
+    # beside views there may be what others have put there
+    if foreign and not any((out / name / PLAN).is_file() for name in names):
+        raise CacheError(f"{out} is not empty and holds {foreign[0]!r}, which is no cache: give a new or empty folder")
 
 
 def no_cache(root: str | os.PathLike[str]) -> str:

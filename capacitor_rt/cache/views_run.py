@@ -22,7 +22,7 @@ from .mutex import Mutex
 from .options import RunOptions
 from .outlook import dry_run
 from .pipeline import Pipeline
-from .plan import CacheRequest
+from .plan import PLAN, CacheRequest
 from .prepare import PreparedRun, as_source, check_folder, prepare
 from .report import DryRun, Report, of_views
 from .run import POLL_SECONDS, Begun, accounted, begun, clear, encoder_of, opened, planned, pool_of, workers_for
@@ -74,7 +74,7 @@ def cache_views(
     for name in views:
         check_folder(out / name)
     check_views(out, views)
-    inputs = _checked(src, out, source, views, chosen)
+    inputs, known = _checked(src, out, source, views, chosen)
     with ExitStack() as stack:
         stack.enter_context(_parent(out))
         prepared: list[PreparedRun] = []
@@ -84,7 +84,8 @@ def cache_views(
             mutex = Mutex(folder, note)
             stack.callback(clear, folder, mutex)
             places.append((folder, mutex))
-            prepared.append(planned(os.fspath(src), folder, mutex, source, request, chosen, inputs))
+            is_planned = known[name] or planned(os.fspath(src), folder, mutex, source, request, chosen, inputs)
+            prepared.append(is_planned)
         _tell_common(prepared, note)
         models = [*source.loaded, model if isinstance(model, FullCapacitor) else None]
         stack.enter_context(kept_together([p.plan for p in prepared], prepared[0].cc, models))
@@ -147,18 +148,23 @@ class _Once:
 
 def _checked(
     src: str | os.PathLike[str], out: Path, source: ModelSource, views: Mapping[str, CacheRequest], options: RunOptions
-) -> Source:
-    """The inputs, after each view has been asked whether it could be begun or gone on with: nothing is written yet."""
+) -> tuple[Source, dict[str, PreparedRun | None]]:
+    """The inputs, and what has a plan already, after each view was asked whether it can be begun or gone on with.
+
+    Nothing is written yet.
+    """
+    found: dict[str, PreparedRun | None] = {}
     inputs = open_source(os.fspath(src), out, options.source, options.columns, options.image_column)
     for name, request in views.items():
         with ExitStack() as stack:
             folder = stack.enter_context(CacheFolder(out / name)) if (out / name).exists() else None
             try:
-                prepare(os.fspath(src), out / name, folder, source, request, options, load=False, source=inputs)
+                p = prepare(os.fspath(src), out / name, folder, source, request, options, load=False, source=inputs)
+                found[name] = p if folder is not None and folder.stat(PLAN) is not None else None
             except CapacitorError as e:
                 e.args = (f"view {name}: {e}",)
                 raise
-    return inputs
+    return inputs, found
 
 
 @contextmanager

@@ -294,6 +294,10 @@ class TestRefused:
         (tmp_path / "mine" / "thesis.txt").write_text("")
         with pytest.raises(CacheError, match=r"holds 'thesis.txt', which is no cache"):
             run(src, tmp_path / "mine", model)
+        shutil.rmtree(out)
+        run(src, out, model)
+        (out / "README.md").write_text("")
+        assert all(report.new_images == 0 for report in run(src, out, model).values())
 
     def test_who_reads_the_parent_is_told_of_the_views(self, images):
         src, out, model = images
