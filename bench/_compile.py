@@ -42,7 +42,8 @@ def signature(launch: Launch) -> tuple[dict[str, str], dict[tuple[int], Any], di
     hints: dict[tuple[int], list] = {}
     aligned = [["tt.divisibility", 16]]
     for at, parameter in enumerate(launch.kernel.params):
-        name, value = parameter.name, launch.args[parameter.name]
+        # a default is a switch that is off
+        name, value = parameter.name, launch.args.get(parameter.name, parameter.default)
         special = not parameter.do_not_specialize
         if parameter.is_constexpr or value is None or (special and isinstance(value, int) and value == 1):
             types[name], constants[at,] = "constexpr", value

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 
 # how much of prologue and epilogue hides under another CTA's main loop: 0 none, 1 all
 OVERLAP = 0.5
+# seconds between two launches of which the second starts early and waits: its CTAs are there already, and the first
+# one's writes have to be made visible. A guess
+EARLY_GAP = 0.5e-6
 # cycles to launch a CTA and load its constants
 CTA_START = 350
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ._compile import compile_launch, ctas_per_sm
-from ._gpu_model import OVERLAP, Cta, Gpu, schedule
+from ._gpu_model import EARLY_GAP, OVERLAP, Cta, Gpu, schedule
 from ._machine_code import SM_PIPES, Instruction, Region, disassemble, loops, regions
 from ._row_launches import identity
 
@@ -85,7 +85,7 @@ def predict_call(model: ModelConfig, key: PlanKey, gpu: Gpu, name: str, overlap:
 
     runs = parts(key.batch, min(micro_batch(model, key, ARENA_BUDGET), key.batch))
     found: dict[Any, Prediction] = {}
-    count, floor = 0, 0.0
+    floor = gaps = 0.0
     for size in dict.fromkeys(runs):
         plan, times = make_plan(model, replace(key, batch=size)), runs.count(size)
         for step, launches in trace(plan):
@@ -96,9 +96,9 @@ def predict_call(model: ModelConfig, key: PlanKey, gpu: Gpu, name: str, overlap:
                     dram = _dram_bytes(plan, step, gpu) if index == 0 else _again(launch, gpu)
                     found[alike] = predict(launch, gpu, work, dram, overlap)
                 found[alike].count += times
-                count += times
+                gaps += times * (EARLY_GAP if launch.options.get("launch_pdl") else gpu.gap)
                 floor += times * work / _rate(launch, gpu) / 1e9
-    return CallPrediction(name, gpu.name, runs, list(found.values()), 1e3 * gpu.gap * count, floor)
+    return CallPrediction(name, gpu.name, runs, list(found.values()), 1e3 * gaps, floor)
 
 
 def predict(launch: Launch, gpu: Gpu, flops: int, dram: float, overlap: float = OVERLAP) -> Prediction:

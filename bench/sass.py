@@ -6,6 +6,7 @@
     python -m bench sass --case encode:1:1024:latency       by the rows for one image; :gluon: by the form of expand
                                               that CAPACITOR_EXPAND=gluon asks for
     python -m bench sass --case encode:128:256:fp8          the encoder in e4m3
+    python -m bench sass --case encode:1:256:early          launches that start early, as with dependent_launch
     python -m bench sass --overlap 0          epilogues exposed; 1: fully hidden under another CTA; the page has 0.5
     python -m bench sass --json FILE          the totals as JSON, and every launch with --detail
     python -m bench sass --before FILE        beside an earlier --json; bench/results/model-before.json by default
@@ -58,6 +59,9 @@ CALLS = (
     "encode:1:1024:fp8",
     "encode:1:256:latency:fp8",
     "encode:1:1024:latency:fp8",
+    "encode:1:256:early",
+    "encode:1:512:early",
+    "encode:128:256:gluon:early",
 )
 ASSUMPTIONS = """\
 ## What the model assumes
@@ -68,6 +72,7 @@ Clocks, rates and capacities are in `bench/_gpu_model.py`, costs of instructions
   per clock. That, and not the tensor pipe, limits tiles of 128 x 128 on sm_90: 125 % of the cycles of the products.
 - A CTA takes its busiest pipe in each region, and latencies. CTAs on one SM lie half way between in phase and ideally
   interleaved. A loop over K takes at least iterations x latency / (stages - 1).
+- Between two launches of a graph 1.3 us pass, and 0.5 where the second starts early: guesses.
 - A grid is whole waves, and a tail that spreads over the SMs.
 - Bytes from L2 are counted once for a CTA and address; from DRAM come weights, and activations beyond the share of L2
   that is theirs.
@@ -87,7 +92,7 @@ class CallName(NamedTuple):
     """What is asked for: `direction:batch:size` of square images.
 
     `:latency` after it takes the rows for one image, `:gluon` the form of expand that CAPACITOR_EXPAND=gluon gives,
-    `:fp8` the encoder in e4m3.
+    `:fp8` the encoder in e4m3, `:early` in the end launches that start while the one before is at its end.
     """
 
     direction: str
@@ -96,19 +101,23 @@ class CallName(NamedTuple):
     use: str
     expand: str = ""
     precision: str = ""
+    early: bool = False
 
     @classmethod
     def parse(cls, text: str) -> CallName:
         """Raises `argparse.ArgumentTypeError` in words for what is no call."""
-        expand = "gluon" if text.endswith(":gluon") else ""
-        precision = "fp8" if text.endswith(":fp8") else ""
-        direction, *numbers = text.removesuffix(":gluon").removesuffix(":fp8").split(":")
+        early = text.endswith(":early")
+        given = text.removesuffix(":early")
+        expand = "gluon" if given.endswith(":gluon") else ""
+        precision = "fp8" if given.endswith(":fp8") else ""
+        direction, *numbers = given.removesuffix(":gluon").removesuffix(":fp8").split(":")
         use = numbers.pop() if numbers and numbers[-1] in ("latency", "throughput") else "throughput"
         sound = direction in ("encode", "decode") and len(numbers) == 2 and all(n.isdecimal() for n in numbers)
         if not sound or int(numbers[0]) < 1 or int(numbers[1]) < 32 or int(numbers[1]) % 32:
             raise argparse.ArgumentTypeError(
                 f"{text!r} is no call: write direction:batch:size, e.g. encode:128:256, sizes being multiples of 32, "
-                "with :latency for the rows of one image, with :gluon for expand's other form, with :fp8 for e4m3"
+                "with :latency for the rows of one image, with :gluon for expand's other form, with :fp8 for e4m3, "
+                "with :early in the end for launches that start early"
             )
         if precision and direction != "encode":
             raise argparse.ArgumentTypeError(f"{text!r}: only encoders have launches in fp8, write encode")
@@ -116,15 +125,15 @@ class CallName(NamedTuple):
             raise argparse.ArgumentTypeError(
                 f"{text!r}: rows for latency are for one image at a time, write {direction}:1"
             )
-        return cls(direction, int(numbers[0]), int(numbers[1]), use, expand, precision)
+        return cls(direction, int(numbers[0]), int(numbers[1]), use, expand, precision, early)
 
     def runs_on(self, cc: int) -> bool:
         """Whether GPUs of this compute capability have such launches."""
-        return (not self.expand or cc == 90) and (not self.precision or cc >= 89)
+        return (not self.expand or cc == 90) and (not self.precision or cc >= 89) and (not self.early or cc >= 90)
 
     def __str__(self) -> str:
         form = (" latency" if self.use == "latency" else "") + (f" expand={self.expand}" if self.expand else "")
-        form += f" {self.precision}" if self.precision else ""
+        form += (f" {self.precision}" if self.precision else "") + (" early" if self.early else "")
         return f"{self.direction} {self.batch}x{self.size}²{form}"
 
 
@@ -140,7 +149,7 @@ def predict_named(call: CallName, gpu: Gpu, overlap: float = OVERLAP) -> CallPre
     given = torch.uint8 if call.direction == "encode" else torch.float32
     size = call.batch, call.size, call.size
     key = PlanKey(call.direction, *size, torch.bfloat16, given, "nchw", gpu.cc, call.use)
-    key = replace(key, precision=call.precision or None)
+    key = replace(key, precision=call.precision or None, dependent=call.early)
     before = os.environ.get("CAPACITOR_EXPAND")
     try:
         os.environ["CAPACITOR_EXPAND"] = call.expand or before or ""

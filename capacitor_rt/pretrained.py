@@ -41,6 +41,7 @@ class PretrainedAutoencoder(ServedAutoencoder):
         overlap: bool = False,
         memory_budget: int | None = None,
         narrow_tiles: bool = True,
+        dependent_launch: bool = False,
     ):
         super().__init__(
             config,
@@ -50,6 +51,7 @@ class PretrainedAutoencoder(ServedAutoencoder):
             overlap=overlap,
             memory_budget=memory_budget,
             narrow_tiles=narrow_tiles,
+            dependent_launch=dependent_launch,
         )
         self.strict_size = strict_size
         self.source: checkpoint.CheckpointSource | None = None
@@ -107,6 +109,7 @@ class PretrainedAutoencoder(ServedAutoencoder):
         overlap: bool = False,
         memory_budget: int | None = None,
         narrow_tiles: bool = True,
+        dependent_launch: bool = False,
         encode_precision: str | None = None,
         fp8_calibration: str | PathLike[str] | None = None,
     ) -> Self:
@@ -121,7 +124,8 @@ class PretrainedAutoencoder(ServedAutoencoder):
                 HF_HUB_OFFLINE is honoured.
             strict: False only warns of tensors that belong to no part of the model. Missing tensors are always an
                 error.
-            backend, strict_size, low_latency, cuda_graphs, overlap, memory_budget, narrow_tiles: see the class.
+            backend, strict_size, low_latency, cuda_graphs, overlap, memory_budget, narrow_tiles,
+                dependent_launch: see the class.
             encode_precision: "fp8" encodes in e4m3 by the scales of `capacitor-rt calibrate-fp8`; refused without them.
                 Its launches are for GPUs of compute capability 8.9 or later; elsewhere backend="torch", and a model
                 on the CPU, emulate their arithmetic, slower than in 16 bits.
@@ -161,6 +165,7 @@ class PretrainedAutoencoder(ServedAutoencoder):
                 overlap=overlap,
                 memory_budget=memory_budget,
                 narrow_tiles=narrow_tiles,
+                dependent_launch=dependent_launch,
             )
         model.load_checkpoint(read.tensors)
         model.source = source

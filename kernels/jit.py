@@ -4,11 +4,30 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .launch import INTERPRETED
 
 # inline assembly does not run in the interpreter
 _INTERPRETED = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
+def wait_for_previous(PDL: tl.constexpr):
+    """Before anything that another launch wrote is read, and before anything is written: the launch before is done.
+
+    With PDL a launch starts while the one before is at its end; every launch of a chain waits, also for what lies
+    further back, since the one before has waited too.
+    """
+    if PDL:
+        gdc_wait()
+
+
+@triton.jit
+def release_next(PDL: tl.constexpr):
+    """The next launch may start once every program has come here; it waits for this one's writes by itself."""
+    if PDL:
+        gdc_launch_dependents()
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, NamedTuple, Protocol
 
@@ -247,13 +247,19 @@ class Launch:
         kernel: the jit function.
         grid: number of programs along each axis.
         args: every argument of the kernel by name, constexprs included.
-        options: compiler options: num_warps, num_stages, maxnreg.
+        options: compiler options: num_warps, num_stages, maxnreg, launch_pdl.
     """
 
     kernel: Any
     grid: tuple[int, ...]
     args: Mapping[str, Any]
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    def chained(self) -> Launch:
+        """The same, to start while the launch before is at its end; itself where its kernel has no such form."""
+        if "PDL" not in self.kernel.arg_names:
+            return self
+        return replace(self, args={**self.args, "PDL": True}, options={**self.options, "launch_pdl": True})
 
 
 class _Recording(NamedTuple):
@@ -285,8 +291,27 @@ def recording(cc: int | None = None) -> Iterator[list[Launch]]:
         _recording.reset(token)
 
 
+_chained: ContextVar[bool] = ContextVar("chained", default=False)
+
+
+@contextmanager
+def chained(on: bool = True) -> Iterator[None]:
+    """Programmatic dependent launch for the ops called inside, from sm_90 on: each launch starts early, and waits.
+
+    What is called before must be done, or be such launches too, but for the launch just before the first. Memory that a
+    launch reads or writes belongs to it from its wait on.
+    """
+    token = _chained.set(on)
+    try:
+        yield
+    finally:
+        _chained.reset(token)
+
+
 def run_launches(launches: Iterable[Launch], device: torch.device) -> None:
     """Queue launches in order on the current stream of `device`; inside `recording()` only collect them."""
+    if _chained.get():
+        launches = [launch.chained() for launch in launches]
     recorded = _recording.get()
     if recorded is not None:
         recorded.launches.extend(launches)

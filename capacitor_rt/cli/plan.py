@@ -45,6 +45,10 @@ def plan(
         str | None,
         typer.Option("--encode-precision", help="Plan an encoder in fp8 (e4m3).", metavar="NAME"),
     ] = None,
+    dependent_launch: Annotated[
+        bool,
+        typer.Option("--dependent-launch", help="Plan launches that start before the one in front is done."),
+    ] = False,
     tflops: Annotated[float | None, typer.Option(min=1e-3, help="Ceiling of arithmetic in TFLOP/s.")] = None,
     gbps: Annotated[float | None, typer.Option(min=1e-3, help="Ceiling of memory traffic in GB/s.")] = None,
     as_json: AsJson = False,
@@ -76,7 +80,10 @@ def plan(
         "latency" if low_latency and batch == 1 else "throughput",
         inference if decoding else None,
         precision=encode_precision,
+        dependent=dependent_launch,
     )
+    if dependent_launch and cc < 90:
+        raise InputError(f"--dependent-launch needs compute capability 9.0 or later, --cc is {cc}")
     result = forecast(architecture, key, ceilings_of(cc, compute, tflops, gbps))
     if as_json:
         echo_json(result.as_dict())

@@ -51,7 +51,8 @@ class ServedAutoencoder(Autoencoder):
     Args:
         config: architecture.
         backend: "auto", "torch" or "triton".
-        low_latency, cuda_graphs, overlap, memory_budget, narrow_tiles: see `options.ServingOptions`.
+        low_latency, cuda_graphs, overlap, memory_budget, narrow_tiles, dependent_launch: see
+            `options.ServingOptions`.
 
     Raises:
         InputError: an unknown backend, or a bad budget.
@@ -69,9 +70,10 @@ class ServedAutoencoder(Autoencoder):
         overlap: bool = False,
         memory_budget: int | None = None,
         narrow_tiles: bool = True,
+        dependent_launch: bool = False,
     ):
         super().__init__(config)
-        self._options = ServingOptions(low_latency, cuda_graphs, overlap, memory_budget, narrow_tiles)
+        self._options = ServingOptions(low_latency, cuda_graphs, overlap, memory_budget, narrow_tiles, dependent_launch)
         # weights that graphs of callers read: they stay as long as the model
         self._lent: list[Any] = []
         self._said: set[str] = set()
@@ -159,6 +161,16 @@ class ServedAutoencoder(Autoencoder):
     @narrow_tiles.setter
     def narrow_tiles(self, value: bool) -> None:
         self._options.narrow_tiles = value
+        self._drop_runtime()
+
+    @property
+    def dependent_launch(self) -> bool:
+        """Whether each launch starts while the one before is at its end."""
+        return self._options.dependent_launch
+
+    @dependent_launch.setter
+    def dependent_launch(self, value: bool) -> None:
+        self._options.dependent_launch = value
         self._drop_runtime()
 
     @property

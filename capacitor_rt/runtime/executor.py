@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from capacitor_kernels.launch import Launch, recording
+from capacitor_kernels.launch import Launch, chained, recording
 
 from .arena import ALIGNMENT, Buffer
 from .host_ops import host_function
@@ -37,8 +37,9 @@ class Executor:
 
     def run(self) -> None:
         """Call the op of every step in order, on the current stream."""
-        for call in self.calls:
-            call()
+        with chained(self.plan.key.dependent):
+            for call in self.calls:
+                call()
 
 
 def trace(plan: LaunchPlan) -> list[tuple[Step, list[Launch]]]:
@@ -47,7 +48,7 @@ def trace(plan: LaunchPlan) -> list[tuple[Step, list[Launch]]]:
     executor = Executor(plan, weights, torch.empty(plan.arena_bytes, dtype=torch.uint8, device="meta"))
     traced = []
     for step, call in zip(plan.steps, executor.calls, strict=True):
-        with recording(plan.key.cc) as launches:
+        with recording(plan.key.cc) as launches, chained(plan.key.dependent):
             call()
         traced.append((step, list(launches)))
     return traced

@@ -151,6 +151,7 @@ class Forecast:
         r = self.key
         kind = dtype_name(r.dtype) + (" and fp8" if r.precision else "")
         what = f"{r.direction}, {r.batch} images of {r.height}x{r.width}, {kind}, sm_{r.cc}"
+        what += ", launches that start early" if r.dependent else ""
         runs = " + ".join(f"{n} x {size}" for size, n in Counter(self.runs).items())
         yield f"{what}: {runs} images, {sum(len(self.plans[n].steps) for n in self.runs)} ops"
         for size, plan in self.plans.items():

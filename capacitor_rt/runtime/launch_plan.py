@@ -35,6 +35,7 @@ class PlanKey:
         use: "throughput" (a row's bits depend on neither the batch nor its place) or "latency" (one image at a time).
         narrow: whether few images are launched by narrower tiles of the same bit class.
         inference: sampler settings of "decode", guidance of "predict"; the seed plays no part.
+        dependent: whether each launch starts while the one before is at its end.
         precision: "fp8" for an encoder whose blocks are in e4m3, else None.
     """
 
@@ -51,6 +52,7 @@ class PlanKey:
     time: float | None = None
     precision: str | None = None
     narrow: bool = True
+    dependent: bool = False
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ class ServingOptions:
         cuda_graphs: capture and replay CUDA graphs; else every launch is queued by itself.
         overlap: run the halves of an even batch as two branches of one graph.
         narrow_tiles: run few images by narrower tiles, where their bits stay those of many.
+        dependent_launch: let each launch start while the one before is at its end (programmatic dependent launch).
         memory_budget: bytes of all arenas together, None for the default. What is about to run is kept all the same.
 
     Raises:
@@ -27,6 +28,7 @@ class ServingOptions:
     overlap: bool = False
     memory_budget: int | None = None
     narrow_tiles: bool = True
+    dependent_launch: bool = False
 
     def __post_init__(self) -> None:
         budget = self.memory_budget

@@ -32,6 +32,8 @@ from .stats import Stats
 
 CACHE_BUDGET = 2048 * MIB
 """Bytes of all arenas; at most an eighth of the device's memory."""
+# from where programmatic dependent launch exists
+DEPENDENT_CC = 90
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # the interpreter keeps its state in globals
 _interpreter = threading.RLock()
@@ -68,9 +70,12 @@ class Runtime:
         ranges: Ranges | None = None,
     ):
         self.cc = _check(model, device, dtype)
+        self.options = options or ServingOptions()
+        if self.options.dependent_launch and (self.cc < DEPENDENT_CC or INTERPRETED):
+            where = "Triton's interpreter" if INTERPRETED else f"compute capability {self.cc // 10}.{self.cc % 10}"
+            raise InputError(f"dependent_launch needs compute capability 9.0 or later, not {where}: leave it off here")
         self._precision = _check_fp8(self.cc) if ranges is not None else None
         self.config, self.device, self.dtype = model.config, device, dtype
-        self.options = options or ServingOptions()
         self.stats = Stats()
         # the interpreter's products are numpy's, whose sums follow no instruction
         self.narrow = self.options.narrow_tiles and not INTERPRETED
@@ -172,7 +177,7 @@ class Runtime:
         use = "latency" if batch == 1 and self.options.low_latency else "throughput"
         size = batch, height, width
         key = PlanKey(direction, *size, self.dtype, image_dtype, layout, self.cc, use, inference, at)
-        key = replace(key, narrow=self.narrow)
+        key = replace(key, narrow=self.narrow, dependent=self.options.dependent_launch)
         return replace(key, precision=self._precision) if direction in ("encode", "posterior") else key
 
     def _image(self, direction: str, image: Tensor, outputs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from ..config_rows import Family, Shape, register
-from ..jit import load_tile, ordered_sum, sigmoid
+from ..jit import load_tile, ordered_sum, release_next, sigmoid, wait_for_previous
 from ..launch import (
     FLOATS,
     Launch,
@@ -68,10 +68,13 @@ def channel_attention_sums_kernel(
     DIM: tl.constexpr,
     BLOCK_C: tl.constexpr,
     UNROLL: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     image = tl.program_id(0)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    wait_for_previous(PDL)
     sums = ordered_sum(partials_ptr, image, tiles, offs_c, DIM, UNROLL)
+    release_next(PDL)
     tl.store(sums_ptr + image.to(tl.int64) * DIM + offs_c, sums, mask=offs_c < DIM)
 
 
@@ -89,6 +92,7 @@ def channel_attention_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     EVEN_N: tl.constexpr = DIM % BLOCK_N == 0
     EVEN_K: tl.constexpr = DIM % BLOCK_K == 0
@@ -99,6 +103,7 @@ def channel_attention_kernel(
     # rows past the last image read it again and are dropped at the store
     rows = tl.minimum(offs_m, images - 1).to(tl.int64)[:, None] * (TILES * DIM) + offs_k[None, :]
     w_ptrs = w_ptr + offs_k[:, None] * DIM + offs_n[None, :]
+    wait_for_previous(PDL)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for k in range(0, DIM, BLOCK_K):
         in_k = offs_k < DIM - k
@@ -108,6 +113,7 @@ def channel_attention_kernel(
         w = load_tile(w_ptrs, in_k[:, None] & in_n[None, :], EVEN_K and EVEN_N)
         acc = tl.dot((mean / tokens).to(w.dtype), w, acc, input_precision=PRECISION)
         w_ptrs += BLOCK_K * DIM
+    release_next(PDL)
     bias = tl.load(bias_ptr + offs_n, mask=in_n, other=0.0).to(tl.float32)
     factor = sigmoid(acc + bias[None, :]).to(factor_ptr.dtype.element_ty)
     at = offs_m.to(tl.int64)[:, None] * DIM + offs_n[None, :]

@@ -33,7 +33,7 @@ import triton
 import triton.language as tl
 
 from ..config_rows import Family, Shape, register
-from ..jit import load_tile, silu, to_e4m3
+from ..jit import load_tile, release_next, silu, to_e4m3, wait_for_previous
 from ..launch import (
     E4M3,
     FLOATS,
@@ -107,6 +107,7 @@ def dwconv_kernel(
     FULL_W: tl.constexpr,
     PACKED: tl.constexpr,
     SILU: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     EVEN_C: tl.constexpr = CHANNELS % BLOCK_C == 0
     CHANNEL_TILES: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
@@ -134,6 +135,7 @@ def dwconv_kernel(
     limit_h = (h * 0 + height).to(tl.uint32)
     limit_w = (h * 0 + width).to(tl.uint32)
 
+    wait_for_previous(PDL)
     bias = tl.load(bias_ptr + offs_c, mask=in_c, other=0.0).to(tl.float32)
     even, odd = tl.split(tl.reshape(bias + tl.zeros([STRIPS, BLOCK_C], tl.float32), PAIRS))
     acc = (even, odd) * COLS
@@ -171,6 +173,7 @@ def dwconv_kernel(
             acc += (even, odd)
         w_ptrs += 7 * CHANNELS
 
+    release_next(PDL)
     if y_inverse_ptr is not None:
         y_inverse = tl.load(y_inverse_ptr)
     if SILU:

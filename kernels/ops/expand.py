@@ -37,7 +37,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..config_rows import Family, Shape, register
 from ..gemm import GemmConfig, gemm_default, narrowed, product_bits, suits_image
 from ..gpu_limits import base_cc
-from ..jit import gelu, group_sums, grouped_tile, image_tile, load_tile
+from ..jit import gelu, group_sums, grouped_tile, image_tile, load_tile, release_next, wait_for_previous
 from ..launch import (
     FLOATS,
     INTERPRETED,
@@ -93,6 +93,7 @@ def expand_kernel(
     EVEN_M: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     EVEN_N: tl.constexpr = HIDDEN % BLOCK_N == 0
     EVEN_K: tl.constexpr = DIM % BLOCK_K == 0
@@ -104,6 +105,7 @@ def expand_kernel(
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
 
+    wait_for_previous(PDL)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     y_ptrs = y_ptr if TMA else y_ptr + first * DIM + rows[:, None] * DIM + offs_k[None, :]
     w_ptrs = w_ptr if TMA else w_ptr + offs_k[:, None] * HIDDEN + offs_n[None, :]
@@ -118,6 +120,7 @@ def expand_kernel(
             w_ptrs += BLOCK_K * HIDDEN
         acc = tl.dot(y, w, acc, input_precision=PRECISION)
 
+    release_next(PDL)
     sumsq = tl.zeros((BLOCK_M,), dtype=tl.float32)
     for tile in tl.static_range(SUMSQ_TILES):
         sumsq += tl.load(sumsq_ptr + first * SUMSQ_TILES + rows * SUMSQ_TILES + tile)

@@ -28,7 +28,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..config_rows import Family, Shape, register
 from ..gemm import LATENCY_PROGRAMS, GemmConfig, pick_block_m, suits_image
-from ..jit import dot_e4m3, gelu, grouped_tile, image_tile, load_tile, to_e4m3
+from ..jit import dot_e4m3, gelu, grouped_tile, image_tile, load_tile, release_next, to_e4m3, wait_for_previous
 from ..launch import (
     ALIGNMENT,
     E4M3,
@@ -74,6 +74,7 @@ def expand_fp8_kernel(
     EVEN_M: tl.constexpr,
     TMA: tl.constexpr,
     PRODUCTS: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     EVEN_N: tl.constexpr = HIDDEN % BLOCK_N == 0
     EVEN_K: tl.constexpr = DIM % BLOCK_K == 0
@@ -85,6 +86,7 @@ def expand_fp8_kernel(
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
 
+    wait_for_previous(PDL)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     y_ptrs = y_ptr if TMA else y_ptr + first * DIM + rows[:, None] * DIM + offs_k[None, :]
     w_ptrs = w_ptr if TMA else w_ptr + offs_n[:, None] * DIM + offs_k[None, :]
@@ -99,6 +101,7 @@ def expand_fp8_kernel(
             w_ptrs += BLOCK_K
         acc = dot_e4m3(y, tl.trans(w), acc, PRODUCTS)
 
+    release_next(PDL)
     sumsq = tl.zeros((BLOCK_M,), dtype=tl.float32)
     for tile in tl.static_range(SUMSQ_TILES):
         sumsq += tl.load(sumsq_ptr + first * SUMSQ_TILES + rows * SUMSQ_TILES + tile)

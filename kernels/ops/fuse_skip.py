@@ -19,7 +19,7 @@ import triton.language as tl
 
 from ..config_rows import Shape, flat_family, register
 from ..gemm import GemmConfig, flat_gemm_default, flat_tiles
-from ..jit import grouped_tile, load_tile
+from ..jit import grouped_tile, load_tile, release_next, wait_for_previous
 from ..launch import (
     FLOATS,
     Launch,
@@ -52,6 +52,7 @@ def fuse_skip_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     EVEN_K: tl.constexpr = DIM % BLOCK_K == 0
     EVEN_N: tl.constexpr = WIDTH % BLOCK_N == 0
@@ -63,6 +64,7 @@ def fuse_skip_kernel(
     # rows past the end read the last token again and are dropped at the store
     rows = tl.minimum(offs_m, tokens - 1).to(tl.int64)[:, None] * DIM + offs_k[None, :]
 
+    wait_for_previous(PDL)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for source in tl.static_range(2):
         a_ptrs = (s_ptr if source == 0 else m_ptr) + rows
@@ -74,6 +76,7 @@ def fuse_skip_kernel(
             a_ptrs += BLOCK_K
             w_ptrs += BLOCK_K * WIDTH
 
+    release_next(PDL)
     bias = tl.load(bias_ptr + offs_n, mask=in_n, other=0.0).to(tl.float32)
     out = (acc + bias[None, :]).to(out_ptr.dtype.element_ty)
     out_ptrs = out_ptr + offs_m.to(tl.int64)[:, None] * WIDTH + offs_n[None, :]

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from ..config_rows import Family, Shape, register
-from ..jit import ordered_sum
+from ..jit import ordered_sum, release_next, wait_for_previous
 from ..launch import (
     FLOATS,
     Launch,
@@ -66,11 +66,14 @@ def grn_fused_kernel(
     HIDDEN: tl.constexpr,
     BLOCK_F: tl.constexpr,
     UNROLL: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     image = tl.program_id(0)
     offs_f = tl.arange(0, BLOCK_F)
     in_f = offs_f < HIDDEN
+    wait_for_previous(PDL)
     norms = tl.sqrt(ordered_sum(partials_ptr, image, tiles, offs_f, HIDDEN, UNROLL))
+    release_next(PDL)
     mean = tl.sum(norms, axis=0) / HIDDEN
     gamma = tl.load(gamma_ptr + offs_f, mask=in_f, other=0.0).to(tl.float32)
     out = image.to(tl.int64) * HIDDEN + offs_f
@@ -87,11 +90,14 @@ def grn_norms_kernel(
     HIDDEN: tl.constexpr,
     BLOCK_F: tl.constexpr,
     UNROLL: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     image = tl.program_id(0)
     offs_f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     in_f = offs_f < HIDDEN
+    wait_for_previous(PDL)
     norms = tl.sqrt(ordered_sum(partials_ptr, image, tiles, offs_f, HIDDEN, UNROLL))
+    release_next(PDL)
     tl.store(norms_ptr + image.to(tl.int64) * HIDDEN + offs_f, norms, mask=in_f)
 
 
@@ -104,11 +110,14 @@ def grn_gain_kernel(
     HIDDEN: tl.constexpr,
     PADDED: tl.constexpr,
     BLOCK_F: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     image = tl.program_id(0)
     base = norms_ptr + image.to(tl.int64) * HIDDEN
     every = tl.arange(0, PADDED)
+    wait_for_previous(PDL)
     mean = tl.sum(tl.load(base + every, mask=every < HIDDEN, other=0.0), axis=0) / HIDDEN
+    release_next(PDL)
     offs_f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     in_f = offs_f < HIDDEN
     norms = tl.load(base + offs_f, mask=in_f, other=0.0)

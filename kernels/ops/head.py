@@ -24,7 +24,7 @@ import triton.language as tl
 
 from ..config_rows import Shape, flat_family, register
 from ..gemm import GemmConfig, flat_gemm_default, flat_tiles
-from ..jit import grouped_tile, load_tile
+from ..jit import grouped_tile, load_tile, release_next, wait_for_previous
 from ..launch import (
     FLOATS,
     Launch,
@@ -76,6 +76,7 @@ def head_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     WIDTH: tl.constexpr = 2 * CHANNELS if POSTERIOR else CHANNELS
     EVEN_K: tl.constexpr = DIM % BLOCK_K == 0
@@ -90,6 +91,7 @@ def head_kernel(
     x_ptrs = x_ptr + tl.minimum(offs_m, tokens - 1).to(tl.int64)[:, None] * DIM + offs_k[None, :]
     w_ptrs = w_ptr + offs_k[:, None] * WIDTH + offs_n[None, :]
 
+    wait_for_previous(PDL)
     mean = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     logsnr = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for k in range(0, DIM, BLOCK_K):
@@ -103,6 +105,7 @@ def head_kernel(
         x_ptrs += BLOCK_K
         w_ptrs += BLOCK_K * WIDTH
 
+    release_next(PDL)
     mean += tl.load(bias_ptr + offs_n, mask=in_n, other=0.0).to(tl.float32)[None, :]
     if NORM:
         # columns past the last channel are zero: no weight, no bias

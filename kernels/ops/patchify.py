@@ -30,7 +30,7 @@ import triton.language as tl
 
 from ..config_rows import Shape, flat_family, register
 from ..gemm import GemmConfig, flat_gemm_default, flat_tiles
-from ..jit import grouped_tile, load_tile
+from ..jit import grouped_tile, load_tile, release_next, wait_for_previous
 from ..launch import (
     FLOATS,
     Launch,
@@ -72,6 +72,7 @@ def patchify_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     PIXELS: tl.constexpr = 3 * PATCH * PATCH if IMAGE else 0
     EVEN_K: tl.constexpr = PIXELS % BLOCK_K == 0
@@ -93,6 +94,7 @@ def patchify_kernel(
     corner = inside // grid_w * (PATCH * width) + inside % grid_w * PATCH
     first = (row // per_image).to(tl.int64) * (3 * plane) + (corner * 3 if NHWC else corner)
 
+    wait_for_previous(PDL)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     w_ptrs = w_ptr + offs_k[:, None] * DIM + offs_n[None, :]
     if IMAGE:
@@ -129,6 +131,7 @@ def patchify_kernel(
             acc = tl.dot(tl.trans(z.to(dtype)), w, acc, input_precision=PRECISION)
             w_ptrs += BLOCK_K * DIM
 
+    release_next(PDL)
     bias = tl.load(bias_ptr + offs_n, mask=in_n, other=0.0).to(tl.float32)
     out = (acc + bias[None, :]).to(tokens_ptr.dtype.element_ty)
     out_ptrs = tokens_ptr + offs_m.to(tl.int64)[:, None] * DIM + offs_n[None, :]

@@ -36,7 +36,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..config_rows import Family, Shape, register
 from ..gemm import LATENCY_PROGRAMS, GemmConfig, gemm_default, narrowed, product_bits, suits_image
-from ..jit import grouped_tile, image_tile, load_tile, scaled
+from ..jit import grouped_tile, image_tile, load_tile, release_next, scaled, wait_for_previous
 from ..launch import (
     FLOATS,
     Launch,
@@ -91,6 +91,7 @@ def project_kernel(
     SUMSQ: tl.constexpr,
     SCALED: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     # a slice is a whole number of K blocks
     SLICE: tl.constexpr = (HIDDEN + BLOCK_K * SPLIT_K - 1) // (BLOCK_K * SPLIT_K) * BLOCK_K
@@ -106,6 +107,7 @@ def project_kernel(
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = k_first + tl.arange(0, BLOCK_K)
 
+    wait_for_previous(PDL)
     acc = tl.zeros((BLOCK_N, BLOCK_M) if TRANSPOSED else (BLOCK_M, BLOCK_N), dtype=tl.float32)
     h_ptrs = h_ptr if TMA else h_ptr + first * HIDDEN + rows[:, None] * HIDDEN + offs_k[None, :]
     w_ptrs = w_ptr if TMA else w_ptr + offs_k[:, None] * DIM + offs_n[None, :]
@@ -134,6 +136,7 @@ def project_kernel(
             if GAIN != "none":
                 h = scaled(h, gain, GAIN)
             acc = tl.dot(h, w, acc, input_precision=PRECISION)
+    release_next(PDL)
     if TRANSPOSED:
         acc = tl.trans(acc)  # [BLOCK_M, BLOCK_N]
 
@@ -172,14 +175,17 @@ def project_reduce_kernel(
     DIM: tl.constexpr,
     SPLIT_K: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
+    wait_for_previous(PDL)
     acc = tl.zeros((BLOCK,), dtype=tl.float32)
     for part in tl.static_range(SPLIT_K):
         acc += tl.load(workspace_ptr + part * count.to(tl.int64) + at, mask=inside, other=0.0)
     acc += tl.load(bias_ptr + at % DIM, mask=inside, other=0.0).to(tl.float32)
     acc += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    release_next(PDL)
     tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -196,6 +202,7 @@ def project_reduce_rows_kernel(
     PADDED: tl.constexpr,
     SPLIT_K: tl.constexpr,
     SCALED: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     # as project_reduce_kernel, a row per program, which also leaves its sums of squares
     row = tl.program_id(0)
@@ -203,11 +210,13 @@ def project_reduce_rows_kernel(
     inside = columns < DIM
     at = row.to(tl.int64) * DIM + columns
     slice_size = tl.num_programs(0).to(tl.int64) * DIM
+    wait_for_previous(PDL)
     acc = tl.zeros((PADDED,), dtype=tl.float32)
     for part in tl.static_range(SPLIT_K):
         acc += tl.load(workspace_ptr + part * slice_size + at, mask=inside, other=0.0)
     acc += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     acc += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    release_next(PDL)
     tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=inside)
     tl.store(sumsq_ptr + row, tl.sum(acc * acc, axis=0))
     if SCALED:

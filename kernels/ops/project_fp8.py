@@ -30,7 +30,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..config_rows import Family, Shape, register
 from ..gemm import LATENCY_PROGRAMS, GemmConfig, pick_block_m, suits_image
-from ..jit import add_scaled_e4m3, dot_e4m3, grouped_tile, image_tile, load_tile
+from ..jit import add_scaled_e4m3, dot_e4m3, grouped_tile, image_tile, load_tile, release_next, wait_for_previous
 from ..launch import (
     ALIGNMENT,
     E4M3,
@@ -80,6 +80,7 @@ def project_fp8_kernel(
     TMA: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     PRODUCTS: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     # a slice is a whole number of K blocks
     SLICE: tl.constexpr = (HIDDEN + BLOCK_K * SPLIT_K - 1) // (BLOCK_K * SPLIT_K) * BLOCK_K
@@ -95,6 +96,7 @@ def project_fp8_kernel(
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = k_first + tl.arange(0, BLOCK_K)
 
+    wait_for_previous(PDL)
     acc = tl.zeros((BLOCK_N, BLOCK_M) if TRANSPOSED else (BLOCK_M, BLOCK_N), dtype=tl.float32)
     h_ptrs = h_ptr if TMA else h_ptr + first * HIDDEN + rows[:, None] * HIDDEN + offs_k[None, :]
     w_ptrs = w_ptr if TMA else w_ptr + offs_n[:, None] * HIDDEN + offs_k[None, :]
@@ -113,6 +115,7 @@ def project_fp8_kernel(
             gain_ptrs += BLOCK_K
         w8 = add_scaled_e4m3(w, gain)  # [BLOCK_N, BLOCK_K]
         acc = dot_e4m3(w8, tl.trans(h), acc, PRODUCTS) if TRANSPOSED else dot_e4m3(h, tl.trans(w8), acc, PRODUCTS)
+    release_next(PDL)
     if TRANSPOSED:
         acc = tl.trans(acc)  # [BLOCK_M, BLOCK_N]
     acc *= tl.load(scale_ptr + offs_n, mask=offs_n < DIM, other=0.0)[None, :]

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from ..config_rows import Family, Shape, register
+from ..jit import release_next, wait_for_previous
 from ..launch import (
     FLOATS,
     Launch,
@@ -60,14 +61,17 @@ def rmsnorm_kernel(
     ROWS: tl.constexpr,
     NORM: tl.constexpr,
     SUMS: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, PADDED)
     in_row = rows < tokens
     in_x = in_row[:, None] & (columns < DIM)[None, :]
     at = rows.to(tl.int64)[:, None] * DIM + columns[None, :]
+    wait_for_previous(PDL)
     x = tl.load(x_ptr + at, mask=in_x, other=0.0).to(tl.float32)  # [ROWS, PADDED]
     sumsq = tl.sum(x * x, axis=1)
+    release_next(PDL)
     if NORM:
         in_w = columns < DIM
         weight = tl.load(weight_ptr + columns, mask=in_w, other=0.0).to(tl.float32)

@@ -24,7 +24,7 @@ import triton.language as tl
 
 from ..config_rows import Shape, flat_family, register
 from ..gemm import GemmConfig, flat_gemm_default, flat_tiles
-from ..jit import grouped_tile, load_tile
+from ..jit import grouped_tile, load_tile, release_next, wait_for_previous
 from ..launch import (
     FLOATS,
     Launch,
@@ -64,6 +64,7 @@ def unpatchify_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     PIXELS: tl.constexpr = 3 * PATCH * PATCH
     EVEN_K: tl.constexpr = DIM % BLOCK_K == 0
@@ -77,6 +78,7 @@ def unpatchify_kernel(
     a_ptrs = tokens_ptr + tl.minimum(offs_m, tokens - 1).to(tl.int64)[:, None] * DIM + offs_k[None, :]
     w_ptrs = w_ptr + offs_k[:, None] * PIXELS + offs_n[None, :]
 
+    wait_for_previous(PDL)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for k in range(0, DIM, BLOCK_K):
         a = load_tile(a_ptrs, offs_k[None, :] < DIM - k, EVEN_K)
@@ -85,6 +87,7 @@ def unpatchify_kernel(
         a_ptrs += BLOCK_K
         w_ptrs += BLOCK_K * PIXELS
 
+    release_next(PDL)
     bias = tl.load(bias_ptr + offs_n, mask=in_n, other=0.0).to(tl.float32)
     out = (acc + bias[None, :]) * scale_x0  # [BLOCK_M, BLOCK_N]
     per_image = grid_h * grid_w

@@ -90,6 +90,21 @@ def _bits(args: argparse.Namespace) -> Iterator[Result]:
             yield Result(not same, f"sm_{cc} bits of {pair.text}: {text}, as they may")
 
 
+def _chained(args: argparse.Namespace) -> Iterator[Result]:
+    """The quick cases again, each launch early: every access to global memory must come behind the wait."""
+    from capacitor_kernels.launch import chained
+
+    from .case_sets import quick
+    from .early import check
+
+    for cc in args.cc or (90, 100, 120):
+        for kernel, wrong in check(cc):
+            yield Result(not wrong, f"sm_{cc} early: {kernel}: {wrong or 'the wait stands in front'}")
+        with chained():
+            for result in _run_cases(quick(cc), args):
+                yield result._replace(text=f"chained {result.text}")
+
+
 def _units(args: argparse.Namespace) -> Iterator[Result]:
     from .units import units
 
@@ -146,6 +161,7 @@ PARTS = {
     "units": _units,
     "gelu": _gelu,
     "bits": _bits,
+    "chained": _chained,
     "quick": _quick,
     "cases": _cases,
     "selftest": _selftest,
@@ -168,6 +184,7 @@ def _parser() -> argparse.ArgumentParser:
     part.add_argument("--units", action="store_true", help="Check single instructions against scalar code.")
     part.add_argument("--gelu", action="store_true", help="Compare GELU with the exact one at every bfloat16 number.")
     part.add_argument("--bits", action="store_true", help="Compare the bits of few images' tiles with those of many.")
+    part.add_argument("--chained", action="store_true", help="Run small shapes by launches that start early.")
     part.add_argument("--selftest", action="store_true", help="Break real kernels and count the breaks noticed.")
     part.add_argument("--large", action="store_true", help="Run the last CTAs of tensors of over 2^31 elements.")
     part.add_argument(

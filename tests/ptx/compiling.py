@@ -62,7 +62,7 @@ def signature(launch: Launch) -> tuple[dict[str, str], dict[tuple[int], Any], di
     constants: dict[tuple[int], Any] = {}
     hints: dict[tuple[int], list[Any]] = {}
     for at, parameter in enumerate(launch.kernel.params):
-        name, value = parameter.name, launch.args[parameter.name]
+        name, value = parameter.name, launch.args.get(parameter.name, parameter.default)
         aligned, special = False, not parameter.do_not_specialize
         if parameter.is_constexpr or value is None or (special and isinstance(value, int) and value == 1):
             types[name], constants[at,] = "constexpr", value

@@ -106,6 +106,8 @@ class Device:
             watched_ctas=self.watched_ctas,
             last_warps_first=self.last_warps_first,
         )
+        if bool(launch.options.get("launch_pdl")) != machine.starts_early:
+            raise PtxError(f"{program.name}: it is launched early and never waits, or waits and is not launched early")
         params = self._bind(machine, compiled, launch)
         grid = (*launch.grid, 1, 1)[:3]
         ctas = np.arange(grid[0] * grid[1] * grid[2])
@@ -120,9 +122,9 @@ class Device:
         """Values of the PTX parameters; the tensors become the machine's memory."""
         values: list[np.ndarray] = []
         for name, kind in compiled.types.items():
-            value = launch.args[name]
             if kind == "constexpr":
                 continue
+            value = launch.args[name]
             if isinstance(value, torch.Tensor):
                 self._add(machine, name, value)
                 values.append(np.array([value.data_ptr()], np.uint64))

@@ -67,6 +67,8 @@ class Machine:
         self.descriptors: dict[int, TensorMap] = {}
         for block in program.blocks:
             block.spins = any(i.parts[:2] == ("mbarrier", "try_wait") for i in block.code)
+        # a kernel that may start before the one in front of it is done
+        self.starts_early = any(i.parts[0] == "griddepcontrol" for block in program.blocks for i in block.code)
         self.at: Instr | None = None
         self.act: Lanes = None
 
@@ -96,6 +98,8 @@ class Machine:
         self.symbols = self._symbols(thread)
         self.watched_lanes = min(self.watched_ctas, len(ctas)) * threads
         self.shared = Shared(self, len(ctas), self.shared_bytes, self.granule, self.watched_ctas, -(-threads // 32))
+        # lanes that have waited for the launch before
+        self.waited = np.full(self.lane_count, not self.starts_early)
         # cp.async: groups that each lane committed, copies under way
         self.commits = np.zeros(self.lane_count, np.int64)
         self.copies: list[list[Any]] = []
@@ -191,6 +195,15 @@ class Machine:
         return x if len(x) == self.n else np.broadcast_to(x, (self.n,))
 
     # messages
+
+    def check_waited(self, lanes: np.ndarray) -> None:
+        """Refuse an access to global memory of a thread that has not waited for the launch before.
+
+        Raises:
+            MemoryFault: what it reads may not be written yet, and what it overwrites may still be read.
+        """
+        if not self.waited[lanes].all():
+            raise MemoryFault(f"{self.where()}: global memory is touched before the launch in front is waited for")
 
     def where(self) -> str:
         """Kernel, line and instruction."""

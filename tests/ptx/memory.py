@@ -184,6 +184,7 @@ class Global:
 
     def _find(self, vm: Machine, address: np.ndarray, width: int, lanes: np.ndarray, what: str) -> Found:
         """[(region, selection or None, index of the element)] of accesses inside bounds."""
+        vm.check_waited(lanes)
         odd = (address & np.uint64(width - 1)) != 0
         if odd.any():
             self._fault(vm, f"misaligned {what}", odd, address, width, lanes)

@@ -42,6 +42,15 @@ def test_products_are_right(cc):
     assert _passed(_run("--quick", "--cc", str(cc)), f"sm_{cc} bf16") >= 10
 
 
+@pytest.mark.parametrize(
+    ("cc", "ops"),
+    [(90, ("grn", "fuse_skip")), *(pytest.param(cc, (), marks=pytest.mark.slow) for cc in (90, 100, 120))],
+)
+def test_launches_that_start_early_wait_before_they_touch_memory(cc, ops):
+    output = _run("--chained", "--no-bits", "--cc", str(cc), *(word for op in ops for word in ("--op", op)))
+    assert _passed(output, "the wait stands in front") >= 11 and _passed(output, f"chained sm_{cc}") >= len(ops)
+
+
 def test_instructions_are_right_and_faults_are_refused():
     output = _run("--units")
     assert _passed(output, "refused: ") >= 11 and _passed(output, "instruction ") >= 35

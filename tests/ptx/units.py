@@ -245,6 +245,10 @@ _REFUSED = {
     ),
     "predicate never written": ("@%p5 add.s32 %r5, %r1, 1;", "%p5 is read before it is written"),
     "address never written": ("ld.global.b32 %r2, [%rd9];", "misaligned ld.global"),
+    "global memory before the launch in front is waited for": (
+        "ld.global.b32 %r2, [%rd1]; griddepcontrol.wait;",
+        "global memory is touched before the launch in front is waited for",
+    ),
     "a barrier that one warp never reaches": (
         "setp.lt.u32 %p1, %r1, 32; @%p1 bra $L_a; bar.sync 0, 64;\n$L_a: mov.b32 %r2, 0;",
         "deadlock: 32 lanes wait for ever at a barrier",

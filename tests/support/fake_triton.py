@@ -49,6 +49,12 @@ class Launcher:
         self.types = [*source.signature.values()]
         self.constants = {path[0]: value for path, value in source.constants.items()}
         self.attributes = {path[0]: dict(attributes) for path, attributes in source.attrs.items()}
+        # a launch that starts early has a kernel that waits, and no other kernel does
+        early = bool(getattr(metadata, "launch_pdl", False))
+        waits = self.constants.get(self.names.index("PDL"), False) if "PDL" in self.names else False
+        if early != waits:
+            self.refuse("launch_pdl" if early else "a wait for the launch before, and no launch_pdl")
+        self.early = early
 
     def __call__(self, x: int, y: int, z: int, stream: int, function: Any, *args: Any) -> None:
         if not isinstance(function, int):
@@ -59,6 +65,8 @@ class Launcher:
         # metadata and hooks come before the kernel's own
         memory = [m for i, value in enumerate(args[4:]) for m in self.check(i, value)]
         gpu.count("launch")
+        if self.early:
+            gpu.count("early launch")
         gpu.work(memory, stream)
 
     def refuse(self, what: str) -> None:

@@ -44,6 +44,7 @@ _SPECIAL = {
     "tcgen05": tcgen05.tcgen05,
     "fence": _nothing,
     "membar": _nothing,
+    "griddepcontrol": memory.griddepcontrol,
     # of one warp; the CTA's barriers end blocks
     "bar": _nothing,
     # how many registers a warpgroup has changes no value in them

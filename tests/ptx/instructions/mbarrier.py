@@ -159,6 +159,7 @@ def tensor_copy(ins: Instr) -> Action:
     x, y = (src(op, 32) for op in coordinates.value)
 
     def run(vm: Machine) -> None:
+        vm.check_waited(vm.lanes())
         rows = zip(
             vm.lanes().tolist(),
             to(vm).tolist(),

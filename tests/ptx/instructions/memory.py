@@ -75,6 +75,19 @@ def st(ins: Instr) -> Action:
     return run
 
 
+def griddepcontrol(ins: Instr) -> Action:
+    """Programmatic dependent launch: a thread waits for the launch before, or lets the next one start."""
+    if ins.parts[1:] == ("launch_dependents",):
+        return lambda vm: None
+    if ins.parts[1:] != ("wait",):
+        raise PtxError("form of griddepcontrol")
+
+    def wait(vm: Machine) -> None:
+        vm.waited[vm.lanes()] = True
+
+    return wait
+
+
 def cp(ins: Instr) -> Action:
     """cp.async: the copies of a group land when the group is waited for."""
     parts = ins.parts

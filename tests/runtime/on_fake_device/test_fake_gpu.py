@@ -51,6 +51,13 @@ def test_tensors_hold_their_values(faults):
     assert torch.tensor([1.0, 2.0], device="cuda")[1].item() == 2
 
 
+def test_a_launch_that_starts_early_has_to_wait(faults):
+    x = on_cuda()
+    with pytest.raises(TypeError, match="scale_kernel: launch_pdl"):
+        scale_kernel[(1,)](x, x, 64, 2.0, BLOCK=64, launch_pdl=True)
+    assert "scale_kernel was launched with launch_pdl" in faults[0]
+
+
 def test_memory_comes_back_with_the_last_tensor(gpu):
     before = torch.cuda.memory_allocated()
     t = on_cuda(256)

@@ -85,6 +85,34 @@ def test_tokens_are_not_drawn_inside_a_capture(faults):
         captured(lambda: model.decode(latents, inference_config=settings, noise=noise))
 
 
+def test_launches_start_early_where_asked(gpu):
+    model, plain = model_on_gpu(), model_on_gpu()
+    model.dependent_launch = True
+    plain.encode(images(2))
+    before = gpu.counts["launch"]
+    assert gpu.counts["early launch"] == 0
+    model.encode(images(2))
+    # every launch of a plan has a form that waits, in a graph and by itself
+    early = gpu.counts["launch"] - before
+    assert gpu.counts["early launch"] == early == before
+    model.cuda_graphs = False
+    model.encode(images(2))
+    assert gpu.counts["early launch"] == gpu.counts["launch"] - before > early
+    model.dependent_launch = False
+    model.encode(images(2))
+    assert gpu.counts["launch"] > gpu.counts["early launch"] + before
+
+
+@pytest.mark.parametrize("gpu", [80, 89], indirect=True)
+def test_gpus_before_hopper_have_no_dependent_launch(gpu):
+    model = model_on_gpu()
+    model.dependent_launch = True
+    with pytest.raises(InputError, match=r"dependent_launch needs compute capability 9\.0 or later, not .* 8\."):
+        model.encode(images(1))
+    model.dependent_launch = False
+    assert model.encode(images(1)).shape == (1, 4, 2, 1)
+
+
 def test_halves_of_a_batch_are_two_branches_of_one_graph(gpu):
     model, plain = model_on_gpu(overlap=True), model_on_gpu()
     for batch, branches in ((4, 2), (3, 1), (1, 1)):
