@@ -232,8 +232,8 @@ def _suits(config: GemmConfig, shape: Shape) -> bool:
 def _default(cc: int, shape: Shape, dtype: torch.dtype, use: str) -> GemmConfig:
     """What compiles without spills and leaves room for two CTAs on an SM: kernels/NOTES.md."""
     tokens_per_image, dim, hidden = shape["tokens_per_image"], shape["dim"], shape["hidden"]
-    # wgmma and tcgen05 take 64 rows at least
-    rows = (128, 64) if cc in (90, 100) and tokens_per_image > 32 else (128, 64, 32, 16)
+    # wgmma and tcgen05 take 64 rows at least, and without wgmma there is no product of e4m3 on sm_90
+    rows = (128, 64) if cc == 90 or (cc == 100 and tokens_per_image > 32) else (128, 64, 32, 16)
     block_m, block_n = pick_block_m(tokens_per_image, rows), min(128, max(16, next_power_of_2(hidden)))
     programs = cdiv(tokens_per_image, block_m) * cdiv(hidden, block_n)
     if use == "latency" and programs < LATENCY_PROGRAMS:

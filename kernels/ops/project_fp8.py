@@ -241,7 +241,8 @@ def _default(cc: int, shape: Shape, dtype: torch.dtype, use: str) -> GemmConfig:
     # wgmma and tcgen05 take 64 rows of the weights at least, and tokens are columns there
     block_m, block_n = pick_block_m(tokens_per_image), min(128, max(16, next_power_of_2(dim)))
     block_k = 64 if hidden > 32 else 32
-    wide = tokens_per_image % WIDE_ROWS == 0 and (use == "throughput" or tokens_per_image >= 4096)
+    # one image: half as many programs are too few but for the fewer SMs of sm_90
+    wide = tokens_per_image % WIDE_ROWS == 0 and (use == "throughput" or (cc == 90 and tokens_per_image >= 4096))
     config = GemmConfig(block_m, block_n, block_k, group_m=8, num_warps=4, num_stages=3)
     big = block_m * block_n >= 128 * 128
     if cc in (90, 100):
@@ -258,9 +259,10 @@ def _default(cc: int, shape: Shape, dtype: torch.dtype, use: str) -> GemmConfig:
         config = replace(config, block_m=WIDE_ROWS, num_warps=8)
     if use == "throughput":
         return config
-    if cc in (89, 120):
-        config = replace(config, block_m=min(config.block_m, 128), block_n=min(block_n, 64), num_warps=4)
     programs = cdiv(tokens_per_image, config.block_m) * cdiv(dim, config.block_n)
+    if cc in (89, 120) and programs < LATENCY_PROGRAMS:
+        config = replace(config, block_n=min(block_n, 64))
+        programs = cdiv(tokens_per_image, config.block_m) * cdiv(dim, config.block_n)
     most = max(1, hidden // (4 * config.block_k))
     return replace(config, split_k=min(8, most, max(1, LATENCY_PROGRAMS // programs)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 import time
@@ -138,12 +139,25 @@ def _selftest(args: argparse.Namespace) -> Iterator[Result]:
 
 
 def _golden(args: argparse.Namespace) -> Iterator[Result]:
-    from .golden import check_folder
+    from capacitor_kernels.launch import E4M3_COMPUTE_CAPABILITY
+    from capacitor_rt import ModelConfig
+
+    from .golden import check_folder, check_fp8
 
     for folder in args.golden or (GOLDEN / "p16", GOLDEN / "p8"):
         for cc in args.cc or (80, 90, 100, 120):
             for dtype in args.dtype or ["bf16"]:
-                for line in check_folder(folder, cc, dtype, args.every_decode):
+                lines = check_folder(folder, cc, dtype, args.every_decode)
+                config = ModelConfig.from_json(folder / "config.json")
+                if (
+                    dtype == "bf16"
+                    and E4M3_COMPUTE_CAPABILITY <= cc != 100
+                    and config.encoder_depth
+                    and not config.dico
+                ):
+                    # tcgen05.mma of 8 bits is not among the instructions
+                    lines = itertools.chain(lines, check_fp8(folder, cc))
+                for line in lines:
                     yield Result(line.ok, line.text, line.ratio)
 
 

@@ -21,6 +21,7 @@ def fp8_units(execute: Execute, rng: np.random.Generator) -> Iterator[Unit]:
     """(what, whether it is right); `execute` runs a program as `units.execute` does."""
     yield "cvt.rn.satfinite.e4m3x2.f32", _cvt_f32(execute, rng)
     yield "cvt.rn.satfinite.e4m3x2.f16x2", _cvt_f16(execute, rng)
+    yield "cvt.rn.f16x2.e4m3x2", _cvt_back(execute)
     a, b, c = _bytes(rng, 16, 32), _bytes(rng, 8, 32), rng.integers(-8, 9, (16, 8)).astype(np.float32)
     product = _values(a) @ _values(b).T
     yield "mma.m16n8k32.e4m3", bool((_mma(execute, _PLAIN, "", a, b, c) == product + c).all())
@@ -79,6 +80,14 @@ def _cvt_f16(execute: Execute, rng: np.random.Generator) -> bool:
     st.global.b16 [%rd4], %rs1;"""
     got = execute(body, x, 2048, threads=1024)
     return bool((got == _rounded(x.astype(np.float32))).all())
+
+
+def _cvt_back(execute: Execute) -> bool:
+    codes = np.array([code for code in range(256) if code & 127 != 127] + [0, 1], np.uint8)
+    body = """mad.wide.u32 %rd3, %r1, 2, %rd1; mad.wide.u32 %rd4, %r1, 4, %rd2;
+    ld.global.b16 %rs1, [%rd3]; cvt.rn.f16x2.e4m3x2 %r2, %rs1; st.global.b32 [%rd4], %r2;"""
+    got = execute(body, codes, 512, threads=128).view(np.float16)
+    return bool((got.astype(np.float32) == _values(codes)).all())
 
 
 def _mma(execute: Execute, opcode: str, scales: str, a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,6 +18,8 @@ from capacitor_rt.reference import Posterior
 from capacitor_rt.runtime import fold, packed
 from capacitor_rt.runtime.arena import ALIGNMENT
 from capacitor_rt.runtime.executor import Executor
+from capacitor_rt.runtime.fold_fp8 import BlockRange, Ranges, fold_fp8
+from capacitor_rt.runtime.fp8 import Fp8Encoder
 from capacitor_rt.runtime.plan import LaunchPlan, PlanKey, make_plan
 from tests.support.golden_cases import inference_of, relative_error
 
@@ -28,6 +30,7 @@ from .parse import PtxError
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # of float32, whose eager path is the oracle itself
 _FLOAT32_LIMIT, _FLOOR = 1e-4, 2e-5
+_FP8_SHARE = 0.25
 _QUICK_DECODES = ("decode_ddim1_", "decode_dpmpp4_")
 
 
@@ -41,10 +44,13 @@ class Line:
 
 
 class ExecutedModel:
-    """A model whose plans run launch by launch on an imaginary GPU; `launches` is what ran."""
+    """A model whose plans run launch by launch on an imaginary GPU; `launches` is what ran.
 
-    def __init__(self, folder: Path, cc: int, dtype: torch.dtype) -> None:
-        self.cc, self.dtype = cc, dtype
+    With ranges of a calibration its encoder runs in e4m3.
+    """
+
+    def __init__(self, folder: Path, cc: int, dtype: torch.dtype, ranges: Ranges | None = None) -> None:
+        self.cc, self.dtype, self._ranges = cc, dtype, ranges
         self.launches: list[Ran] = []
         self._model = FullCapacitor.from_pretrained(folder, backend="torch", device="cpu", strict_size=False)
         self._weights: dict[tuple[float, float] | None, dict[str, Tensor]] = {}
@@ -70,7 +76,8 @@ class ExecutedModel:
     def _key(self, direction: str, image: Tensor, inference: FullCapacitorInferenceConfig | None = None) -> PlanKey:
         batch, _, height, width = image.shape
         size = (batch, height, width)
-        return PlanKey(direction, *size, self.dtype, torch.float32, "nchw", self.cc, inference=inference)
+        key = PlanKey(direction, *size, self.dtype, torch.float32, "nchw", self.cc, inference=inference)
+        return replace(key, precision=None if self._ranges is None or direction == "decode" else "fp8")
 
     def _run(self, key: PlanKey, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         plan = make_plan(self._model.config, key)
@@ -102,6 +109,8 @@ class ExecutedModel:
     def _fold(self, at: tuple[float, float] | None) -> dict[str, Tensor]:
         if at not in self._weights:
             folded = fold.fold_encoder(self._model) if at is None else fold.fold_decoder(self._model, *at)
+            if at is None and self._ranges is not None:
+                folded = fold_fp8(folded, self._ranges)
             self._weights[at] = packed.named_tensors(packed.pack(folded, self.dtype, torch.device("cpu")))
         return self._weights[at]
 
@@ -131,6 +140,34 @@ def check_folder(folder: Path, cc: int, dtype: str = "bf16", every: bool = False
             yield Line(line.ok, text, line.ratio)
     same = torch.equal(model.encode(io["image"][:1]), model.encode(io["image"])[:1])
     yield Line(same, f"{where}: an image alone has the bits that it has in a batch")
+
+
+def check_fp8(folder: Path, cc: int) -> Iterator[Line]:
+    """Hold an encoder in e4m3, executed, against its emulation; scales are of the golden image itself.
+
+    Values between two numbers of 8 bits fall to either side by the order of sums: that may cost a part of what 8 bits
+    cost.
+    """
+    image = load_file(folder / "io.safetensors")["image"]
+    loaded = FullCapacitor.from_pretrained(folder, backend="torch", device="cpu", strict_size=False)
+    found: dict[int, BlockRange] = {}
+    truth, _ = Fp8Encoder(loaded, None, torch.float32).posterior(image, found.__setitem__)
+    ranges = tuple(found[i] for i in range(len(found)))
+    emulated = Fp8Encoder(loaded, ranges, torch.bfloat16)
+    model = ExecutedModel(folder, cc, torch.bfloat16, ranges)
+    where = f"sm_{cc} bf16 {folder.name}"
+    try:
+        got, base = model.posterior(image)["mean"], emulated.posterior(image).mean
+        whole, alone = model.encode(image), model.encode(image[:1])
+    except PtxError as error:
+        yield Line(False, f"{where} in fp8: {type(error).__name__}: {error}")
+        return
+    gap, cost = relative_error(got, base), relative_error(base, truth)
+    text = f"{where} in fp8: {gap:.2e} from the emulation, which errs by {cost:.2e}"
+    yield Line(bool(got.isfinite().all()) and gap <= _FP8_SHARE * cost, text)
+    yield Line(torch.equal(alone, whole[:1]), f"{where} in fp8: an image alone has the bits that it has in a batch")
+    near = relative_error(whole, emulated.encode(image)) <= _FP8_SHARE * cost
+    yield Line(near, f"{where} in fp8: whitened latents")
 
 
 def _keys(io: dict[str, Tensor], every: bool) -> list[str]:

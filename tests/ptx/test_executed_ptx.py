@@ -70,6 +70,7 @@ def test_breaks_of_kernels_are_noticed():
 
 def test_a_golden_model_is_right():
     output = _run("--golden", "tests/golden/p16", "--cc", "90")
+    assert _passed(output, " in fp8: ") == 3
     for what in ("latents", "posterior_logsnr", "decode_ddim1_linear_seed7", "decode_dpmpp4_cosine_pdg1.5_seed1"):
         assert _passed(output, what), f"{what} was not checked"
 

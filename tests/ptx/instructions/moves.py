@@ -23,6 +23,7 @@ from ..operands import (
     to_odd,
     value,
     widen,
+    widen_e4m3,
     width_of,
 )
 from ..parse import Instr, PtxError
@@ -93,6 +94,8 @@ def cvt(ins: Instr) -> Action:
     mods = set(ins.parts[1:-2])
     if to == "e4m3x2":
         return _two_to_e4m3(ins)
+    if frm == "e4m3x2":
+        return _two_from_e4m3(ins)
     if mods - {"rn", "rna", "sat", "ftz", *_TO_INTEGRAL}:
         raise PtxError(f"modifiers {sorted(mods)}")
     (to_kind, to_bits), (from_kind, from_bits) = TYPES[to], TYPES[frm]
@@ -168,6 +171,19 @@ def _two_to_e4m3(ins: Instr) -> Action:
     def run(vm: Machine) -> None:
         halves = np.ascontiguousarray(pair(vm)).view(F16).reshape(-1, 2)
         out(vm, packed(halves[:, 1], halves[:, 0]))
+
+    return run
+
+
+def _two_from_e4m3(ins: Instr) -> Action:
+    """A pair of e4m3 to a pair of float16, which holds every e4m3 number."""
+    if ins.parts[1:] != ("rn", "f16x2", "e4m3x2"):
+        raise PtxError("cvt from e4m3x2")
+    out, pair = dst(ins.ops[0], 32), src(ins.ops[1], 16)
+
+    def run(vm: Machine) -> None:
+        codes = np.ascontiguousarray(pair(vm)).view(np.uint8)
+        out(vm, widen_e4m3(codes).astype(F16).view(np.uint32))
 
     return run
 
