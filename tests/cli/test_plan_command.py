@@ -105,7 +105,8 @@ def test_an_encoder_in_fp8():
     steps = {step["op"]: step for step in got["plans"][0]["steps"]}
     # block-scaled products of sm_120 are four times as fast as those in bfloat16
     assert steps["expand_fp8"]["milliseconds"] == pytest.approx(steps["expand_fp8"]["flops"] / 4 / 209.5e9)
-    assert got["plans"][0]["flops"] == half["plans"][0]["flops"] and got["milliseconds"] < 0.35 * half["milliseconds"]
+    assert got["plans"][0]["flops"] == pytest.approx(half["plans"][0]["flops"], rel=1e-4)
+    assert got["milliseconds"] < 0.35 * half["milliseconds"]
     text = run("--size", "256", "--batch", "128", "--cc", "120", "--encode-precision", "fp8")
     assert "bf16 and fp8, sm_120" in text and "e4m3 [32768, 3584]" in text and "4 times that in e4m3" in text
 

@@ -102,7 +102,9 @@ def test_the_plan_has_bytes_between_its_launches():
     assert kinds["y"] == kinds["h"] == torch.float8_e4m3fn and kinds["gain"] == torch.float16
     assert kinds["x"] == torch.bfloat16
     # h is most of an arena
-    assert plan.arena_bytes < 0.62 * half.arena_bytes and plan.flops == half.flops and plan.nbytes < half.nbytes
+    assert plan.arena_bytes < 0.62 * half.arena_bytes and plan.nbytes < half.nbytes
+    # but for GRN's additions, of as many partial sums as products leave
+    assert plan.flops == pytest.approx(half.flops, rel=1e-4)
     ops = [step.op for step in plan.steps]
     assert ops == [f"{op}_fp8" if op in ("expand", "project") else op for op in (step.op for step in half.steps)]
     assert plan.weights["blocks.0.w1"].dtype == torch.float8_e4m3fn and plan.weights["blocks.0.w1"].shape == (3584, 896)
