@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -22,6 +21,10 @@ from capacitor_rt.cache.export.columns import MOST_CAPTION_BYTES
 from capacitor_rt.cache.export.files import locked
 from capacitor_rt.cache.export.pieces import cut
 from capacitor_rt.cache.export.request import FORMATS, ExportRequest
+from capacitor_rt.cache.folder import CacheFolder
+from capacitor_rt.cache.leases import Leases
+from capacitor_rt.cache.mutex import Mutex
+from capacitor_rt.cache.plan import load_plan
 from capacitor_rt.errors import CacheError, InputError
 
 FOLDERS = {"labels": "folder"}
@@ -223,11 +226,15 @@ def test_caches_that_are_none_or_not_finished_are_refused(cache, tmp_path):
     commits.write_bytes(b"".join(commits.read_bytes().splitlines(keepends=True)[:-1]))
     with pytest.raises(CacheError, match="is not finished: "):
         export(tmp_path / "part", tmp_path / "out", "wds")
-    shutil.copytree(cache, tmp_path / "busy")
-    with open(tmp_path / "busy" / ".lock", "w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(CacheError, match="is being written: wait for it to end"):
-            export(tmp_path / "busy", tmp_path / "out", "wds")
+    # as a run holds the task that it is at
+    with CacheFolder(tmp_path / "part") as folder:
+        mutex = Mutex(folder)
+        leases = Leases(folder, mutex, load_plan(folder).plan8)
+        with mutex:
+            assert leases.take(2)
+        with pytest.raises(CacheError, match=r"is being written, 8 of 9 inputs are done \(.*\): wait for it to end"):
+            export(tmp_path / "part", tmp_path / "out", "wds")
+        leases.release(2)
     assert not (tmp_path / "out").exists()
 
 

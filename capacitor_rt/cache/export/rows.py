@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...errors import CacheError, InputError
+from ...errors import CacheError, CapacitorError, InputError
 from ...extras import require_extra
 from ...images.geometry import Size
 from ..dataset import Ids, LatentDataset
+from ..status import status
 from .columns import Labels, TextLatents, check_caption, read_captions, read_labels
-from .files import LOCK, file_digest
+from .files import file_digest
 from .request import DTYPES, FLUX2, REQUIRED, STORED, UNPATCHIFIED, UNUSED, ExportRequest
 
 # a wider type that holds every value of the narrower one
@@ -36,26 +35,26 @@ def open_cache(root: Path) -> LatentDataset:
     """
     if not root.is_dir():
         raise CacheError(f"{str(root)!r} is not a folder: give the folder of a cache")
-    if _is_locked(root / LOCK):
-        raise CacheError(f"{root} is being written: wait for it to end, and export then")
-    return LatentDataset(root, verify=True)
+    try:
+        return LatentDataset(root, verify=True)
+    except CacheError as e:
+        _say_unfinished(root, e)
+        raise
 
 
-def _is_locked(path: Path) -> bool:
+def _say_unfinished(root: Path, error: CacheError) -> None:
+    """Raise CacheError for a cache that is not finished: whoever is at it is to be waited for."""
     try:
-        fd = os.open(path, os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        # no locks on this file system: the index says whether the cache is finished
-        return False
-    finally:
-        os.close(fd)
-    return False
+        found = status(root)
+    except CapacitorError:
+        return
+    if found.done_inputs == found.inputs and not found.is_interim:
+        return
+    done = f"{found.done_inputs} of {found.inputs} inputs are done"
+    who = next(iter(found.workers.values()), None)
+    if who is not None:
+        raise CacheError(f"{root} is being written, {done} ({who}): wait for it to end, and export then") from error
+    raise CacheError(f"{root} is not finished: {done}: run the cache command again, and export then") from error
 
 
 class Rows:
