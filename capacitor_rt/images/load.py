@@ -153,6 +153,13 @@ class View(NamedTuple):
         return 3 * max(bucket.area for bucket in self.buckets)
 
 
+class _Plan(NamedTuple):
+    shrink: int
+    number: int
+    bucket: int
+    placement: Placement
+
+
 def load_views(
     data: bytes,
     views: Sequence[View],
@@ -178,7 +185,7 @@ def load_views(
     image = open_image(data, name=name, max_pixels=max(view.policy.max_pixels for view in views))
     size = Size(image.header.height, image.header.width)
     found: list[LoadedImage | ImageError] = []
-    plans: list[tuple[int, int, int, Placement]] = []
+    plans: list[_Plan] = []
     needed = 0
     for number, (policy, buckets) in enumerate(views):
         bucket = assign(size, buckets)
@@ -191,26 +198,42 @@ def load_views(
             continue
         shrink = _shrink(image.header, placement) if policy.decode == "fast" and image.shrinks else 0
         found.append(LoadedImage(image.header, buckets.index(bucket), placement, _NO_PIXELS))
-        plans.append((shrink, number, buckets.index(bucket), placement))
+        plans.append(_Plan(shrink, number, buckets.index(bucket), placement))
         resizing = adm.memory(size, placement) if policy.crop == "adm" else _resizing_memory(size, placement)
         needed = max(needed, resizing)
     if plans:
         with admit(image.memory + needed):
-            decoded = _Decoded(image, buffer)
-            for shrink, number, bucket_number, placement in sorted(plans, key=lambda plan: plan[0]):
-                policy = views[number].policy
-                try:
-                    pixels = decoded.pixels(policy, shrink)
-                    if outs is None:
-                        pixels = _placed(image, pixels, policy, placement)
-                    elif as_records:
-                        pixels = _record(image, pixels, policy, placement, outs[number])
-                    else:
-                        pixels = _laid(_placed(image, pixels, policy, placement), outs[number])
-                    found[number] = LoadedImage(image.header, bucket_number, placement, pixels)
-                except ImageError as e:
-                    found[number] = e
+            # by a function: what it has decoded is gone before others are admitted
+            for number, made in _make(image, views, plans, outs, buffer, as_records):
+                found[number] = made
     return found
+
+
+def _make(
+    image: OpenedImage,
+    views: Sequence[View],
+    plans: Sequence[_Plan],
+    outs: Sequence[np.ndarray] | None,
+    buffer: Buffer | None,
+    as_records: bool,
+) -> list[tuple[int, LoadedImage | ImageError]]:
+    """The views that were planned, by their numbers."""
+    decoded, made = _Decoded(image, buffer), list[tuple[int, LoadedImage | ImageError]]()
+    for shrink, number, bucket, placement in sorted(plans, key=lambda plan: plan.shrink):
+        policy = views[number].policy
+        try:
+            pixels = decoded.pixels(policy, shrink)
+            if outs is None:
+                pixels = _placed(image, pixels, policy, placement)
+            elif as_records:
+                pixels = _record(image, pixels, policy, placement, outs[number])
+            else:
+                pixels = _laid(_placed(image, pixels, policy, placement), outs[number])
+            made.append((number, LoadedImage(image.header, bucket, placement, pixels)))
+        except ImageError as e:
+            # its traceback would hold what was decoded
+            made.append((number, e.with_traceback(None)))
+    return made
 
 
 _NO_PIXELS = np.empty((0, 0, 3), np.uint8)

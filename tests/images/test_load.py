@@ -190,3 +190,33 @@ class TestViews:
         cut = jpeg_of(PHOTO)[:2000]
         found = load_views(cut, self.VIEWS)
         assert all(isinstance(e, ImageError) and e.reason == found[0].reason for e in found)
+
+    @pytest.mark.parametrize("cut", [False, True])
+    def test_nothing_decoded_is_left_when_others_are_admitted(self, cut, monkeypatch):
+        import gc
+        import weakref
+
+        kept, left = [], []
+        original = OpenedImage.stored_pixels
+
+        class Pixels(np.ndarray):
+            """An array that can be watched."""
+
+        def stored_pixels(self, *args, **options):
+            pixels = original(self, *args, **options).view(Pixels)
+            kept.append(weakref.ref(pixels))
+            return pixels[:-1] if cut else pixels
+
+        @contextmanager
+        def admit(nbytes):
+            yield
+            left.append(sum(ref() is not None for ref in kept))
+
+        monkeypatch.setattr(OpenedImage, "stored_pixels", stored_pixels)
+        gc.disable()
+        try:
+            found = load_views(jpeg_of(PHOTO), self.VIEWS, admit=admit)
+        finally:
+            gc.enable()
+        assert left == [0] and len(kept) == 1
+        assert all(isinstance(loaded, ImageError) == cut for loaded in found)
