@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import image_files as files
@@ -35,6 +36,10 @@ class Images:
     @property
     def listing(self) -> Images:
         return self
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        return np.resize([len(data) for data in self.data], 1 << 12)
 
     def why_gone(self) -> None:
         return None

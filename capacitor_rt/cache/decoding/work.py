@@ -28,6 +28,8 @@ BACKOFF_SECONDS = (0.2, 1.0, 3.0)
 # bytes of files that a worker holds which are not decoded yet, beyond the one that is next
 _AHEAD_BYTES = 64 << 20
 _SCRATCH_BYTES = 64 << 20
+# small files that a thread reads in one go: to wake it takes longer than to read one from memory
+_GROUP, _SMALL_BYTES = 4, 64 << 10
 
 
 class Contents(Protocol):
@@ -297,9 +299,28 @@ class Worker:
         while self._arrived:
             self._held += self._arrived.popleft()
         is_full = self._held >= _AHEAD_BYTES
-        while self._waiting and len(self._ahead) < 4 * self.job.readers and not (is_full and self._ahead):
-            ordinal = self._waiting.popleft()
-            self._ahead.append((ordinal, self._threads.submit(self._patiently, ordinal)))
+        while self._waiting and not (is_full and self._ahead):
+            count = self._group()
+            if len(self._ahead) + count > 4 * self.job.readers and self._ahead:
+                return
+            group: list[tuple[int, Future[_Read]]] = [(self._waiting.popleft(), Future()) for _ in range(count)]
+            self._ahead.extend(group)
+            self._threads.submit(self._read_group, group)
+
+    def _group(self) -> int:
+        """How many of the inputs that wait are read in one go."""
+        sizes, count = self.job.source.listing.sizes, 0
+        while count < min(_GROUP, len(self._waiting)) and 0 <= sizes[self._waiting[count]] <= _SMALL_BYTES:
+            count += 1
+        return max(count, 1)
+
+    def _read_group(self, group: Sequence[tuple[int, Future[_Read]]]) -> None:
+        for ordinal, future in group:
+            # one by one: who waits for the first does not wait for the others
+            try:
+                future.set_result(self._patiently(ordinal))
+            except BaseException as e:
+                future.set_exception(e)
 
     def _patiently(self, ordinal: int) -> _Read:
         """Read an input, again if it fails for now."""
