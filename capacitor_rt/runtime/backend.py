@@ -116,10 +116,12 @@ class ServedAutoencoder(Autoencoder):
                             "this model has not run yet, and weights cannot be folded, nor kernels compiled, while a "
                             "CUDA graph is being captured: call it once with the same shape, or warmup(), before that"
                         )
-            from .first_contact import few_images, first_contact
+            from .first_contact import few_images, first_contact, fp8_contact
             from .runtime import Runtime
 
             why = first_contact(self.device, self.dtype) if self._backend == "auto" else None
+            if why is None and self._backend == "auto" and self._fp8_ranges is not None:
+                why = fp8_contact(self.device, self.dtype)
             if why is not None:
                 self._leave_to_torch(why)
                 return None

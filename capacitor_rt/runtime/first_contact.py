@@ -16,17 +16,19 @@ from typing import Any
 
 import torch
 
-from capacitor_kernels.launch import INTERPRETED
+from capacitor_kernels.launch import E4M3_COMPUTE_CAPABILITY, INTERPRETED, compute_capability
 
 from .memory import is_out_of_memory
 from .platform import build_failure, describe
-from .self_check import CheckRow, check_bits, check_model
+from .self_check import CheckRow, check_bits, check_fp8, check_model
 
 SWITCH = "CAPACITOR_SELF_CHECK"
 # a result holds as long as all of these are the same, and the dtype
 DEPENDS_ON = ("GPU", "compute capability", "driver", "torch", "Triton", "capacitor_rt")
 # what is remembered of `few_images`, beside the same of `first_contact`
 FEW_IMAGES = ", few images"
+# and of `fp8_contact`
+IN_FP8 = ", fp8"
 _lock = threading.Lock()
 _met: dict[str, str | None] = {}
 
@@ -41,6 +43,15 @@ def first_contact(device: torch.device, dtype: torch.dtype) -> str | None:
     if os.environ.get(SWITCH) == "0" or not _may_run(device):
         return None
     return _answer(combination(device, dtype), device, dtype, check_model)
+
+
+def fp8_contact(device: torch.device, dtype: torch.dtype) -> str | None:
+    """The same for encoding in e4m3; None on a GPU that has no launches of it, which a runtime refuses."""
+    if os.environ.get(SWITCH) == "0" or not _may_run(device):
+        return None
+    if compute_capability(device) < E4M3_COMPUTE_CAPABILITY:
+        return None
+    return _answer(combination(device, dtype) + IN_FP8, device, dtype, check_fp8)
 
 
 def few_images(device: torch.device, dtype: torch.dtype, ask: bool = True) -> str | None:

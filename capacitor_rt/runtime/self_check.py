@@ -20,6 +20,8 @@ from capacitor_kernels.launch import compute_capability
 from ..conditioning import default_freqs
 from ..config import FullCapacitorInferenceConfig, ModelConfig
 from ..reference import Autoencoder
+from .fold_fp8 import BlockRange
+from .fp8 import Fp8Encoder
 from .launch_cases import Tensors, cases, sizes
 from .platform import one_line
 from .runtime import Runtime
@@ -91,6 +93,15 @@ def check_model(device: torch.device, dtype: torch.dtype, seed: int = 0) -> list
         except Exception as error:
             rows.append(_failed("a small model", error))
     return rows
+
+
+def check_fp8(device: torch.device, dtype: torch.dtype, seed: int = 0) -> list[CheckRow]:
+    """One encode of a small random model in e4m3, whose emulation sets the bound; the truth is in float32."""
+    with undisturbed(device):
+        try:
+            return [_fp8_row(device, dtype, torch.Generator("cpu").manual_seed(seed))]
+        except Exception as error:
+            return [_failed("encode in fp8", error)]
 
 
 def check_bits(device: torch.device, dtype: torch.dtype, seed: int = 0) -> list[CheckRow]:
@@ -190,6 +201,21 @@ def _model_rows(device: torch.device, dtype: torch.dtype, draw: torch.Generator)
             if not device_works(device):
                 return
     runtime.clear()
+
+
+def _fp8_row(device: torch.device, dtype: torch.dtype, draw: torch.Generator) -> CheckRow:
+    config, (h, w), *_ = sizes()
+    loaded = _model(config, random_tensors(config, draw), torch.device("cpu"), torch.float32)
+    size = (2, 3, h * config.patch_size, w * config.patch_size)
+    pixels = torch.randint(0, 256, size, generator=draw, dtype=torch.uint8, device="cpu")
+    found: dict[int, BlockRange] = {}
+    exact = Fp8Encoder(loaded, None, torch.float32)
+    exact.posterior(pixels, found.__setitem__)
+    ranges = tuple(found[i] for i in range(len(found)))
+    runtime = Runtime(loaded, device, dtype, ranges=ranges)
+    results = runtime.encode(pixels.to(device)), exact.encode(pixels), Fp8Encoder(loaded, ranges, dtype).encode(pixels)
+    runtime.clear()
+    return compare(f"encode in fp8 2x{size[2]}x{size[3]}", [results], dtype)
 
 
 def _bit_rows(device: torch.device, dtype: torch.dtype, draw: torch.Generator) -> Iterator[CheckRow]:

@@ -159,3 +159,13 @@ def test_the_row_is_that_of_the_worst_output():
     assert row.error == pytest.approx(4e-3) and row.problem == "the error is 1.98 times its bound"
     row = compare("x", [(truth.where(truth > 2, math.nan), truth, eager)], torch.float16)
     assert row.problem == "64 of 64 values are not finite"
+
+
+def test_encoding_in_fp8_is_checked_against_its_emulation(monkeypatch):
+    (row,) = self_check.check_fp8(PLACE, DTYPE)
+    assert row.ok and 0 < row.error < 0.1 and row.name.startswith("encode in fp8 2x")
+    module = op_module("project_fp8")
+    real = module.project_fp8
+    monkeypatch.setattr(module, "project_fp8", lambda **o: real(**o | {"gain": -2 * o["gain"]}))
+    (row,) = self_check.check_fp8(PLACE, DTYPE)
+    assert not row.ok and "times its bound" in row.problem

@@ -12,6 +12,7 @@ from models import TINY, randomise
 from capacitor_rt import FullCapacitor, InputError
 from capacitor_rt.evaluation.fp8 import _values
 from capacitor_rt.fp8_calibration import Fp8Calibration, save
+from capacitor_rt.runtime import first_contact, launch_cases, self_check
 from capacitor_rt.runtime.fp8 import Fp8Encoder
 
 GPU = torch.device("cuda", 0)
@@ -117,3 +118,16 @@ def test_every_gpu_with_e4m3_takes_its_launches(folder, gpu, launched):
     model.encode(IMAGE[:1].to(GPU))
     model.encode(IMAGE.to(GPU))
     assert {"expand_fp8_kernel", "project_fp8_kernel"} <= set(launched)
+
+
+def test_auto_emulates_where_the_launches_fail_their_check(folder, gpu, monkeypatch, tmp_path):
+    # the fake GPU computes nothing: this check finds it out, the one before is left out
+    monkeypatch.delenv("CAPACITOR_SELF_CHECK")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(first_contact, "_met", {})
+    monkeypatch.setattr(first_contact, "first_contact", lambda device, dtype: None)
+    monkeypatch.setattr(self_check, "sizes", lambda: launch_cases.TINY)
+    model = load(folder)
+    with pytest.warns(UserWarning, match=r"torch serves this model: .*failed its check.*encode in fp8"):
+        latents = model.encode(IMAGE.to(GPU))
+    assert latents.cpu().isfinite().all() and model.runtime is None
