@@ -25,22 +25,23 @@ OLD_SECONDS = 600.0
 
 
 def litter(
-    folder: CacheFolder, plan: CachePlan, living: set[str], *, drop_updates: bool = False
+    folder: CacheFolder, plan: CachePlan, living: set[str], *, drop_updates: bool = False, quick: bool = False
 ) -> list[tuple[str, int]]:
     """Names and bytes of files that no run and no reader needs.
 
     Args:
         living: stems of the files of tasks that processes are at work on.
         drop_updates: give up updates that are not finished.
+        quick: take all files of latents of earlier generations for needed, and read no index.
     """
     others = [other for other in recorded(folder) if other.id != plan.id]
     kept = [o for o in others if _is_at_work(o, living) or (o.number > plan.number and not drop_updates)]
     dropped = [other for other in others if other not in kept]
     found = list(_moved(folder, [record_name(other) for other in others]))
     found += [name for name in folder.temporary() if _is_stale(folder, name, living)]
-    needed = {stem for other in kept for stem in load_carried(folder, other)}
+    needed = {stem for other in kept for stem in _carried(folder, other)}
     if dropped or plan.is_update:
-        needed |= _stems_in_use(folder, plan)
+        needed |= set(load_carried(folder, plan)) if quick else _stems_in_use(folder, plan)
     mine = {plan.plan8, *(other.plan8 for other in kept)}
     theirs = {other.plan8 for other in dropped} | {file.plan[:8] for file in load_carried(folder, plan).values()}
     theirs -= mine
@@ -56,6 +57,14 @@ def litter(
         found.append(record_name(other))
     sizes = [(name, folder.stat(name)) for name in dict.fromkeys(found)]
     return [(name, info.st_size) for name, info in sizes if info is not None]
+
+
+def _carried(folder: CacheFolder, plan: CachePlan) -> set[str]:
+    """Stems of the files that an update under way may share; of all files if its list is damaged."""
+    try:
+        return set(load_carried(folder, plan))
+    except CacheError:
+        return {base.partition(".")[0] for base in folder.names(TASKS)}
 
 
 def _is_at_work(plan: CachePlan, living: set[str]) -> bool:

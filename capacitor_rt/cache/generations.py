@@ -38,6 +38,11 @@ def record_names(folder: CacheFolder) -> list[str]:
     return [f"{GENERATIONS}/{base}" for base in folder.names(GENERATIONS) if _RECORD.fullmatch(base)]
 
 
+def recorded_names(folder: CacheFolder) -> set[str]:
+    """First digits of the plans in `generations/`, sound or not."""
+    return {name.rpartition("/")[2][:8] for name in record_names(folder)}
+
+
 def damaged_records(folder: CacheFolder) -> list[str]:
     """Names of those that cannot be used."""
     return [name for name in record_names(folder) if _read(folder, name) is None]
@@ -65,8 +70,8 @@ def recorded(folder: CacheFolder) -> list[CachePlan]:
                 # another process has made it current, or forgotten it
                 continue
             raise CacheError(
-                f"{folder.path / name}, the plan of another generation, is damaged: `capacitor-rt verify --repair "
-                f"{folder.path}` moves it away; what it alone knows of is then no longer reused"
+                f"{folder.path / name}, the plan of another generation, is damaged: run `capacitor-rt verify --repair "
+                f"{folder.path}`, then the same command again"
             )
         plans.append(plan)
     return sorted(plans, key=lambda plan: (plan.number, plan.plan8))

@@ -248,16 +248,15 @@ def outlook(prepared: PreparedRun, out: Path, todo: list[Task], most: int | None
         most: inputs to be encoded, where that is known to be fewer than `todo` has.
     """
     need = prepared.nbytes(todo) if most is None else prepared.row_nbytes * most
-    return [*_progress(prepared, todo), *room(out, need)]
+    return [*_progress(prepared, todo, need), *room(out, need)]
 
 
-def _progress(prepared: PreparedRun, todo: list[Task]) -> list[str]:
+def _progress(prepared: PreparedRun, todo: list[Task], most: int) -> list[str]:
     done, tasks = len(prepared.tasks) - len(todo), len(prepared.tasks)
     if not todo:
         return []
     if done:
         return [f"going on: {done} of {tasks} tasks are done"]
-    most = prepared.nbytes(todo)
     size = f"{most / 1e9:.4g} GB" if most >= 1e9 else f"{most / 1e6:.4g} MB" if most >= 1e6 else f"{most / 1e3:.4g} kB"
     return [f"to be written: {tasks} tasks, {2 * tasks} files, up to {size} of latents in {prepared.plan.dtype}"]
 

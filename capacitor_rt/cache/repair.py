@@ -7,9 +7,10 @@ import re
 from contextlib import suppress
 
 from ..errors import CacheError
+from .carried import load_carried
 from .commits import COMMITS, Commit, read_log, rewrite_log
-from .folder import INDEX, CacheFolder
-from .generations import damaged_records, recorded
+from .folder import INDEX, TASKS, CacheFolder
+from .generations import damaged_records, record, recorded
 from .hashing import xxh3
 from .index import INDEX_BYTES, plan_in_index
 from .latent_files import index_hash_in_header
@@ -41,6 +42,7 @@ def repair(root: str | os.PathLike[str], found: Verification) -> list[str]:
     """
     with CacheFolder(root) as folder, Mutex(folder) as mutex:
         done: list[str] = []
+        _records(folder, done)
         plan = _plan(folder, done)
         leases = Leases(folder, mutex, plan.plan8)
         living = leases.living()
@@ -51,8 +53,6 @@ def repair(root: str | os.PathLike[str], found: Verification) -> list[str]:
         if found.bad_plan or done:
             # what hangs on the plan could not be looked at before
             found = verify(root)
-        for name in damaged_records(folder):
-            done.append(f"{name}: moved to {folder.set_aside(name)}")
         _set_aside(folder, plan, found.damaged, done)
         for name in found.damaged_files:
             if (moved := folder.set_aside(name)) is not None:
@@ -97,16 +97,47 @@ def _is_forged(folder: CacheFolder, plan: CachePlan) -> bool:
     return False
 
 
-def _plan_of_an_index(folder: CacheFolder) -> CachePlan:
+def _records(folder: CacheFolder, done: list[str]) -> None:
+    """Restore damaged plans of other generations from their indexes, or move away what belongs to them."""
+    for name in damaged_records(folder):
+        plan8 = name.rpartition("/")[2].partition(".")[0]
+        moved = folder.set_aside(name)
+        try:
+            record(folder, _plan_of_an_index(folder, plan8))
+            done.append(f"{name}: restored from an index")
+        except CacheError:
+            done.append(f"{name}: moved to {moved}")
+            # without its plan nothing can be made of an index; of its latents those that are shared are needed
+            for sub in (INDEX,) if plan8 in _carried(folder) else (INDEX, TASKS):
+                for base in folder.names(sub):
+                    if base.startswith(f"{plan8}-"):
+                        done.append(f"{sub}/{base}: moved to {folder.set_aside(f'{sub}/{base}')}")
+
+
+def _carried(folder: CacheFolder) -> set[str]:
+    """First digits of the plans in whose files rows of the current one may lie; of all if that cannot be known."""
+    try:
+        plan = load_plan(folder)
+        if plan is not None:
+            return {file.plan[:8] for file in load_carried(folder, plan).values()}
+    except CacheError:
+        pass
+    return {base[:8] for base in folder.names(TASKS)}
+
+
+def _plan_of_an_index(folder: CacheFolder, plan8: str | None = None) -> CachePlan:
     """The plan that an index holds. Only an index whose hash its commit line or its latents have is opened.
 
-    Plans that lie in `generations/` are of other generations, and taken only if no index holds another.
+    Plans that lie in `generations/` are of other generations, and taken only if no index holds another. `plan8`: the
+    first digits of the wanted one.
     """
     others: set[str] = set()
     with suppress(CacheError):
         others = {plan.plan8 for plan in recorded(folder)}
     names = [m for base in folder.names(INDEX) if (m := re.fullmatch(r"([0-9a-f]{8})-(\d{6,12})\.parquet", base))]
     for named in sorted(names, key=lambda m: m[1] in others):
+        if plan8 is not None and named[1] != plan8:
+            continue
         base = named[0]
         commits: dict[int, Commit] = {}
         for log in (COMMITS, f"commits-{named[1]}.jsonl"):

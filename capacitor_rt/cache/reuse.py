@@ -122,7 +122,11 @@ class Survey:
 
     def add(self, plan: CachePlan, stamps: Stamps) -> None:
         """Look at what of a plan is committed. What is damaged is left out, and noted."""
-        carried = load_carried(self.folder, plan)
+        try:
+            carried = load_carried(self.folder, plan)
+        except CacheError as e:
+            self.notes.append(f"nothing of plan {plan.plan8} can be reused: {e}")
+            return
         numbers = {stem: i for i, stem in enumerate(self._stems)}
         for _, commit in sorted(read_log(self.folder, plan.log_name).commits.items()):
             try:

@@ -244,6 +244,7 @@ def begun(
             if prepared.restore_listing:
                 prepared.source.listing.save(folder, prepared.plan.source_name)
         store = TaskStore(folder, plan, mutex, leases)
+        store.is_draft = not is_current(folder, plan)
         for line in prepared.notes + _check(store, tasks):
             note(line)
         if options.retry_quarantined:
@@ -284,7 +285,8 @@ def _check(store: TaskStore, tasks: list[Task]) -> list[str]:
             f"{store.folder.path / store.plan.log_name} has task {number}, and the plan has {len(tasks)} tasks: "
             + repair_hint(store.folder)
         )
-    damaged, gone = [], []
+    damaged: dict[int, str] = {}
+    gone = []
     shared = SharedFiles(store.folder, store.plan)
     if shared.problem is not None:
         raise CacheError(shared.problem)
@@ -292,11 +294,19 @@ def _check(store: TaskStore, tasks: list[Task]) -> list[str]:
         if store.is_gone(task):
             gone.append(task.number)
         elif problem := store.check(task, shared.add):
-            damaged.append(problem)
-    damaged += [p for file in shared.used() if (p := check_file(store.folder, file, store.plan, store.stamps))]
-    if damaged:
-        more = [f"and {len(damaged) - 5} more"] if len(damaged) > 5 else []
-        raise CacheError(f"{store.folder.path} is damaged: {repair_hint(store.folder)}", [*damaged[:5], *more])
+            damaged[task.number] = problem
+    for file in shared.used():
+        if problem := check_file(store.folder, file, store.plan, store.stamps):
+            damaged |= dict.fromkeys(shared.tasks[file.stem], problem)
+    if damaged and store.is_draft:
+        gone += sorted(damaged)
+        with store.mutex:
+            store.set_aside(sorted(damaged))
+        notes += [f"{why}: moved to damaged/ and done again" for why in dict.fromkeys(damaged.values())]
+    elif damaged:
+        found = list(dict.fromkeys(damaged.values()))
+        more = [f"and {len(found) - 5} more"] if len(found) > 5 else []
+        raise CacheError(f"{store.folder.path} is damaged: {repair_hint(store.folder)}", [*found[:5], *more])
     if gone or log.bad:
         store.forget(gone)
     return notes

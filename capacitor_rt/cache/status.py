@@ -108,7 +108,7 @@ def status(root: str | os.PathLike[str]) -> Status:
         if found.done_inputs:
             found.left_nbytes = round(left * found.nbytes / found.done_inputs)
         found.nbytes += carried_nbytes(folder, plan)
-        found.litter_nbytes = sum(size for _, size in litter(folder, plan, living_stems(folder, plan)))
+        found.litter_nbytes = sum(size for _, size in litter(folder, plan, living_stems(folder, plan), quick=True))
     return found
 
 

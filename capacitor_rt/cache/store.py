@@ -16,7 +16,7 @@ from ..errors import CacheError
 from .carried import load_carried
 from .commits import Commit, LogFollower, append_commit, rewrite_log
 from .folder import INDEX, TASKS, CacheFolder, PendingFile
-from .generations import recorded
+from .generations import recorded_names
 from .hashing import xxh3
 from .index import INDEX_BYTES, bucket_counts, cached_counts, cached_rows, index_bytes, is_own, parse_index
 from .latent_files import (
@@ -72,7 +72,10 @@ class TaskStore:
 
     Attributes:
         commits: of the tasks that are part of the cache, as far as this process knows.
+        is_draft: whether it is of an update under way, on which nobody builds yet: what is damaged of it is done again.
     """
+
+    is_draft = False
 
     def __init__(self, folder: CacheFolder, plan: CachePlan, mutex: Mutex, leases: Leases):
         self.folder = folder
@@ -131,6 +134,12 @@ class TaskStore:
         except CacheError as e:
             return str(e)
         return None
+
+    def set_aside(self, tasks: Sequence[int]) -> None:
+        """Move the files of tasks to `damaged/`. Under the mutex."""
+        for number in tasks:
+            for name in (self.plan.index_name(number), self.plan.data_name(number)):
+                self.folder.set_aside(name)
 
     def is_gone(self, task: Task) -> bool:
         """Whether both files of a task are missing, so that it is simply to be done again."""
@@ -272,9 +281,8 @@ def strange_plan(folder: CacheFolder, plan: CachePlan) -> str | None:
 
 def known_plans(folder: CacheFolder, plan: CachePlan) -> set[str]:
     """First digits of the plans, beside this one, whose files may lie in the folder; as far as they can be read."""
-    known: set[str] = set()
-    with suppress(CacheError):
-        known |= {other.plan8 for other in recorded(folder)}
+    # by their names: one that is damaged is said to be so by whoever reads it
+    known = recorded_names(folder)
     with suppress(CacheError):
         known |= {file.plan[:8] for file in load_carried(folder, plan).values()}
     return known

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 
+from ..errors import CacheError
 from .folder import TMP, CacheFolder
 from .leases import Leases
 from .plan import Task
@@ -43,6 +44,13 @@ class TaskQueue:
         try:
             if not store.recover(task, self.look):
                 return True
+        except CacheError:
+            if store.is_draft:
+                with store.mutex:
+                    store.set_aside([task.number])
+                return True
+            self._release(task)
+            raise
         except BaseException:
             self._release(task)
             raise

@@ -89,6 +89,7 @@ def prepare_update(
     restore = not _is_listed(folder, plan)
     prepared = PreparedRun(plan, tasks_of(plan, part), part, None, notes, restore, identity.cc, rehash=rehash)
     prepared.whole, prepared.just_listed = source, after.plan if after else None
+    prepared.restore_listing = planned_listing(folder, plan) is None
     return prepared
 
 
@@ -144,6 +145,7 @@ def _under_way(
 ) -> tuple[CachePlan, Source] | None:
     """The latest update of the current plan to these inputs that was begun, and its inputs."""
     plans = [p for p in reversed(unfinished(folder, current)) if p.fields["generation"]["of"] == current.id]
+    plans = [plan for plan in plans if _is_listed(folder, plan)]
     for plan in plans:
         if not plan.is_interim and is_of(folder, plan, source, rehash):
             return plan, source
@@ -151,6 +153,15 @@ def _under_way(
         if not _is_complete(folder, plan) and (part := _interim(folder, plan, source)) is not None:
             return plan, part
     return None
+
+
+def _is_listed(folder: CacheFolder, plan: CachePlan) -> bool:
+    """Whether the list of its carried files is sound."""
+    try:
+        load_carried(folder, plan)
+    except CacheError:
+        return False
+    return True
 
 
 def _planned(

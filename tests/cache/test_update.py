@@ -289,6 +289,54 @@ def test_a_source_that_changes_during_an_update_keeps_what_the_update_has_done(s
     assert_as_fresh(src, out, tmp_path)
 
 
+def begun(src, out, monkeypatch) -> str:
+    """An update that is whole and was not made current; the digits of its plan."""
+    image(src / "zz.png", 51)
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "_make_current", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            update(src, out)
+    return next(path.name[:8] for path in (out / "generations").iterdir())
+
+
+@pytest.mark.parametrize("damage", ["latents", "index", "uncommitted", "carried", "source", "record", "lost record"])
+def test_damage_to_an_unfinished_update_is_mended_by_doing_it_again(src, out, tmp_path, monkeypatch, damage):
+    plan8 = begun(src, out, monkeypatch)
+    name = {
+        "latents": f"tasks/{plan8}-000003.safetensors",
+        "index": f"index/{plan8}-000001.parquet",
+        "uncommitted": f"tasks/{plan8}-000003.safetensors",
+        "carried": f"carried-{plan8}.jsonl",
+        "source": f"source-{plan8}.parquet",
+    }.get(damage, f"generations/{plan8}.json")
+    data = bytearray((out / name).read_bytes())
+    data[-1 if damage == "latents" else len(data) // 2] ^= 1
+    (out / name).write_bytes(data)
+    if damage == "uncommitted":
+        (out / f"commits-{plan8}.jsonl").unlink()
+    if damage == "lost record":
+        for path in (out / "index").glob(f"{plan8}-*"):
+            path.unlink()
+    if "record" in damage:
+        with pytest.raises(CacheError, match=r"the plan of another generation, is damaged: run .*--repair"):
+            update(src, out)
+        repair(out, verify(out))
+    assert len(rows_of(out)) == 10
+    assert update(src, out).cached == 11
+    assert_as_fresh(src, out, tmp_path)
+
+
+def test_damage_to_the_record_of_an_earlier_generation(src, out, tmp_path):
+    image(src / "zz.png", 51)
+    update(src, out)
+    record = next((out / "generations").iterdir())
+    record.write_bytes(b"{")
+    repair(out, verify(out))
+    assert verify(out).problems == [] and record.read_bytes() != b"{"
+    collect(out)
+    assert_as_fresh(src, out, tmp_path)
+
+
 def test_unfinished_updates_can_be_given_up(src, out, tmp_path, monkeypatch):
     before = snapshot(out)
     image(src / "zz.png", 51)

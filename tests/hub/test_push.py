@@ -114,6 +114,24 @@ def test_the_example_on_the_card_runs(hub, cache, tmp_path, monkeypatch):
     assert len(names["dataset"]) == 7
 
 
+def test_an_updated_cache_goes_there_with_the_latents_that_it_shares(hub, cache, made, tmp_path):
+    photos = tmp_path / "photos"
+    shutil.copytree(made / "photos", photos)
+    (photos / "000.png").unlink()
+    write_images(photos / "more", 2, ((128, 256),))
+    model = FullCapacitor.from_pretrained(made / "model")
+    options = RunOptions(workers=0, progress=False, update=True)
+    cache_images(photos, cache, model, CacheRequest(128, area=True), options=options)
+    push_to_hub(cache, ME, token=TOKEN)
+    there = LatentDataset(download(hub, tmp_path), verify=True)
+    here = LatentDataset(cache)
+    assert [*there.ids] == [*here.ids] and len(here) == 8
+    assert all(torch.equal(there.tensors(i)["latents"], here.tensors(i)["latents"]) for i in range(8))
+    assert verify(download(hub, tmp_path)).problems == []
+    # and nothing of the earlier generation but the files that rows lie in
+    assert not [name for name in hub.repos["dataset", ME].files if name in ("commits.jsonl", "source.parquet")]
+
+
 def test_a_push_that_was_cut_short_goes_on(hub, cache, tmp_path, monkeypatch):
     monkeypatch.setattr(push, "GROUP_FILES", 2)
     hub.commits_left = 2
