@@ -89,7 +89,6 @@ def prepare_update(
     restore = not _is_listed(folder, plan)
     prepared = PreparedRun(plan, tasks_of(plan, part), part, None, notes, restore, identity.cc, rehash=rehash)
     prepared.whole, prepared.just_listed = source, after.plan if after else None
-    prepared.restore_listing = planned_listing(folder, plan) is None
     return prepared
 
 
@@ -145,7 +144,7 @@ def _under_way(
 ) -> tuple[CachePlan, Source] | None:
     """The latest update of the current plan to these inputs that was begun, and its inputs."""
     plans = [p for p in reversed(unfinished(folder, current)) if p.fields["generation"]["of"] == current.id]
-    plans = [plan for plan in plans if _is_listed(folder, plan)]
+    plans = [plan for plan in plans if _has_carried(folder, plan)]
     for plan in plans:
         if not plan.is_interim and is_of(folder, plan, source, rehash):
             return plan, source
@@ -155,7 +154,7 @@ def _under_way(
     return None
 
 
-def _is_listed(folder: CacheFolder, plan: CachePlan) -> bool:
+def _has_carried(folder: CacheFolder, plan: CachePlan) -> bool:
     """Whether the list of its carried files is sound."""
     try:
         load_carried(folder, plan)

@@ -129,7 +129,9 @@ def test_an_updated_cache_goes_there_with_the_latents_that_it_shares(hub, cache,
     assert all(torch.equal(there.tensors(i)["latents"], here.tensors(i)["latents"]) for i in range(8))
     assert verify(download(hub, tmp_path)).problems == []
     # and nothing of the earlier generation but the files that rows lie in
-    assert not [name for name in hub.repos["dataset", ME].files if name in ("commits.jsonl", "source.parquet")]
+    assert not [
+        name for name in hub.repos["dataset", ME].branches["main"] if name in ("commits.jsonl", "source.parquet")
+    ]
 
 
 def test_a_push_that_was_cut_short_goes_on(hub, cache, tmp_path, monkeypatch):
