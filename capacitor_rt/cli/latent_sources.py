@@ -139,6 +139,9 @@ def find_latents(inputs: list[Path], out: Path, ids: list[str], limit: int | Non
         if (item / PLAN).is_file():
             found.append(CacheRows(item, out, ids, left))
         elif item.is_dir():
+            caches = sorted(path.name for path in item.iterdir() if (path / PLAN).is_file())
+            if caches:
+                raise InputError(f"{item} holds the caches {', '.join(caches)}: give one of them, {item / caches[0]}")
             files = sorted(path for path in item.rglob(f"*{SUFFIX}") if path.is_file())
             if not files:
                 raise InputError(f"{item} holds neither a cache nor files of latents ({SUFFIX})")

@@ -134,6 +134,10 @@ def _content(root: Path, repo_id: str, revision: str | None, advance: Advance) -
     elif (root / checkpoint.WEIGHTS_NAME).exists():
         content = _model(root, repo_id, revision)
     else:
+        from ..cache.views import views_in
+
+        if several := [path.name for path in views_in(root)]:
+            raise InputError(f"{root} holds the caches {', '.join(several)}: push each by itself")
         raise InputError(
             f"{root} holds neither {PLAN} nor {checkpoint.WEIGHTS_NAME}: give a cache, or a folder of save_pretrained"
         )

@@ -99,3 +99,14 @@ def test_latents_of_another_model_are_refused_once(run, made, tmp_path):
     code, out, err = run("decode", made / "cache", "-o", tmp_path / "out", model=tmp_path / "other")
     assert code == 3 and "0 images written" in out and err.count("give --model the model that made them") == 1
     assert run("decode", made / "cache", "-o", tmp_path / "out", "--any-space", model=tmp_path / "other")[0] == 0
+
+
+def test_a_folder_of_views_is_none_of_them(run, made, tmp_path):
+    (tmp_path / "views").mkdir()
+    for name in ("32", "64-flip"):
+        (tmp_path / "views" / name).symlink_to(made / "cache")
+    code, _, err = run("decode", tmp_path / "views", "-o", tmp_path / "out")
+    assert code == 2 and "holds the caches 32, 64-flip: give one of them" in err
+    assert not (tmp_path / "out").exists()
+    code, _, _ = run("decode", tmp_path / "views" / "32", "-o", tmp_path / "out", "--limit", "1")
+    assert code == 0 and len(pictures(tmp_path / "out")) == 1

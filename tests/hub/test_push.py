@@ -307,3 +307,11 @@ def test_the_command(hub, cache, monkeypatch):
     result = run(cache, ME, "--revision", "v1")
     assert f"{count - 1} files were there already" in result.stderr and "0 files pushed" in result.stdout
     assert isinstance(run(cache, "nobody").exception, InputError)
+
+
+def test_views_are_pushed_one_by_one(hub, cache, tmp_path):
+    (tmp_path / "views").mkdir()
+    cache.rename(tmp_path / "views" / "128")
+    with pytest.raises(InputError, match="holds the caches 128: push each by itself"):
+        push_to_hub(tmp_path / "views", ME, token=TOKEN)
+    assert not hub.repos
