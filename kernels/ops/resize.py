@@ -214,8 +214,11 @@ def work(
 
 
 def _default(cc: int, shape: Shape, dtype: torch.dtype, use: str) -> ResizeConfig:
-    """16 sums for each of 128 threads, whose weights and places serve eight rows."""
-    return ResizeConfig(block_rows=8, block_values=256, num_warps=4)
+    """16 sums for each thread of one warp, whose weights and places serve eight rows.
+
+    They change their layout by shared memory at every step of the first pass: among more warps that takes barriers.
+    """
+    return ResizeConfig(block_rows=8, block_values=64, num_warps=1)
 
 
 register(Family("resize", ResizeConfig, (), ("pixels",), _default))
