@@ -27,11 +27,12 @@ def parse_table(data: bytes, what: object, schema: Any) -> Any:
     """
     pa, pq = require_extra("pyarrow"), require_extra("pyarrow.parquet")
     try:
-        file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+        file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True, pre_buffer=False)
         found = file.schema_arrow
         if found.names != schema.names or found.types != schema.types:
             raise CacheError(f"{what} is damaged: its columns are not those of the format")
-        table = file.read()
+        # in this thread: one of Arrow's that still held `data` when the interpreter ends would abort the process
+        table = file.read(use_threads=False)
         table.validate(full=True)
     except (OSError, pa.ArrowException, ValueError, MemoryError) as e:
         raise CacheError(f"{what} is damaged: {str(e)[:200]}") from e

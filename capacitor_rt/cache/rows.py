@@ -322,7 +322,8 @@ def _mapped(file: Any, schema: Any) -> Any:
     pa = require_extra("pyarrow")
     # kept by the table's buffers, also once the file is closed
     view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    table = pa.ipc.open_file(pa.py_buffer(view).slice(HEAD)).read_all()
+    options = pa.ipc.IpcReadOptions(use_threads=False)
+    table = pa.ipc.open_file(pa.py_buffer(view).slice(HEAD), options=options).read_all()
     if table.schema != schema:
         raise ValueError("other columns")
     return table

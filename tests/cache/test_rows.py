@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+import sys
 
 import numpy as np
 import pytest
 import torch
-from cache_cases import flip_byte, index_rows, write_images
+from cache_cases import flip_byte, index_rows, open_cache, write_images
 from models import random_model
 from torch.utils.data import default_collate
 
 from capacitor_rt.cache import BucketBatchSampler, CacheRequest, ColumnsRequest, LatentDataset, RunOptions, cache_images
 from capacitor_rt.cache import rows as rows_module
+from capacitor_rt.cache.index import parse_index
 from capacitor_rt.errors import CacheError
 
 
@@ -148,3 +150,14 @@ def test_collating_rows_of_a_batch_copies_nothing(root):
     assert torch.equal(default_collate(rows[::-1])["latents"], plain["latents"].flip(0))
     assert torch.equal(default_collate(rows[1:])["latents"], plain["latents"][1:])
     assert type(pickle.loads(pickle.dumps(rows[0]))) is dict
+
+
+def test_no_thread_of_arrow_s_holds_an_index_once_it_is_read(root):
+    """One that does when the interpreter ends aborts the process: it is to release an object, and cannot any more."""
+    folder, plan = open_cache(root)
+    folder.close()
+    data = sorted((root / "index").iterdir())[0].read_bytes()
+    before = sys.getrefcount(data)
+    for _ in range(200):
+        parse_index(data, "x", plan, 0)
+        assert sys.getrefcount(data) == before

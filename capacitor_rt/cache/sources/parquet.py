@@ -233,7 +233,7 @@ def parquet_source(src: Path | str, out: Path, request: ColumnsRequest, column: 
 def _open(files: Files, name: bytes, **options: Any) -> Any:
     # by handle: pyarrow takes no path that is not UTF-8
     pa, pq = require_extra("pyarrow"), require_extra("pyarrow.parquet")
-    return pq.ParquetFile(pa.PythonFile(files.open(name), mode="r"), **options)
+    return pq.ParquetFile(pa.PythonFile(files.open(name), mode="r"), **{"pre_buffer": False} | options)
 
 
 @contextmanager
@@ -327,7 +327,9 @@ class _ParquetColumns:
         at = int(self.listing.offsets[first]) - start
         with _reading(self.files.shown(name)):
             with _open(self.files, name) as file:
-                table = file.read_row_group(group, columns=sorted({*self.sources.values()})).slice(at, stop - first)
+                # in this thread, as of a table of the cache
+                columns = sorted({*self.sources.values()})
+                table = file.read_row_group(group, columns=columns, use_threads=False).slice(at, stop - first)
             if len(table) != stop - first:
                 raise ValueError(f"row group {group} has not as many rows as it says")
             lists = {name: table[name].to_pylist() for name in self.sources.values()}
@@ -369,6 +371,6 @@ class _ParquetColumns:
         found: set[str] = set()
         for name in dict.fromkeys(g[0] for g in self.groups):
             with _reading(self.files.shown(name)), _open(self.files, name) as file:
-                values = file.read(columns=[column])[column].unique().to_pylist()
+                values = file.read(columns=[column], use_threads=False)[column].unique().to_pylist()
             found.update(text_of(v, MAX_LABEL_NAME) for v in values if v is not None)
         return sorted(found)

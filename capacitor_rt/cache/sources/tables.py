@@ -137,7 +137,9 @@ class Table:
         if kind == "parquet":
             pa, pq = require_extra("pyarrow"), require_extra("pyarrow.parquet")
             try:
-                return self._objects(pq.read_table(pa.BufferReader(data)).to_pylist())
+                return self._objects(
+                    pq.read_table(pa.BufferReader(data), use_threads=False, pre_buffer=False).to_pylist()
+                )
             except (OSError, pa.ArrowException) as e:
                 raise ValueError(e) from e
         text = data.decode("utf-8-sig")
