@@ -23,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from capacitor_rt.cache import LatentDataset
+from capacitor_rt.cache.export import wds
 from capacitor_rt.cache.export.mds_format import encode_sample, index_bytes, shard_config, shard_head, shard_info
 from capacitor_rt.errors import CacheError, InputError
 from capacitor_rt.flux2_space import Flux2Calibration, to_flux2
@@ -259,9 +260,12 @@ def test_webdataset_reads_what_was_written(one, tmp_path):
         assert sample["cls"] == label_of(row["id"]) and sample["json"]["id"] == row["id"]
 
 
-def test_energon_s_tensors_are_their_own_and_of_one_frame(many, tmp_path):
+def test_energon_s_tensors_are_their_own_and_of_one_frame(many, tmp_path, monkeypatch):
+    monkeypatch.setattr(wds, "is_installed", lambda name: name != "megatron.energon")
     save_file({row["id"]: torch.randn(3, 4) for row in rows_by_id(many)}, tmp_path / "text.safetensors")
-    export(many, tmp_path / "out", "wds", preset="energon", text_latents=tmp_path / "text.safetensors")
+    report = export(many, tmp_path / "out", "wds", preset="energon", text_latents=tmp_path / "text.safetensors")
+    # without it, what to run where it is
+    assert report.advice[0].startswith("energon prepare --non-interactive --split-parts")
     rows = {row["id"]: row for row in rows_by_id(many)}
     for tar in (tmp_path / "out").glob("*/*.tar"):
         for sample in tar_samples(tar).values():
