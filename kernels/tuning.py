@@ -33,6 +33,7 @@ _forced: dict[str, tuple[Any, list[dict[str, int]]]] = {}
 # compute capability -> rows in the place of the user's file; and who wants to know which of the user's rows answered
 _kept: dict[int, tuple[ConfigRow, ...]] = {}
 _watchers: list[list[ConfigRow]] = []
+_listeners: list[list[tuple[str, dict[str, int]]]] = []
 _generation = 0
 
 
@@ -72,6 +73,8 @@ def lookup(
     elif row is not None and row.path is not None:
         for watcher in _watchers:
             watcher.append(row)
+    for listener in _listeners:
+        listener.append((family, dict(shape)))
     return config
 
 
@@ -123,6 +126,17 @@ def using(family: str, config: Any) -> Iterator[list[dict[str, int]]]:
             del _forced[family]
         else:
             _forced[family] = before
+
+
+@contextmanager
+def listening() -> Iterator[list[tuple[str, dict[str, int]]]]:
+    """Collect family and shape of every lookup in order, those of all threads of the process."""
+    asked: list[tuple[str, dict[str, int]]] = []
+    _listeners.append(asked)
+    try:
+        yield asked
+    finally:
+        _listeners[:] = [listener for listener in _listeners if listener is not asked]
 
 
 @contextmanager

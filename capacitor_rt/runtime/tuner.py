@@ -24,7 +24,7 @@ from ..errors import CapacitorError, InputError
 from .batching import ARENA_BUDGET, micro_batch
 from .launch_cases import LaunchCase, launch_case
 from .memory import DeviceMemoryError, is_out_of_memory
-from .plan import PlanKey, make_plan
+from .plan import PlanKey, Step, make_plan
 from .platform import describe, one_line
 from .precompile import compile_launches, identity
 from .self_check import compare, device_works, undisturbed
@@ -55,6 +55,7 @@ class Subject:
         present: the config that is in force.
         count: how often the plan queues it.
         share: of the time of all subjects together, estimated.
+        at: which of the plan's steps of this op is the first of this shape.
     """
 
     op: str
@@ -63,6 +64,7 @@ class Subject:
     present: Any
     count: int
     share: float
+    at: int = 0
 
 
 @dataclass(frozen=True)
@@ -196,7 +198,8 @@ class Tuner:
     def _case(self, subject: Subject, config: Any) -> LaunchCase:
         # shapes of partial sums and workspaces depend on the config
         with tuning.using(subject.op, config):
-            return launch_case(self.model, subject.key, subject.op)
+            steps = _steps(self.model, subject.key, subject.op)
+            return launch_case(self.model, subject.key, subject.op, steps[subject.at])
 
     def _ready(self, case: LaunchCase) -> Ready:
         nbytes = sum(spec.nbytes for spec in case.specs.values())
@@ -274,16 +277,21 @@ def _subjects(model: ModelConfig, keys: Sequence[PlanKey], ops: Sequence[str]) -
     found: dict[Any, Subject] = {}
     for key in keys:
         together = micro_batch(model, replace(key, batch=1), ARENA_BUDGET)
-        key = replace(key, batch=min(key.batch, together))
-        steps = [step for step in make_plan(model, key).steps if "config" in step.options]
-        for op in dict.fromkeys(step.op for step in steps):
-            mine = [step for step in steps if step.op == op]
-            present = mine[0].options["config"]
-            with tuning.using(op, present) as seen:
-                make_plan(model, key)
-            cost = max(mine[0].flops / _FLOPS_PER_US, mine[0].nbytes / _BYTES_PER_US) * len(mine)
-            identity = (op, tuple(sorted(seen[0].items())), key.use)
-            found.setdefault(identity, Subject(op, key, seen[0], present, len(mine), cost))
+        # rows are of many images; few of them take narrower tiles of the same bits by themselves
+        key = replace(key, batch=min(key.batch, together), narrow=False)
+        with tuning.listening() as asked:
+            make_plan(model, key)
+        for op in dict.fromkeys(family for family, _ in asked):
+            shapes = [shape for family, shape in asked if family == op]
+            # a plan looks a config up for each step that has one
+            steps = _steps(model, key, op)
+            for at, (step, shape) in enumerate(zip(steps, shapes, strict=True)):
+                present = step.options["config"]
+                cost = max(step.flops / _FLOPS_PER_US, step.nbytes / _BYTES_PER_US)
+                identity = (op, tuple(sorted(shape.items())), key.use)
+                subject = found.setdefault(identity, Subject(op, key, shape, present, 0, 0.0, at))
+                if subject.key == key:
+                    found[identity] = replace(subject, count=subject.count + 1, share=subject.share + cost)
     unknown = sorted(set(ops) - {subject.op for subject in found.values()})
     if unknown:
         known = sorted({subject.op for subject in found.values()})
@@ -291,6 +299,11 @@ def _subjects(model: ModelConfig, keys: Sequence[PlanKey], ops: Sequence[str]) -
     chosen = [subject for subject in found.values() if not ops or subject.op in ops]
     total = sum(subject.share for subject in chosen)
     return sorted((replace(s, share=s.share / total) for s in chosen), key=lambda s: -s.share)
+
+
+def _steps(model: ModelConfig, key: PlanKey, op: str) -> list[Step]:
+    """Steps of an op that were given a config, in order."""
+    return [step for step in make_plan(model, key).steps if step.op == op and step.options.get("config") is not None]
 
 
 def row_of(choice: Choice, device: torch.device, command: str) -> dict[str, Any]:

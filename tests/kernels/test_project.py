@@ -289,3 +289,9 @@ def test_offsets_beyond_32_bits():
     w2, b2 = one.inputs["w2"], one.inputs["b2"]
     project(h, gain, w2, b2, residual, residual, tokens_per_image=tokens, config=config)
     assert_same_bits("last image", residual[-tokens:], one.run())
+
+
+@pytest.mark.parametrize(("tokens", "columns"), [(196, 64), (256, 128), (1024, 128)])
+def test_masked_tiles_have_half_the_columns_on_sm_100(tokens, columns):
+    config = lookup("project", 100, {"tokens_per_image": tokens, "dim": 896, "hidden": 3584}, torch.bfloat16)
+    assert (config.block_m, config.block_n, config.num_warps) == (128, columns, 4)

@@ -13,7 +13,7 @@ from capacitor_kernels.gemm import GemmConfig
 from capacitor_kernels.launch import INTERPRETED
 from capacitor_kernels.ops.grn import GrnConfig
 from capacitor_rt import InputError, ModelConfig
-from capacitor_rt.config import FullCapacitorInferenceConfig
+from capacitor_rt.config import KNOWN_MODELS, FullCapacitorInferenceConfig
 from capacitor_rt.runtime import launch_cases, tuner
 from capacitor_rt.runtime.launch_cases import TINY
 from capacitor_rt.runtime.plan import PlanKey, make_plan
@@ -66,6 +66,23 @@ def test_subjects_are_the_ops_of_the_calls_each_shape_once():
         assert found == subject.present
         plan = make_plan(MODEL, subject.key)
         assert subject.count == sum(step.op == subject.op for step in plan.steps) > 0
+
+
+def test_every_shape_of_an_op_is_a_subject():
+    model = KNOWN_MODELS["irdiffae_v1"]
+    call = dataclasses.replace(key(dtype=torch.bfloat16), height=256, width=256)
+    found = Tuner(model, [call], CPU, 1.0, ["expand", "project"])
+    # a block has a first 1x1 of D to D, and the two of its MLP
+    sizes = {(s.op, s.shape["dim"], s.shape["hidden"]): s for s in found.subjects}
+    assert set(sizes) == {(op, 896, hidden) for op in ("expand", "project") for hidden in (896, 3584)}
+    steps = make_plan(model, found.subjects[0].key).steps
+    for (op, _, hidden), subject in sizes.items():
+        assert subject.count == model.encoder_depth and subject.present == tuning.lookup(
+            op, 90, subject.shape, torch.bfloat16
+        )
+        case = found._case(subject, subject.present)
+        weight = case.specs["w1" if op == "expand" else "w2"].shape
+        assert hidden in weight and case.step in steps
 
 
 def test_batches_are_those_that_run_together():
