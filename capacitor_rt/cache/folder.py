@@ -98,7 +98,10 @@ class CacheFolder:
 
     def _folder(self, name: str, make: bool) -> int:
         if name in self._fds:
-            return self._fds[name]
+            # one that another process has removed meanwhile is empty for ever, whatever has its name now
+            if not name or os.fstat(self._fds[name]).st_nlink:
+                return self._fds[name]
+            os.close(self._fds.pop(name))
         root = self._fds[""]
         try:
             if make:

@@ -102,6 +102,20 @@ def test_an_untouched_lease_is_taken_over_and_its_holder_knows(leases, tmp_path)
     assert other.holds(3)
 
 
+def test_leases_are_seen_although_their_folder_was_removed_meanwhile(leases, tmp_path):
+    """A process that has nothing more to do removes the folder; another may begin again while a third looks on."""
+    assert leases.take(3)
+    other = another(leases)
+    leases.release(3)
+    other.folder = CacheFolder(tmp_path)
+    assert other.living_stems() == set()
+    (tmp_path / LEASES).rmdir()
+    assert other.take(4)
+    assert leases.living_stems() == {"01234567-000004"}
+    assert not leases.take(4) and leases.take(5)
+    other.folder.close()
+
+
 def test_the_lease_of_a_dead_process_of_this_host_is_taken_at_once(leases, tmp_path):
     dead = subprocess.Popen(["true"])
     dead.wait()
