@@ -279,6 +279,8 @@ class Caches(Surface):
         report = self.go_on(cache, self.base)
         if report.exit_code == 1:
             raise CacheError("tasks are not finished")
+        # where rows lie in files of earlier generations, a task whose files are gone may be encoded anew
+        self.is_exact &= self.base == "whole"
         try:
             self.check(cache)
             self.look(cache)
@@ -307,8 +309,6 @@ class Caches(Surface):
         from capacitor_rt.cache.verify import verify
 
         repair(cache, verify(cache, workers=0))
-        # rows of a damaged file of an earlier generation are encoded anew
-        self.is_exact = self.base == "whole"
         self.resume(cache)
 
 
