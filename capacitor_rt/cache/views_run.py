@@ -13,6 +13,7 @@ from ..errors import CacheError, CapacitorError, InputError
 from ..images.load import View
 from ..model import FullCapacitor
 from ..reference import Autoencoder
+from .begin import Begun, accounted, begun, pool_of, workers_for
 from .dtype_costs import as_json
 from .folder import CacheFolder
 from .kept_configs import kept_together
@@ -25,7 +26,7 @@ from .pipeline import Pipeline
 from .plan import PLAN, CacheRequest
 from .prepare import PreparedRun, as_source, check_folder, prepare
 from .report import DryRun, Report, of_views
-from .run import POLL_SECONDS, Begun, accounted, begun, clear, encoder_of, opened, planned, pool_of, workers_for
+from .run import POLL_SECONDS, clear, encoder_of, opened, planned
 from .sources import Source
 from .sources.open import open_source
 from .span_queue import SpanQueue

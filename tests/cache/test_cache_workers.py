@@ -17,7 +17,7 @@ from cache_cases import snapshot
 from models import random_model
 
 from capacitor_rt import CapacitorError
-from capacitor_rt.cache import CacheRequest, cache_images
+from capacitor_rt.cache import CacheRequest, begin, cache_images
 from capacitor_rt.cache import run as run_module
 from capacitor_rt.cache.options import RunOptions
 from capacitor_rt.cache.plan import Task
@@ -45,7 +45,7 @@ def alone(src, tmp_path_factory) -> dict:
 
 
 def test_files_do_not_depend_on_workers(src, alone, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_module, "BYTES_PER_WORKER", 1)
+    monkeypatch.setattr(begin, "BYTES_PER_WORKER", 1)
     report = cache_images(src, tmp_path / "out", random_model(), REQUEST, options=RunOptions(3, progress=False))
     assert report.meters.workers == 3 and report.meters.seconds["decode"] > 0
     assert snapshot(tmp_path / "out") == alone
@@ -96,7 +96,7 @@ def test_as_many_workers_as_there_is_work_for(wanted, nbytes, count):
             class listing:
                 sizes = np.array([nbytes // 2, nbytes - nbytes // 2] if nbytes >= 0 else [-1, -1])
 
-    assert run_module.workers_for(wanted, Prepared, [Task(0, 0, 2)]) == count
+    assert begin.workers_for(wanted, Prepared, [Task(0, 0, 2)]) == count
 
 
 def test_the_helper_starts_before_the_plan_and_serves_the_run(src, alone, tmp_path, monkeypatch):

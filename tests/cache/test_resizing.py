@@ -15,9 +15,8 @@ from capacitor_kernels.launch import INTERPRETED
 from capacitor_kernels.ops.resize import ResizeConfig
 from capacitor_kernels.tuning import using
 from capacitor_rt import InputError
-from capacitor_rt.cache import CacheRequest, cache_images
+from capacitor_rt.cache import CacheRequest, begin, cache_images
 from capacitor_rt.cache import resizing as module
-from capacitor_rt.cache import run as run_module
 from capacitor_rt.cache.decoding import DecodePool
 from capacitor_rt.cache.options import RunOptions
 from capacitor_rt.cache.resizing import Resizer, by_device
@@ -54,7 +53,7 @@ def large_tiles():
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("request_", [CacheRequest(32, batch=3, task_inputs=7), CacheRequest(40, area=True, batch=3)])
 def test_the_files_are_those_of_the_cpu(src, tmp_path, monkeypatch, workers, request_):
-    monkeypatch.setattr(run_module, "BYTES_PER_WORKER", 1)
+    monkeypatch.setattr(begin, "BYTES_PER_WORKER", 1)
     for name, resize in (("cpu", "cpu"), ("gpu", "gpu")):
         options = RunOptions(workers=workers, progress=False, resize=resize)
         report = cache_images(src, tmp_path / name, random_model(), request_, options=options)

@@ -19,8 +19,7 @@ from models import random_model
 from PIL import Image
 from update_cases import OLD, SIZES, age, cache, drive, image, out, reads, rows_of, run, src, update, write_tar
 
-from capacitor_rt.cache import CacheRequest, LatentDataset
-from capacitor_rt.cache import run as run_module
+from capacitor_rt.cache import CacheRequest, LatentDataset, accounts
 from capacitor_rt.cache.compare import compare
 from capacitor_rt.cache.garbage import collect
 from capacitor_rt.cache.generations import recorded
@@ -246,15 +245,15 @@ def test_an_interrupted_update_leaves_the_old_cache_and_goes_on(src, out, tmp_pa
     image(src / "000a.png", 50)
     image(src / "zz.png", 51)
     before, old_rows = snapshot(out), rows_of(out)
-    original = run_module._make_current
+    original = accounts._make_current
 
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run_module, "_make_current", stop)
+    monkeypatch.setattr(accounts, "_make_current", stop)
     with pytest.raises(KeyboardInterrupt):
         update(src, out)
-    monkeypatch.setattr(run_module, "_make_current", original)
+    monkeypatch.setattr(accounts, "_make_current", original)
     after = snapshot(out)
     assert all(after[name] == data for name, data in before.items())
     assert list(rows_of(out)) == list(old_rows)
@@ -274,7 +273,7 @@ def test_a_source_that_changes_during_an_update_keeps_what_the_update_has_done(s
     for i in range(4):
         image(src / f"a{i}.png", 50 + i)
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "_make_current", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        patch.setattr(accounts, "_make_current", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             update(src, out)
     image(src / "b.png", 60)
@@ -293,7 +292,7 @@ def begun(src, out, monkeypatch) -> str:
     """An update that is whole and was not made current; the digits of its plan."""
     image(src / "zz.png", 51)
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "_make_current", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        patch.setattr(accounts, "_make_current", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             update(src, out)
     return next(path.name[:8] for path in (out / "generations").iterdir())
@@ -341,7 +340,7 @@ def test_unfinished_updates_can_be_given_up(src, out, tmp_path, monkeypatch):
     before = snapshot(out)
     image(src / "zz.png", 51)
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "_make_current", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        patch.setattr(accounts, "_make_current", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             update(src, out)
     collect(out, drop_updates=True)
