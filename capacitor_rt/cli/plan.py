@@ -123,11 +123,11 @@ def _check(config: ModelConfig, direction: str, height: int, width: int) -> None
 
 def _check_precision(name: str | None, config: ModelConfig, direction: str, cc: int) -> None:
     """Refuse a precision that the call has no launches in."""
+    if name is None:
+        return
     from ..fp8_encoding import check_precision
 
     check_precision(name)
-    if name is None:
-        return
     if direction == "decode" or config.dico is not None:
         raise InputError(f"{direction} of this model has no launches in {name}: only full_capacitor's encoder has")
     from capacitor_kernels.launch import check_e4m3

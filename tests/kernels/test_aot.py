@@ -203,19 +203,20 @@ def test_ctas_per_sm(cc, registers, smem, warps, expected):
 
 def test_signature_follows_the_launch():
     class Parameter:
-        def __init__(self, name: str, is_constexpr: bool = False, do_not_specialize: bool = False):
+        def __init__(self, name: str, is_constexpr: bool = False, do_not_specialize: bool = False, default=None):
             self.name, self.is_constexpr, self.do_not_specialize = name, is_constexpr, do_not_specialize
+            self.default = default
 
     class Kernel:
         varying = tuple(Parameter(name, do_not_specialize=True) for name in "pq")
-        params = (*map(Parameter, "xnmkef"), Parameter("BLOCK", True), *varying)
+        params = (*map(Parameter, "xnmkef"), Parameter("BLOCK", True), *varying, Parameter("OFF", True, default=False))
 
     x = torch.empty(4, dtype=torch.bfloat16, device="meta")
     args = {"x": x, "n": 32, "m": 1, "k": 7, "e": 1e-6, "f": 2**33, "BLOCK": 64, "p": 1, "q": 32}
     types, constants, hints = _compile.signature(Launch(Kernel, (1,), args))
     assert types == {
         "x": "*bf16", "n": "i32", "m": "constexpr", "k": "i32", "e": "fp32", "f": "i64", "BLOCK": "constexpr",
-        "p": "i32", "q": "i32",
+        "p": "i32", "q": "i32", "OFF": "constexpr",
     }  # fmt: skip
-    assert constants == {(2,): 1, (6,): 64}
+    assert constants == {(2,): 1, (6,): 64, (9,): False}
     assert set(hints) == {(0,), (1,), (5,)}
