@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import subprocess
 import tempfile
@@ -64,16 +65,20 @@ def signature(launch: Launch) -> tuple[dict[str, str], dict[tuple[int], Any], di
     return types, constants, hints
 
 
+def fingerprint(launch: Launch, cc: int) -> str:
+    """32 hex digits of all that the compiler is given: the kernel and what it calls, types, constants, options, GPU."""
+    import triton
+
+    given = (_source(launch).hash(), cc, sorted(launch.options.items()), triton.__version__)
+    return hashlib.sha256(repr(given).encode()).hexdigest()[:32]
+
+
 def compile_launch(launch: Launch, cc: int) -> tuple[Any, int, int]:
     """(compiled kernel, registers per thread, stack bytes per thread) of a launch for a compute capability."""
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    from triton.experimental.gluon._runtime import GluonASTSource
 
-    types, constants, hints = signature(launch)
-    source = (GluonASTSource if launch.kernel.is_gluon() else ASTSource)(launch.kernel, types, constants, hints)
-    kernel = triton.compile(source, target=GPUTarget("cuda", cc, 32), options=dict(launch.options))
+    kernel = triton.compile(_source(launch), target=GPUTarget("cuda", cc, 32), options=dict(launch.options))
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])
@@ -84,6 +89,13 @@ def compile_launch(launch: Launch, cc: int) -> tuple[Any, int, int]:
     if found is None:
         raise RuntimeError(f"cuobjdump printed no register usage: {usage!r}")
     return kernel, int(found[1]), int(found[2])
+
+
+def _source(launch: Launch) -> Any:
+    from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    return (GluonASTSource if launch.kernel.is_gluon() else ASTSource)(launch.kernel, *signature(launch))
 
 
 def ctas_per_sm(cc: int, registers: int, smem: int, warps: int) -> int:

@@ -5,6 +5,7 @@
     python -m bench aot --all                 all rows, and 64 to 16,384 tokens in bf16, fp16 and e4m3, to the terminal
     python -m bench aot --cc 90 --family expand --out -        some of them, table to the terminal
     python -m bench aot --json FILE           the same facts as JSON
+    python -m bench aot --known bench/results/aot.json      compile what has changed since the table was written
 
 A row is compiled for the compute capability of its file: every different launch that the runtime's plans of the known
 models queue with it goes through Triton's compiler and ptxas; registers and stack come from the cubin. Whitening, which
@@ -12,6 +13,10 @@ plans fold into other ops, attention, which serves the FLUX.2 VAE, and resizing 
 what plans queue with the configs that `lookup` returns there, masked tiles and analytical defaults included. Compiled
 kernels are cached in TRITON_CACHE_DIR, which is `.triton_cache` in the current directory unless set. TRITON_INTERPRET
 must not be set.
+
+Beside the table lies what each launch compiled to, by a fingerprint of all that the compiler is given. With `--known` a
+launch whose fingerprint is there is believed, but for one in sixteen, drawn anew each time, which is compiled and
+compared. That is what `make test` does.
 """
 
 from __future__ import annotations
@@ -20,6 +25,7 @@ import argparse
 import dataclasses
 import json
 import os
+import random
 import re
 import sys
 from collections.abc import Sequence
@@ -27,17 +33,20 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from capacitor_kernels import OPS
 
-from ._compile import INSTRUCTIONS, compile_launch, ctas_per_sm
+from ._compile import INSTRUCTIONS, compile_launch, ctas_per_sm, fingerprint
 from ._row_launches import identity, launches_at, launches_of
 
 if TYPE_CHECKING:
     from capacitor_kernels.launch import Launch
 
 DEFAULT_TABLE = Path(__file__).parent / "results" / "aot.md"
+DEFAULT_KNOWN = DEFAULT_TABLE.with_suffix(".json")
+SAMPLE = 1 / 16
+"""Of the launches that are known, the share that is compiled all the same."""
 COLUMNS = (
     "sm",
     "kernel",
@@ -110,6 +119,8 @@ class Facts:
         ctas: CTAs that fit on an SM by registers, shared memory and threads.
         dot: whether the kernel multiplies matrices.
         instructions: counts in the PTX of matrix and copy instructions.
+        warps: of a CTA, specialised ones included.
+        fingerprint: of what the compiler was given.
     """
 
     source: str
@@ -127,6 +138,33 @@ class Facts:
     ctas: int
     dot: bool
     instructions: dict[str, int]
+    warps: int
+    fingerprint: str
+
+
+class Compiled(NamedTuple):
+    """What the compiler says of a launch; fields as in `Facts`."""
+
+    registers: int
+    stack: int
+    smem: int
+    warps: int
+    dot: bool
+    instructions: dict[str, int]
+
+
+class _Known:
+    """Launches that were compiled before, by fingerprint; in worker processes too."""
+
+    launches: ClassVar[dict[str, Compiled]] = {}
+    sample: ClassVar[float] = SAMPLE
+
+    @classmethod
+    def read(cls, path: str | None, sample: float) -> None:
+        cls.sample = sample
+        cls.launches = {}
+        if path is not None:
+            cls.launches = {key: Compiled(*fields) for key, fields in json.loads(Path(path).read_text()).items()}
 
 
 def compile_row(cc: int, family: str, index: int) -> list[Facts]:
@@ -161,33 +199,55 @@ def compile_sizes(sizes: Sequence[Size]) -> list[Facts]:
 
 
 def _facts(launch: Launch, source: str, config: dict[str, Any], queued_by: str, *, cc: int, **where: Any) -> Facts:
-    try:
-        kernel, registers, stack = compile_launch(launch, cc)
-    except Exception as error:
-        raise RuntimeError(f"{launch.kernel.__name__} for sm_{cc}, {where}, {config}: {error}") from error
-    counts = {name: len(re.findall(regex, kernel.asm["ptx"])) for name, regex in INSTRUCTIONS.items()}
-    smem = kernel.metadata.shared
+    what = f"{launch.kernel.__name__} for sm_{cc}, {where}, {config}"
+    key = fingerprint(launch, cc)
+    known = compiled = _Known.launches.get(key)
+    if compiled is None or random.random() < _Known.sample:
+        try:
+            compiled = _compile(launch, cc)
+        except Exception as error:
+            raise RuntimeError(f"{what}: {error}") from error
+        if known is not None and compiled != known:
+            raise RuntimeError(f"{what}: {compiled} was {known} in the file of known launches: run python -m bench aot")
     return Facts(
         source=source,
         kernel=launch.kernel.__name__,
         cc=cc,
         config=config,
         queued_by=queued_by,
-        registers=registers,
-        stack=stack,
-        smem=smem,
-        # specialised warps come on top of those asked for
-        ctas=ctas_per_sm(cc, registers, smem, kernel.metadata.num_warps),
-        dot="tt.dot" in kernel.asm.get("ttir", "") or "warp_group_dot" in kernel.asm["ttgir"],
-        instructions={name: count for name, count in counts.items() if count},
+        ctas=ctas_per_sm(cc, compiled.registers, compiled.smem, compiled.warps),
+        fingerprint=key,
+        **compiled._asdict(),
         **where,
     )
 
 
-def compile_rows(ccs: Sequence[int], families: Sequence[str], jobs: int, every_size: bool = False) -> list[Facts]:
+def _compile(launch: Launch, cc: int) -> Compiled:
+    kernel, registers, stack = compile_launch(launch, cc)
+    counts = {name: len(re.findall(regex, kernel.asm["ptx"])) for name, regex in INSTRUCTIONS.items()}
+    return Compiled(
+        registers=registers,
+        stack=stack,
+        smem=kernel.metadata.shared,
+        # specialised warps come on top of those asked for
+        warps=kernel.metadata.num_warps,
+        dot="tt.dot" in kernel.asm.get("ttir", "") or "warp_group_dot" in kernel.asm["ttgir"],
+        instructions={name: count for name, count in counts.items() if count},
+    )
+
+
+def compile_rows(
+    ccs: Sequence[int],
+    families: Sequence[str],
+    jobs: int,
+    every_size: bool = False,
+    known: str | None = None,
+    sample: float = SAMPLE,
+) -> list[Facts]:
     """Facts of all rows of these compute capabilities and families (all families when empty), in file order.
 
-    Those of sizes follow: `SPILLED_BEFORE` and `SIZES_IN_FP8`, or all of `GRIDS` in all dtypes and uses.
+    Those of sizes follow: `SPILLED_BEFORE` and `SIZES_IN_FP8`, or all of `GRIDS` in all dtypes and uses. Launches in
+    the file `known` are compiled by a share of `sample`.
     """
     from capacitor_kernels import config_rows
     from capacitor_kernels.launch import E4M3_COMPUTE_CAPABILITY
@@ -212,9 +272,11 @@ def compile_rows(ccs: Sequence[int], families: Sequence[str], jobs: int, every_s
     # what one launch shares between sizes is found by one process
     groups = [[s for s in wanted if s[:2] == key and s.families] for key in dict.fromkeys(s[:2] for s in wanted)]
     if jobs == 1:
+        _Known.read(known, sample)
         by_item = [*(compile_row(*item) for item in rows), *map(compile_sizes, groups)]
     else:
-        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        begin: dict[str, Any] = {"initializer": _Known.read, "initargs": (known, sample)}
+        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), **begin) as pool:
             running = [pool.submit(compile_row, *item) for item in rows]
             running += [pool.submit(compile_sizes, group) for group in groups]
             by_item = [future.result() for future in running]
@@ -240,6 +302,11 @@ def table(facts: Sequence[Facts]) -> str:
     if sizes:
         lines += _section("Sizes of images", sorted(sizes, key=lambda fact: (fact.family, fact.cc, fact.dtype)))
     return "\n".join(lines)
+
+
+def _known_json(facts: Sequence[Facts]) -> str:
+    launches = {f.fingerprint: json.dumps([getattr(f, name) for name in Compiled._fields]) for f in facts}
+    return "{\n" + ",\n".join(f'"{key}": {launches[key]}' for key in sorted(launches)) + "\n}\n"
 
 
 def _section(title: str, facts: Sequence[Facts]) -> list[str]:
@@ -268,6 +335,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", help="Write the table to this file; - prints it, as --all does by default.")
     parser.add_argument("--json", help="Write the facts to this file as JSON too.")
     parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 8), help="Compile in this many processes.")
+    parser.add_argument("--known", help="Compile what is not in this file, which a whole run writes beside its table.")
+    parser.add_argument("--sample", type=float, default=SAMPLE, help="Share of what is known to compile all the same.")
     args = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         print("TRITON_INTERPRET is set: kernels cannot be compiled then, unset it", file=sys.stderr)
@@ -275,7 +344,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRITON_CACHE_DIR", str(Path.cwd() / ".triton_cache"))
     from capacitor_kernels.gpu_limits import COMPUTE_CAPABILITIES
 
-    facts = compile_rows(args.cc or COMPUTE_CAPABILITIES, args.family or (), args.jobs, args.all)
+    chosen = args.cc or COMPUTE_CAPABILITIES, args.family or ()
+    facts = compile_rows(*chosen, args.jobs, args.all, args.known, args.sample)
     out = args.out or ("-" if args.all else str(DEFAULT_TABLE))
     if args.json:
         Path(args.json).write_text(json.dumps([asdict(fact) for fact in facts], indent=1) + "\n")
@@ -284,6 +354,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         Path(out).write_text(table(facts))
+        if out == str(DEFAULT_TABLE):
+            DEFAULT_KNOWN.write_text(_known_json(facts))
     spilled = [fact for fact in facts if fact.stack]
     for fact in spilled:
         print(f"spills: {_table_row(fact)}", file=sys.stderr)

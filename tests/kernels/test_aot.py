@@ -39,7 +39,8 @@ def compiled(tmp_path_factory):
     cache.mkdir(exist_ok=True)
     with (cache / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        done = _run("--json", str(folder / "facts.json"), "--out", str(folder / "aot.md"))
+        known = "--known", str(aot.DEFAULT_KNOWN)
+        done = _run("--json", str(folder / "facts.json"), "--out", str(folder / "aot.md"), *known)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads((folder / "facts.json").read_text()), (folder / "aot.md").read_text()
 
@@ -144,6 +145,25 @@ def test_committed_table_is_current(compiled):
     if f"Triton {triton.__version__} " not in committed:
         pytest.skip(f"the table was written with another Triton than {triton.__version__}")
     assert committed == compiled[1], "run python -m bench aot and commit bench/results/aot.md"
+
+
+@pytest.mark.aot
+def test_what_is_known_is_believed_and_doubted(tmp_path):
+    whiten = "--cc", "80", "--family", "whiten", "--jobs", "1", "--out", str(tmp_path / "aot.md")
+    assert _run(*whiten, "--json", str(tmp_path / "facts.json")).returncode == 0
+    facts = json.loads((tmp_path / "facts.json").read_text())
+    known = {f["fingerprint"]: [f[name] for name in aot.Compiled._fields] for f in facts}
+    assert known.items() <= json.loads(aot.DEFAULT_KNOWN.read_text()).items(), "run python -m bench aot"
+    # whoever writes 8 bytes of spills into the file is believed, and found out by a sample
+    wrong = {key: [fields[0], 8, *fields[2:]] for key, fields in known.items()}
+    (tmp_path / "known.json").write_text(json.dumps(wrong))
+    believed = _run(*whiten, "--known", str(tmp_path / "known.json"), "--sample", "0")
+    assert believed.returncode == 1 and f"{len(facts)} of them spill" in believed.stderr
+    doubted = _run(*whiten, "--known", str(tmp_path / "known.json"), "--sample", "1")
+    assert doubted.returncode == 1 and "in the file of known launches: run python -m bench aot" in doubted.stderr
+    # another launch is none that is known
+    (tmp_path / "known.json").write_text(json.dumps({"0" * 32: next(iter(wrong.values()))}))
+    assert _run(*whiten, "--known", str(tmp_path / "known.json"), "--sample", "0").returncode == 0
 
 
 @pytest.mark.aot
