@@ -28,9 +28,10 @@ from .carried import load_carried
 from .commits import Commit
 from .folder import TMP, CacheFolder, make_dir, write_all
 from .hashing import canonical_json, xxh3
-from .index import cached_rows, index_schema, is_ok
+from .index import cached_counts, cached_rows, index_schema, is_ok, is_own
+from .latent_files import has_header, layout
 from .plan import CachePlan
-from .store import read_index
+from .store import read_index, repair_hint
 
 ROWS = ".rows"
 MAGIC = b"capacitor-rows/1\n"
@@ -189,6 +190,8 @@ def _tables(folder: CacheFolder, plan: CachePlan, commits: Sequence[Commit], is_
         reached = first + table.num_rows
         if cached_rows(table) != commit.rows:
             raise CacheError(f"{folder.path} is damaged: the commit line of task {commit.task} is not of its index")
+        if (is_ok(table) & ~is_own(table)).any():
+            _check_own_file(folder, plan, commit, table)
         table = table.filter(is_ok(table))
         columns = {
             "file": pa.array(_files(table, number, stems, len(commits))),
@@ -196,6 +199,19 @@ def _tables(folder: CacheFolder, plan: CachePlan, commits: Sequence[Commit], is_
             **{name: table[name] for name in schema.names[2:]},
         }
         yield pa.table([columns[name] for name in schema.names], names=schema.names).cast(schema)
+
+
+def _check_own_file(folder: CacheFolder, plan: CachePlan, commit: Commit, table: Any) -> None:
+    """A task's own file vouches for its index by its header, also where rows are read from other files alone."""
+    name = plan.data_name(commit.task)
+    placed = layout(plan, commit.task, cached_counts(table), commit.index_xxh3)
+    try:
+        with folder.open(name) as file:
+            if has_header(file.fileno(), placed):
+                return
+    except FileNotFoundError as e:
+        raise CacheError(f"{folder.path / name} cannot be read ({e.strerror}): {repair_hint(folder)}") from None
+    raise CacheError(f"{folder.path / name} is damaged: its header is not that of its index: {repair_hint(folder)}")
 
 
 def _files(table: Any, number: int, stems: Any, tasks: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import random
 import shutil
@@ -22,8 +23,14 @@ from update_cases import SIZES, age, cache, drive, image, reads, rows_of, run, s
 
 from capacitor_rt.cache import LatentDataset
 from capacitor_rt.cache import run as run_module
+from capacitor_rt.cache.commits import Commit
 from capacitor_rt.cache.dedupe import distinct, restricted, subset
+from capacitor_rt.cache.folder import CacheFolder
 from capacitor_rt.cache.garbage import collect
+from capacitor_rt.cache.hashing import xxh3
+from capacitor_rt.cache.index import is_own
+from capacitor_rt.cache.parquet_files import parquet_bytes
+from capacitor_rt.cache.plan import load_plan
 from capacitor_rt.cache.repair import repair
 from capacitor_rt.cache.sources import ColumnsRequest
 from capacitor_rt.cache.sources.open import open_source
@@ -259,6 +266,33 @@ def test_a_damaged_row_that_is_shared_is_encoded_again(twins, tmp_path):
     repair(out, found)
     cache(twins, out, request=REQUEST)
     assert_as_plain(twins, out, tmp_path)
+
+
+def test_an_index_that_its_own_file_does_not_vouch_for_is_refused(twins, tmp_path):
+    """Its commit line has its hash, and the rows are read from files of the earlier generation."""
+    out = tmp_path / "out"
+    cache(twins, out, request=REQUEST)
+    plan = load_plan(CacheFolder(out))
+    log = out / plan.log_name
+    lines = [json.loads(line) for line in log.read_bytes().splitlines()]
+    tables = {fields["task"]: pq.read_table(out / plan.index_name(fields["task"])) for fields in lines}
+    # a task all of whose rows lie elsewhere
+    at = next(n for n, t in tables.items() if "ok" in t["status"].to_pylist() and not t["bucket"].filter(is_own(t)))
+    ids = [b"renamed.png" if status == "ok" else b"x.png" for status in tables[at]["status"].to_pylist()]
+    forged = tables[at].set_column(tables[at].schema.get_field_index("id"), "id", pa.array(map(bytes.decode, ids)))
+    body = bytes(parquet_bytes(forged))
+    (out / plan.index_name(at)).write_bytes(body)
+    for fields in lines:
+        del fields["sum"]
+        if fields["task"] == at:
+            fields |= {"index_bytes": len(body), "index_xxh3": xxh3(body).hexdigest()}
+    log.write_bytes(b"".join(Commit(**fields).line() for fields in lines))
+    with pytest.raises(CacheError, match="is damaged: its header is not that of its index: run `capacitor-rt verify"):
+        LatentDataset(out)
+    assert verify(out).problems
+    (out / plan.data_name(at)).unlink()
+    with pytest.raises(CacheError, match="cannot be read"):
+        LatentDataset(out)
 
 
 def test_the_search(tmp_path):
