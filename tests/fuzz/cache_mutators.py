@@ -156,7 +156,7 @@ def lines(cache: Path, rng: random.Random) -> str:
         elif what == 2:
             rng.shuffle(old)
         elif what == 3 and old:
-            old[at] = old[at][: rng.randrange(len(old[at]))]
+            old[at] = old[at][: rng.randrange(len(old[at]) or 1)]
         elif what == 4:
             old.insert(at, rng.choice(VALUES).encode("utf-8", "surrogatepass") + b"\n")
         elif old:
