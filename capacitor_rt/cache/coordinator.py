@@ -25,6 +25,8 @@ from .plan import CacheRequest
 
 NOTE, BEGIN, ADVANCE, REPORT, ERROR, STOPPED = "note", "begin", "advance", "report", "error", "stopped"
 GO = "go"
+STOP_SECONDS = 60.0
+"""What coordinators have to write the tasks that are complete, when they are told to stop."""
 # between two messages of progress
 _TELL_SECONDS = 0.2
 
@@ -92,7 +94,9 @@ def coordinate(setup: Setup, tell: Tell, teller: Teller | None = None) -> None:
     request, watch = setup.request, teller or Teller(tell)
 
     def note(line: str) -> None:
-        tell(NOTE, line)
+        # from any thread; that nobody is there any more is another's to see
+        with suppress(OSError):
+            tell(NOTE, line)
 
     try:
         where, options = (setup.src, setup.out, setup.model), setup.options
@@ -128,7 +132,6 @@ def main(fd: int) -> None:
         threading.Thread(target=_end_with, args=(connection,), name="parent", daemon=True).start()
         coordinate(setup, tell)
     except KeyboardInterrupt:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         # nobody may be there to hear it
         with suppress(OSError):
             tell(STOPPED, None)
@@ -138,12 +141,16 @@ def main(fd: int) -> None:
 
 
 def _stop(*_: object) -> None:
+    # once is enough: what is being put in order now is not to be interrupted
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
 def _end_with(connection: Connection) -> None:
-    """Stop this process once the other end is closed: no coordinator outlives the command."""
+    """Stop this process once the other end is closed: no coordinator outlives the command by more than a minute."""
     try:
         connection.recv()
     except (EOFError, OSError):
         os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(STOP_SECONDS)
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 
 from ..errors import CacheError, InputError
-from .coordinator import GO, Setup
+from .coordinator import GO, STOP_SECONDS, Setup
 from .decoding import usable_cores
 from .gathering import Gathering
 from .model_source import Checkpoint
@@ -29,8 +29,6 @@ _COMMAND = (
     "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
     "from capacitor_rt.cache.coordinator import main; main(int(sys.argv[2]))"
 )
-STOP_SECONDS = 60.0
-"""What coordinators have to write the tasks that are complete, when they are told to stop."""
 
 
 @dataclass

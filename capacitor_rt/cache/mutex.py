@@ -10,13 +10,14 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from io import FileIO
 from typing import NamedTuple
 
 from ..errors import CacheError
 from .folder import CacheFolder, write_error
 from .hashing import canonical_json
+from .interrupts import Interrupts
 
 LOCK, HELD = ".lock", ".lock.held"
 PATIENCE = 2.0
@@ -77,6 +78,9 @@ def _start(pid: int) -> int | None:
 class Mutex:
     """One holder at a time among all threads and processes: a lock on OUT/.lock that the kernel drops with its process.
 
+    A second lock on the same file by one process would wait for the first for ever. So none is left open by an
+    interrupt: those of the main thread wait from `acquire` to `release`, but for the time that one has to wait.
+
     The file is gone when no run is going on. On a file system without locks a file `.lock.held` that names its holder
     takes the lock's place: it is taken over if its holder ran on this host and is dead.
 
@@ -92,27 +96,67 @@ class Mutex:
         self._file: FileIO | None = None
         self._by_file = False
         self._told = False
+        self._interrupts = Interrupts()
 
     def __enter__(self) -> Mutex:
-        self._threads.acquire()
-        try:
-            if not self._depth:
-                self._file = self._wait()
-            self._depth += 1
-        except BaseException:
-            self._threads.release()
-            raise
+        self.acquire()
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self.release()
+
+    def acquire(self, blocking: bool = True) -> bool:
+        """Take the lock, again where this thread has it. Until it is released, interrupts of the main thread wait.
+
+        Args:
+            blocking: wait for whoever has it, which an interrupt ends.
+
+        Returns:
+            Whether it is held now.
+        """
+        held = False
+        self._interrupts.hold()
+        try:
+            held = self._acquire(blocking)
+        finally:
+            if not held:
+                self._interrupts.release()
+        return held
+
+    def _acquire(self, blocking: bool) -> bool:
+        while not self._threads.acquire(blocking, 0.1 if blocking else -1):
+            if not blocking:
+                return False
+            self._interrupts.check()
+        try:
+            if not self._depth:
+                self._file = self._wait() if blocking else self._try()
+            if self._file is None:
+                self._threads.release()
+                return False
+        except BaseException:
+            self._threads.release()
+            raise
+        self._depth += 1
+        return True
+
+    def release(self) -> None:
+        """Drop what `acquire` took; here an interrupt that came meanwhile is raised."""
         self._depth -= 1
-        if not self._depth and self._file is not None:
-            if self._by_file:
-                with suppress(OSError):
-                    self.folder.unlink(HELD)
-            self._file.close()
-            self._file = None
-        self._threads.release()
+        try:
+            if not self._depth and self._file is not None:
+                if self._by_file:
+                    with suppress(OSError):
+                        self.folder.unlink(HELD)
+                self._file.close()
+                self._file = None
+        finally:
+            self._threads.release()
+            self._interrupts.release()
+
+    def interruptible(self) -> AbstractContextManager[None]:
+        """A block, while the lock is held, that an interrupt ends: one that takes more than moments."""
+        return self._interrupts.allowed()
 
     def remove(self) -> None:
         """Remove the file, while it is held: whoever waits on it sees that the name is gone and starts over."""
@@ -134,6 +178,7 @@ class Mutex:
                 file = self._try(wait=True)
                 if file is not None:
                     return file
+                self._interrupts.check()
                 time.sleep(pause)
                 pause = min(2 * pause, 0.1)
         finally:
@@ -149,7 +194,11 @@ class Mutex:
                 raise CacheError(f"cannot write to {self.folder.path}: {why}: give an OUT that you may write to") from e
             raise
         try:
-            fcntl.flock(file.fileno(), fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            if wait:
+                with self._interrupts.allowed():
+                    fcntl.flock(file.fileno(), fcntl.LOCK_EX)
+            else:
+                fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.close()
             return None

@@ -18,8 +18,7 @@ from typing import Any
 
 from ..errors import CacheError, InputError
 from ..extras import require_extra
-from .coordinator import STOPPED, Message, Setup, Teller, coordinate
-from .coordinators import STOP_SECONDS
+from .coordinator import STOP_SECONDS, STOPPED, Message, Setup, Teller, coordinate
 from .gathering import Gathering
 from .model_source import Checkpoint
 from .options import RunOptions

@@ -40,7 +40,7 @@ def repair(root: str | os.PathLike[str], found: Verification) -> list[str]:
     Raises:
         CacheError: another process is at work on it, or no sound copy of the plan is left.
     """
-    with CacheFolder(root) as folder, Mutex(folder) as mutex:
+    with CacheFolder(root) as folder, Mutex(folder) as mutex, mutex.interruptible():
         done: list[str] = []
         _records(folder, done)
         plan = _plan(folder, done)

@@ -129,7 +129,8 @@ def planned(
         first = folder.stat("plan.json") is None
         if first:
             remove_stale(folder, None)
-            prepared = prepare(src, folder.path, folder, source, request, options, load=True, source=inputs)
+            with mutex.interruptible():
+                prepared = prepare(src, folder.path, folder, source, request, options, load=True, source=inputs)
             # the plan comes last: with it the cache exists, without it nothing that lies here counts
             prepared.source.listing.save(folder, prepared.plan.source_name)
             prepared.plan.save(folder)
@@ -241,7 +242,11 @@ def encoder_of(
 
 
 def clear(folder: CacheFolder, mutex: Mutex) -> None:
-    """Remove the lock's file, unless others are at work."""
-    with suppress(CacheError, OSError), mutex:
-        if not folder.names("leases"):
-            mutex.remove()
+    """Remove the lock's file, unless others are at work, as whoever has the lock is."""
+    with suppress(CacheError, OSError):
+        if mutex.acquire(blocking=False):
+            try:
+                if not folder.names("leases"):
+                    mutex.remove()
+            finally:
+                mutex.release()

@@ -84,7 +84,8 @@ def prepare_update(
             # another may have planned it meanwhile
             found = _under_way(folder, current, source, rehash)
             if found is None:
-                found = (_planned(folder, current, part, looked, distinct_of), part)
+                with mutex.interruptible():
+                    found = (_planned(folder, current, part, looked, distinct_of), part)
     plan, part = found
     restore = not _is_listed(folder, plan)
     prepared = PreparedRun(plan, tasks_of(plan, part), part, None, notes, restore, identity.cc, rehash=rehash)
