@@ -102,20 +102,29 @@ def load_carried(folder: CacheFolder, plan: CachePlan) -> Carried:
     try:
         data = folder.read(plan.carried_name, MAX_BYTES)
     except FileNotFoundError:
-        raise CacheError(f"{path} is missing: restore it from a copy, or cache into a new OUT") from None
+        raise CacheError(f"{path} is missing: {_way_out(folder)}") from None
     if hashlib.sha256(data).hexdigest() != plan.fields["generation"]["carried"]:
-        raise CacheError(f"{path} is damaged: restore it from a copy, or cache into a new OUT")
+        raise CacheError(f"{path} is damaged: {_way_out(folder)}")
     files = []
     try:
         for line in data.split(b"\n")[:-1]:
-            fields = parse(line)
-            _LINE.check("", fields)
-            files.append(CarriedFile(**{**fields, "rows": tuple((b, n) for b, n in fields["rows"])}))
+            files.append(parse_carried(line))
     except (StrictJSONError, Invalid) as e:
-        raise CacheError(f"{path} is damaged ({e}): restore it from a copy, or cache into a new OUT") from e
+        raise CacheError(f"{path} is damaged ({e}): {_way_out(folder)}") from e
     if any(bucket >= len(plan.buckets) for file in files for bucket, _ in file.rows):
         raise CacheError(f"{path} is damaged: it has a bucket that is not of the plan")
     return Carried(files)
+
+
+def parse_carried(line: bytes) -> CarriedFile:
+    """What a line of the list says. Raises StrictJSONError or Invalid."""
+    fields = parse(line)
+    _LINE.check("", fields)
+    return CarriedFile(**{**fields, "rows": tuple((b, n) for b, n in fields["rows"])})
+
+
+def _way_out(folder: CacheFolder) -> str:
+    return f"`capacitor-rt verify --repair {folder.path}` restores it from the files that it names"
 
 
 def carried_nbytes(folder: CacheFolder, plan: CachePlan) -> int:

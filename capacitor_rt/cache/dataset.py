@@ -113,7 +113,7 @@ class LatentDataset(Dataset[LatentRow]):
         self.verify = verify
         self.raw = raw
         self._open_files()
-        # before a data loader's workers are forked, which share it
+        # whose memory is made when a data loader's workers are, which share it
         self._shared = shared_batches()
         with CacheFolder(self.root) as folder:
             plan = load_plan(folder)
@@ -182,6 +182,12 @@ class LatentDataset(Dataset[LatentRow]):
         self.__dict__.update(state)
         self._own_rows = None
         self._open_files()
+
+    def close(self) -> None:
+        """Let go of descriptors and of memory that is shared with workers, which must have ended; both are had again
+        when they are needed. What was read stays."""
+        self._open_files()
+        self._shared = shared_batches()
 
     def __len__(self) -> int:
         return int(self._stops[-1]) if len(self._stops) else 0

@@ -198,6 +198,15 @@ def index_hash_in_header(fd: int) -> str | None:
 
     For a task whose commit line was lost. The header itself is then compared with the one that follows from that index.
     """
+    try:
+        digest = (read_header(fd) or {})["__metadata__"]["index_xxh3"]
+    except (KeyError, TypeError):
+        return None
+    return digest if isinstance(digest, str) else None
+
+
+def read_header(fd: int) -> dict[str, Any] | None:
+    """The JSON that a file begins with; None where there is none. Nothing of it is checked."""
     from ..strict_json import StrictJSONError, parse
 
     length = int.from_bytes(os.pread(fd, 8, 0), "little")
@@ -205,10 +214,9 @@ def index_hash_in_header(fd: int) -> str | None:
         return None
     try:
         header = parse(os.pread(fd, length, 8).rstrip(b" "))
-        digest = header["__metadata__"]["index_xxh3"]
-    except (StrictJSONError, KeyError, TypeError):
+    except StrictJSONError:
         return None
-    return digest if isinstance(digest, str) else None
+    return header if isinstance(header, dict) else None
 
 
 def expected_hashes(bucket: np.ndarray, row_hash: list[bytes]) -> dict[int, list[bytes]]:

@@ -130,7 +130,7 @@ class Task:
 
 @dataclass(frozen=True)
 class CachePlan:
-    """The contents of `plan.json`."""
+    """The contents of `plan.json`. What follows from them is computed once: they are never changed."""
 
     fields: dict[str, Any]
 
@@ -255,6 +255,11 @@ class CachePlan:
 
     def text(self) -> bytes:
         """The bytes of `plan.json`."""
+        return self._text
+
+    @cached_property
+    def _text(self) -> bytes:
+        # every index holds it and is compared with it
         body = json.dumps({**self.fields, "sha256": _checksum(self.fields)}, indent=1, sort_keys=True)
         return body.encode() + b"\n"
 
@@ -327,8 +332,14 @@ def make_plan(
     source: Source,
     buckets: tuple[Size, ...],
     configs: dict[str, Any] | None = None,
+    distinct_of: dict[str, Any] | None = None,
 ) -> CachePlan:
-    """The plan of a new cache; `configs` as `kept_configs.configs_of` gives them."""
+    """The plan of a new cache.
+
+    Args:
+        configs: as `kept_configs.configs_of` gives them.
+        distinct_of: of an interim plan, what the field of this name says.
+    """
     tensors = ["latents", "logsnr"] if request.posterior else ["latents"]
     if request.flip:
         tensors += [f"{name}_flip" for name in tensors]
@@ -358,6 +369,8 @@ def make_plan(
         "task_inputs": request.task_inputs or _default_task_inputs(CachePlan(fields), buckets),
     }
     fields["source"]["tasks"] = len(source.listing.tasks(fields["store"]["task_inputs"]))
+    if distinct_of:
+        fields["source"]["distinct_of"] = distinct_of
     return new_plan(fields)
 
 

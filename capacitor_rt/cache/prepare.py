@@ -148,9 +148,8 @@ def prepare(
     model = model_source.load(identity) if load else None
     if model is not None:
         identity = with_whitening(identity, model)
-    plan = make_plan(request, identity, source, buckets, configs_of(identity, buckets, request.posterior))
-    if distinct_of:
-        plan.fields["source"]["distinct_of"] = distinct_of
+    configs = configs_of(identity, buckets, request.posterior)
+    plan = make_plan(request, identity, source, buckets, configs, distinct_of)
     return PreparedRun(plan, tasks_of(plan, source), source, model, notes, cc=identity.cc, whole=whole)
 
 

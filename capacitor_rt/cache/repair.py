@@ -8,6 +8,7 @@ from contextlib import suppress
 
 from ..errors import CacheError
 from .carried import load_carried
+from .carried_repair import restore_carried
 from .commits import COMMITS, Commit, read_log, rewrite_log
 from .folder import INDEX, TASKS, CacheFolder
 from .generations import damaged_records, record, recorded
@@ -27,9 +28,9 @@ from .verify import Verification, verify
 def repair(root: str | os.PathLike[str], found: Verification) -> list[str]:
     """Make a cache that `verify` found damaged one that a run can go on with.
 
-    The plan is restored from an index that holds it and that the log or its latents vouch for. Damaged lines of the log
-    are dropped. The files of damaged tasks, and of tasks without a line whose files do not fit each other, are moved
-    to `damaged/`. Nothing is deleted.
+    The plan is restored from an index that holds it and that the log or its latents vouch for, the list of carried
+    files of an update from these files. Damaged lines of the log are dropped. The files of damaged tasks, and of tasks
+    without a line whose files do not fit each other, are moved to `damaged/`. Nothing is deleted.
 
     Args:
         found: what `verify` has just said of it.
@@ -38,12 +39,17 @@ def repair(root: str | os.PathLike[str], found: Verification) -> list[str]:
         What was done, one line each.
 
     Raises:
-        CacheError: another process is at work on it, or no sound copy of the plan is left.
+        CacheError: another process is at work on it; no sound copy of the plan is left, or too little to tell what the
+            list of carried files was.
     """
     with CacheFolder(root) as folder, Mutex(folder) as mutex, mutex.interruptible():
         done: list[str] = []
         _records(folder, done)
+        with suppress(CacheError):
+            # of the plan that is there, which may not be the right one
+            _carried_list(folder, done)
         plan = _plan(folder, done)
+        _carried_list(folder, done)
         leases = Leases(folder, mutex, plan.plan8)
         living = leases.living()
         if living:
@@ -77,13 +83,21 @@ def _plan(folder: CacheFolder, done: list[str]) -> CachePlan:
         plan = load_plan(folder)
     except CacheError:
         plan = None
-    if plan is not None and strange_plan(folder, plan) is None and not _is_forged(folder, plan):
-        return plan
+    with suppress(CacheError):
+        if plan is not None and strange_plan(folder, plan) is None and not _is_forged(folder, plan):
+            return plan
     plan = _plan_of_an_index(folder)
     folder.set_aside(PLAN)
     plan.save(folder)
     done.append(f"{PLAN}: restored from the index")
     return plan
+
+
+def _carried_list(folder: CacheFolder, done: list[str]) -> None:
+    """Restore the list of carried files of the current plan, which says what it was."""
+    plan = load_plan(folder)
+    if plan is not None and plan.is_update and restore_carried(folder, plan):
+        done.append(f"{plan.carried_name}: restored from the files of latents")
 
 
 def _is_forged(folder: CacheFolder, plan: CachePlan) -> bool:

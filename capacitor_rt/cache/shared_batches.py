@@ -4,7 +4,8 @@ Torch makes new shared memory for every tensor that leaves a worker: each of its
 both processes, which takes longer than reading a batch. Here one mapping serves all batches. A batch lies in a run of
 its units: a worker takes the run and fills it, what goes through the loader's queue is where it is, and it is free
 again when the last tensor of it is gone in the process that got it. Where all units are taken the batch goes torch's
-way. The memory is anonymous, takes what was in use at most at a time, and ends with the last process that has it.
+way. The memory is anonymous, is made when the first worker is, takes what was in use at most at a time, and ends with
+the last process that has it: who reads without workers has neither addresses nor a descriptor of it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import threading
 import uuid
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.context import get_spawning_popen
 from multiprocessing.reduction import DupFd
 from typing import Any, NamedTuple
@@ -51,6 +52,10 @@ class SharedBatches:
 
     Attributes:
         token: finds it in every process.
+        is_open: whether the memory is there: from the first fork or spawn on that a worker may come of.
+
+    Args:
+        fd, token: of memory that another process has made.
 
     Raises:
         OSError: there is no memory of the kind on this system.
@@ -60,29 +65,50 @@ class SharedBatches:
         if not hasattr(os, "memfd_create"):
             raise OSError("no anonymous files")
         self.token = token or uuid.uuid4().hex
-        self.fd = os.memfd_create("capacitor-batches") if fd is None else fd
-        if fd is None:
-            os.ftruncate(self.fd, _HEAD + UNIT * UNITS)
-        weakref.finalize(self, os.close, self.fd)
-        self._map = mmap.mmap(self.fd, _HEAD + UNIT * UNITS)
+        self._lock = threading.Lock()
+        self._runs: dict[int, Handle] = {}
+        self._sent: set[int] = set()
+        self._pid = os.getpid()
+        self.is_open = False
+        if fd is not None:
+            self._map_in(fd)
+        _pools[self.token] = self
+
+    def open(self) -> bool:
+        """Make the memory, before there is a process that could share it; whether it is there."""
+        # a worker has what it was given, or its batches would lie where nobody else can read them
+        if not self.is_open and os.getpid() == self._pid:
+            with suppress(OSError), self._lock:
+                if not self.is_open:
+                    fd = os.memfd_create("capacitor-batches")
+                    try:
+                        os.ftruncate(fd, _HEAD + UNIT * UNITS)
+                        self._map_in(fd)
+                    except OSError:
+                        os.close(fd)
+                        raise
+        return self.is_open
+
+    def _map_in(self, fd: int) -> None:
+        self._map = mmap.mmap(fd, _HEAD + UNIT * UNITS)
         # of each unit, in the run that it belongs to: 0 free, its serial while it is under way, the negative of that
         # once it has arrived; and the process that took it
         self._states = np.frombuffer(self._map, np.int64, UNITS)
         self._owners = np.frombuffer(self._map, np.int64, UNITS, 8 * UNITS)
-        self._lock = threading.Lock()
-        self._runs: dict[int, Handle] = {}
-        self._sent: set[int] = set()
-        _pools[self.token] = self
+        self.fd = fd
+        weakref.finalize(self, os.close, fd)
+        self.is_open = True
 
     def __reduce__(self) -> tuple[Any, ...]:
         # in a pickle that goes nowhere at once there is nothing to share
-        return _attached, (DupFd(self.fd), self.token) if get_spawning_popen() is not None else (None, "")
+        is_sent = get_spawning_popen() is not None and self.open()
+        return _attached, (DupFd(self.fd), self.token) if is_sent else (None, "")
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
         """Memory for a tensor, None where there is no room."""
         nbytes = math.prod(shape) * dtype.itemsize
         count = -(-nbytes // UNIT)
-        if not 0 < count <= UNITS:
+        if not 0 < count <= UNITS or not self.open():
             return None
         with self._alone():
             first = self._room(count)
@@ -124,7 +150,7 @@ class SharedBatches:
 
     def taken(self) -> int:
         """Units that are in use."""
-        return int(np.count_nonzero(self._states))
+        return 0 if not self.is_open else int(np.count_nonzero(self._states))
 
     def _tensor(self, handle: Handle, end: Any) -> Tensor:
         nbytes = math.prod(handle.shape) * handle.dtype.itemsize
@@ -226,8 +252,17 @@ def _attached(fd: Any, token: str) -> SharedBatches | None:
     return None if fd is None else SharedBatches(fd.detach(), token)
 
 
+def _before_fork() -> None:
+    """A child has what is there now; which forks make a loader's worker no one can tell."""
+    for pool in list(_pools.values()):
+        pool.open()
+
+
+os.register_at_fork(before=_before_fork)
+
+
 def shared_batches() -> SharedBatches | None:
-    """Memory for the batches of one dataset; None on a system that has none of the kind, or no room for it."""
+    """Memory for the batches of one dataset; None on a system that has none of the kind."""
     try:
         return SharedBatches()
     except OSError:

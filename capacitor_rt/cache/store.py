@@ -265,7 +265,11 @@ def read_index(folder: CacheFolder, plan: CachePlan, commit: Commit) -> Any:
 
 
 def strange_plan(folder: CacheFolder, plan: CachePlan) -> str | None:
-    """What tells that files of tasks are of a plan that nobody knows; None if nothing does."""
+    """What tells that files of tasks are of a plan that nobody knows; None if nothing does.
+
+    Raises:
+        CacheError: the list of carried files, which knows of some, is damaged.
+    """
     known: set[str] | None = None
     for sub in (TASKS, INDEX):
         for base in folder.names(sub):
@@ -275,6 +279,7 @@ def strange_plan(folder: CacheFolder, plan: CachePlan) -> str | None:
             if known is None:
                 known = known_plans(folder, plan)
             if named[1] not in known:
+                load_carried(folder, plan)
                 return f"{sub}/{base} is of plan {named[1]}, and this one is {plan.plan8}"
     return None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -215,9 +216,11 @@ class _Check:
                 self._problem(str(e))
                 continue
             strangers += [name for name in names if name not in own]
-        if (why := strange_plan(self.folder, plan)) is not None:
-            self._problem(f"{self.folder.path / PLAN} is not that of all files: {why}")
-            self.found.bad_plan = True
+        # a damaged list of carried files was named before
+        with suppress(CacheError):
+            if (why := strange_plan(self.folder, plan)) is not None:
+                self._problem(f"{self.folder.path / PLAN} is not that of all files: {why}")
+                self.found.bad_plan = True
         for name in strangers[:5]:
             kind = "left by a killed run, the next run removes it" if TMP in name else "not committed, or foreign"
             self.found.notes.append(f"{name}: {kind}")

@@ -95,7 +95,7 @@ def test_a_kill_between_publishing_and_logging_costs_nothing(cache, tmp_path, fo
     assert 0 < report.new_rows <= whole.rows and snapshot(tmp_path / "out") == kept
     after = stamps(tmp_path / "out")
     changed = {name for name in after if after[name] != before.get(name) and (tmp_path / "out" / name).is_file()}
-    assert changed <= {pieces.LOG, "index.json", "metadata.json"}
+    assert changed <= {pieces.LOG, pieces.STAMPS, "index.json", "metadata.json"}
 
 
 @pytest.mark.parametrize("call", ["link", "write", "unlink"])
@@ -140,6 +140,39 @@ def test_a_missing_piece_is_written_again_and_a_damaged_one_named(cache, tmp_pat
         f.write(b"x")
     with pytest.raises(CacheError, match=r"shard001.safetensors is damaged: its size has changed; move it away"):
         export(cache, tmp_path, "lightningdit", labels="folder", shard_rows=3)
+
+
+@pytest.mark.parametrize(("format", "request_"), [("lightningdit", {"shard_rows": 3}), ("ddt", {})])
+def test_a_changed_byte_of_a_finished_piece_is_found(cache, tmp_path, monkeypatch, format, request_):
+    """By a hash, unless the files are those that this machine has written: a size tells of nothing."""
+    out = tmp_path / "out"
+    export(cache, out, format, labels="folder", **request_)
+    hashed = []
+    real = pieces.files_hash
+    monkeypatch.setattr(pieces, "files_hash", lambda paths: hashed.append(1) or real(paths))
+    export(cache, out, format, labels="folder", **request_)
+    assert not hashed
+    path = next(p for p in sorted(out.rglob("*")) if p.suffix in (".safetensors", ".pt") and p.stat().st_size > 500)
+    info, kept = path.stat(), path.read_bytes()
+    flip_byte(path, info.st_size - 5)
+    # a program may set this time, and not that of the status
+    os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns))
+    with pytest.raises(CacheError, match="is damaged: its bytes have changed; move it away, and export again"):
+        export(cache, out, format, labels="folder", **request_)
+    path.write_bytes(kept)
+    hashed.clear()
+    assert export(cache, out, format, labels="folder", **request_).new_rows == 0 and len(hashed) == 1
+    # a copy elsewhere is read once, whatever its notes say
+    shutil.copytree(out, tmp_path / "copy")
+    count = len((out / pieces.LOG).read_bytes().splitlines())
+    for times in (count, 0):
+        hashed.clear()
+        assert export(cache, tmp_path / "copy", format, labels="folder", **request_).new_rows == 0
+        assert len(hashed) == times
+    (out / pieces.STAMPS).unlink()
+    (out / pieces.STAMPS).symlink_to(tmp_path / "elsewhere")
+    export(cache, out, format, labels="folder", **request_)
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_other_settings_do_not_go_on_with_an_export(cache, bare, tmp_path):

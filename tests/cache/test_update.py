@@ -398,6 +398,59 @@ def test_damage_in_a_file_of_an_earlier_generation(src, out, tmp_path, how):
     assert_as_fresh(src, out, tmp_path)
 
 
+@pytest.mark.parametrize("is_old_kept", [True, False], ids=["with the old generation", "after gc"])
+@pytest.mark.parametrize("how", ["missing", "torn", "a digit", "a line"])
+def test_a_damaged_list_of_carried_files_is_restored_from_these(src, out, tmp_path, run, how, is_old_kept):
+    image(src / "zz.png", 51)
+    update(src, out)
+    if not is_old_kept:
+        collect(out)
+    path = next(out.glob("carried-*.jsonl"))
+    kept = path.read_bytes()
+    lines = kept.splitlines(keepends=True)
+    assert len(lines) > 2
+    digit = bytearray(kept)
+    at = kept.index(b'"data_xxh3":"') + 13
+    digit[at] = ord("1" if digit[at] == ord("0") else "0")
+    found = {
+        "missing": None,
+        "torn": kept[: len(kept) // 2],
+        "a digit": bytes(digit),
+        "a line": kept.replace(lines[1], b""),
+    }
+    path.unlink()
+    if found[how] is not None:
+        assert found[how] != kept
+        path.write_bytes(found[how])
+    for refused in (lambda: LatentDataset(out), lambda: cache(src, out), lambda: update(src, out)):
+        with pytest.raises(CacheError, match="verify --repair"):
+            refused()
+    code, said, errors = run("verify", out)
+    assert code == 1 and path.name in said + errors and "plan.json" not in said + errors
+    code, said, errors = run("verify", "--repair", out)
+    assert f"{path.name}: restored from the files of latents" in said + errors
+    assert path.read_bytes() == kept and not verify(out).problems
+    assert cache(src, out).new_images == 0
+    assert_as_fresh(src, out, tmp_path)
+
+
+def test_a_list_of_carried_files_that_nothing_tells_of_is_said_to_be_lost(src, out, tmp_path):
+    image(src / "zz.png", 51)
+    update(src, out)
+    collect(out)
+    path, data = next(out.glob("carried-*.jsonl")), damaged_shared_file(out)
+    path.unlink()
+    kept = data.read_bytes()
+    data.unlink()
+    lost = rf"1 of the \d files that rows lie in are missing or damaged too, such as {data.stem}"
+    with pytest.raises(CacheError, match=lost):
+        repair(out, verify(out))
+    # and nothing is lost by asking
+    data.write_bytes(kept)
+    repair(out, verify(out))
+    assert not verify(out).problems and LatentDataset(out, verify=True)[0]
+
+
 def test_damage_in_the_old_generation_is_not_taken_over(src, out, tmp_path):
     path = sorted((out / "tasks").iterdir())[1]
     data = bytearray(path.read_bytes())

@@ -14,12 +14,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ...errors import CacheError
+from ..hashing import xxh3
 
 TMP = ".tmp-"
 LOCK = ".lock"
@@ -46,8 +48,15 @@ def tensor_bytes(t: Tensor) -> np.ndarray:
     return t.flatten().view(torch.uint8).numpy()
 
 
-def publish(out: Path, files: Iterable[OutFile]) -> int:
-    """Write files under temporary names, then give them their own, all durably; their bytes in all.
+class Published(NamedTuple):
+    """Files that were written: their bytes in all, and the XXH3-128 (hex) of these, one file after the other."""
+
+    nbytes: int
+    xxh3: str
+
+
+def publish(out: Path, files: Iterable[OutFile]) -> Published:
+    """Write files under temporary names, then give them their own, all durably.
 
     A file that is there with the same contents is as good.
 
@@ -56,7 +65,7 @@ def publish(out: Path, files: Iterable[OutFile]) -> int:
             temporary name.
     """
     pending: list[tuple[Path, Path]] = []
-    total = 0
+    total, digest = 0, xxh3()
     try:
         for file in files:
             final = out / file.name
@@ -67,6 +76,7 @@ def publish(out: Path, files: Iterable[OutFile]) -> int:
                 with open(tmp, "xb", buffering=0) as f:
                     for chunk in file.chunks:
                         total += _write(f.fileno(), chunk)
+                        digest.update(chunk)
             except OSError as e:
                 raise _write_error(final, e) from e
         _sync([tmp for tmp, _ in pending])
@@ -78,7 +88,7 @@ def publish(out: Path, files: Iterable[OutFile]) -> int:
                 tmp.unlink()
     for folder in sorted({folder for _, final in pending for folder in _folders(out, final)}):
         _fsync(folder)
-    return total
+    return Published(total, digest.hexdigest())
 
 
 def _folders(out: Path, final: Path) -> Iterator[Path]:
@@ -155,6 +165,16 @@ def _write_error(path: Path, e: OSError) -> CacheError:
             f"no space left for {path} ({e.strerror}): free some and run the command again; finished files are safe"
         )
     return CacheError(f"cannot write {path}: {e.strerror or e}")
+
+
+def files_hash(paths: Iterable[Path]) -> str:
+    """What `publish` has said of these files, if they still have those bytes."""
+    digest = xxh3()
+    for path in paths:
+        with open(path, "rb", buffering=0) as f:
+            while chunk := f.read(_BLOCK):
+                digest.update(chunk)
+    return digest.hexdigest()
 
 
 def file_digest(path: Path) -> str:

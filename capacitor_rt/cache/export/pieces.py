@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
@@ -12,12 +13,14 @@ from typing import Any, TypedDict
 import numpy as np
 
 from ...errors import CacheError, InputError
-from ...schema import Invalid, Number, Record, Text
+from ...schema import HEX32, Invalid, Number, Record, Text
 from ...strict_json import StrictJSONError, parse
-from .files import LOCK, TMP, OutFile, append_line, open_own, publish, read_own
+from ..hashing import xxh3
+from .files import LOCK, TMP, OutFile, append_line, files_hash, open_own, publish, read_own
 
 MANIFEST = "capacitor.json"
 LOG = "capacitor.jsonl"
+STAMPS = ".stamps"
 FORMAT = "capacitor-export/1"
 MOST_BYTES = 1 << 30
 # what a run notes and another may differ in
@@ -40,11 +43,13 @@ class Piece:
 
 
 class PieceRecord(TypedDict):
-    """A line of capacitor.jsonl: number of the piece, of its files and bytes, what read it back, largest rounding."""
+    """A line of capacitor.jsonl: number of the piece, of its files and bytes, the hash of these in the order of the
+    files, what read it back, largest rounding."""
 
     piece: int
     files: int
     bytes: int
+    xxh3: str
     read_back: str
     rounding: float
 
@@ -116,6 +121,7 @@ _RECORD = Record(
         "piece": _COUNT,
         "files": _COUNT,
         "bytes": _COUNT,
+        "xxh3": HEX32,
         "read_back": Text(longest=200),
         "rounding": Number(0, 1e300, whole=False),
     }
@@ -124,6 +130,9 @@ _RECORD = Record(
 
 class PieceLog:
     """capacitor.jsonl: the pieces that are written and have been read back. A torn last line does not count.
+
+    A piece whose files are, by inode, size and times, those that this machine has written or hashed before is not read
+    again; `.stamps` keeps that, and whatever is wrong with it means that files are read once more.
 
     Only the holder of the export's lock may open it.
     """
@@ -147,35 +156,63 @@ class PieceLog:
         if len(data) != self._size:
             os.ftruncate(self._fd, self._size)
         os.lseek(self._fd, self._size, os.SEEK_SET)
+        self._stamps: set[bytes] = set()
+        with suppress(OSError, CacheError):
+            self._stamps = set(read_own(out / STAMPS, MOST_BYTES).split(b"\n"))
 
     def is_done(self, piece: Piece, out: Path, names: Sequence[str]) -> bool:
         """Whether a piece is logged and its files `names` are there.
 
         Raises:
-            CacheError: they have another size.
+            CacheError: they are not what was written, or cannot be read.
         """
         record = self.records.get(piece.number)
         if record is None:
             return False
-        sizes = []
-        for name in names:
-            try:
-                sizes.append((out / name).stat().st_size)
-            except FileNotFoundError:
-                return False
-        if sum(sizes) != record["bytes"]:
-            which = names[0] if len(names) == 1 else f"one of {names[0]} to {names[-1]}"
-            raise CacheError(f"{out / which} is damaged: its size has changed; move it away, and export again")
+        which = names[0] if len(names) == 1 else f"one of {names[0]} to {names[-1]}"
+        try:
+            found = [(out / name).stat() for name in names]
+            stamp = _stamp(record, found)
+            if sum(info.st_size for info in found) != record["bytes"]:
+                raise CacheError(f"{out / which} is damaged: its size has changed; move it away, and export again")
+            if stamp not in self._stamps:
+                if files_hash(out / name for name in names) != record["xxh3"]:
+                    raise CacheError(
+                        f"{out / which} is damaged: its bytes have changed; move it away, and export again"
+                    )
+                self._keep(stamp, out)
+        except FileNotFoundError:
+            return False
+        except OSError as e:
+            raise CacheError(f"{out / which} cannot be read ({e.strerror or e}): move it away, and export again") from e
         return True
 
-    def append(self, record: PieceRecord) -> None:
+    def _keep(self, stamp: bytes, out: Path) -> None:
+        self._stamps.add(stamp)
+        with suppress(OSError, CacheError):
+            fd = open_own(out / STAMPS, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            try:
+                os.write(fd, stamp + b"\n")
+            finally:
+                os.close(fd)
+
+    def append(self, record: PieceRecord, out: Path, names: Sequence[str]) -> None:
+        """Log a piece whose files were read back just now."""
         line = json.dumps(record, sort_keys=True, separators=(",", ":")).encode() + b"\n"
         append_line(self._fd, self._size, line, self.path)
         self._size += len(line)
         self.records[record["piece"]] = record
+        with suppress(OSError):
+            self._keep(_stamp(record, [(out / name).stat() for name in names]), out)
 
     def close(self) -> None:
         os.close(self._fd)
+
+
+def _stamp(record: PieceRecord, found: Sequence[os.stat_result]) -> bytes:
+    """By what the files of a piece are known again."""
+    places = [(i.st_dev, i.st_ino, i.st_size, i.st_mtime_ns, i.st_ctime_ns) for i in found]
+    return f"{record['piece']} {record['xxh3']} {xxh3(repr(places).encode()).hexdigest()}".encode()
 
 
 def split(rows: np.ndarray, count: int) -> Sequence[np.ndarray]:

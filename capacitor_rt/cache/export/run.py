@@ -168,7 +168,7 @@ def _write(writer: Format, out: Path, log: PieceLog, progress: bool) -> int:
     ) as bar:
         for piece in writer.pieces:
             if not log.is_done(piece, out, writer.names(piece)):
-                log.append(_write_piece(writer, out, piece))
+                log.append(_write_piece(writer, out, piece), out, writer.names(piece))
                 new += len(piece.rows)
             bar.update(len(piece.rows))
     return new
@@ -176,12 +176,13 @@ def _write(writer: Format, out: Path, log: PieceLog, progress: bool) -> int:
 
 def _write_piece(writer: Format, out: Path, piece: Piece) -> PieceRecord:
     writer.rounding = 0.0
-    names, nbytes = writer.names(piece), publish(out, writer.files(piece))
+    names, published = writer.names(piece), publish(out, writer.files(piece))
     _compare(writer, out, piece, names)
     return {
         "piece": piece.number,
         "files": len(names),
-        "bytes": nbytes,
+        "bytes": published.nbytes,
+        "xxh3": published.xxh3,
         "read_back": writer.reader,
         "rounding": writer.rounding,
     }
