@@ -20,3 +20,8 @@ def _escape(character: str) -> str:
         # how Python keeps a byte of a file name that is not UTF-8
         code -= 0xDC00
     return _SHORT.get(character) or (f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}")
+
+
+def counted(n: int, what: str) -> str:
+    """A number with what is counted, "1 task" or "2 tasks": of a noun that takes an s."""
+    return f"{n} {what}{'' if n == 1 else 's'}"

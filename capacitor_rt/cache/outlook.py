@@ -14,6 +14,7 @@ from ..errors import ImageError
 from ..images.decode import probe
 from ..images.geometry import Size, assign
 from ..model import FullCapacitor
+from ..printable import counted
 from .commits import read_log
 from .folder import CacheFolder
 from .model_source import ModelSource
@@ -78,7 +79,7 @@ def dry_run(
 
 def _progress(prepared: PreparedRun, todo: int) -> list[str]:
     done = len(prepared.tasks) - todo
-    return [f"going on: {done} of {len(prepared.tasks)} tasks are done"] if todo and done else []
+    return [f"going on: {done} of {counted(len(prepared.tasks), 'task')} are done"] if todo and done else []
 
 
 def _look(source: Source, plan: CachePlan, ordinals: Iterable[int], workers: int) -> tuple[Counter[Size], Counter[str]]:

@@ -15,6 +15,7 @@ import numpy as np
 from ..errors import CacheError
 from ..extras import require_extra
 from ..model import FullCapacitor
+from ..printable import counted
 from ..reference import Autoencoder
 from .commits import read_log
 from .decoding import Helper
@@ -255,9 +256,11 @@ def _progress(prepared: PreparedRun, todo: list[Task], most: int) -> list[str]:
     if not todo:
         return []
     if done:
-        return [f"going on: {done} of {tasks} tasks are done"]
+        return [f"going on: {done} of {counted(tasks, 'task')} are done"]
     size = f"{most / 1e9:.4g} GB" if most >= 1e9 else f"{most / 1e6:.4g} MB" if most >= 1e6 else f"{most / 1e3:.4g} kB"
-    return [f"to be written: {tasks} tasks, {2 * tasks} files, up to {size} of latents in {prepared.plan.dtype}"]
+    return [
+        f"to be written: {counted(tasks, 'task')}, {2 * tasks} files, up to {size} of latents in {prepared.plan.dtype}"
+    ]
 
 
 def room(out: Path, need: int) -> list[str]:

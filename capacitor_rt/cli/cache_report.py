@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..printable import counted
 from .interrupts import bytes_text
 from .terminal import echo, note
 
@@ -22,23 +23,33 @@ def print_dry_run(found: DryRun) -> None:
     for reason, count in sorted(found.quarantined.items()):
         echo(f"{'quarantined: ' + reason:>23}  {count:>8}")
     if found.sampled:
-        note(f"estimated from the headers of {found.sampled} images")
-    echo(f"{found.tasks} tasks of at most {found.inputs} images, {bytes_text(found.nbytes)} of latents in all")
+        note(f"estimated from the headers of {counted(found.sampled, 'image')}")
+    tasks = f"{counted(found.tasks, 'task')} of at most {counted(found.inputs, 'image')}"
+    echo(f"{tasks}, {bytes_text(found.nbytes)} of latents in all")
     sizes = ", ".join(f"{name} {bytes_text(nbytes)}" for name, nbytes in found.by_dtype.items())
     echo(f"{found.files} files of latents and indexes; by --dtype: {sizes}")
-    echo(f"to be written: {found.todo} tasks, {bytes_text(found.todo_nbytes)}")
+    echo(f"to be written: {counted(found.todo, 'task')}, {bytes_text(found.todo_nbytes)}")
 
 
 def print_report(report: Report, out: Path) -> None:
     """What a run has done, and what is to be done about the rest."""
-    done = f"{report.cached} of {report.inputs} images in {report.tasks} tasks, {bytes_text(report.nbytes)}"
+    done = _done(report)
     if report.meters is None:
         echo(f"nothing to do: {out} holds {done}")
     else:
         rate = report.new_images / max(report.seconds, 1e-9)
-        reused = f"; {report.reused} rows reused for generation {report.generation}" if report.generation else ""
-        echo(f"cached {done}{reused}; {report.new_images} inputs read at {rate:.1f} images/s; {report.meters}")
+        reused = (
+            f"; {counted(report.reused, 'row')} reused for generation {report.generation}" if report.generation else ""
+        )
+        echo(
+            f"cached {done}{reused}; {counted(report.new_images, 'input')} read at {rate:.1f} images/s; {report.meters}"
+        )
     print_failures(report, out)
+
+
+def _done(report: Report) -> str:
+    size = bytes_text(report.nbytes)
+    return f"{report.cached} of {counted(report.inputs, 'image')} in {counted(report.tasks, 'task')}, {size}"
 
 
 def print_failures(report: Report, out: Path) -> None:
@@ -65,8 +76,7 @@ def print_views(total: Report, out: Path) -> None:
     """What a run has done in every view."""
     if total.meters is not None:
         images = total.meters.images
-        echo(f"{images} inputs read at {images / max(total.seconds, 1e-9):.1f} images/s; {total.meters}")
+        echo(f"{counted(images, 'input')} read at {images / max(total.seconds, 1e-9):.1f} images/s; {total.meters}")
     for name, report in total.views.items():
-        done = f"{report.cached} of {report.inputs} images in {report.tasks} tasks, {bytes_text(report.nbytes)}"
-        echo(f"{name}: cached {done}; {report.new_images} inputs in this run")
+        echo(f"{name}: cached {_done(report)}; {counted(report.new_images, 'input')} in this run")
         print_failures(report, out / name)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..printable import counted
 from .interrupts import bytes_text
 from .options import check_cache
 from .terminal import echo, echo_json, note
@@ -46,8 +47,8 @@ def _is_unfinished(found: Status) -> bool:
 def _print_status(found: Status, root: Path) -> None:
     unfinished = _is_unfinished(found)
     done = f"{found.done_inputs} of {found.inputs} inputs are done ({found.done_inputs / found.inputs:.1%})"
-    echo(f"{done}, {found.done_tasks} of {found.tasks} tasks")
-    echo(f"{found.rows} rows, {bytes_text(found.nbytes)} of latents")
+    echo(f"{done}, {found.done_tasks} of {counted(found.tasks, 'task')}")
+    echo(f"{counted(found.rows, 'row')}, {bytes_text(found.nbytes)} of latents")
     for reason, count in found.quarantined.most_common():
         echo(f"quarantined: {reason} {count}")
     if found.is_interim:
@@ -58,7 +59,7 @@ def _print_status(found: Status, root: Path) -> None:
         echo(f"task {task}: {who}")
     for update in found.updates:
         done = f"{update.done_inputs} of {update.inputs} inputs are done"
-        echo(f"an update is unfinished: {done}, {update.done_tasks} of {update.tasks} tasks")
+        echo(f"an update is unfinished: {done}, {update.done_tasks} of {counted(update.tasks, 'task')}")
     if unfinished:
         _print_outlook(found.rate, found.left_seconds, found.left_nbytes, found.free_nbytes)
     if found.litter_nbytes:
@@ -118,4 +119,4 @@ def gc(
     for name, size in found:
         note(f"{name}: {bytes_text(size)}")
     done = "would be removed" if dry_run else "removed"
-    echo(f"{len(found)} files, {bytes_text(sum(size for _, size in found))} {done}")
+    echo(f"{counted(len(found), 'file')}, {bytes_text(sum(size for _, size in found))} {done}")

@@ -81,7 +81,7 @@ def calibrate(
         capacitor,
         theirs,
         Framing(SIDE if size is None and area is None else size, area),
-        flux2_name=flux2,
+        flux2_name=Path(flux2).resolve().name if Path(flux2).is_dir() else flux2,
         background=parse_background(background),
         batch=batch,
         least_images=least_images,

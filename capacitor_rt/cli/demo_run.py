@@ -24,6 +24,7 @@ from ..images.geometry import Size
 from ..images.load import PixelPolicy, load_image
 from ..images.reading import read_bytes
 from ..model import FullCapacitor
+from ..printable import counted
 from .terminal import printable
 from .view_cache import view_cache
 from .view_run import Settings
@@ -91,7 +92,7 @@ class DemoReport:
             lines.append(f"{role:{width}}  {np.mean(values):6.2f} dB  mean of {len(values)}")
         if any(item.role == HELD_OUT for item in self.items):
             lines.append(OTHER_CROPS)
-        lines += [f"{n} files were left out: {reason}" for reason, n in self.cache.quarantined.items()]
+        lines += [f"left out: {counted(n, 'file')}, {reason}" for reason, n in self.cache.quarantined.items()]
         pixels = sum(item.original.nbytes for item in self.items)
         files = {
             "cache": f"{self.cache.cached} photographs as latents, {self.cache.nbytes / 1e6:.2f} MB for "

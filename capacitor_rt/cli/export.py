@@ -10,6 +10,7 @@ import typer
 
 from ..cache.export.request import ARCHITECTURES, FORMATS, LAYOUTS, SPACES, ExportRequest
 from ..errors import InputError
+from ..printable import counted
 from .interrupts import bytes_text, interruptible
 from .options import Dtype, check_cache
 from .terminal import echo, note
@@ -94,10 +95,11 @@ def export(
             for line in found.notes:
                 note(f"note: {line}")
             size = bytes_text(found.nbytes)
-            echo(f"{found.rows} rows would be in {found.files} files with {size} of tensors; {found.done} are there")
+            there = f"{counted(found.rows, 'row')} would be in {counted(found.files, 'file')}"
+            echo(f"{there} with {size} of tensors; {found.done} are there")
             return
         report = export_cache(root, out, request, progress=not quiet, note=lambda line: note(f"note: {line}"))
-    done = f"{report.rows} rows in {report.files} files, {bytes_text(report.nbytes)}"
+    done = f"{counted(report.rows, 'row')} in {counted(report.files, 'file')}, {bytes_text(report.nbytes)}"
     echo(f"exported {done}" if report.new_rows else f"nothing to do: {out} holds {done}")
     kept = f"rounded by at most {report.rounding:.3g}" if report.rounding else "no value rounded"
     kept = f"{report.conversion} in float32, {kept}" if report.conversion else kept

@@ -13,6 +13,7 @@ import typer
 
 from ..errors import CacheError, InputError
 from ..extras import require_extra
+from ..printable import counted
 from .latent_sources import find_latents, note_space
 from .options import (
     AreaSide,
@@ -60,8 +61,8 @@ class Schedule(str, Enum):
 
 
 def finish(done: int, failed: int, what: str) -> None:
-    """Say what was written; exit 3 if some inputs failed."""
-    echo(f"{done} {what}" + (f", {failed} failed" if failed else ""))
+    """Say how many images `what` was done to; exit 3 if some inputs failed."""
+    echo(f"{counted(done, 'image')} {what}" + (f", {failed} failed" if failed else ""))
     if failed:
         raise typer.Exit(3)
 
@@ -140,7 +141,7 @@ def encode(
             tensors |= {k: v for k, v in mean_logsnr._asdict().items() if v is not None}
         targets[path].parent.mkdir(parents=True, exist_ok=True)
         save_latents(targets[path], tensors, frame, latent_space(capacitor))
-    finish(len(targets) - failed, failed, f"images encoded to {out}")
+    finish(len(targets) - failed, failed, f"encoded to {out}")
 
 
 def decode(
@@ -208,7 +209,7 @@ def decode(
                     note(f"error: {error}")
                     failed += 1
                 advance()
-    finish(written, failed, f"images written to {out}")
+    finish(written, failed, f"written to {out}")
 
 
 def latent_space(model: FullCapacitor) -> str:

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from ..errors import InputError
+from ..printable import counted
 from .terminal import echo, note
 
 
@@ -61,4 +62,4 @@ def push(
             bar.close()
     if pushed.unchanged:
         note(f"{len(pushed.unchanged)} files were there already")
-    echo(f"{len(pushed.uploaded)} files pushed to {pushed.url}" + (f" ({revision})" if revision else ""))
+    echo(f"{counted(len(pushed.uploaded), 'file')} pushed to {pushed.url}" + (f" ({revision})" if revision else ""))

@@ -9,6 +9,7 @@ import typer
 from tqdm import tqdm
 
 from ..errors import InputError
+from ..printable import counted
 from .interrupts import bytes_text, interruptible
 from .options import Device, Revision, check_cache, resolve_device
 from .terminal import echo, note
@@ -102,10 +103,10 @@ def _verify(root: Path, workers: int, repair: bool, quiet: bool, name: str = "")
     for line in found.problems:
         note(f"damaged: {line}")
     if found.unfinished:
-        note(f"unfinished: {found.unfinished} tasks are still to be written: run the cache command again")
+        note(f"unfinished: {counted(found.unfinished, 'task')} still to be written: run the cache command again")
     state = f"{len(found.problems)} problems" if found.problems else "no damage"
-    size = bytes_text(found.nbytes)
-    echo(f"{name}{found.rows} rows of {found.inputs} inputs, {found.tasks} tasks, {size}: {state}")
+    tasks = f"{counted(found.tasks, 'task')}, {bytes_text(found.nbytes)}"
+    echo(f"{name}{counted(found.rows, 'row')} of {counted(found.inputs, 'input')}, {tasks}: {state}")
     return found
 
 

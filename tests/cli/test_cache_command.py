@@ -134,7 +134,7 @@ def test_damage_ends_verify_with_1_and_is_named(cli, tmp_path):
     (tmp_path / "out" / "commits.jsonl").write_text("")
     result = cli("verify", tmp_path / "out")
     assert result.exit_code == 1
-    assert "unfinished: 1 tasks" in result.stderr
+    assert "unfinished: 1 task still" in result.stderr
 
 
 class TestViews:
@@ -166,7 +166,7 @@ class TestViews:
     def test_dry_run(self, cli, tmp_path):
         result = cli("cache", *options(tmp_path, "--view", "32,64@area", "--dry-run"))
         assert result.exit_code == 0 and not (tmp_path / "out").exists()
-        assert result.stdout.count("1 tasks of at most") == 2
+        assert result.stdout.count("1 task of at most") == 2
         assert "32:" in result.stdout.splitlines() and "64-area:" in result.stdout.splitlines()
 
     @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def test_encode_then_decode(run, photos, tmp_path):
     assert json.loads(metadata["placement"])["crop"] == {"height": 96, "width": 128}
 
     code, out, _ = run("decode", "enc/a.png.safetensors", "-o", "dec", "--model", P16, "--seed", 5)
-    assert code == 0 and "1 images written to dec" in out
+    assert code == 0 and "1 image written to dec" in out
     decoded = np.array(Image.open(tmp_path / "dec" / "a.png"))
     truth = model.decode(stored["latents"], inference_config=FullCapacitorInferenceConfig(seed=5))[0]
     truth = (truth.clamp(-1, 1) * 127.5 + 127.5).round().permute(1, 2, 0).numpy()

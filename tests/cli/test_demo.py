@@ -110,7 +110,7 @@ def test_text_names_figures_files_and_failures(report):
     text = report.render()
     for item in report.items:
         assert f"{item.psnr:.2f} dB" in text and item.name in text
-    assert "1 files were left out: not_an_image" in text and "README" not in text
+    assert "left out: 1 file, not_an_image" in text and "README" not in text
     for name in (CONTACT_SHEET, LATENTS_PICTURE, "cache"):
         assert str(report.out / name) in text and (report.out / name).exists()
     assert f"{np.mean([i.psnr for i in report.items]):.2f}" in report.table.render()

@@ -30,7 +30,7 @@ def run(monkeypatch, capfd):
 def test_says_what_it_wrote_and_what_to_tell_the_trainer(run, cache, tmp_path):
     code, out, err = run(cache, tmp_path / "out", "--format", "lightningdit", "--labels", "folder", "-q")
     assert code == 0 and err == ""
-    assert "exported 6 rows in 1 files, " in out
+    assert "exported 6 rows in 1 file, " in out
     assert "read back by safetensors and compared with the cache, row by row: no value rounded" in out
     assert "  in_chans: 8" in out.splitlines() and "  downsample_ratio: 16" in out.splitlines()
     code, out, _ = run(cache, tmp_path / "out", "-f", "lightningdit", "--labels", "folder", "-q")

@@ -62,7 +62,7 @@ def test_a_row_of_a_cache_whose_picture_can_have_no_name(run, tmp_path):
     code, out, err = run("cache", "in", "cache", "--model", P16, "--size", "32", "--workers", "0", "-q")
     assert code == 0, err
     code, out, err = run("decode", "cache", "-o", "pictures", "--model", P16)
-    assert code == 3 and "1 images written to pictures, 1 failed" in out
+    assert code == 3 and "1 image written to pictures, 1 failed" in out
     assert err.startswith("error: ") and ("too long" in err or "are allowed" in err)
     assert os.listdir(tmp_path / "pictures") == ["plain.jpg.png"]
 
