@@ -217,7 +217,7 @@ def pool_of(
         pixel_budget=budget,
         **ring,
         backoff=options.backoff,
-        known=reuse.known if reuse else None,
+        known=[reuse.known] if reuse else (),
         helper=helper,
         also=also,
     )

@@ -150,8 +150,8 @@ def _copy(pixels: np.ndarray, chosen: slice, batch: Tensor, into: slice) -> None
     np.copyto(batch.numpy()[into], pixels[chosen])
 
 
-def _resize(resizer: Resizer, rows: np.ndarray, chosen: slice, batch: Tensor, into: slice) -> None:
-    resizer.put(rows[chosen], batch, into.start)
+def _resize(resizer: Resizer, offsets: np.ndarray, chosen: slice, batch: Tensor, into: slice) -> None:
+    resizer.put(offsets[chosen], batch, into.start)
 
 
 class Pipeline:
@@ -207,7 +207,9 @@ class Pipeline:
         order: deque[tuple[Task, Sequence[int], bool]] = deque()
         with self.at_work():
             for chunk in self.decoder.decode(self._ranges(tasks, order), AHEAD):
-                if not self.accept(*order.popleft(), chunk):
+                is_held = self.upload(chunk)
+                self.accept(*order.popleft(), chunk)
+                if not is_held:
                     chunk.release()
 
     @contextmanager
@@ -226,8 +228,21 @@ class Pipeline:
             self._before += time.perf_counter() - begin
             self._begin = None
 
-    def accept(self, task: Task, chosen: Sequence[int], is_last: bool, chunk: DecodedChunk | None) -> bool:
-        """The next inputs of a task, decoded, in order. Whether the chunk is still in use, and released when it is not.
+    def upload(self, chunk: DecodedChunk) -> bool:
+        """Where the device resizes, have the chunk copied there, and released then. Whether that is so.
+
+        It comes before `accept`, once for all views.
+        """
+        resizer = self.encoder.resizer
+        if resizer is None:
+            return False
+        begin = time.perf_counter()
+        resizer.take(chunk)
+        self.meters.seconds["fill"] += time.perf_counter() - begin
+        return True
+
+    def accept(self, task: Task, chosen: Sequence[int], is_last: bool, chunk: DecodedChunk | None) -> None:
+        """The next inputs of a task, decoded, in order.
 
         Args:
             is_last: whether nothing comes after them: the task is finished.
@@ -235,13 +250,11 @@ class Pipeline:
         """
         if self._open is None or self._open.task != task:
             self._open = self._begin_task(task)
-        is_held = False
         if task.number not in self.abandoned and chunk is not None:
-            is_held = self._take(self._open, chunk, chosen)
+            self._take(self._open, chunk, chosen)
         if is_last:
             self._finish(self._open)
             self._open = None
-        return is_held
 
     def measure(self) -> Meters:
         """The meters as of now."""
@@ -279,15 +292,15 @@ class Pipeline:
             self.advance(known, 0)
         return open_task
 
-    def _take(self, open_task: OpenTask, chunk: DecodedChunk, chosen: Sequence[int]) -> bool:
-        """Put the images of a chunk into the open batches of their buckets. Whether the chunk is still in use."""
+    def _take(self, open_task: OpenTask, chunk: DecodedChunk, chosen: Sequence[int]) -> None:
+        """Put the images of a chunk into the open batches of their buckets."""
         columns = chunk.columns
         pc = require_extra("pyarrow.compute")
         failed = pc.sum(pc.equal(columns["status"], QUARANTINED)).as_py() or 0
         if failed:
             self._look_at_failures(open_task, columns)
             if open_task.task.number in self.abandoned:
-                return False
+                return
         open_task.chunks.append(columns)
         positions = np.asarray(chosen) - open_task.task.first
         if self.reuse is not None:
@@ -298,15 +311,13 @@ class Pipeline:
             for run, bucket in chunk.runs():
                 self._put(open_task, bucket, positions[run], partial(_copy, chunk.block(run)))
         else:
-            resizer.take(chunk)
             for rows, bucket in chunk.groups():
-                self._put(open_task, bucket, positions[rows], partial(_resize, resizer, rows))
+                self._put(open_task, bucket, positions[rows], partial(_resize, resizer, chunk.offsets(rows)))
         self.meters.seconds["fill"] += time.perf_counter() - begin - (self.encoder.seconds - encoding)
         self.read += len(chosen)
         self.advance(len(chosen), failed)
         if self._writing and self._writing.done():
             self._wait_for_writer()
-        return resizer is not None
 
     def _recognise(self, reuse: Reuse, open_task: OpenTask, positions: np.ndarray, columns: Any) -> None:
         """Take note of inputs that were read and found to have the bytes of a row that is there."""

@@ -1,7 +1,8 @@
 """Decoded pictures from the ring to a batch on the device, which resizes them: the bits are those of the workers.
 
-The records of a chunk go up in one copy. The rows of a bucket are resized by one call into the batch that is being
-filled. All of it runs on a stream of its own, so that the bus works while the device encodes.
+The records of a chunk go up in one copy, those of several views together. The rows of a bucket are resized by one call
+into the batch that is being filled. All of it runs on a stream of its own, so that the bus works while the device
+encodes.
 """
 
 from __future__ import annotations
@@ -55,7 +56,6 @@ class Resizer:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._copying: deque[tuple[torch.cuda.Event, DecodedChunk]] = deque()
         self._records = torch.empty(0, dtype=torch.uint8)
-        self._offsets = np.empty(0, np.int64)
         self._host = self._records
 
     def buffer(self, rows: int, height: int, width: int) -> Tensor:
@@ -66,10 +66,8 @@ class Resizer:
 
     def take(self, chunk: DecodedChunk) -> None:
         """Begin to copy a chunk's records up; it is released when they are there, or by `finish`."""
-        self._offsets, pixels = chunk.records()
-        last = int(self._offsets.max(initial=-1))
-        end = 0 if last < 0 else last + int(_record_bytes(pixels[last:]))
-        self._host = torch.from_numpy(pixels[:end])
+        begins, pixels = chunk.records()
+        self._host = torch.from_numpy(pixels[: _end(begins, pixels)])
         if self._stream is None:
             self._records = self._host.clone()
             chunk.release()
@@ -81,14 +79,13 @@ class Resizer:
             self._copying.append((copied, chunk))
             self._release(_MOST_COPYING)
 
-    def put(self, rows: np.ndarray, batch: Tensor, first: int) -> None:
-        """Resize the pictures of these rows of the chunk into `batch[first:first + len(rows)]`."""
-        offsets = self._offsets[rows]
-        table = self._host.numpy().view(np.int32)[(offsets // 4)[:, None] + np.arange(len(Field))]
+    def put(self, offsets: np.ndarray, batch: Tensor, first: int) -> None:
+        """Resize pictures of the chunk, whose records begin there, into `batch[first:first + len(offsets)]`."""
+        table = _rows(self._host.numpy(), offsets)
         table[:, Field.SOURCE] += (offsets // UNIT).astype(np.int32)
         for field in (Field.WEIGHTS_A, Field.WEIGHTS_B):
             table[:, field] += (offsets // 4).astype(np.int32)
-        table[:, Field.IMAGE] = np.arange(first, first + len(rows))
+        table[:, Field.IMAGE] = np.arange(first, first + len(offsets))
         sizes = torch.from_numpy(table)
         between = between_bytes(sizes)
         sizes[:, Field.BETWEEN] = ((between.cumsum(0) - between) // UNIT).int()
@@ -118,7 +115,16 @@ class Resizer:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
 
-def _record_bytes(record: np.ndarray) -> int:
-    row = record[: 4 * len(Field)].view(np.int32).astype(np.int64)
-    nbytes = UNIT * row[Field.SOURCE] + 3 * row[Field.LENGTH_A] * row[Field.LENGTH_B]
-    return int(-(-nbytes // UNIT) * UNIT)
+def _rows(records: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """The rows of records that begin there, int32 `[N,FIELDS]`."""
+    return records.view(np.int32)[(offsets // 4)[:, None] + np.arange(len(Field))]
+
+
+def _end(offsets: np.ndarray, records: np.ndarray) -> int:
+    """Where the last of the records that begin there ends: each reads its table and then its pixels."""
+    if not len(offsets):
+        return 0
+    t = _rows(records[: len(records) // 4 * 4], offsets).astype(np.int64).T
+    reach = (t[Field.LENGTH_A] - 1) * t[Field.STEP_A] + (t[Field.LENGTH_B] - 1) * t[Field.STEP_B]
+    end = int((offsets + UNIT * t[Field.SOURCE] + t[Field.ORIGIN] + reach).max()) + 3
+    return -(-end // UNIT) * UNIT

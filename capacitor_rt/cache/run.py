@@ -228,12 +228,21 @@ def _with(first: Task | None, tasks: Iterator[Task]) -> Iterator[Task]:
 
 
 def encoder_of(
-    prepared: PreparedRun, source: ModelSource, note: Callable[[str], None], is_deferring: bool = False
+    prepared: PreparedRun,
+    source: ModelSource,
+    note: Callable[[str], None],
+    is_deferring: bool = False,
+    resizer: Resizer | None = None,
 ) -> BatchEncoder:
-    """What encodes for a run, its kernels made ready."""
+    """What encodes for a run, its kernels made ready.
+
+    Args:
+        is_deferring: whether the device resizes: by `resizer`, or one of its own.
+    """
     plan = prepared.plan
     model: Autoencoder = prepared.model or source.load(source.identity(plan.fields["model"]["compute_dtype"]))
-    encoder = BatchEncoder(model, plan.tensors, plan.dtype, Resizer(model.device) if is_deferring else None)
+    resizer = (resizer or Resizer(model.device)) if is_deferring else None
+    encoder = BatchEncoder(model, plan.tensors, plan.dtype, resizer)
     sizes = {(bucket.height, bucket.width, min(plan.batch, plan.count)) for bucket in plan.buckets}
     seconds = encoder.warmup(sorted(sizes))
     if seconds > 1:

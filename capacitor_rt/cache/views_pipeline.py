@@ -52,11 +52,12 @@ class ViewsPipeline:
                 stack.enter_context(pipeline.at_work())
             for chunk in self.decoder.decode(self._wanted(spans, order), AHEAD):
                 piece = order.popleft()
+                is_held = self.pipelines[0].upload(chunk)
                 for view, task in piece.tasks:
                     part = chunk.of(view) if view in piece.views else None
-                    # resized by the workers: nothing holds its pixels afterwards
                     self.pipelines[view].accept(task, piece.chosen, piece.chosen.stop == task.stop, part)
-                chunk.release()
+                if not is_held:
+                    chunk.release()
                 self.read += len(piece.chosen) if piece.views else 0
 
     def _wanted(self, spans: Iterable[Span], order: deque[_Piece]) -> Iterator[Wanted]:

@@ -15,6 +15,7 @@ from ..model import FullCapacitor
 from ..reference import Autoencoder
 from .begin import Begun, accounted, begun, pool_of, workers_for
 from .dtype_costs import as_json
+from .encoder import BatchEncoder
 from .folder import CacheFolder
 from .kept_configs import kept_together
 from .meters import Meters
@@ -26,6 +27,7 @@ from .pipeline import Pipeline
 from .plan import PLAN, CacheRequest
 from .prepare import PreparedRun, as_source, check_folder, prepare
 from .report import DryRun, Report, of_views
+from .resizing import by_device
 from .run import POLL_SECONDS, clear, encoder_of, opened, planned
 from .sources import Source
 from .sources.open import open_source
@@ -69,8 +71,6 @@ def cache_views(
         raise InputError("an update is of one cache: update each view by itself, its folder as OUT")
     if any(request.dedupe for request in views.values()):
         raise InputError("copies are found in one cache: give dedupe for each view by itself, its folder as OUT")
-    if chosen.resize == "gpu":
-        raise InputError("the pixels of several views are resized by the workers: leave out resize gpu")
     source = _Once(as_source(model))
     for name in views:
         check_folder(out / name)
@@ -216,12 +216,17 @@ def _write(
     total, left = sum(run.prepared.plan.count for run in runs), sum(len(task) for run in runs for task in run.todo)
     workers = max(workers_for(options.workers, run.prepared, run.todo) for run in runs)
     also = [View(run.prepared.plan.policy, run.prepared.plan.buckets) for run in runs[1:]]
+    is_deferring = by_device(options.resize, runs[0].prepared.cc)
     meters: Meters | None = None
     watch.begin(total, total - left)
     try:
         # the workers get ready while the model does
-        with pool_of(runs[0].prepared, workers, options, also=also) as decoder:
-            encoders = [encoder_of(run.prepared, source, note) for run in runs]
+        with pool_of(runs[0].prepared, workers, options, is_deferring=is_deferring, also=also) as decoder:
+            encoders: list[BatchEncoder] = []
+            for run in runs:
+                # one resizer, as pictures go up once for all views
+                resizer = encoders[0].resizer if encoders else None
+                encoders.append(encoder_of(run.prepared, source, note, is_deferring, resizer))
             if encoders[0].on_gpu:
                 decoder.pin()
             pipelines = [

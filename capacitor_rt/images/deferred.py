@@ -2,11 +2,13 @@
 
 A record is a row of `capacitor_kernels.pictures.Field` in int32, the weights of both axes, and the pixels that the
 wanted window reads, each part on a multiple of 16 bytes, places counted from the record's begin. Whoever holds the
-bytes can resize: `capacitor_kernels.ops.resize` on a GPU, with the bits that `resample` gives.
+bytes can resize: `capacitor_kernels.ops.resize` on a GPU, with the bits that `resample` gives. Records of several
+windows of a picture share its pixels, which lie behind the last of them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -34,30 +36,55 @@ class _Axis(NamedTuple):
     table: np.ndarray
 
 
-def record_bytes(shape: tuple[int, ...], window: Window, filter: str) -> int:
-    """Bytes of the record of a stored picture of `shape` (H, W, 3), of which `window` is wanted."""
-    rows, columns = _axes(shape[0], shape[1], window, filter)
-    pixels = 3 * (rows.end - rows.begin) * (columns.end - columns.begin)
-    return _ROW_BYTES + rows.table.nbytes + columns.table.nbytes + _whole(pixels)
+def record_bytes(shape: tuple[int, ...], windows: Sequence[Window], filter: str) -> int:
+    """Bytes of the records of a stored picture of `shape` (H, W, 3), of which `windows` are wanted."""
+    axes = [_axes(shape[0], shape[1], window, filter) for window in windows]
+    rows, columns = _needed(axes)
+    tables = sum(axis.table.nbytes for both in axes for axis in both)
+    return len(axes) * _ROW_BYTES + tables + _whole(3 * len(rows) * len(columns))
 
 
-def write_record(pixels: np.ndarray, window: Window, orientation: int, filter: str, out: np.ndarray) -> int:
-    """Write the record of uint8 `[H,W,3]` pixels to the begin of `out`, uint8 `[N]` on a multiple of 16; its bytes.
+def write_records(
+    pixels: np.ndarray, windows: Sequence[Window], orientation: int, filter: str, out: np.ndarray
+) -> tuple[list[int], int]:
+    """Write the records of uint8 `[H,W,3]` pixels to the begin of `out`, uint8 `[N]` on a multiple of 16.
 
     Args:
-        window: what is wanted of the picture resized, as it is stored.
+        windows: what is wanted of the picture resized, as it is stored.
         orientation: EXIF's: the resized picture is to be turned upright as that says.
+
+    Returns:
+        where the record of each window begins, and the bytes of all.
     """
-    rows, columns = _axes(pixels.shape[0], pixels.shape[1], window, filter)
-    needed = pixels[rows.begin : rows.end, columns.begin : columns.end]
-    a, b, steps = columns, rows, (3, 3 * needed.shape[1])
+    axes = [_axes(pixels.shape[0], pixels.shape[1], window, filter) for window in windows]
+    rows, columns = _needed(axes)
+    needed = pixels[rows.start : rows.stop, columns.start : columns.stop]
+    sizes = [_ROW_BYTES + sum(axis.table.nbytes for axis in both) for both in axes]
+    begins, source = [sum(sizes[:i]) for i in range(len(sizes))], sum(sizes)
+    for begin, size, (of_rows, of_columns) in zip(begins, sizes, axes, strict=True):
+        origin = 3 * ((of_rows.begin - rows.start) * len(columns) + of_columns.begin - columns.start)
+        place = {Field.SOURCE: (source - begin) // UNIT, Field.ORIGIN: origin}
+        _write(of_rows, of_columns, 3 * len(columns), place, orientation, out[begin : begin + size])
+    np.copyto(out[source : source + needed.size].reshape(needed.shape), needed)
+    return begins, source + _whole(needed.size)
+
+
+def _needed(axes: Sequence[tuple[_Axis, _Axis]]) -> tuple[range, range]:
+    """The rows and the columns of a picture that are read for any of its windows."""
+    rows, columns = (range(min(a.begin for a in of), max(a.end for a in of)) for of in zip(*axes, strict=True))
+    return rows, columns
+
+
+def _write(
+    rows: _Axis, columns: _Axis, stride: int, place: dict[Field, int], orientation: int, out: np.ndarray
+) -> None:
+    """Write a record, all but its pixels, whose rows are `stride` bytes apart and begin at `place`."""
+    a, b, steps = columns, rows, (3, stride)
     if orientation >= 5:
         # what is turned by 90 degrees is resampled along its height first
         a, b, steps = b, a, steps[::-1]
-    tables = np.concatenate((a.table, b.table))
-    source = _ROW_BYTES + tables.nbytes
-    row = dict.fromkeys(Field, 0)
-    row |= {Field.SOURCE: source // UNIT, Field.STEP_A: steps[0], Field.STEP_B: steps[1]}
+    row = dict.fromkeys(Field, 0) | place
+    row |= {Field.STEP_A: steps[0], Field.STEP_B: steps[1]}
     row |= {Field.LENGTH_A: a.end - a.begin, Field.LENGTH_B: b.end - b.begin}
     row |= {Field.COUNT_A: a.pixels, Field.COUNT_B: b.pixels, Field.TAPS_A: a.taps, Field.TAPS_B: b.taps}
     row |= {Field.WEIGHTS_A: _ROW_BYTES // 4, Field.WEIGHTS_B: _ROW_BYTES // 4 + len(a.table)}
@@ -70,20 +97,18 @@ def write_record(pixels: np.ndarray, window: Window, orientation: int, filter: s
         row[Field.OUT], step_b = row[Field.OUT] + step_b * (b.pixels - 1), -step_b
     row |= {Field.OUT_A: step_a, Field.OUT_B: step_b}
     out[: 4 * len(Field)].view(np.int32)[:] = [row[field] for field in Field]
-    out[_ROW_BYTES:source].view(np.int32)[:] = tables
-    np.copyto(out[source : source + needed.size].reshape(needed.shape), needed)
-    return source + _whole(needed.size)
+    out[_ROW_BYTES:].view(np.int32)[:] = np.concatenate((a.table, b.table))
 
 
 def ready_bytes(height: int, width: int) -> int:
     """Bytes of the record of a picture that is resized already."""
-    return record_bytes((height, width), Window(height, width, 0, 0, height, width), "box")
+    return record_bytes((height, width), [Window(height, width, 0, 0, height, width)], "box")
 
 
 def write_ready(pixels: np.ndarray, out: np.ndarray) -> int:
     """Write the record of pixels that are resized and upright already, and will be copied; its bytes."""
     height, width = pixels.shape[:2]
-    return write_record(pixels, Window(height, width, 0, 0, height, width), 1, "box", out)
+    return write_records(pixels, [Window(height, width, 0, 0, height, width)], 1, "box", out)[1]
 
 
 def _axes(height: int, width: int, window: Window, filter: str) -> tuple[_Axis, _Axis]:

@@ -6,9 +6,10 @@ profile to sRGB, in this order: resizing does not need the other two, which are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ from .geometry import TOO_SMALL, UPSCALE_POLICIES, Placement, Size, apply, assig
 from .jpeg import MOST_SHRINK, shrunk
 from .opening import ImageHeader
 from .reasons import CORRUPT, DEFAULT_MAX_PIXELS, TOO_LARGE
-from .resample import MOST_WASTE
+from .resample import MOST_WASTE, Window
 
 DECODE_POLICIES = ("exact", "fast")
 CROPS = ("center", "adm")
@@ -95,12 +96,14 @@ class LoadedImage:
         bucket: its number among the buckets that were to choose from.
         placement: how the upright image came into it.
         pixels: uint8 `[H,W,3]`, or `[N]` that are the record of an image to be resized elsewhere.
+        offset: where that begins among the records of all views, in bytes.
     """
 
     header: ImageHeader
     bucket: int
     placement: Placement
     pixels: np.ndarray
+    offset: int = 0
 
 
 Admit = Callable[[int], AbstractContextManager[object]]
@@ -133,9 +136,9 @@ def load_image(
         ImageError: with one of `REASONS`, or "too_small" by the policy.
     """
     view = View(policy, tuple(buckets))
-    outs = None if out is None else [out[:record_bytes]]
-    is_record = record_bytes is not None and out is not None
-    (loaded,) = load_views(data, [view], outs, name=name, admit=admit, buffer=buffer, as_records=is_record)
+    record = out[:record_bytes] if record_bytes is not None and out is not None else None
+    outs = [out] if out is not None and record is None else None
+    (loaded,) = load_views(data, [view], outs, name=name, admit=admit, buffer=buffer, records=record)
     if isinstance(loaded, ImageError):
         raise loaded
     return loaded
@@ -168,7 +171,7 @@ def load_views(
     name: str = "image",
     admit: Admit = nullcontext,
     buffer: Buffer | None = None,
-    as_records: bool = False,
+    records: np.ndarray | None = None,
 ) -> list[LoadedImage | ImageError]:
     """Decode an image file and make every view of it, or say why it cannot be made. Pixels are those of `load_image`.
 
@@ -177,7 +180,9 @@ def load_views(
     Args:
         outs: for each view uint8 `[N]`, contiguous, with room for the pixels of any of its buckets; they lie there.
         name, admit, buffer: as those of `load_image`.
-        as_records: `outs` take records, each as large as its `out` at most, as `load_image` says.
+        records: leave the resizing to others: this, uint8 `[N]` with room for the `ready_bytes` of every view, takes
+            the records of all of them, in any order, and the pixels that they are made from but once. What finds no
+            room, and what `load_image` says, is resized here. `pixels` of each lie from its `offset` on.
 
     Raises:
         ImageError: no view can be made, as the file is no image.
@@ -204,7 +209,11 @@ def load_views(
     if plans:
         with admit(image.memory + needed):
             # by a function: what it has decoded is gone before others are admitted
-            for number, made in _make(image, views, plans, outs, buffer, as_records):
+            for number, made in (
+                _make(image, views, plans, outs, buffer)
+                if records is None
+                else _recorded(image, views, plans, records, buffer)
+            ):
                 found[number] = made
     return found
 
@@ -215,20 +224,15 @@ def _make(
     plans: Sequence[_Plan],
     outs: Sequence[np.ndarray] | None,
     buffer: Buffer | None,
-    as_records: bool,
 ) -> list[tuple[int, LoadedImage | ImageError]]:
     """The views that were planned, by their numbers."""
     decoded, made = _Decoded(image, buffer), list[tuple[int, LoadedImage | ImageError]]()
     for shrink, number, bucket, placement in sorted(plans, key=lambda plan: plan.shrink):
         policy = views[number].policy
         try:
-            pixels = decoded.pixels(policy, shrink)
-            if outs is None:
-                pixels = _placed(image, pixels, policy, placement)
-            elif as_records:
-                pixels = _record(image, pixels, policy, placement, outs[number])
-            else:
-                pixels = _laid(_placed(image, pixels, policy, placement), outs[number])
+            pixels = _placed(image, decoded.pixels(policy, shrink), policy, placement)
+            if outs is not None:
+                pixels = _laid(pixels, outs[number])
             made.append((number, LoadedImage(image.header, bucket, placement, pixels)))
         except ImageError as e:
             # its traceback would hold what was decoded
@@ -269,17 +273,71 @@ def _laid(pixels: np.ndarray, out: np.ndarray) -> np.ndarray:
     return view
 
 
-def _record(
-    image: OpenedImage, pixels: np.ndarray, policy: PixelPolicy, placement: Placement, out: np.ndarray
-) -> np.ndarray:
-    """The record of stored pixels, in `out`, of pixels that are resized where `out` or the policy asks for that."""
-    orientation = image.header.orientation
-    if policy.crop != "adm" and image.color_map(policy.icc) is None:
-        window = stored_window(placement, orientation)
-        is_resized = pixels.shape[:2] == (window.height, window.width)
-        if not is_resized and deferred.record_bytes(pixels.shape, window, FILTER) <= len(out):
-            return out[: deferred.write_record(pixels, window, orientation, FILTER, out)]
-    return out[: deferred.write_ready(_placed(image, pixels, policy, placement), out)]
+def _recorded(
+    image: OpenedImage, views: Sequence[View], plans: Sequence[_Plan], out: np.ndarray, buffer: Buffer | None
+) -> list[tuple[int, LoadedImage | ImageError]]:
+    """The records of the views that were planned, by their numbers: those made of the same pixels share them."""
+
+    def source(plan: _Plan) -> tuple[Any, ...]:
+        policy = views[plan.number].policy
+        return plan.shrink, policy.background, policy.icc
+
+    decoded, made = _Decoded(image, buffer), list[tuple[int, LoadedImage | ImageError]]()
+    sizes = [views[plan.number].buckets[plan.bucket] for plan in plans]
+    least = {p.number: deferred.ready_bytes(size.height, size.width) for p, size in zip(plans, sizes, strict=True)}
+    end, spare, header = 0, len(out) - sum(least.values()), image.header
+    for _, group in groupby(sorted(plans, key=source), source):
+        of_source = list(group)
+        try:
+            pixels = decoded.pixels(views[of_source[0].number].policy, of_source[0].shrink)
+        except ImageError as e:
+            made += [(plan.number, e.with_traceback(None)) for plan in of_source]
+            continue
+        begin, sharing = end, _sharing(image, views, of_source, pixels, least, spare)
+        if sharing:
+            windows = [stored_window(plan.placement, header.orientation) for plan in sharing]
+            begins, nbytes = deferred.write_records(pixels, windows, header.orientation, FILTER, out[begin:])
+            end += nbytes
+            for plan, at in zip(sharing, begins, strict=True):
+                record = out[begin + at : end]
+                made.append((plan.number, LoadedImage(header, plan.bucket, plan.placement, record, begin + at)))
+        for plan in of_source:
+            if plan in sharing:
+                continue
+            try:
+                ready = _placed(image, pixels, views[plan.number].policy, plan.placement)
+            except ImageError as e:
+                made.append((plan.number, e.with_traceback(None)))
+                continue
+            record = out[end : end + deferred.write_ready(ready, out[end:])]
+            made.append((plan.number, LoadedImage(header, plan.bucket, plan.placement, record, end)))
+            end += len(record)
+        spare -= end - begin - sum(least[plan.number] for plan in of_source)
+    return made
+
+
+def _sharing(
+    image: OpenedImage,
+    views: Sequence[View],
+    plans: Sequence[_Plan],
+    pixels: np.ndarray,
+    least: Mapping[int, int],
+    spare: int,
+) -> list[_Plan]:
+    """Those of the views that are resized elsewhere: as many as find room in what is there beside the least of all."""
+    sharing: list[_Plan] = []
+    windows: list[Window] = []
+    for plan in plans:
+        policy, window = views[plan.number].policy, stored_window(plan.placement, image.header.orientation)
+        if policy.crop == "adm" or image.color_map(policy.icc) is not None:
+            continue
+        if pixels.shape[:2] == (window.height, window.width):
+            # nothing is resized
+            continue
+        more = deferred.record_bytes(pixels.shape, [*windows, window], FILTER)
+        if more - sum(least[p.number] for p in (*sharing, plan)) <= spare:
+            sharing, windows = [*sharing, plan], [*windows, window]
+    return sharing
 
 
 def frame(image: OpenedImage, policy: PixelPolicy, placement: Placement, buffer: Buffer | None = None) -> np.ndarray:

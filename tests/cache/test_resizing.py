@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import image_files as files
@@ -15,7 +16,7 @@ from capacitor_kernels.launch import INTERPRETED
 from capacitor_kernels.ops.resize import ResizeConfig
 from capacitor_kernels.tuning import using
 from capacitor_rt import InputError
-from capacitor_rt.cache import CacheRequest, begin, cache_images
+from capacitor_rt.cache import CacheRequest, begin, cache_images, cache_views, parse_views
 from capacitor_rt.cache import resizing as module
 from capacitor_rt.cache.decoding import DecodePool
 from capacitor_rt.cache.options import RunOptions
@@ -24,7 +25,7 @@ from capacitor_rt.cache.sources import ColumnsRequest
 from capacitor_rt.cache.sources.files import folder_source
 from capacitor_rt.images.deferred import ready_bytes
 from capacitor_rt.images.geometry import Size
-from capacitor_rt.images.load import PixelPolicy, load_image
+from capacitor_rt.images.load import PixelPolicy, View, load_image, load_views
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="on a GPU it is one of tests/cache/test_cache_gpu.py")
 BUCKETS = (Size(32, 48), Size(40, 40), Size(48, 32))
@@ -73,6 +74,70 @@ def test_a_run_goes_on_with_the_other(src, tmp_path):
     assert snapshot(tmp_path / "both") == snapshot(tmp_path / "cpu")
 
 
+@pytest.mark.parametrize(("workers", "decode"), [(0, "fast"), (2, "exact")])
+def test_several_views_are_those_of_the_cpu_and_pictures_go_up_once(src, tmp_path, monkeypatch, workers, decode):
+    monkeypatch.setattr(begin, "BYTES_PER_WORKER", 1)
+    views = parse_views(["32", "48@area", "32@adm"], CacheRequest(32, decode="exact", batch=3, task_inputs=5))
+    if decode == "fast":
+        views = {name: replace(request, decode=decode) for name, request in views.items() if request.crop == "center"}
+    taken = []
+    take = Resizer.take
+    monkeypatch.setattr(Resizer, "take", lambda self, chunk: taken.append(chunk.columns.num_rows) or take(self, chunk))
+    for resize in ("cpu", "gpu"):
+        options = RunOptions(workers=workers, progress=False, resize=resize)
+        report = cache_views(src, tmp_path / resize, random_model(), views, note=str, options=options)
+        assert {r.cached for r in report.views.values()} == {11}
+        assert sum(taken) == (12 if resize == "gpu" else 0)
+    assert snapshot(tmp_path / "gpu") == snapshot(tmp_path / "cpu")
+
+
+@pytest.mark.parametrize("room", [0, 5000, 1 << 20])
+def test_views_share_a_pictures_pixels_where_there_is_room(src, room):
+    """Records of several windows of it, resized alone or together: the pixels are the same, and lie there once."""
+    views = [
+        View(PixelPolicy(), BUCKETS),
+        View(PixelPolicy(crop="adm"), (Size(32, 32),)),
+        View(PixelPolicy(), (Size(48, 48),)),
+    ]
+    least = sum(max(ready_bytes(b.height, b.width) for b in view.buckets) for view in views)
+    resizer = Resizer(torch.device("cpu"))
+    # upright and turned, a PNG, one with a profile, one of a bucket's size
+    for path in [sorted(src.iterdir())[i] for i in (0, 3, 6, 7, 9)]:
+        records = np.zeros(-(-(least + room) // 16) * 16, np.uint8)
+        found = load_views(path.read_bytes(), views, records=records)
+        offsets = np.array([loaded.offset for loaded in found])
+        resizer.take(Records(offsets, records))
+        end = max(loaded.offset + len(loaded.pixels) for loaded in found)
+        assert len(resizer._host) == end <= len(records)
+        for view, loaded in zip(views, found, strict=True):
+            alone = load_image(path.read_bytes(), view.policy, view.buckets)
+            batch = resizer.buffer(1, *alone.pixels.shape[:2])
+            resizer.put(np.array([loaded.offset]), batch, 0)
+            np.testing.assert_array_equal(batch[0], alone.pixels)
+            assert (loaded.bucket, loaded.placement) == (alone.bucket, alone.placement)
+
+
+class Records:
+    """Of one chunk."""
+
+    def __init__(self, offsets, pixels):
+        self.records = lambda: (offsets, pixels)
+
+    def release(self):
+        pass
+
+
+def test_records_of_views_are_smaller_together(src):
+    data = next(path for path in sorted(src.iterdir()) if path.name == "000.jpg").read_bytes()
+    nbytes = {}
+    for sides in ((32,), (48,), (32, 48)):
+        views = [View(PixelPolicy(), (Size(side, side),)) for side in sides]
+        found = load_views(data, views, records=np.zeros(1 << 20, np.uint8))
+        nbytes[sides] = max(loaded.offset + len(loaded.pixels) for loaded in found)
+    picture = 3 * 70 * 70
+    assert nbytes[32, 48] < nbytes[32,] + nbytes[48,] - picture + 64
+
+
 @pytest.mark.parametrize("room", [16, 9008, 1 << 20])
 def test_what_finds_no_room_is_resized_by_its_worker(src, room):
     source = folder_source(src, src / "none", ColumnsRequest())
@@ -84,7 +149,7 @@ def test_what_finds_no_room_is_resized_by_its_worker(src, room):
             resizer.take(chunk)
             for rows, bucket in chunk.groups():
                 batch = resizer.buffer(len(rows) + 1, BUCKETS[bucket].height, BUCKETS[bucket].width)
-                resizer.put(rows, batch, 1)
+                resizer.put(chunk.offsets(rows), batch, 1)
                 found |= {chunk.columns["input"][int(r)].as_py(): p for r, p in zip(rows, batch[1:], strict=True)}
     assert sorted(found) == [i for i in range(12) if i != 5]
     for ordinal, pixels in found.items():

@@ -16,7 +16,7 @@ from capacitor_kernels import reference
 from capacitor_kernels.ops.resize import ResizeConfig, resize
 from capacitor_kernels.pictures import Field, between_bytes
 from capacitor_rt.images.convert import orient
-from capacitor_rt.images.deferred import record_bytes, write_ready, write_record
+from capacitor_rt.images.deferred import record_bytes, write_ready, write_records
 from capacitor_rt.images.resample import FILTERS, Window, resample
 from capacitor_rt.runtime.pictures import table, tent_weights
 
@@ -39,8 +39,8 @@ class Wish:
         return orient(framed, self.orientation)
 
     def record(self) -> np.ndarray:
-        out = np.full(record_bytes(self.pixels.shape, self.window, self.filter), 0xA5, np.uint8)
-        assert write_record(self.pixels, self.window, self.orientation, self.filter, out) == len(out)
+        out = np.full(record_bytes(self.pixels.shape, [self.window], self.filter), 0xA5, np.uint8)
+        assert write_records(self.pixels, [self.window], self.orientation, self.filter, out) == ([0], len(out))
         return out
 
 

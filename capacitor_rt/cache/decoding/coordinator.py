@@ -121,7 +121,7 @@ class Coordinator:
         Raises:
             InputError: it never will.
         """
-        nbytes = len(ordinals) * sum(self._job.slots[view] for view in views)
+        nbytes = len(ordinals) * self._job.room(views)
         if nbytes > self._allocator.nbytes:
             raise InputError(
                 f"{len(ordinals)} inputs do not fit into a ring of {self._allocator.nbytes} bytes: use shorter ranges"

@@ -71,10 +71,15 @@ class DecodedChunk:
         buckets = self._numbers()
         return [(np.flatnonzero(buckets == number), int(number)) for number in np.unique(buckets) if number >= 0]
 
+    def offsets(self, rows: np.ndarray) -> np.ndarray:
+        """Of a chunk whose images are to be resized: where these rows' records begin, int64 `[N]`, -1 for none."""
+        return self._offsets[rows]
+
     def records(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of a chunk whose images are to be resized: where each row's record begins, int64 `[N]` (-1 for none), and all
-        of them, uint8, a view to be used before `release`."""
-        return self._offsets, self._pixels
+        """Of a chunk whose images are to be resized: where the records of all rows begin, in all views that were
+        wanted, int64 `[M]`, and all of them, uint8, to be used before `release`."""
+        offsets = np.concatenate([self._offsets, *(other._offsets for other in self._others.values())])
+        return offsets[offsets >= 0], self._pixels
 
     def pixels(self, row: int) -> np.ndarray:
         """uint8 `[H,W,3]` of a row with pixels: a view, to be used before `release`."""
@@ -125,7 +130,8 @@ class DecodePool:
         record_bytes: set aside for the record of each image that is resized elsewhere (see `images.deferred`); 0: the
             workers resize.
         backoff: seconds to wait before each further attempt to read an input that failed for now.
-        known: hashes of inputs that are read and not decoded: their rows have the status "known".
+        known: for each view, if there are any, hashes of inputs that are read and not decoded for it: their rows have
+            the status "known".
         helper: where the workers are forked, if it was started before; it ends with the pool.
         also: further views of every image, numbered from 1; the one of `policy` and `buckets` is 0.
 
@@ -147,7 +153,7 @@ class DecodePool:
         readers: int = 4,
         record_bytes: int = 0,
         backoff: Sequence[float] = BACKOFF_SECONDS,
-        known: Contents | None = None,
+        known: Sequence[Contents | None] = (),
         helper: Helper | None = None,
         also: Sequence[View] = (),
     ):
@@ -166,7 +172,15 @@ class DecodePool:
             raise InputError(f"record_bytes {record_bytes} is not a multiple of {UNIT}")
         self.deferring = record_bytes > 0
         self._job = Job(
-            source, policy, tuple(buckets), readers, tuple(backoff), pixel_budget, record_bytes, known, tuple(also)
+            source,
+            policy,
+            tuple(buckets),
+            readers,
+            tuple(backoff),
+            pixel_budget,
+            record_bytes,
+            tuple(known),
+            tuple(also),
         )
         # of a ring as asked for, everyone has two chunks at least
         self.chunk = max(1, min(CHUNK, ring_bytes // (self._job.slot * (2 * workers + 2))))

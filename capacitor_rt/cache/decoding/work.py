@@ -50,9 +50,10 @@ class Job:
         readers: threads per worker that read ahead.
         backoff: seconds to wait before each further attempt at an input that failed for now.
         pixel_budget: bytes that all workers together may take to decode images, unless one image needs more alone.
-        record_bytes: where images are resized elsewhere, what is set aside for the record of each; 0 where they are
+        record_bytes: where images are resized elsewhere, what is set aside for the records of each; 0 where they are
             resized by the workers.
-        known: hashes of inputs that are read and not decoded: their status is "known".
+        known: for each view, if there are any, hashes of inputs that are read and not decoded for it: their status is
+            "known".
         also: further views of every image, beside that of `policy` and `buckets`.
     """
 
@@ -63,7 +64,7 @@ class Job:
     backoff: tuple[float, ...] = BACKOFF_SECONDS
     pixel_budget: int = 2 << 30
     record_bytes: int = 0
-    known: Contents | None = None
+    known: tuple[Contents | None, ...] = ()
     also: tuple[View, ...] = ()
 
     @property
@@ -73,13 +74,13 @@ class Job:
 
     @property
     def slot(self) -> int:
-        """Bytes that are set aside for an image: its pixels in the largest bucket, or its record; in all views."""
-        return sum(self.slots)
+        """Bytes that are set aside for an image in all views."""
+        return self.room(range(len(self.views)))
 
-    @property
-    def slots(self) -> tuple[int, ...]:
-        """Bytes that are set aside for each view of an image."""
-        return tuple(max(least, self.record_bytes) for least in self.least)
+    def room(self, views: Sequence[int]) -> int:
+        """Bytes that are set aside for an image in these views: its pixels in the largest buckets, or its records."""
+        least = sum(self.least[number] for number in views)
+        return max(least, self.record_bytes) if views else least
 
     @property
     def least(self) -> tuple[int, ...]:
@@ -190,8 +191,9 @@ class Worker:
         """Decode the next `count` inputs into `out`, uint8 `[N]`, one behind the other.
 
         Args:
-            views: numbers of those that are wanted. Rows and pixels of the first come first, then those of the second;
-                the pixels of each begin where those of the ones before would end if all were the largest.
+            views: numbers of those that are wanted. Rows of the first come first, then those of the second, and so do
+                pixels: those of each begin where those of the ones before would end if all were the largest. Records
+                of an image lie together, those of the first image first.
         """
         return self._rows((self._next() for _ in range(count)), count, out, views)
 
@@ -230,26 +232,34 @@ class Worker:
         self, reads: Iterable[tuple[int, Future[_Read]]], count: int, out: np.ndarray, views: Sequence[int]
     ) -> tuple[list[Row], Meter]:
         cpu, self._starved, self._read = time.thread_time(), 0.0, 0.0
-        wanted, least = [self.job.views[number] for number in views], [self.job.least[number] for number in views]
-        rows: list[list[Row]] = [[] for _ in wanted]
-        ends = [*accumulate(count * self.job.slots[number] for number in views)]
+        rows: list[list[Row]] = [[] for _ in views]
+        least = [self.job.least[number] for number in views]
+        ends = [*accumulate(count * n for n in least)]
+        are_records = self.job.record_bytes > 0
+        if are_records:
+            least, ends = [sum(least)], [count * self.job.room(views)]
         offsets = [0, *ends[:-1]]
         for left, (ordinal, future) in zip(range(count - 1, -1, -1), reads, strict=True):
             self.mark(ordinal)
-            made = [Row({"input": ordinal, "status": OK}, offset) for offset in offsets]
+            made = [Row({"input": ordinal, "status": OK}) for _ in views]
             # those that follow keep the least that they need
             outs = [out[offset : end - left * n] for offset, end, n in zip(offsets, ends, least, strict=True)]
-            sizes = self._one(made, future, wanted, outs)
+            found = self._one(made, future, views, outs)
             self.mark(None)
-            offsets = [offset + size for offset, size in zip(offsets, sizes, strict=True)]
+            begins = offsets * len(views) if are_records else offsets
+            for row, loaded, begin in zip(made, found, begins, strict=True):
+                row.offset = -1 if loaded is None else begin + loaded.offset
+            stops = [0 if loaded is None else loaded.offset + loaded.pixels.size for loaded in found]
+            used = [max(stops)] if are_records else stops
+            offsets = [offset + nbytes for offset, nbytes in zip(offsets, used, strict=True)]
             for of_view, row in zip(rows, made, strict=True):
                 of_view.append(row)
         return [*chain.from_iterable(rows)], Meter(self._read, time.thread_time() - cpu, self._starved)
 
     def _one(
-        self, rows: Sequence[Row], future: Future[_Read], views: Sequence[View], outs: Sequence[np.ndarray]
-    ) -> list[int]:
-        """Decode one input, a row for each view; bytes of its pixels in each."""
+        self, rows: Sequence[Row], future: Future[_Read], views: Sequence[int], outs: Sequence[np.ndarray]
+    ) -> list[LoadedImage | None]:
+        """Decode one input, a row for each view; what has come of it in each, None where it has no pixels."""
         begin = time.perf_counter()
         read = future.result()
         self._starved += time.perf_counter() - begin
@@ -258,34 +268,45 @@ class Worker:
         ordinal = rows[0].values["input"]
         for row in rows:
             row.values["bytes_hash"] = read.digest
+        made: list[LoadedImage | None] = [None] * len(rows)
         if read.error is not None or read.data is None:
             error = read.error or ImageError(CRASHED, "nothing was read")
-            return _fail(rows, error.reason, str(error))
-        if self.job.known is not None and read.digest is not None and self.job.known.find(read.digest) >= 0:
-            for row in rows:
-                row.values["status"], row.offset = KNOWN, -1
-            return [0] * len(rows)
+            _fail(rows, error.reason, str(error))
+            return made
+        todo = [at for at, number in enumerate(views) if not self._is_known(number, read.digest)]
+        for at in {*range(len(rows))} - {*todo}:
+            rows[at].values["status"] = KNOWN
+        if not todo:
+            return made
+        wanted = [self.job.views[views[at]] for at in todo]
+        into = {"records": outs[0]} if self.job.record_bytes else {"outs": [outs[at] for at in todo]}
+        failing = [rows[at] for at in todo]
         name = f"input {ordinal}"
         try:
             name = self.job.source.listing.id(ordinal)
-            as_records = self.job.record_bytes > 0
-            found = load_views(
-                read.data, views, outs, name=name, admit=self.admit, buffer=self._buffer, as_records=as_records
-            )
+            found = load_views(read.data, wanted, name=name, admit=self.admit, buffer=self._buffer, **into)
         except ImageError as e:
-            return _fail(rows, e.reason, str(e))
+            _fail(failing, e.reason, str(e))
+            return made
         except MemoryError:
-            return _fail(rows, OUT_OF_MEMORY, f"{name}: no memory to decode it")
+            _fail(failing, OUT_OF_MEMORY, f"{name}: no memory to decode it")
+            return made
         except CapacitorError:
             raise
         except Exception as e:
-            return _fail(rows, CRASHED, f"{name}: decoding ended in {type(e).__name__}: {e}")
-        for row, loaded in zip(rows, found, strict=True):
+            _fail(failing, CRASHED, f"{name}: decoding ended in {type(e).__name__}: {e}")
+            return made
+        for at, loaded in zip(todo, found, strict=True):
             if isinstance(loaded, ImageError):
-                _fail([row], loaded.reason, str(loaded))
+                _fail([rows[at]], loaded.reason, str(loaded))
             else:
-                row.values |= _described(loaded)
-        return [0 if isinstance(loaded, ImageError) else loaded.pixels.size for loaded in found]
+                rows[at].values |= _described(loaded)
+                made[at] = loaded
+        return made
+
+    def _is_known(self, view: int, digest: bytes | None) -> bool:
+        known = self.job.known[view] if self.job.known else None
+        return known is not None and digest is not None and known.find(digest) >= 0
 
     def _buffer(self, nbytes: int) -> bytearray:
         """Memory for a decoded picture, the same again and again unless it is a large one."""
@@ -365,9 +386,7 @@ def _described(loaded: LoadedImage) -> dict[str, int]:
     }
 
 
-def _fail(rows: Sequence[Row], reason: str, message: str) -> list[int]:
-    """None of these rows has pixels: 0 bytes each."""
+def _fail(rows: Sequence[Row], reason: str, message: str) -> None:
+    """None of these rows has pixels."""
     for row in rows:
         row.values |= {"status": QUARANTINED, "reason": reason, "message": message, "retryable": is_retryable(reason)}
-        row.offset = -1
-    return [0] * len(rows)

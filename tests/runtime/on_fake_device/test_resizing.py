@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from capacitor_rt.cache.resizing import Resizer, by_device
-from capacitor_rt.images.deferred import record_bytes, write_record
+from capacitor_rt.images.deferred import record_bytes, write_records
 from capacitor_rt.images.resample import Window
 
 WINDOW = Window(24, 40, 0, 4, 24, 36)
@@ -20,14 +20,14 @@ class Chunk:
 
     def __init__(self, count: int):
         pixels = np.zeros((48, 80, 3), np.uint8)
-        nbytes = record_bytes(pixels.shape, WINDOW, "lanczos")
+        nbytes = record_bytes(pixels.shape, [WINDOW], "lanczos")
         self._pixels = np.zeros(count * nbytes, np.uint8)
         self._offsets = np.arange(count, dtype=np.int64) * nbytes
         for begin in self._offsets:
-            write_record(pixels, WINDOW, 1, "lanczos", self._pixels[begin:])
+            write_records(pixels, [WINDOW], 1, "lanczos", self._pixels[begin:])
 
     def records(self) -> tuple[np.ndarray, np.ndarray]:
-        return self._offsets, self._pixels
+        return self._offsets[self._offsets >= 0], self._pixels
 
     def release(self) -> None:
         self.released += 1
@@ -40,8 +40,8 @@ def test_batches_are_resized_beside_the_encoder_and_never_read_too_early(gpu):
         batch = resizer.buffer(4, 24, 32)
         chunk = Chunk(4)
         resizer.take(chunk)
-        resizer.put(np.arange(2), batch, 0)
-        resizer.put(np.arange(2, 4), batch, 2)
+        resizer.put(chunk._offsets[:2], batch, 0)
+        resizer.put(chunk._offsets[2:], batch, 2)
         resizer.join(batch)
         # the encoder, on the stream that is current
         batch.float().sum()
@@ -52,8 +52,9 @@ def test_batches_are_resized_beside_the_encoder_and_never_read_too_early(gpu):
 def test_the_encoders_stream_comes_after_the_resizers_once_it_has_joined(gpu):
     resizer = Resizer(torch.device("cuda"))
     batch = resizer.buffer(2, 24, 32)
-    resizer.take(Chunk(2))
-    resizer.put(np.arange(2), batch, 0)
+    chunk = Chunk(2)
+    resizer.take(chunk)
+    resizer.put(chunk._offsets, batch, 0)
     (side,) = set(gpu.spent) - {0}
     last = gpu.clocks[side][side]
     # two copies up and two launches at least, none of them on the stream that is current
