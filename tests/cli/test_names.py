@@ -76,5 +76,5 @@ def test_damaged_tiffs_leave_stderr_to_the_program(run, tmp_path):
     (tmp_path / "in" / "damaged.tif").write_bytes(damaged)
     (tmp_path / "in" / "metadata.tif").write_bytes(good[:-3])
     code, out, err = run("encode", "in", "-o", "latents", "--model", P16)
-    assert code == 3 and "images encoded" in out
+    assert code == 3 and "1 image encoded" in out
     assert all(line.split(":")[0] in ("corrupt", "truncated") for line in err.splitlines()), err
