@@ -1,4 +1,5 @@
-# Each target sets itself up: a virtual environment in .venv, versions pinned by constraints.txt.
+# Each target sets itself up: a virtual environment in .venv, versions pinned by constraints.txt; what the tests and lint
+# install in all is listed in requirements-py311.txt, so that nothing is left to resolve (two minutes of CPU time).
 PYTHON ?= python3
 VENV   ?= .venv
 PIP    := $(VENV)/bin/python -m pip --disable-pip-version-check
@@ -12,11 +13,15 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_DISABLE_TELEMETRY=1 PYTHONDONTWRITEBYTECODE
 TORCH  := $(shell grep '^torch==' constraints.txt)
 TRITON := $(shell grep '^triton==' constraints.txt)
 STREAMING := $(shell grep '^mosaicml-streaming==' constraints.txt)
+# the list is of one Python and system: elsewhere pip resolves what constraints.txt leaves open
+LISTED := $(shell $(PYTHON) -c 'import sys; print("yes" if sys.version_info[:2] == (3, 11) and sys.platform == "linux" else "")')
 
-.PHONY: demo test test-ptx test-slow test-newest test-trainers test-ray test-pairs test-pair lint format bench clean
+.PHONY: demo install test test-ptx test-slow test-newest test-trainers test-ray test-pairs test-pair lint format bench lock clean
 
 demo: $(VENV)/.demo
 	$(RUN) -m capacitor_rt.cli.demo --out demo-out
+
+install: $(VENV)/.test $(VENV)/.lint
 
 test: $(VENV)/.test
 	$(TEST_ENV) $(RUN) -m pytest -n $(CORES) --dist worksteal -q -m 'not slow'
@@ -71,6 +76,15 @@ format: $(VENV)/.lint
 bench: $(VENV)/.bench
 	$(RUN) -m pytest bench --benchmark-only -q
 
+# the list anew, after a change of constraints.txt or of what the tests need: run it with Python 3.11 on Linux
+lock:
+	rm -rf $(VENV)-lock
+	$(MAKE) VENV=$(VENV)-lock LISTED= install
+	{ echo "# Made by \`make lock\`: all that the tests and lint install beside torch and triton, for Python 3.11 on Linux."; \
+	  $(VENV)-lock/bin/python -m pip --disable-pip-version-check list --format=freeze --exclude-editable \
+	  | grep -v '^pip==\|^torch==\|^triton==\|^nvidia-\|^cuda-'; } > requirements-py311.txt
+	rm -rf $(VENV)-lock
+
 clean:
 	rm -rf $(VENV) $(VENV)-* demo-out .pytest_cache .ruff_cache .hypothesis .benchmarks .triton_cache
 
@@ -93,8 +107,15 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	$(call install,-e '.[view]')
 
 # streaming asks for older releases of numpy, xxhash and transformers than the others; MDS is read with these as well
-$(VENV)/.test: $(VENV)/.torch pyproject.toml
+$(VENV)/.test: $(VENV)/.torch pyproject.toml $(if $(LISTED),requirements-py311.txt)
+ifeq ($(LISTED),)
 	$(call install,-e '.[test]','$(STREAMING)')
+else
+	{ grep -v '^torch==\|^triton==' constraints.txt; echo '$(TORCH)'; } > $(VENV)/constraints.txt
+	$(INSTALL) --no-deps -r requirements-py311.txt
+	$(INSTALL) --no-deps --no-build-isolation -e .
+	touch $@
+endif
 
 $(VENV)/.bench: $(VENV)/.torch pyproject.toml
 	$(call install,-e '.[test]')

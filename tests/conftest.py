@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from contextlib import contextmanager
 
 import pytest
@@ -13,6 +14,9 @@ NOBODY = 65534
 HAS_GPU = torch.cuda.is_available()
 # configs that a developer tuned are no part of what is tested
 os.environ["CAPACITOR_CONFIGS"] = "shipped"
+# a shell starts what it leaves in the background deaf to interrupts, and all that is started there with it
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
     quick_interpreter.install()

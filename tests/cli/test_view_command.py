@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import urllib.request
 from pathlib import Path
 
@@ -209,8 +211,11 @@ def test_serving_ends_with_an_interrupt(world, tmp_path):
             with urllib.request.urlopen(url, timeout=10) as answer:
                 assert b"capacitor_rt" in answer.read()
         finally:
-            process.send_signal(2)
-        assert process.wait(30) == 0
+            process.send_signal(signal.SIGINT)
+            end = threading.Timer(60, process.kill)
+            end.start()
+        assert process.wait() == 0
+        end.cancel()
     assert "is a page already" in str(run(tmp_path / "page").exception)
 
 
