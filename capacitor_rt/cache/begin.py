@@ -193,7 +193,7 @@ def pool_of(
     prepared: PreparedRun,
     workers: int,
     options: RunOptions,
-    reuse: Reuse | None = None,
+    reuse: Sequence[Reuse | None] = (),
     *,
     is_deferring: bool = False,
     also: Sequence[View] = (),
@@ -201,6 +201,7 @@ def pool_of(
     """The pool that decodes for a run, not started.
 
     Args:
+        reuse: rows that each view need not encode again.
         is_deferring: whether images are resized elsewhere.
         also: further views of the images.
     """
@@ -217,7 +218,7 @@ def pool_of(
         pixel_budget=budget,
         **ring,
         backoff=options.backoff,
-        known=[reuse.known] if reuse else (),
+        known=[one.known if one else None for one in reuse],
         helper=helper,
         also=also,
     )

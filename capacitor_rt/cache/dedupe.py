@@ -68,6 +68,22 @@ def distinct(source: Source, candidates: np.ndarray) -> Distinct:
     return Distinct(np.flatnonzero(kept), int(np.maximum(listing.sizes[dropped], 0).sum()))
 
 
+Search = Callable[[Source, np.ndarray], Distinct]
+
+
+def searched_once() -> Search:
+    """`distinct`, each search made once: so the same inputs are left out of several views."""
+    found: dict[tuple[str, bytes], Distinct] = {}
+
+    def search(source: Source, candidates: np.ndarray) -> Distinct:
+        key = source.listing.digest(), xxh3(candidates.tobytes()).digest()
+        if key not in found:
+            found[key] = distinct(source, candidates)
+        return found[key]
+
+    return search
+
+
 def _each(
     reader: Reader, look: Callable[[Reader, int], bytes | None], ordinals: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:

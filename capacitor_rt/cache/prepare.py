@@ -19,7 +19,7 @@ from ..printable import counted
 from ..reference import Autoencoder
 from .commits import read_log
 from .decoding import Helper
-from .dedupe import distinct, restricted, subset
+from .dedupe import Search, distinct, restricted, subset
 from .folder import LEASES, TMP, CacheFolder
 from .kept_configs import configs_of
 from .model_source import Checkpoint, Loaded, ModelSource, with_whitening
@@ -108,6 +108,7 @@ def prepare(
     load: bool,
     source: Source | None = None,
     is_checked: bool = False,
+    search: Search = distinct,
 ) -> PreparedRun:
     """Check what can be checked before work starts. The model is loaded only for a new plan, and with `load`.
 
@@ -115,6 +116,7 @@ def prepare(
         folder: the cache `out`, None where there is none yet.
         source: the inputs, where they were listed already.
         is_checked: whether they are known to be those of the plan.
+        search: finds inputs of equal bytes.
 
     Raises:
         CacheError: other settings, another model or other inputs than those of the plan that is there.
@@ -145,7 +147,7 @@ def prepare(
     notes = list(source.notes)
     distinct_of = None
     if request.dedupe and load:
-        whole, (source, distinct_of) = source, without_copies(source, np.arange(len(source.listing)), notes)
+        whole, (source, distinct_of) = source, without_copies(source, np.arange(len(source.listing)), notes, search)
     model = model_source.load(identity) if load else None
     if model is not None:
         identity = with_whitening(identity, model)
@@ -154,12 +156,14 @@ def prepare(
     return PreparedRun(plan, tasks_of(plan, source), source, model, notes, cc=identity.cc, whole=whole)
 
 
-def without_copies(source: Source, candidates: np.ndarray, notes: list[str]) -> tuple[Source, dict[str, Any] | None]:
+def without_copies(
+    source: Source, candidates: np.ndarray, notes: list[str], search: Search
+) -> tuple[Source, dict[str, Any] | None]:
     """The source without inputs whose bytes an earlier one has, and what is to be said of it in an interim plan.
 
     The source itself, and None, if there are none. `candidates`: as in `distinct`.
     """
-    kept, nbytes = distinct(source, candidates)
+    kept, nbytes = search(source, candidates)
     copies = len(source.listing) - len(kept)
     if not copies:
         return source, None

@@ -97,6 +97,8 @@ def of_views(views: dict[str, Report]) -> Report:
         failures={id: why for report in every for id, why in report.failures.items()},
         unfinished=sum(report.unfinished for report in every),
         new_images=sum(report.new_images for report in every),
+        reused=sum(report.reused for report in every),
+        generation=max(report.generation for report in every),
         seconds=max(report.seconds for report in every),
         meters=every[0].meters,
         costs=next((report.costs for report in every if report.costs), []),

@@ -14,6 +14,7 @@ from ..model import FullCapacitor
 from ..reference import Autoencoder
 from .begin import Begun, accounted, begun, pool_of, unknown_inputs, workers_for
 from .decoding import Helper
+from .dedupe import Search, distinct
 from .dtype_costs import as_json
 from .encoder import BatchEncoder, IdleEncoder
 from .folder import CacheFolder, make_dir
@@ -119,24 +120,28 @@ def planned(
     request: CacheRequest,
     options: RunOptions,
     inputs: Source | None = None,
+    search: Search = distinct,
 ) -> PreparedRun:
     """The plan that is there, or a new one: whoever comes first makes it, and the others wait for it.
 
     Args:
         inputs: the source, where it was opened already.
+        search: finds inputs of equal bytes.
     """
     with mutex:
         first = folder.stat("plan.json") is None
         if first:
             remove_stale(folder, None)
             with mutex.interruptible():
-                prepared = prepare(src, folder.path, folder, source, request, options, load=True, source=inputs)
+                prepared = prepare(
+                    src, folder.path, folder, source, request, options, load=True, source=inputs, search=search
+                )
             # the plan comes last: with it the cache exists, without it nothing that lies here counts
             prepared.source.listing.save(folder, prepared.plan.source_name)
             prepared.plan.save(folder)
             return prepared
     if options.update:
-        return prepare_update(src, folder, mutex, source, request, options)
+        return prepare_update(src, folder, mutex, source, request, options, inputs=inputs, search=search)
     return prepare(src, folder.path, folder, source, request, options, load=True, source=inputs)
 
 
@@ -180,7 +185,7 @@ def _write_tasks(
     try:
         is_deferring = not is_idle and by_device(options.resize, prepared.cc)
         count = 0 if is_idle else workers_for(workers, prepared, todo)
-        decoder = pool_of(prepared, count, options, run.reuse, is_deferring=is_deferring)
+        decoder = pool_of(prepared, count, options, [run.reuse], is_deferring=is_deferring)
         # the workers get ready while the model does
         with decoder:
             encoder = IdleEncoder() if is_idle else encoder_of(prepared, source, note, is_deferring)

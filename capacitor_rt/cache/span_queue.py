@@ -16,13 +16,13 @@ class Span:
 
     tasks: tuple[tuple[int, Task], ...]
 
-    def pieces(self, most: int) -> Iterator[tuple[range, list[tuple[int, Task]]]]:
-        """The inputs in order, at most so many at a time, each time with the task of every view that has one there."""
+    def stretches(self) -> Iterator[tuple[range, list[tuple[int, Task]]]]:
+        """The inputs in order, cut where a task begins or ends, each time with the task of every view that has one."""
         bounds = sorted({bound for _, task in self.tasks for bound in (task.first, task.stop)})
         for first, stop in pairwise(bounds):
             here = [(view, task) for view, task in self.tasks if task.first <= first < task.stop]
-            for start in range(first, stop, most) if here else ():
-                yield range(start, min(start + most, stop)), here
+            if here:
+                yield range(first, stop), here
 
 
 def spans(tasks: Sequence[Sequence[Task]]) -> list[Span]:

@@ -9,7 +9,7 @@ import numpy as np
 from ..errors import CacheError
 from .carried import load_carried
 from .commits import read_log
-from .dedupe import restricted
+from .dedupe import Search, distinct, restricted
 from .folder import CacheFolder
 from .generations import record, recorded, unfinished
 from .model_source import ModelSource
@@ -34,11 +34,15 @@ def prepare_update(
     request: CacheRequest,
     options: RunOptions,
     after: PreparedRun | None = None,
+    inputs: Source | None = None,
+    search: Search = distinct,
 ) -> PreparedRun:
     """The plan of an update, a new one or that of one under way; the current one if the inputs are still its own.
 
     Args:
         after: the interim run that was just finished.
+        inputs: the source, where it was opened already.
+        search: finds inputs of equal bytes.
 
     Raises:
         CacheError: other settings, or another model, than those of the current plan.
@@ -47,7 +51,7 @@ def prepare_update(
     assert current is not None
     identity = model_source.identity(current.fields["model"]["compute_dtype"])
     check_plan(current, request, identity, folder)
-    source = after.whole if after else None
+    source = after.whole if after else inputs
     if source is None:
         source = open_source(
             src,
@@ -77,7 +81,7 @@ def prepare_update(
         looked = survey(folder, [current, *unfinished(folder, current)])
         part, distinct_of = source, None
         if request.dedupe and after is None and part is not None:
-            part, distinct_of = without_copies(source, _unseen(folder, current, source), notes)
+            part, distinct_of = without_copies(source, _unseen(folder, current, source), notes, search)
         with mutex:
             if (now := load_plan(folder)) is None or now.id != current.id:
                 raise CacheError(f"{folder.path} was updated by another process meanwhile: run the same command again")

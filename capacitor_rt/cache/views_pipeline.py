@@ -8,7 +8,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from itertools import pairwise
 from typing import NamedTuple
+
+import numpy as np
 
 from .decoding import DecodePool, usable_cores
 from .decoding.pool import Wanted
@@ -18,17 +21,27 @@ from .plan import Task
 from .span_queue import Span
 
 
+class _Step(NamedTuple):
+    """What a view is given: inputs of a task, or its end, or both."""
+
+    view: int
+    task: Task
+    is_last: bool
+
+
 class _Piece(NamedTuple):
-    chosen: range
-    tasks: list[tuple[int, Task]]
+    """Inputs that are decoded together, for the same views."""
+
+    ordinals: Sequence[int]
     views: tuple[int, ...]
+    steps: list[_Step]
 
 
 class ViewsPipeline:
     """Encodes and writes the tasks of several views.
 
     Attributes:
-        read: inputs that were decoded, for whichever views.
+        read: inputs that were read, for whichever views.
         costs: what storage types cost, for the meters.
 
     Args:
@@ -40,6 +53,8 @@ class ViewsPipeline:
         self.decoder = decoder
         self.read = 0
         self.costs: dict[str, dict[str, float | None]] = {}
+        # what resizes is the same for all that have it
+        self._uploading = next((p for p in pipelines if p.encoder.resizer is not None), pipelines[0])
 
     def run(self, spans: Iterable[Span]) -> None:
         """Write the tasks of all spans.
@@ -52,21 +67,47 @@ class ViewsPipeline:
                 stack.enter_context(pipeline.at_work())
             for chunk in self.decoder.decode(self._wanted(spans, order), AHEAD):
                 piece = order.popleft()
-                is_held = self.pipelines[0].upload(chunk)
-                for view, task in piece.tasks:
-                    part = chunk.of(view) if view in piece.views else None
-                    self.pipelines[view].accept(task, piece.chosen, piece.chosen.stop == task.stop, part)
+                is_held = self._uploading.upload(chunk)
+                for view, task, is_last in piece.steps:
+                    pixels = (piece.ordinals, is_last, chunk.of(view)) if view in piece.views else ((), is_last, None)
+                    self.pipelines[view].accept(task, *pixels)
                 if not is_held:
                     chunk.release()
-                self.read += len(piece.chosen) if piece.views else 0
+                self.read += len(piece.ordinals)
 
     def _wanted(self, spans: Iterable[Span], order: deque[_Piece]) -> Iterator[Wanted]:
         for span in spans:
-            for chosen, tasks in span.pieces(self.decoder.chunk):
-                # an abandoned task is taken to its end, but its inputs are not decoded
-                views = tuple(v for v, task in tasks if task.number not in self.pipelines[v].abandoned)
-                order.append(_Piece(chosen, tasks, views))
-                yield Wanted(chosen if views else range(chosen.start, chosen.start), views)
+            for stretch, tasks in span.stretches():
+                chunks = [*self._chunks(stretch, tasks)]
+                # a stretch of which nothing is to be read still has its turn
+                for left, (ordinals, wanting) in zip(range(len(chunks) - 1, -1, -1), chunks, strict=True):
+                    is_end = left == 0
+                    # an abandoned task is taken to its end, but its inputs are not decoded
+                    views = tuple(v for v, task in wanting if task.number not in self.pipelines[v].abandoned)
+                    ending = [v for v, task in tasks if is_end and task.stop == stretch.stop]
+                    steps = [_Step(v, task, v in ending) for v, task in tasks if v in views or v in ending]
+                    piece = _Piece(ordinals if views else (), views, steps)
+                    order.append(piece)
+                    yield Wanted(piece.ordinals, views)
+
+    def _chunks(
+        self, stretch: range, tasks: Sequence[tuple[int, Task]]
+    ) -> Iterator[tuple[Sequence[int], list[tuple[int, Task]]]]:
+        """Inputs to be read, in order, and the views that they are read for; one without inputs if there are none."""
+        need = np.ones((len(tasks), len(stretch)), bool)
+        for row, (view, _) in zip(need, tasks, strict=True):
+            reuse = self.pipelines[view].reuse
+            if reuse is not None:
+                row[:] = reuse.refs[stretch.start : stretch.stop] < 0
+        read = np.flatnonzero(need.any(0))
+        need = need[:, read]
+        bounds = [0, *(np.flatnonzero((need[:, 1:] != need[:, :-1]).any(0)) + 1).tolist(), len(read)]
+        if not len(read):
+            yield (), []
+        for begin, end in pairwise(bounds):
+            wanting = [task for task, row in zip(tasks, need, strict=True) if end > begin and row[begin]]
+            for start in range(begin, end, self.decoder.chunk):
+                yield (stretch.start + read[start : min(start + self.decoder.chunk, end)]).tolist(), wanting
 
     def measure(self) -> Meters:
         """The meters as of now: those of all views added up, reading and decoding counted once."""

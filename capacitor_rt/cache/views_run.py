@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from ..errors import CacheError, CapacitorError, InputError
+from ..errors import CapacitorError
 from ..images.load import View
 from ..model import FullCapacitor
 from ..reference import Autoencoder
-from .begin import Begun, accounted, begun, pool_of, workers_for
+from .begin import Begun, accounted, begun, pool_of, unknown_inputs, workers_for
+from .dedupe import searched_once
 from .dtype_costs import as_json
-from .encoder import BatchEncoder
+from .encoder import BatchEncoder, IdleEncoder
 from .folder import CacheFolder
 from .kept_configs import kept_together
 from .meters import Meters
@@ -24,15 +26,17 @@ from .mutex import Mutex
 from .options import RunOptions
 from .outlook import dry_run
 from .pipeline import Pipeline
-from .plan import PLAN, CacheRequest
-from .prepare import PreparedRun, as_source, check_folder, prepare
-from .report import DryRun, Report, of_views
-from .resizing import by_device
+from .plan import PLAN, CacheRequest, load_plan
+from .plan_changes import check_plan
+from .prepare import PreparedRun, as_source, check_folder, planned_listing, prepare
+from .report import DryRun, Report, after, of_views
+from .resizing import Resizer, by_device
 from .run import POLL_SECONDS, clear, encoder_of, opened, planned
-from .sources import Source
+from .sources import Listing, Source
 from .sources.open import open_source
 from .span_queue import SpanQueue
 from .task_queue import TaskQueue
+from .update import prepare_update
 from .views import check_views
 from .views_pipeline import ViewsPipeline
 from .watch import Bar, Watch
@@ -62,15 +66,14 @@ def cache_views(
     Returns:
         A report of all, whose `views` are those of each.
 
+    With `options.update` every view gets a generation of its own, which is made current when it is done, one view after
+    the other: each is whole at every moment, and after an interruption the same call brings all to the same inputs.
+
     Raises:
-        As `cache_images`, and InputError for an update; before anything is written if one of the views is refused.
+        As `cache_images`; before anything is written if one of the views is refused.
     """
     begin = time.perf_counter()
     chosen, out = options or RunOptions(), Path(out)
-    if chosen.update:
-        raise InputError("an update is of one cache: update each view by itself, its folder as OUT")
-    if any(request.dedupe for request in views.values()):
-        raise InputError("copies are found in one cache: give dedupe for each view by itself, its folder as OUT")
     source = _Once(as_source(model))
     for name in views:
         check_folder(out / name)
@@ -78,36 +81,93 @@ def cache_views(
     inputs, known = _checked(src, out, source, views, chosen)
     with ExitStack() as stack:
         stack.enter_context(_parent(out))
-        prepared: list[PreparedRun] = []
-        places: list[tuple[CacheFolder, Mutex]] = []
+        search = searched_once()
+        every: list[_One] = []
         for name, request in views.items():
             folder = stack.enter_context(opened(out / name))
             mutex = Mutex(folder, note)
             stack.callback(clear, folder, mutex)
-            places.append((folder, mutex))
-            is_planned = known[name] or planned(os.fspath(src), folder, mutex, source, request, chosen, inputs)
-            prepared.append(is_planned)
-        _tell_common(prepared, note)
+            is_planned = known[name] or planned(os.fspath(src), folder, mutex, source, request, chosen, inputs, search)
+            every.append(_One(name, request, folder, mutex, is_planned))
+        _tell_common([one.prepared for one in every], note)
         models = [*source.loaded, model if isinstance(model, FullCapacitor) else None]
-        stack.enter_context(kept_together([p.plan for p in prepared], prepared[0].cc, models))
+        plans = [one.prepared.plan for one in every]
+        stack.enter_context(kept_together(plans, every[0].prepared.cc, models))
+        meters: list[Meters] = []
+        bar = watch or Bar(chosen.progress, chosen.metrics)
+        firsts = _run_all([one for one in every if one.prepared.plan.is_interim], source, chosen, note, bar, meters)
+        for one in every:
+            if one.name in firsts and not firsts[one.name].unfinished:
+                one.prepared = prepare_update(
+                    os.fspath(src), one.folder, one.mutex, source, one.request, chosen, one.prepared
+                )
+                one.prepared.notes.clear()
+        left = [one for one in every if one.name not in firsts or not firsts[one.name].unfinished]
+        last = _run_all(left, source, chosen, note, bar, meters)
+    reports = {}
+    for name in views:
+        parts = [found[name] for found in (firsts, last) if name in found]
+        reports[name] = after(*parts) if len(parts) > 1 else parts[0]
+        reports[name].seconds = time.perf_counter() - begin
+        reports[name].meters = None
+    total = of_views(reports)
+    total.meters = Meters.joined(meters) if meters else None
+    return total
+
+
+@dataclass
+class _One:
+    """A view and its cache."""
+
+    name: str
+    request: CacheRequest
+    folder: CacheFolder
+    mutex: Mutex
+    prepared: PreparedRun
+
+
+def _run_all(
+    every: Sequence[_One],
+    source: ModelSource,
+    options: RunOptions,
+    note: Callable[[str], None],
+    watch: Watch,
+    meters: list[Meters],
+) -> dict[str, Report]:
+    """Do what is planned of every view, those of the same inputs together; the reports by name."""
+    groups: dict[str, list[_One]] = {}
+    for one in every:
+        groups.setdefault(one.prepared.plan.fields["source"]["sha256"], []).append(one)
+    reports: dict[str, Report] = {}
+    for group in groups.values():
+        reports |= _run(group, source, options, note, watch, meters)
+    return reports
+
+
+def _run(
+    group: Sequence[_One],
+    source: ModelSource,
+    options: RunOptions,
+    note: Callable[[str], None],
+    watch: Watch,
+    meters: list[Meters],
+) -> dict[str, Report]:
+    with ExitStack() as stack:
         runs = [
-            stack.enter_context(begun(p, *place, chosen.workers, chosen, _named(name, note)))
-            for name, p, place in zip(views, prepared, places, strict=True)
+            stack.enter_context(
+                begun(one.prepared, one.folder, one.mutex, options.workers, options, _named(one.name, note))
+            )
+            for one in group
         ]
-        _check_reuse(dict(zip(views, runs, strict=True)))
         together: ViewsPipeline | None = None
         with accounted(*runs):
             if any(run.todo for run in runs):
-                bar = watch or Bar(chosen.progress, chosen.metrics)
-                together = _write(runs, source, chosen, note, bar)
+                together = _write(runs, source, options, note, watch)
         pipelines: Sequence[Pipeline | None] = together.pipelines if together else [None] * len(runs)
-        reports = {name: run.report(p) for name, run, p in zip(views, runs, pipelines, strict=True)}
-    for report in reports.values():
-        report.seconds = time.perf_counter() - begin
-        report.meters = None
-    total = of_views(reports)
-    total.meters = together.measure() if together and together.read else None
-    return total
+        found = [run.report(pipeline) for run, pipeline in zip(runs, pipelines, strict=True)]
+    if together and any(report.meters for report in found):
+        meters.append(together.measure())
+    return {one.name: report for one, report in zip(group, found, strict=True)}
 
 
 def dry_run_views(
@@ -152,20 +212,36 @@ def _checked(
 ) -> tuple[Source, dict[str, PreparedRun | None]]:
     """The inputs, and what has a plan already, after each view was asked whether it can be begun or gone on with.
 
-    Nothing is written yet.
+    Nothing is written yet. Of an update no view is prepared, as that is to be written.
     """
     found: dict[str, PreparedRun | None] = {}
-    inputs = open_source(os.fspath(src), out, options.source, options.columns, options.image_column)
+    known = lambda: _listed(out, views)  # noqa: E731
+    inputs = open_source(os.fspath(src), out, options.source, options.columns, options.image_column, known)
     for name, request in views.items():
         with ExitStack() as stack:
             folder = stack.enter_context(CacheFolder(out / name)) if (out / name).exists() else None
             try:
+                plan = load_plan(folder) if folder is not None else None
+                found[name] = None
+                if folder is not None and plan is not None and options.update:
+                    check_plan(plan, request, source.identity(plan.fields["model"]["compute_dtype"]), folder)
+                    continue
                 p = prepare(os.fspath(src), out / name, folder, source, request, options, load=False, source=inputs)
-                found[name] = p if folder is not None and folder.stat(PLAN) is not None else None
+                found[name] = p if plan is not None else None
             except CapacitorError as e:
                 e.args = (f"view {name}: {e}",)
                 raise
     return inputs, found
+
+
+def _listed(out: Path, views: Iterable[str]) -> Listing | None:
+    """The list of inputs of one of the views, if there is a sound one."""
+    for name in views:
+        if (out / name / PLAN).is_file():
+            with suppress(CapacitorError), CacheFolder(out / name) as folder:
+                if (listing := planned_listing(folder, load_plan(folder))) is not None:
+                    return listing
+    return None
 
 
 @contextmanager
@@ -182,16 +258,6 @@ def _parent(out: Path) -> Iterator[None]:
 
 def _named(name: str, note: Callable[[str], None]) -> Callable[[str], None]:
     return lambda line: note(f"{name}: {line}")
-
-
-def _check_reuse(runs: Mapping[str, Begun]) -> None:
-    """Refuse what is a matter of one view alone."""
-    for name, run in runs.items():
-        if run.reuse is not None and run.todo:
-            raise CacheError(
-                f"view {name} is an update that is to be gone on with: do that alone, by `capacitor-rt cache SRC "
-                f"{run.store.folder.path} --update` with its settings, then the views together"
-            )
 
 
 def _tell_common(prepared: Sequence[PreparedRun], note: Callable[[str], None]) -> None:
@@ -214,20 +280,19 @@ def _write(
     if first is None and not queue.left():
         return None
     total, left = sum(run.prepared.plan.count for run in runs), sum(len(task) for run in runs for task in run.todo)
-    workers = max(workers_for(options.workers, run.prepared, run.todo) for run in runs)
+    are_idle = [not run.todo or unknown_inputs(run.reuse, run.todo) == 0 for run in runs]
+    of_work = [run for run, is_idle in zip(runs, are_idle, strict=True) if not is_idle]
+    workers = max((workers_for(options.workers, run.prepared, run.todo) for run in of_work), default=0)
     also = [View(run.prepared.plan.policy, run.prepared.plan.buckets) for run in runs[1:]]
-    is_deferring = by_device(options.resize, runs[0].prepared.cc)
+    reuse = [run.reuse for run in runs]
+    is_deferring = bool(of_work) and by_device(options.resize, runs[0].prepared.cc)
     meters: Meters | None = None
     watch.begin(total, total - left)
     try:
         # the workers get ready while the model does
-        with pool_of(runs[0].prepared, workers, options, is_deferring=is_deferring, also=also) as decoder:
-            encoders: list[BatchEncoder] = []
-            for run in runs:
-                # one resizer, as pictures go up once for all views
-                resizer = encoders[0].resizer if encoders else None
-                encoders.append(encoder_of(run.prepared, source, note, is_deferring, resizer))
-            if encoders[0].on_gpu:
+        with pool_of(runs[0].prepared, workers, options, reuse, is_deferring=is_deferring, also=also) as decoder:
+            encoders = _encoders(runs, are_idle, source, note, is_deferring)
+            if any(encoder.on_gpu for encoder in encoders):
                 decoder.pin()
             pipelines = [
                 Pipeline(
@@ -236,6 +301,7 @@ def _write(
                     decoder,
                     encoder,
                     give_up=options.give_up,
+                    reuse=run.reuse,
                     advance=lambda inputs, quarantined: watch.advance(inputs, quarantined, together.measure),
                 )
                 for run, encoder in zip(runs, encoders, strict=True)
@@ -258,3 +324,20 @@ def _write(
     finally:
         watch.end(meters)
     return together
+
+
+def _encoders(
+    runs: Sequence[Begun],
+    are_idle: Sequence[bool],
+    source: ModelSource,
+    note: Callable[[str], None],
+    is_deferring: bool,
+) -> list[BatchEncoder]:
+    encoders: list[BatchEncoder] = []
+    resizer: Resizer | None = None
+    for run, is_idle in zip(runs, are_idle, strict=True):
+        encoder = IdleEncoder() if is_idle else encoder_of(run.prepared, source, note, is_deferring, resizer)
+        # one for all, as pictures go up once
+        resizer = resizer or encoder.resizer
+        encoders.append(encoder)
+    return encoders

@@ -38,18 +38,20 @@ def print_report(report: Report, out: Path) -> None:
         echo(f"nothing to do: {out} holds {done}")
     else:
         rate = report.new_images / max(report.seconds, 1e-9)
-        reused = (
-            f"; {counted(report.reused, 'row')} reused for generation {report.generation}" if report.generation else ""
-        )
-        echo(
-            f"cached {done}{reused}; {counted(report.new_images, 'input')} read at {rate:.1f} images/s; {report.meters}"
-        )
+        read = f"{counted(report.new_images, 'input')} read at {rate:.1f} images/s"
+        echo(f"cached {done}{_reused(report)}; {read}; {report.meters}")
     print_failures(report, out)
 
 
 def _done(report: Report) -> str:
     size = bytes_text(report.nbytes)
     return f"{report.cached} of {counted(report.inputs, 'image')} in {counted(report.tasks, 'task')}, {size}"
+
+
+def _reused(report: Report) -> str:
+    if not report.generation:
+        return ""
+    return f"; {counted(report.reused, 'row')} reused for generation {report.generation}"
 
 
 def print_failures(report: Report, out: Path) -> None:
@@ -78,5 +80,6 @@ def print_views(total: Report, out: Path) -> None:
         images = total.meters.images
         echo(f"{counted(images, 'input')} read at {images / max(total.seconds, 1e-9):.1f} images/s; {total.meters}")
     for name, report in total.views.items():
-        echo(f"{name}: cached {_done(report)}; {counted(report.new_images, 'input')} in this run")
+        new = counted(report.new_images, "input")
+        echo(f"{name}: cached {_done(report)}{_reused(report)}; {new} in this run")
         print_failures(report, out / name)

@@ -139,6 +139,8 @@ def test_damage_ends_verify_with_1_and_is_named(cli, tmp_path):
 
 class TestViews:
     def test_several_sizes_from_one_decode(self, cli, tmp_path):
+        for path in (tmp_path / "src").iterdir():
+            os.utime(path, (1_600_000_000, 1_600_000_000))
         args = options(tmp_path, "--view", "32,64@flip", "--view", "64@area+int8", "--batch", 2, "--task-inputs", 4)
         first = cli("cache", *args, "-q", "--workers", 0)
         assert first.exit_code == 0, first.output
@@ -153,6 +155,11 @@ class TestViews:
         assert [line.split(":")[0] for line in checked.stdout.splitlines()] == sorted(names)
         again = cli("cache", *args)
         assert again.exit_code == 0 and again.stdout.count("0 inputs in this run") == 3
+        (tmp_path / "src" / "zz.png").write_bytes((tmp_path / "src" / "000.png").read_bytes())
+        updated = cli("cache", *args, "--update", "-q")
+        assert updated.exit_code == 0, updated.output
+        assert updated.stdout.count("cached 7 of 7 images") == 3 and updated.stdout.startswith("1 input read at ")
+        assert updated.stdout.count("7 rows reused for generation 1; 1 input in this run") == 3
 
     def test_the_worst_exit_code_counts_and_says_where(self, cli, tmp_path):
         (tmp_path / "src" / "bad.png").write_text("no image")
@@ -174,9 +181,7 @@ class TestViews:
         [
             (("--view", "32", "--size", "32"), "give one of --size N"),
             (("--view", "32@x"), "unknown option 'x'"),
-            (("--view", "32", "--update"), "update each view by itself"),
-            (("--view", "32,64", "--dedupe"), "for each view by itself"),
-            (("--view", "32,64", "--resize", "gpu"), "leave out resize gpu"),
+            (("--view", "32,64", "--resize", "tpu"), "resize 'tpu' is unknown"),
         ],
     )
     def test_wrong_usage(self, cli, tmp_path, more, said):

@@ -3,7 +3,7 @@
 `kill SRC OUT COUNT SEED` caches SRC into OUT in a child, kills it at a random moment, and so on until one ends by
 itself. Prints how far the cache was (committed tasks) when each died.
 `kill-update` does the same by `--update`; meanwhile and after each death the cache in OUT is read, all of it.
-`kill-views` does the same with several views, whose tasks are counted together.
+`kill-views` and `kill-views-update` do the same with several views, whose tasks are counted together.
 `share SRC OUT COUNT KILLS SEED` caches SRC into OUT in COUNT children at once, kills some of them, and prints how much
 each has read and their exit codes. `share-update` does the same by `--update`.
 Both have a form `-dedupe`, too.
@@ -40,7 +40,7 @@ VIEWS = parse_views(["32", "64@area+flip"], CacheRequest(32, dtype="fp32", task_
 
 def commits(out: Path) -> int:
     """Committed tasks of a cache, or of all views in a folder."""
-    return sum(log.read_bytes().count(b"\n") for log in [*out.glob("commits*.jsonl"), *out.glob("*/commits.jsonl")])
+    return sum(log.read_bytes().count(b"\n") for log in [*out.glob("commits*.jsonl"), *out.glob("*/commits*.jsonl")])
 
 
 def wait_for_commits(out: Path, count: int) -> None:
@@ -72,7 +72,10 @@ def cache_at_leisure(src: Path, out: Path, model: FullCapacitor, update: bool) -
     return cache_images(src, out, model, REQUEST, options=options).exit_code
 
 
-def rows_of(out: Path) -> tuple[int, dict[str, bytes]]:
+Rows = tuple[int, dict[str, bytes]]
+
+
+def rows_of(out: Path) -> Rows:
     """Number of the generation and the bytes of every row, each compared with its hash."""
     ds = LatentDataset(out, verify=True)
     rows = {id: b"".join(t.numpy().tobytes() for t in ds.tensors(i).values()) for i, id in enumerate(ds.ids)}
@@ -82,7 +85,7 @@ def rows_of(out: Path) -> tuple[int, dict[str, bytes]]:
 def views_at_leisure(src: Path, out: Path, model: FullCapacitor, update: bool) -> int:
     """The same of several views; the worst of their exit codes."""
     os.nice(10)
-    options = RunOptions(workers=0, progress=False)
+    options = RunOptions(workers=0, progress=False, update=update)
     return cache_views(src, out, model, VIEWS, note=str, options=options).exit_code
 
 
@@ -92,7 +95,8 @@ def kill_until_done(
     model = random_model()
     rng = random.Random(seed)
     died: list[int] = []
-    old = rows_of(out) if update else None
+    folders = [out] if begin is cache_at_leisure else [out / name for name in VIEWS]
+    old = [(folder, rows_of(folder)) for folder in folders] if update else []
     while True:
         before = commits(out)
         child = in_child(lambda: begin(src, out, model, update))
@@ -102,9 +106,9 @@ def kill_until_done(
             time.sleep(rng.uniform(0, 0.02))
             os.kill(child, signal.SIGKILL)
         else:
-            check_readable(out, old)
+            check_readable(old)
         _, status = os.waitpid(child, 0)
-        check_readable(out, old)
+        check_readable(old)
         if os.WIFSIGNALED(status):
             died.append(commits(out))
             continue
@@ -112,11 +116,11 @@ def kill_until_done(
         return died
 
 
-def check_readable(out: Path, old: tuple[int, dict[str, bytes]] | None) -> None:
-    """The cache in `out` is whole: as it was, or updated."""
-    if old is not None:
-        now = rows_of(out)
-        assert now == old or now[0] == old[0] + 1
+def check_readable(old: list[tuple[Path, Rows]]) -> None:
+    """The caches are whole: each as it was, or updated."""
+    for folder, before in old:
+        now = rows_of(folder)
+        assert now == before or now[0] == before[0] + 1
 
 
 def share(src: Path, out: Path, count: int, kills: int, seed: int, update: bool = False) -> list[int]:
@@ -170,8 +174,8 @@ if __name__ == "__main__":
     is_update = mode.endswith("-update")
     if mode.endswith("-dedupe"):
         REQUEST = dataclasses.replace(REQUEST, dedupe=True)
-    if mode == "kill-views":
-        print(*kill_until_done(Path(src), Path(second), *map(int, rest), begin=views_at_leisure))
+    if mode.startswith("kill-views"):
+        print(*kill_until_done(Path(src), Path(second), *map(int, rest), is_update, begin=views_at_leisure))
     elif mode.startswith("kill"):
         print(*kill_until_done(Path(src), Path(second), *map(int, rest), is_update))
     elif mode.startswith("share"):

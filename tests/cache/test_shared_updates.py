@@ -1,0 +1,79 @@
+"""Updates, copies and several views, shared by coordinators: the bytes are those of one process."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+from cache_cases import commits_of, snapshot, write_images
+from kill_driver import REQUEST, VIEWS
+from models import random_model
+from update_cases import SIZES, age, image
+
+from capacitor_rt.cache import Checkpoint, RunOptions, cache_images, cache_views, coordinators
+from capacitor_rt.cache.coordinators import cache_on
+
+COPIES = {name: replace(request, dedupe=True) for name, request in VIEWS.items()}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A source that has changed, what was cached of it before, and what one process makes of that now."""
+    folder = tmp_path_factory.mktemp("shared")
+    src = folder / "src"
+    write_images(src, 30, sizes=SIZES)
+    (src / "004b.png").write_bytes(b"no image")
+    age(src)
+    random_model().save_pretrained(folder / "model")
+    model, options = Checkpoint(str(folder / "model")), RunOptions(workers=0, progress=False)
+    cache_images(src, folder / "old" / "one", model, REQUEST, options=options)
+    cache_views(src, folder / "old" / "views", model, COPIES, note=str, options=options)
+    for i in range(24):
+        image(src / f"{i:03d}-new.png", 100 + i % 18, SIZES[i % 3])
+    (src / "003.png").unlink()
+    image(src / "022.png", 200, SIZES[1])
+    shutil.copytree(folder / "old", folder / "whole")
+    options = replace(options, update=True)
+    cache_images(src, folder / "whole" / "one", model, REQUEST, options=options)
+    cache_views(src, folder / "whole" / "views", model, COPIES, note=str, options=options)
+    return folder
+
+
+def share(folder, out, request):
+    options = RunOptions(workers=0, progress=False, update=True)
+    model, notes = Checkpoint(str(folder / "model")), []
+    report = cache_on(["cpu", "cpu"], folder / "src", out, model, request, note=notes.append, options=options)
+    assert report.exit_code == 3
+    return report, notes
+
+
+def test_views_with_copies_are_updated_together(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    out = shutil.copytree(folder / "old" / "views", tmp_path / "views")
+    report, _ = share(folder, out, COPIES)
+    # one update has one input for each content, the next the others
+    assert {name: (r.cached, r.generation) for name, r in report.views.items()} == dict.fromkeys(VIEWS, (53, 2))
+    assert snapshot(out) == snapshot(folder / "whole" / "views")
+
+
+def test_an_update_is_gone_on_with_where_a_coordinator_is_killed(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    out = shutil.copytree(folder / "old" / "one", tmp_path / "one")
+    started, start = [], coordinators._start
+    monkeypatch.setattr(coordinators, "_start", lambda *args: started.append(start(*args)) or started[-1])
+
+    def kill_the_planner():
+        while not any(log.stat().st_size for log in out.glob("commits-*.jsonl")):
+            time.sleep(0.001)
+        started[0].process.kill()
+
+    thread = threading.Thread(target=kill_the_planner)
+    thread.start()
+    report, notes = share(folder, out, REQUEST)
+    thread.join()
+    assert sum("was ended by SIGKILL" in line for line in notes) == 1
+    assert (report.cached, report.generation) == (53, 1) and len(commits_of(out)) == report.tasks
+    assert snapshot(out) == snapshot(folder / "whole" / "one")
