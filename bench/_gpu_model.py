@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 # how much of prologue and epilogue hides under another CTA's main loop: 0 none, 1 all
-OVERLAP = 0.5
+HIDING = 0.5
 # seconds between two launches of which the second starts early and waits: its CTAs are there already, and the first
 # one's writes have to be made visible. A guess
 EARLY_GAP = 0.5e-6
@@ -75,7 +75,7 @@ class Cta:
         """Cycles by pipe over all regions."""
         return sum((Counter(pipes) for pipes in self.pipes.values()), Counter())
 
-    def cycles(self, together: int, overlap: float = OVERLAP) -> float:
+    def cycles(self, together: int, hiding: float = HIDING) -> float:
         """Cycles until so many CTAs that start together on one SM are done.
 
         They lie between in phase, where regions add up, and ideal, where the busiest pipe over everything counts.
@@ -85,18 +85,22 @@ class Cta:
         alone = {region: self._region(region, 1) + self.latency[region] for region in self.pipes}
         in_phase = CTA_START + sum(max(self._region(region, together), alone[region]) for region in self.pipes)
         busiest = together * max(self.totals().values(), default=0.0)
-        ideal = max(busiest, CTA_START + sum(alone.values()))
-        share = overlap if together > 1 else 0.0
+        ideal = max(busiest, self.alone())
+        share = hiding if together > 1 else 0.0
         return share * ideal + (1 - share) * in_phase
+
+    def alone(self) -> float:
+        """Cycles of one CTA that has an SM for itself."""
+        return CTA_START + sum(self._region(region, 1) + self.latency[region] for region in self.pipes)
 
     def _region(self, region: str, together: int) -> float:
         busiest = together * max(self.pipes[region].values(), default=0.0)
         return max(busiest, self.floor) if region == "main" else busiest
 
 
-def schedule(cta: Cta, grid: int, per_sm: int, sms: int, overlap: float = OVERLAP) -> tuple[float, float]:
+def schedule(cta: Cta, grid: int, per_sm: int, sms: int, hiding: float = HIDING) -> tuple[float, float]:
     """(cycles, waves) of a grid: whole waves, and a tail that spreads over the SMs."""
     slots = per_sm * sms
     full, rest = divmod(grid, slots)
     tail = -(-rest // sms)
-    return full * cta.cycles(per_sm, overlap) + cta.cycles(min(tail, per_sm), overlap), grid / slots
+    return full * cta.cycles(per_sm, hiding) + cta.cycles(min(tail, per_sm), hiding), grid / slots

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ._branches import Work, floor, simulate
 from ._compile import compile_launch, ctas_per_sm
-from ._gpu_model import EARLY_GAP, OVERLAP, Cta, Gpu, schedule
+from ._gpu_model import CTA_START, EARLY_GAP, HIDING, Cta, Gpu, schedule
 from ._machine_code import SM_PIPES, Instruction, Region, disassemble, loops, regions
 from ._row_launches import identity
 
@@ -58,8 +59,31 @@ class Prediction:
 
 
 @dataclass
+class Branches:
+    """Milliseconds of a call whose runs are two branches of halves each, by simulation.
+
+    Attributes:
+        floor: what no schedule gets below: the busiest pipe, L2, DRAM, or the rate of a whole-GPU product.
+        expected: where CTAs of both branches share an SM as well as those of one launch do.
+        turns: where they gain nothing from one another.
+        sequence: one half after the other.
+        whole: the whole batch as one branch.
+    """
+
+    floor: float = 0.0
+    expected: float = 0.0
+    turns: float = 0.0
+    sequence: float = 0.0
+    whole: float = 0.0
+
+
+@dataclass
 class CallPrediction:
-    """One call of a model: its runs of a micro-batch each, its launches and the gaps between them, in milliseconds."""
+    """One call of a model: its runs of a micro-batch each, its launches and the gaps between them, in milliseconds.
+
+    Attributes:
+        branches: of a call with `overlap`, whose launches do not follow each other.
+    """
 
     name: str
     gpu: str
@@ -67,6 +91,7 @@ class CallPrediction:
     launches: list[Prediction]
     gaps: float
     floor: float
+    branches: Branches | None = None
 
     @property
     def kernels(self) -> float:
@@ -74,35 +99,62 @@ class CallPrediction:
 
     @property
     def ms(self) -> float:
-        return self.kernels + self.gaps
+        return self.branches.expected if self.branches else self.kernels + self.gaps
 
 
-def predict_call(model: ModelConfig, key: PlanKey, gpu: Gpu, name: str, overlap: float = OVERLAP) -> CallPrediction:
-    """The time that the launches of a call take on a GPU, host time and copies in and out not counted."""
-    from capacitor_rt.runtime.batching import ARENA_BUDGET, micro_batch, parts
+def predict_call(
+    model: ModelConfig, key: PlanKey, gpu: Gpu, name: str, hiding: float = HIDING, overlap: bool = False
+) -> CallPrediction:
+    """The time that the launches of a call take on a GPU, host time and copies in and out not counted.
+
+    Args:
+        overlap: of the runtime: an even run is two branches of a graph, each of half the images.
+    """
+    from capacitor_rt.runtime.batching import ARENA_BUDGET, branches, micro_batch, parts
+
+    runs = parts(key.batch, min(micro_batch(model, key, ARENA_BUDGET), key.batch))
+    found: dict[Any, tuple[Prediction, Work]] = {}
+    call = CallPrediction(name, gpu.name, runs, [], 0.0, 0.0, Branches() if overlap else None)
+    for size in dict.fromkeys(runs):
+        branch, count = branches(replace(key, batch=size), overlap)
+        times, works = runs.count(size), []
+        for prediction, work in _trace(model, branch, gpu, found, hiding, count):
+            prediction.count += times * count
+            call.gaps += 1e3 * times * count * work.gap
+            call.floor += 1e3 * times * count * work.flops / gpu.tflops / 1e12
+            works.append(work)
+        if call.branches:
+            whole = [work for _, work in _trace(model, replace(key, batch=size), gpu, {}, hiding, 1)]
+            both = [works] * count
+            call.branches.floor += 1e3 * times * floor(both, gpu)
+            call.branches.expected += 1e3 * times * simulate(both, gpu, hiding, hiding)
+            call.branches.turns += 1e3 * times * simulate(both, gpu, 0.0, hiding)
+            call.branches.sequence += 1e3 * times * count * simulate([works], gpu, hiding, hiding)
+            call.branches.whole += 1e3 * times * simulate([whole], gpu, hiding, hiding)
+    call.launches = [prediction for prediction, _ in found.values()]
+    return call
+
+
+def _trace(
+    model: ModelConfig, key: PlanKey, gpu: Gpu, found: dict[Any, tuple[Prediction, Work]], hiding: float, count: int
+) -> Iterator[tuple[Prediction, Work]]:
+    """Every launch of a plan in order, of `count` branches side by side; those that are alike once in `found`."""
     from capacitor_rt.runtime.executor import trace
     from capacitor_rt.runtime.plan import make_plan
 
-    runs = parts(key.batch, min(micro_batch(model, key, ARENA_BUDGET), key.batch))
-    found: dict[Any, Prediction] = {}
-    floor = gaps = 0.0
-    for size in dict.fromkeys(runs):
-        plan, times = make_plan(model, replace(key, batch=size)), runs.count(size)
-        for step, launches in trace(plan):
-            for index, launch in enumerate(launches):
-                work = 0 if index else step.flops
-                alike = identity(launch), launch.grid, work
-                if alike not in found:
-                    dram = _dram_bytes(plan, step, gpu) if index == 0 else _again(launch, gpu)
-                    found[alike] = predict(launch, gpu, work, dram, overlap)
-                found[alike].count += times
-                gaps += times * (EARLY_GAP if launch.options.get("launch_pdl") else gpu.gap)
-                floor += times * work / _rate(launch, gpu) / 1e9
-    return CallPrediction(name, gpu.name, runs, list(found.values()), 1e3 * gaps, floor)
+    plan = make_plan(model, key)
+    for step, launches in trace(plan):
+        for index, launch in enumerate(launches):
+            flops = 0 if index else step.flops
+            alike = identity(launch), launch.grid, flops
+            if alike not in found:
+                dram = _dram_bytes(plan, step, gpu, count) if index == 0 else _again(launch, gpu)
+                found[alike] = predict(launch, gpu, flops, dram, hiding)
+            yield found[alike]
 
 
-def predict(launch: Launch, gpu: Gpu, flops: int, dram: float, overlap: float = OVERLAP) -> Prediction:
-    """The time of one launch.
+def predict(launch: Launch, gpu: Gpu, flops: int, dram: float, hiding: float = HIDING) -> tuple[Prediction, Work]:
+    """The time of one launch, and what it is in a branch.
 
     Args:
         flops: of the launch, against the ceiling of a whole-GPU product.
@@ -117,25 +169,37 @@ def predict(launch: Launch, gpu: Gpu, flops: int, dram: float, overlap: float = 
     code, traffic = disassemble(cubin), _traffic(launch)
     per_sm, programs = ctas_per_sm(gpu.cc, registers, smem, warps), math.prod(launch.grid)
     if launch.kernel.__name__ == SPECIALISED:
-        cta, programs, cycles = _specialised(launch, gpu, code, overlap)
-        waves = programs / launch.grid[0]
+        cta, tiles, cycles = _specialised(launch, gpu, code, hiding)
+        waves, whole = tiles / programs, _persistent(cta, tiles / programs, cycles)
     else:
-        trips = trip_counts(launch, code)
-        cta = _cta(launch, gpu, regions(code, gpu.cc, trips), trips)
-        cycles, waves = schedule(cta, programs, per_sm, gpu.sms, overlap)
+        tiles, trips = programs, trip_counts(launch, code)
+        cta = whole = _cta(launch, gpu, regions(code, gpu.cc, trips), trips)
+        cycles, waves = schedule(cta, programs, per_sm, gpu.sms, hiding)
     pipe, busiest = max(cta.totals().items(), key=lambda item: item[1])
+    bounded = flops if cta.totals()["tensor"] else 0
     times = {
         "SM": cycles / gpu.ghz / 1e3,
-        "L2": 1e6 * sum(traffic) * programs / gpu.l2,
+        "L2": 1e6 * sum(traffic) * tiles / gpu.l2,
         "DRAM": 1e6 * dram / gpu.dram,
-        "rate": flops / _rate(launch, gpu) / 1e6 if cta.totals()["tensor"] else 0.0,
+        "rate": bounded / _rate(launch, gpu) / 1e6,
     }
     limit = max(times, key=times.__getitem__)
     if limit == "SM":
-        limit = pipe + (" + exposed" if times["SM"] > 1.15e-3 * programs * busiest / gpu.sms / gpu.ghz else "")
+        limit = pipe + (" + exposed" if times["SM"] > 1.15e-3 * tiles * busiest / gpu.sms / gpu.ghz else "")
     pipes = {region: {p: round(c) for p, c in of.items()} for region, of in cta.pipes.items()}
     where = launch.kernel.__name__, launch.grid, registers, stack, smem, per_sm, waves
-    return Prediction(*where, max(times.values()), limit, times, flops, pipes=pipes)
+    early = bool(launch.options.get("launch_pdl"))
+    work = Work(
+        launch.kernel.__name__, whole, programs, warps, registers, smem, l2=sum(traffic) * tiles, dram=dram,
+        flops=flops * gpu.tflops / _rate(launch, gpu), gap=EARLY_GAP if early else gpu.gap, early=early,
+    )  # fmt: skip
+    return Prediction(*where, max(times.values()), limit, times, flops, pipes=pipes), work
+
+
+def _persistent(tile: Cta, tiles: float, cycles: float) -> Cta:
+    """One CTA of a grid that takes so many cycles, with so many tiles of it in the mean."""
+    pipes = {pipe: count * tiles for pipe, count in tile.totals().items()}
+    return Cta({"main": pipes}, {"main": max(0.0, cycles - CTA_START - max(pipes.values()))})
 
 
 def _cta(launch: Launch, gpu: Gpu, parts: dict[str, Region], trips: Sequence[float]) -> Cta:
@@ -159,7 +223,7 @@ def _cta(launch: Launch, gpu: Gpu, parts: dict[str, Region], trips: Sequence[flo
     return cta
 
 
-def _specialised(launch: Launch, gpu: Gpu, code: Sequence[Instruction], overlap: float) -> tuple[Cta, int, float]:
+def _specialised(launch: Launch, gpu: Gpu, code: Sequence[Instruction], hiding: float) -> tuple[Cta, int, float]:
     """(pipes of one tile, tiles, cycles of the whole grid): two warpgroups multiply and write, one warp copies.
 
     At best a consumer's epilogue hides under the other's products for as long as the ring of stages lasts; at worst
@@ -182,7 +246,7 @@ def _specialised(launch: Launch, gpu: Gpu, code: Sequence[Instruction], overlap:
     best = max(*cta.totals().values(), main["tensor"] + lag)
     worst = max(main.values()) + max(ends.values()) + gpu.latency
     tiles = args["tiles_m"] * args["HIDDEN"] // columns
-    return cta, tiles, -(-tiles // launch.grid[0]) * (overlap * best + (1 - overlap) * worst)
+    return cta, tiles, -(-tiles // launch.grid[0]) * (hiding * best + (1 - hiding) * worst)
 
 
 def _latency(launch: Launch, gpu: Gpu, name: str, region: Region, trips: Sequence[float]) -> float:
@@ -316,11 +380,11 @@ def _traffic(launch: Launch) -> Traffic:
             raise ValueError(f"the model knows no traffic of {unknown}: add it to bench/_predict.py")
 
 
-def _dram_bytes(plan: LaunchPlan, step: Step, gpu: Gpu) -> float:
-    """Weights, and activations where they do not stay in L2 from one launch to the next."""
+def _dram_bytes(plan: LaunchPlan, step: Step, gpu: Gpu, branches: int = 1) -> float:
+    """Weights, and activations where those of all branches do not stay in L2 from one launch to the next."""
     weights = sum(plan.spec(ref).nbytes for ref in step.args.values() if ref.startswith("weight:"))
     activations = sum(plan.spec(ref).nbytes for ref in step.args.values() if not ref.startswith("weight:"))
-    return weights + (activations if activations > gpu.l2_bytes else 0)
+    return weights + (activations if branches * activations > gpu.l2_bytes else 0)
 
 
 def _again(launch: Launch, gpu: Gpu) -> float:

@@ -7,7 +7,8 @@
                                               that CAPACITOR_EXPAND=gluon asks for
     python -m bench sass --case encode:128:256:fp8          the encoder in e4m3
     python -m bench sass --case encode:1:256:early          launches that start early, as with dependent_launch
-    python -m bench sass --overlap 0          epilogues exposed; 1: fully hidden under another CTA; the page has 0.5
+    python -m bench sass --case encode:128:256:overlap      two branches of half the images, as with overlap
+    python -m bench sass --hiding 0           epilogues exposed; 1: fully hidden under another CTA; the page has 0.5
     python -m bench sass --json FILE          the totals as JSON, and every launch with --detail
     python -m bench sass --before FILE        beside an earlier --json; bench/results/model-before.json by default
 
@@ -28,10 +29,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ._gpu_model import GPUS, OVERLAP, Gpu
+from ._gpu_model import GPUS, HIDING, Gpu
 
 if TYPE_CHECKING:
-    from ._predict import CallPrediction, Prediction
+    from ._predict import Branches, CallPrediction, Prediction
 
 RESULTS = Path(__file__).parent / "results"
 DEFAULT_TABLE = RESULTS / "model.md"
@@ -62,6 +63,9 @@ CALLS = (
     "encode:1:256:early",
     "encode:1:512:early",
     "encode:128:256:gluon:early",
+    "encode:128:256:overlap",
+    "encode:128:256:gluon:overlap",
+    "encode:128:256:gluon:overlap:early",
 )
 ASSUMPTIONS = """\
 ## What the model assumes
@@ -79,6 +83,11 @@ Clocks, rates and capacities are in `bench/_gpu_model.py`, costs of instructions
 - e4m3: sm_90 multiplies twice as fast as in bf16; sm_120 twice as fast by the plain instruction and four times by the
   block-scaled one, whose 1005 TFLOP/s against 255 others have measured (Dao-AILab/quack, gemm_sm120.py). A ceiling of a
   whole-GPU product is as many times that of bf16; no product in e4m3 was measured for this.
+- `overlap`: CTAs of both halves on the SMs, one after another as they end (`bench/_branches.py`). One queue hands them
+  out, all of the launch that came first before any of the next: a second launch comes in at tails, and where it fits.
+  CTAs of two launches on an SM lie half way between turns and ideally interleaved, and all that use L2, DRAM or the
+  rate of a product wait alike where it is full. Activations of both halves count against L2. A launch that starts early
+  takes its places when the last CTA of the one before has one, and keeps them idle.
 - Not modelled: power, bank conflicts, the instruction cache, skew at barriers, hit rates of L2, host time, copies in
   and out of the arena.
 
@@ -92,7 +101,8 @@ class CallName(NamedTuple):
     """What is asked for: `direction:batch:size` of square images.
 
     `:latency` after it takes the rows for one image, `:gluon` the form of expand that CAPACITOR_EXPAND=gluon gives,
-    `:fp8` the encoder in e4m3, `:early` in the end launches that start while the one before is at its end.
+    `:fp8` the encoder in e4m3, `:overlap` two branches of half the images each, `:early` in the end launches that start
+    while the one before is at its end.
     """
 
     direction: str
@@ -102,12 +112,15 @@ class CallName(NamedTuple):
     expand: str = ""
     precision: str = ""
     early: bool = False
+    overlap: bool = False
 
     @classmethod
     def parse(cls, text: str) -> CallName:
         """Raises `argparse.ArgumentTypeError` in words for what is no call."""
         early = text.endswith(":early")
         given = text.removesuffix(":early")
+        overlap = given.endswith(":overlap")
+        given = given.removesuffix(":overlap")
         expand = "gluon" if given.endswith(":gluon") else ""
         precision = "fp8" if given.endswith(":fp8") else ""
         direction, *numbers = given.removesuffix(":gluon").removesuffix(":fp8").split(":")
@@ -117,7 +130,7 @@ class CallName(NamedTuple):
             raise argparse.ArgumentTypeError(
                 f"{text!r} is no call: write direction:batch:size, e.g. encode:128:256, sizes being multiples of 32, "
                 "with :latency for the rows of one image, with :gluon for expand's other form, with :fp8 for e4m3, "
-                "with :early in the end for launches that start early"
+                "with :overlap for two branches, with :early in the end for launches that start early"
             )
         if precision and direction != "encode":
             raise argparse.ArgumentTypeError(f"{text!r}: only encoders have launches in fp8, write encode")
@@ -125,7 +138,9 @@ class CallName(NamedTuple):
             raise argparse.ArgumentTypeError(
                 f"{text!r}: rows for latency are for one image at a time, write {direction}:1"
             )
-        return cls(direction, int(numbers[0]), int(numbers[1]), use, expand, precision, early)
+        if overlap and int(numbers[0]) % 2:
+            raise argparse.ArgumentTypeError(f"{text!r}: only an even batch has halves, write an even number of images")
+        return cls(direction, int(numbers[0]), int(numbers[1]), use, expand, precision, early, overlap)
 
     def runs_on(self, cc: int) -> bool:
         """Whether GPUs of this compute capability have such launches."""
@@ -133,11 +148,12 @@ class CallName(NamedTuple):
 
     def __str__(self) -> str:
         form = (" latency" if self.use == "latency" else "") + (f" expand={self.expand}" if self.expand else "")
-        form += (f" {self.precision}" if self.precision else "") + (" early" if self.early else "")
+        form += (f" {self.precision}" if self.precision else "") + (" overlap" if self.overlap else "")
+        form += " early" if self.early else ""
         return f"{self.direction} {self.batch}x{self.size}²{form}"
 
 
-def predict_named(call: CallName, gpu: Gpu, overlap: float = OVERLAP) -> CallPrediction:
+def predict_named(call: CallName, gpu: Gpu, hiding: float = HIDING) -> CallPrediction:
     """A call of full_capacitor, in bfloat16 or blocks in e4m3: uint8 pixels to encode, float32 latents to decode."""
     import torch
 
@@ -153,12 +169,12 @@ def predict_named(call: CallName, gpu: Gpu, overlap: float = OVERLAP) -> CallPre
     before = os.environ.get("CAPACITOR_EXPAND")
     try:
         os.environ["CAPACITOR_EXPAND"] = call.expand or before or ""
-        return predict_call(KNOWN_MODELS["full_capacitor"], key, gpu, str(call), overlap)
+        return predict_call(KNOWN_MODELS["full_capacitor"], key, gpu, str(call), hiding, call.overlap)
     finally:
         os.environ["CAPACITOR_EXPAND"] = before or ""
 
 
-def page(found: Sequence[CallPrediction], before: Mapping[str, Any], overlap: float) -> str:
+def page(found: Sequence[CallPrediction], before: Mapping[str, Any], hiding: float) -> str:
     """The predictions as a markdown page."""
     import triton
 
@@ -167,7 +183,7 @@ def page(found: Sequence[CallPrediction], before: Mapping[str, Any], overlap: fl
         "",
         f"Written by `python -m bench sass`, Triton {triton.__version__} and the ptxas in its wheel. **Modelled, not "
         "measured**: predicted from the machine code of the launches; no GPU has run them. What one CTA does beside "
-        f"products hides under another's products by {overlap:.0%} of what is possible.",
+        f"products hides under another's products by {hiding:.0%} of what is possible.",
         "",
     ]
     if before:
@@ -196,12 +212,24 @@ def _section(call: CallPrediction) -> Iterator[str]:
     runs = ", ".join(f"{call.runs.count(size)} x {size}" for size in dict.fromkeys(call.runs))
     yield f"## {call.name} on {call.gpu}: {call.ms:.3f} ms"
     yield ""
+    if call.branches:
+        yield _bounds(call.branches)
+        yield ""
     yield f"Runs of images: {runs}. Microseconds by launch, and what each would take if only that bound it."
     yield ""
     yield "| launch | n | grid | CTAs/SM | waves | registers/stack | us each | ms | limit | SM | L2 | DRAM | rate |"
     yield "|---|---:|---|---:|---:|---|---:|---:|---|---:|---:|---:|---:|"
     for launch in call.launches:
         yield _row(launch)
+
+
+def _bounds(of: Branches) -> str:
+    return (
+        f"Two branches of half the images: **{of.expected:.3f} ms**, {of.turns:.3f} if CTAs of both on an SM gain "
+        f"nothing from one another; no schedule takes less than {of.floor:.3f}. One half after the other "
+        f"{of.sequence:.3f}, the whole batch as one branch {of.whole:.3f}, by the same simulation. Below are the "
+        "launches of a half, alone."
+    )
 
 
 def _row(launch: Prediction) -> str:
@@ -241,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="CALL",
         help="Predict this call, e.g. encode:128:256, instead of all.",
     )
-    parser.add_argument("--overlap", type=float, default=OVERLAP, help="0: epilogues exposed, 1: hidden; default 0.5.")
+    parser.add_argument("--hiding", type=float, default=HIDING, help="0: epilogues exposed, 1: hidden; default 0.5.")
     parser.add_argument("--detail", action="store_true", help="Give cycles by pipe too.")
     parser.add_argument("--out", help="Write the page to this file; - prints it, as a selection does by default.")
     parser.add_argument("--json", help="Write the totals to this file as JSON, with --detail every launch.")
@@ -250,20 +278,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         print("TRITON_INTERPRET is set: kernels cannot be compiled then, unset it", file=sys.stderr)
         return 2
-    if not 0 <= args.overlap <= 1:
-        parser.error(f"--overlap {args.overlap} is not from 0 to 1")
+    if not 0 <= args.hiding <= 1:
+        parser.error(f"--hiding {args.hiding} is not from 0 to 1")
     os.environ.setdefault("TRITON_CACHE_DIR", str(Path.cwd() / ".triton_cache"))
     calls = args.case or [CallName.parse(text) for text in CALLS]
     found = []
     for gpu in args.gpu or ("h200", "5090", "a100"):
         for call in calls if args.case else (c for c in calls if c.runs_on(GPUS[gpu].cc)):
-            found.append(predict_named(call, GPUS[gpu], args.overlap))
+            found.append(predict_named(call, GPUS[gpu], args.hiding))
             print(f"{found[-1].gpu}: {call}: {found[-1].ms:.3f} ms", file=sys.stderr)
     if args.json:
         Path(args.json).write_text(json.dumps(as_json(found, args.detail), indent=1) + "\n")
     before = json.loads(args.before.read_text()) if args.before.is_file() else {}
-    text = page(found, before, args.overlap)
-    chosen = args.gpu or args.case or args.detail or args.json or args.overlap != OVERLAP
+    text = page(found, before, args.hiding)
+    chosen = args.gpu or args.case or args.detail or args.json or args.hiding != HIDING
     out = args.out or ("-" if chosen else str(DEFAULT_TABLE))
     if out == "-":
         print(text)

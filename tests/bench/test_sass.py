@@ -102,10 +102,10 @@ def test_a_grid_is_whole_waves_and_a_tail():
     alone = CTA_START + 1000 + 500
     assert cta.cycles(1) == alone
     # two of them: in phase, and with one's epilogue under the other's products
-    assert cta.cycles(2, overlap=0) == CTA_START + 2000 + 800
-    assert cta.cycles(2, overlap=1) == 2000
+    assert cta.cycles(2, hiding=0) == CTA_START + 2000 + 800
+    assert cta.cycles(2, hiding=1) == 2000
     assert schedule(cta, 24, 1, 8) == (3 * alone, 3.0)
-    assert schedule(cta, 20, 2, 8, overlap=1) == (2000 + alone, 1.25)
+    assert schedule(cta, 20, 2, 8, hiding=1) == (2000 + alone, 1.25)
     cta.floor = 3000
     assert cta.cycles(1) == CTA_START + 3000 + 500
 
