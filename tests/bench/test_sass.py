@@ -143,13 +143,17 @@ def test_refuses_the_interpreter():
 
 @pytest.fixture(scope="module")
 def predicted(tmp_path_factory):
-    """What the command says of the largest call, on sm_90 and sm_120."""
+    """What the command says of the largest call, as one branch and as two, on sm_90 and sm_120."""
     file = tmp_path_factory.mktemp("sass") / "model.json"
     cache = ROOT / ".triton_cache"
     cache.mkdir(exist_ok=True)
     with (cache / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        done = _run("--gpu", "h200", "--gpu", "5090", "--case", "encode:128:256", "--detail", "--json", str(file))
+        gpus, cases = (
+            ("--gpu", "h200", "--gpu", "5090"),
+            ("--case", "encode:128:256", "--case", "encode:128:256:overlap"),
+        )
+        done = _run(*gpus, *cases, "--detail", "--json", str(file))
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(file.read_text())
 
@@ -157,7 +161,8 @@ def predicted(tmp_path_factory):
 @pytest.mark.aot
 def test_the_tensor_pipe_is_busy_for_as_long_as_the_shape_says(predicted):
     checked = 0
-    for call, gpu, rate in zip(predicted["calls"], (GPUS["h200"], GPUS["5090"]), (4096, 512), strict=True):
+    whole = [call for call in predicted["calls"] if call["branches"] is None]
+    for call, gpu, rate in zip(whole, (GPUS["h200"], GPUS["5090"]), (4096, 512), strict=True):
         for launch in call["launches"]:
             programs = launch["grid"][0]
             busy = launch["pipes"]["main"].get("tensor", 0) * gpu.efficiency * rate * programs
@@ -166,6 +171,17 @@ def test_the_tensor_pipe_is_busy_for_as_long_as_the_shape_says(predicted):
                 assert busy == pytest.approx(launch["flops"], rel=1e-3), launch["kernel"]
                 checked += 1
     assert checked == 8
+
+
+@pytest.mark.aot
+def test_two_branches_take_no_less_than_their_resources_and_no_more_than_one_after_the_other(predicted):
+    found = [call["branches"] for call in predicted["calls"] if call["branches"] is not None]
+    assert len(found) == 2
+    for gpu, of in zip(("H200", "RTX 5090"), found, strict=True):
+        assert of["floor"] < min(of["expected"], of["turns"]) and max(of["expected"], of["turns"]) < of["sequence"], gpu
+        # one branch by the simulation is the sum of the launches and gaps, whose tails it counts by the wave
+        assert of["whole"] == pytest.approx(predicted["ms"][f"{gpu}: encode 128x256²"], rel=0.01)
+        assert predicted["ms"][f"{gpu}: encode 128x256² overlap"] == pytest.approx(of["expected"], abs=1e-3)
 
 
 @pytest.mark.aot
