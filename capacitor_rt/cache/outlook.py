@@ -11,22 +11,19 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import ImageError
-from ..images.decode import probe
-from ..images.geometry import Size, assign
+from ..images.geometry import Size
 from ..model import FullCapacitor
 from ..printable import counted
 from .commits import read_log
 from .folder import CacheFolder
 from .model_source import ModelSource
 from .options import RunOptions
-from .parts import row_nbytes
-from .plan import DTYPES, CachePlan, CacheRequest
+from .plan import PLAN, CachePlan, CacheRequest
 from .prepare import PreparedRun, as_source, check_folder, prepare, room
 from .report import DryRun
 from .sources import Source
-
-SAMPLE = 4096
-"""Headers that are read at most, spread evenly over the inputs."""
+from .update import preview_update
+from .update_outlook import fate, nbytes_by_dtype, outlook_of, sample
 
 
 def dry_run(
@@ -44,7 +41,14 @@ def dry_run(
     check_folder(out)
     chosen = options or RunOptions(progress=progress)
     folder = CacheFolder(out) if out.exists() else None
+    threads = workers or os.cpu_count() or 1
+    notes = []
     try:
+        if chosen.update and folder is not None and folder.stat(PLAN) is not None:
+            preview = preview_update(os.fspath(src), folder, as_source(model), request, chosen)
+            if preview is not None:
+                return outlook_of(preview, out, threads, request.dedupe)
+            notes = ["the inputs are those of the cache: there is nothing to update"]
         prepared = prepare(os.fspath(src), out, folder, as_source(model), request, chosen, load=False)
         committed = read_log(folder, prepared.plan.log_name).commits if folder else {}
     finally:
@@ -52,8 +56,8 @@ def dry_run(
             folder.close()
     plan, tasks = prepared.plan, prepared.tasks
     todo = [task for task in tasks if task.number not in committed]
-    ordinals = np.unique(np.linspace(0, plan.count - 1, min(plan.count, SAMPLE)).round().astype(int))
-    buckets, failed = _look(prepared.source, plan, ordinals.tolist(), workers or os.cpu_count() or 1)
+    ordinals = sample(np.arange(plan.count))
+    buckets, failed = _look(prepared.source, plan, ordinals.tolist(), threads)
     scale = plan.count / len(ordinals)
     counts = {bucket: round(n * scale) for bucket, n in sorted(buckets.items())}
     nbytes = sum(n * plan.row_bytes(bucket) for bucket, n in counts.items())
@@ -67,12 +71,9 @@ def dry_run(
         nbytes=nbytes,
         todo_nbytes=todo_nbytes,
         inputs=plan.task_inputs,
-        notes=prepared.notes + _progress(prepared, len(todo)) + room(out, todo_nbytes),
+        notes=notes + prepared.notes + _progress(prepared, len(todo)) + room(out, todo_nbytes),
         files=2 * len(tasks),
-        by_dtype={
-            name: sum(n * row_nbytes(plan.tensors, dtype, plan.row_shape(bucket)) for bucket, n in counts.items())
-            for name, dtype in DTYPES.items()
-        },
+        by_dtype=nbytes_by_dtype(plan, counts),
         sampled=len(ordinals) if len(ordinals) < plan.count else None,
     )
 
@@ -84,15 +85,11 @@ def _progress(prepared: PreparedRun, todo: int) -> list[str]:
 
 def _look(source: Source, plan: CachePlan, ordinals: Iterable[int], workers: int) -> tuple[Counter[Size], Counter[str]]:
     """Number of inputs by bucket, and by the reason why they have none."""
-    reader, policy = source.open(), plan.policy
+    reader = source.open()
 
     def one(ordinal: int) -> Size | str:
         try:
-            header = probe(reader.read(ordinal))
-            size = Size(header.height, header.width)
-            bucket = assign(size, plan.buckets)
-            policy.place(size, bucket)
-            return bucket
+            return fate(reader.read(ordinal), plan)
         except ImageError as e:
             return e.reason
 

@@ -130,6 +130,8 @@ class DryRun:
         notes: what a user may want to know before the work starts, one line per note.
         files: files of latents and indexes, in all.
         by_dtype: `nbytes` of each storage type.
+        update: of an update what is the same and what is not; `buckets`, `quarantined` and bytes are then of what would
+            be encoded, and `files` are those that would be written.
         sampled: number of headers read, where that is not all of them: `buckets`, `quarantined` and bytes are then
             estimates.
     """
@@ -145,3 +147,28 @@ class DryRun:
     sampled: int | None = None
     files: int = 0
     by_dtype: dict[str, int] = field(default_factory=dict)
+    update: Changes | None = None
+
+
+@dataclass
+class Changes:
+    """What an update would find changed. Inputs are estimates where not all were read: see `DryRun.sampled`.
+
+    Attributes:
+        before, inputs: number of inputs of the cache, None where its list is damaged, and of the source now.
+        new: inputs under names that the cache does not have, of bytes that no row has.
+        changed: inputs under names that it has whose bytes no row has (any more), and what is no image, if it is read.
+        gone: names that are no longer there; None as `before`.
+        reused: inputs whose rows are kept.
+        moved: those of them that are there under another name, or as a copy.
+        read: inputs that would be read, as neither their time nor their size tells that they are the same.
+    """
+
+    before: int | None
+    inputs: int
+    new: int
+    changed: int
+    gone: int | None
+    reused: int
+    moved: int
+    read: int

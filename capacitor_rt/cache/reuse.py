@@ -311,9 +311,14 @@ def check_file(folder: CacheFolder, file: CarriedFile, plan: CachePlan, stamps: 
     return None
 
 
-def survey(folder: CacheFolder, plans: Sequence[CachePlan], told: Callable[[int], None] = lambda n: None) -> Survey:
+def survey(
+    folder: CacheFolder,
+    plans: Sequence[CachePlan],
+    told: Callable[[int], None] = lambda n: None,
+    stamps: Stamps | None = None,
+) -> Survey:
     """Look at the committed tasks of `plans`."""
-    found, stamps = Survey(folder), Stamps(folder)
+    found, stamps = Survey(folder), stamps or Stamps(folder)
     for number, plan in enumerate(plans):
         found.add(plan, stamps)
         told(number)

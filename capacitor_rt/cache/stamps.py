@@ -18,10 +18,15 @@ MOST_BYTES = 1 << 30
 
 
 class Stamps:
-    """The stamps of a cache. Whatever is wrong with the file only means that latents are hashed again."""
+    """The stamps of a cache. Whatever is wrong with the file only means that latents are hashed again.
 
-    def __init__(self, folder: CacheFolder):
+    Args:
+        is_kept: whether what is added is written down.
+    """
+
+    def __init__(self, folder: CacheFolder, is_kept: bool = True):
         self.folder = folder
+        self.is_kept = is_kept
         self._known: set[bytes] = set()
         with suppress(OSError, CacheError):
             self._known = set(folder.read(STAMPS, MOST_BYTES).split(b"\n"))
@@ -37,6 +42,8 @@ class Stamps:
         if line is None or line in self._known:
             return
         self._known.add(line)
+        if not self.is_kept:
+            return
         with suppress(OSError, CacheError), self.folder.open(STAMPS, os.O_WRONLY | os.O_CREAT | os.O_APPEND) as file:
             write_all(file.fileno(), line + b"\n")
 

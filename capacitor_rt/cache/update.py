@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ..errors import CacheError
-from .carried import load_carried
+from .carried import Carried, load_carried
 from .commits import read_log
 from .dedupe import Search, distinct, restricted
 from .folder import CacheFolder
 from .generations import record, recorded, unfinished
-from .model_source import ModelSource
+from .model_source import ModelIdentity, ModelSource
 from .mutex import Mutex
 from .options import RunOptions
-from .plan import PLAN, CachePlan, CacheRequest, code_versions, load_plan, new_plan
+from .plan import PLAN, CachePlan, CacheRequest, Task, code_versions, load_plan, new_plan
 from .plan_changes import check_plan, version_notes
 from .prepare import PreparedRun, committed_hashes, planned_listing, prepare, tasks_of, without_copies
 from .reuse import Reuse, Survey, survey, unchanged
-from .sources import Source, load_listing
+from .sources import Listing, Source, load_listing
 from .sources.changes import changed_inputs
 from .sources.open import open_source
 from .sources.stable_labels import with_stable_labels
+from .stamps import Stamps
 from .store import repair_hint, strange_plan
 
 
@@ -47,21 +50,7 @@ def prepare_update(
     Raises:
         CacheError: other settings, or another model, than those of the current plan.
     """
-    current = load_plan(folder)
-    assert current is not None
-    identity = model_source.identity(current.fields["model"]["compute_dtype"])
-    check_plan(current, request, identity, folder)
-    source = after.whole if after else inputs
-    if source is None:
-        source = open_source(
-            src,
-            folder.path,
-            options.source,
-            options.columns,
-            options.image_column,
-            lambda: planned_listing(folder, current),
-        )
-    source = with_stable_labels(source, current.fields["label_names"])
+    current, identity, source = _found(src, folder, model_source, request, options, after.whole if after else inputs)
     rehash, notes = options.rehash, source.notes + version_notes(current)
     if is_of(folder, current, source, rehash):
         return prepare(
@@ -95,6 +84,75 @@ def prepare_update(
     prepared = PreparedRun(plan, tasks_of(plan, part), part, None, notes, restore, identity.cc, rehash=rehash)
     prepared.whole, prepared.just_listed = source, after.plan if after else None
     return prepared
+
+
+def _found(
+    src: str,
+    folder: CacheFolder,
+    model_source: ModelSource,
+    request: CacheRequest,
+    options: RunOptions,
+    source: Source | None,
+) -> tuple[CachePlan, ModelIdentity, Source]:
+    """The current plan, which the settings have to be those of, the model, and the inputs as they are now."""
+    current = load_plan(folder)
+    assert current is not None
+    identity = model_source.identity(current.fields["model"]["compute_dtype"])
+    check_plan(current, request, identity, folder)
+    if source is None:
+        source = open_source(
+            src,
+            folder.path,
+            options.source,
+            options.columns,
+            options.image_column,
+            lambda: planned_listing(folder, current),
+        )
+    return current, identity, with_stable_labels(source, current.fields["label_names"])
+
+
+@dataclass
+class Preview:
+    """An update as it would be planned now.
+
+    Attributes:
+        todo: tasks of it that no run has done yet.
+        reuse: the rows that need not be encoded again.
+        before: inputs of the current plan, None where their list is damaged.
+    """
+
+    plan: CachePlan
+    source: Source
+    todo: list[Task]
+    reuse: Reuse
+    before: Listing | None
+    notes: list[str]
+
+
+def preview_update(
+    src: str, folder: CacheFolder, model_source: ModelSource, request: CacheRequest, options: RunOptions
+) -> Preview | None:
+    """What `prepare_update` would plan, of which nothing is written; None if the inputs are those of the current plan.
+
+    Raises:
+        As `prepare_update`.
+    """
+    current, _, source = _found(src, folder, model_source, request, options, None)
+    if is_of(folder, current, source, options.rehash):
+        return None
+    if why := strange_plan(folder, current):
+        raise CacheError(f"{folder.path / PLAN} is not that of the cache ({why}): {repair_hint(folder)}")
+    looked = survey(folder, [current, *unfinished(folder, current)], stamps=Stamps(folder, is_kept=False))
+    plan, carried = _made(folder, current, source, looked, None)
+    reuse = Reuse(looked, carried, len(source.listing))
+    if not options.rehash:
+        _by_time(reuse, folder, [current, *reversed(unfinished(folder, current))], source.listing, None)
+    todo, found = tasks_of(plan, source), _under_way(folder, current, source, options.rehash)
+    if found is not None and not found[0].is_interim:
+        done = read_log(folder, found[0].log_name).commits
+        plan, todo = found[0], [task for task in todo if task.number not in done]
+    before = planned_listing(folder, current)
+    return Preview(plan, source, todo, reuse, before, source.notes + version_notes(current) + looked.notes)
 
 
 def _interim(folder: CacheFolder, plan: CachePlan, source: Source) -> Source | None:
@@ -172,6 +230,18 @@ def _planned(
     folder: CacheFolder, current: CachePlan, source: Source, looked: Survey, distinct_of: dict[str, Any] | None
 ) -> CachePlan:
     """Write down what the update is to be. Under the mutex."""
+    plan, carried = _made(folder, current, source, looked, distinct_of)
+    # the plan comes last: without it none of the others counts
+    source.listing.save(folder, plan.source_name)
+    carried.save(folder, plan)
+    record(folder, plan)
+    return plan
+
+
+def _made(
+    folder: CacheFolder, current: CachePlan, source: Source, looked: Survey, distinct_of: dict[str, Any] | None
+) -> tuple[CachePlan, Carried]:
+    """The plan of an update, and the files that its rows may lie in."""
     carried = looked.carried([current, *unfinished(folder, current)])
     number = 1 + max([current.number, *(plan.number for plan in recorded(folder))])
     fields: dict[str, Any] = {
@@ -184,12 +254,7 @@ def _planned(
     }
     if distinct_of:
         fields["source"]["distinct_of"] = distinct_of
-    plan = new_plan(fields)
-    # the plan comes last: without it none of the others counts
-    source.listing.save(folder, plan.source_name)
-    carried.save(folder, plan)
-    record(folder, plan)
-    return plan
+    return new_plan(fields), carried
 
 
 def reuse_for(folder: CacheFolder, prepared: PreparedRun) -> tuple[Reuse, list[str]]:
@@ -199,13 +264,21 @@ def reuse_for(folder: CacheFolder, prepared: PreparedRun) -> tuple[Reuse, list[s
     plans = {p.id: p for p in ([current] if current else []) + list(reversed(recorded(folder)))}
     looked = survey(folder, list(plans.values()))
     reuse = Reuse(looked, load_carried(folder, plan), len(now))
-    for other in () if prepared.rehash else plans.values():
+    if not prepared.rehash:
+        _by_time(reuse, folder, plans.values(), now, prepared.just_listed)
+    return reuse, looked.notes
+
+
+def _by_time(
+    reuse: Reuse, folder: CacheFolder, plans: Iterable[CachePlan], now: Listing, just_listed: CachePlan | None
+) -> None:
+    """Find the rows of inputs that the lists of these plans have as they are now."""
+    for other in plans:
         try:
             planned = load_listing(folder, other.source_name, other.fields["source"]["sha256"])
         except CacheError:
             continue
         info = folder.stat(other.source_name)
         if info is not None:
-            is_same = prepared.just_listed is not None and prepared.just_listed.id == other.id
+            is_same = just_listed is not None and just_listed.id == other.id
             reuse.by_time(other, planned, None if is_same else info.st_mtime_ns, now)
-    return reuse, looked.notes

@@ -188,8 +188,6 @@ def cache(
         raise InputError(f"--gpus {gpus} and --device {device} exclude each other: give one of them")
     if rehash and not update:
         raise InputError("--rehash is for --update: add it")
-    if update and dry_run:
-        raise InputError("--dry-run is for a new cache, not for --update")
     if ray is not None and gpus is not None:
         raise InputError("--ray and --gpus exclude each other: on a cluster --coordinators says how many GPUs")
     with interruptible():

@@ -17,11 +17,26 @@ def print_dry_run(found: DryRun) -> None:
     """What a run would do."""
     for line in found.notes:
         remark(line)
+    if (changes := found.update) is not None:
+        before = "" if changes.before is None else f" in place of {changes.before}"
+        gone = "what is gone is not known" if changes.gone is None else f"{changes.gone} gone"
+        echo(
+            f"an update to {counted(changes.inputs, 'input')}{before}: {changes.new} new, {changes.changed} changed, "
+            f"{gone}, {changes.reused} reused ({changes.moved} under another name)"
+        )
     echo("bucket (height x width)    images")
     for bucket, count in found.buckets.items():
         echo(f"{bucket!s:>23}  {count:>8}")
     for reason, count in sorted(found.quarantined.items()):
         echo(f"{'quarantined: ' + reason:>23}  {count:>8}")
+    if changes is not None:
+        if found.sampled:
+            note(f"estimated from {counted(found.sampled, 'input')} of those that would be read")
+        echo(
+            f"to be read: {counted(changes.read, 'input')}; to be written: {counted(found.todo, 'task')}, "
+            f"{counted(found.files, 'file')}, {bytes_text(found.todo_nbytes)} of latents"
+        )
+        return
     if found.sampled:
         note(f"estimated from the headers of {counted(found.sampled, 'image')}")
     tasks = f"{counted(found.tasks, 'task')} of at most {counted(found.inputs, 'image')}"
