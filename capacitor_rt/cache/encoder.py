@@ -12,7 +12,7 @@ from torch import Tensor
 from ..reference import Autoencoder
 from ..runtime.backend import ServedAutoencoder
 from .quantization import stored_as, values_of
-from .resizing import Resizer
+from .resizing import Resizer, Uploader
 
 
 @dataclass
@@ -45,6 +45,8 @@ class BatchEncoder:
     """uint8 pixels to the tensors of a shard. On CUDA `submit` returns while the GPU works, and `fetch` waits for it.
 
     Attributes:
+        uploader: fills the buffers of a GPU: the resizer, or one that copies; None where the CPU encodes, which is done
+            with pixels when `submit` returns.
         busy: seconds that the device has computed.
         waited: seconds that `fetch` has waited for it.
         seconds: spent in `submit` and `fetch`.
@@ -56,21 +58,22 @@ class BatchEncoder:
     """
 
     def __init__(self, model: Autoencoder, tensors: tuple[str, ...], dtype: str, resizer: Resizer | None = None):
-        self.resizer = resizer
         self.model = model
         self.names = tensors
         self.dtype = dtype
         self.on_gpu = model.device.type == "cuda"
+        self.resizer = resizer
+        self.uploader = resizer or (Uploader(model.device) if self.on_gpu else None)
         self.busy = self.waited = self.seconds = 0.0
         self._spare: dict[torch.Size, list[Tensor]] = {}
 
     def buffer(self, rows: int, height: int, width: int) -> Tensor:
-        """uint8 `[rows,height,width,3]` to be filled with pixels: page-locked for a GPU, or the resizer's, on it."""
+        """uint8 `[rows,height,width,3]` to be filled with pixels: on a GPU the uploader's."""
         if spare := self._spare.get(torch.Size((rows, height, width, 3))):
             return spare.pop()
-        if self.resizer is not None:
-            return self.resizer.buffer(rows, height, width)
-        return torch.empty(rows, height, width, 3, dtype=torch.uint8, pin_memory=self.on_gpu)
+        if self.uploader is not None:
+            return self.uploader.buffer(rows, height, width)
+        return torch.empty(rows, height, width, 3, dtype=torch.uint8)
 
     def give_back(self, buffer: Tensor) -> None:
         """A buffer whose batch has been fetched: its pages, once touched, serve again."""
@@ -96,8 +99,8 @@ class BatchEncoder:
         start = time.perf_counter()
         with torch.cuda.device(self.model.device):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            if self.resizer is not None:
-                self.resizer.join(pixels)
+            if self.uploader is not None:
+                self.uploader.join(pixels)
             pixels = pixels.to(self.model.device, non_blocking=True)
             begin.record()
             encoded = self._compute(pixels)
@@ -151,7 +154,7 @@ class IdleEncoder(BatchEncoder):
     """Of a run in which nothing is to be encoded, and for which no model is loaded."""
 
     def __init__(self) -> None:
-        self.on_gpu, self.resizer = False, None
+        self.on_gpu, self.uploader, self.resizer = False, None, None
         self.busy = self.waited = self.seconds = 0.0
 
 

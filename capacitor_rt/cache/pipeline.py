@@ -2,8 +2,9 @@
 
 Memory is bounded by two tasks and a window of pixels. Chunks of decoded inputs arrive in the order of the tasks. Each
 image joins the open batch of its bucket, and a batch is encoded when it is full or the task ends: so the composition
-of batches follows from the plan and the inputs alone. While the device works, the next batch is filled. A full task
-goes to a thread that hashes, writes and commits it.
+of batches follows from the plan and the inputs alone. While the device works, the next batch is filled: a GPU's from
+the ring itself. Where the CPU encodes, a batch whose images lie together in the ring is encoded there, and not copied.
+A full task goes to a thread that hashes, writes and commits it.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from .failures import NAN_LATENT, is_retryable
 from .index import DECODED, KNOWN, QUARANTINED
 from .meters import Meters
 from .plan import CachePlan, Task
-from .resizing import Resizer
+from .resizing import Resizer, Uploader
 from .reuse import UNKNOWN, Reuse
 from .sources import Source
 from .store import SharedRows, TaskData, TaskStore
@@ -46,11 +47,15 @@ NOT_FINITE = "a latent is not finite in the stored dtype: try another compute or
 
 @dataclass
 class Waiting:
-    """A batch that is being filled: pixels `[batch,H,W,3]`, and the positions of its `count` images in the task."""
+    """A batch that is being filled: pixels `[batch,H,W,3]`, and the positions of its `count` images in the task.
+
+    `is_own`: whether the pixels lie in a buffer of the encoder's, to be given back.
+    """
 
     pixels: Tensor
     positions: np.ndarray
     count: int = 0
+    is_own: bool = True
 
 
 class OpenTask:
@@ -79,14 +84,16 @@ class OpenTask:
     def add(self, bucket: int, at: np.ndarray, encoded: Encoded) -> None:
         """Add an encoded batch, of images at these positions; rows that are not finite are left out."""
         finite = encoded.finite.numpy()
-        self.overflowed += at[~finite].tolist()
-        self.status[at[finite]] = True
+        self.status[at] = finite
         self.bucket[at] = bucket
         self.statistics[at] = encoded.stats.numpy()
-        if not finite.any():
-            return
+        are_finite = bool(finite.all())
+        if not are_finite:
+            self.overflowed += at[~finite].tolist()
+            if not finite.any():
+                return
         for name, t in encoded.tensors.items():
-            self.pieces.setdefault((bucket, name), []).append(t if finite.all() else t[encoded.finite])
+            self.pieces.setdefault((bucket, name), []).append(t if are_finite else t[encoded.finite])
 
     def data(self, source: Source) -> TaskData:
         """All that is written of the task, the columns of the source included."""
@@ -150,6 +157,10 @@ def _copy(pixels: np.ndarray, chosen: slice, batch: Tensor, into: slice) -> None
     np.copyto(batch.numpy()[into], pixels[chosen])
 
 
+def _upload(uploader: Uploader, pixels: np.ndarray, chosen: slice, batch: Tensor, into: slice) -> None:
+    uploader.upload(pixels[chosen], batch, into.start)
+
+
 def _resize(resizer: Resizer, offsets: np.ndarray, chosen: slice, batch: Tensor, into: slice) -> None:
     resizer.put(offsets[chosen], batch, into.start)
 
@@ -207,10 +218,9 @@ class Pipeline:
         order: deque[tuple[Task, Sequence[int], bool]] = deque()
         with self.at_work():
             for chunk in self.decoder.decode(self._ranges(tasks, order), AHEAD):
-                is_held = self.upload(chunk)
+                self.upload(chunk)
                 self.accept(*order.popleft(), chunk)
-                if not is_held:
-                    chunk.release()
+                chunk.release()
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
@@ -221,28 +231,22 @@ class Pipeline:
             yield
             self._wait_for_writer()
         finally:
-            if self.encoder.resizer is not None:
-                self.encoder.resizer.finish()
+            if self.encoder.uploader is not None:
+                self.encoder.uploader.finish()
             self._writer.shutdown(wait=True)
             self._open = None
             self._before += time.perf_counter() - begin
             self._begin = None
 
-    def upload(self, chunk: DecodedChunk) -> bool:
-        """Where the device resizes, have the chunk copied there, and released then. Whether that is so.
-
-        It comes before `accept`, once for all views.
-        """
-        resizer = self.encoder.resizer
-        if resizer is None:
-            return False
-        begin = time.perf_counter()
-        resizer.take(chunk)
-        self.meters.seconds["fill"] += time.perf_counter() - begin
-        return True
+    def upload(self, chunk: DecodedChunk) -> None:
+        """Where the device resizes, have the chunk copied there. It comes before `accept`, once for all views."""
+        if self.encoder.resizer is not None:
+            begin = time.perf_counter()
+            self.encoder.resizer.take(chunk)
+            self.meters.seconds["fill"] += time.perf_counter() - begin
 
     def accept(self, task: Task, chosen: Sequence[int], is_last: bool, chunk: DecodedChunk | None) -> None:
-        """The next inputs of a task, decoded, in order.
+        """The next inputs of a task, decoded, in order. What is in use for longer is held.
 
         Args:
             is_last: whether nothing comes after them: the task is finished.
@@ -295,8 +299,8 @@ class Pipeline:
     def _take(self, open_task: OpenTask, chunk: DecodedChunk, chosen: Sequence[int]) -> None:
         """Put the images of a chunk into the open batches of their buckets."""
         columns = chunk.columns
-        pc = require_extra("pyarrow.compute")
-        failed = pc.sum(pc.equal(columns["status"], QUARANTINED)).as_py() or 0
+        # those that failed have a reason, and no others
+        failed = columns.num_rows - columns["reason"].null_count
         if failed:
             self._look_at_failures(open_task, columns)
             if open_task.task.number in self.abandoned:
@@ -306,13 +310,18 @@ class Pipeline:
         if self.reuse is not None:
             self._recognise(self.reuse, open_task, positions, columns)
         begin, encoding = time.perf_counter(), self.encoder.seconds
-        resizer = self.encoder.resizer
-        if resizer is None:
-            for run, bucket in chunk.runs():
-                self._put(open_task, bucket, positions[run], partial(_copy, chunk.block(run)))
-        else:
+        uploader, resizer = self.encoder.uploader, self.encoder.resizer
+        if resizer is not None:
             for rows, bucket in chunk.groups():
                 self._put(open_task, bucket, positions[rows], partial(_resize, resizer, chunk.offsets(rows)))
+        elif uploader is not None:
+            for run, bucket in chunk.runs():
+                self._put(open_task, bucket, positions[run], partial(_upload, uploader, chunk.block(run)))
+            uploader.hold(chunk)
+        else:
+            for run, bucket in chunk.runs():
+                block = chunk.block(run)
+                self._put(open_task, bucket, positions[run], partial(_copy, block), block)
         self.meters.seconds["fill"] += time.perf_counter() - begin - (self.encoder.seconds - encoding)
         self.read += len(chosen)
         self.advance(len(chosen), failed)
@@ -339,12 +348,24 @@ class Pipeline:
             self.unfinished += found
             self.abandoned.add(open_task.task.number)
 
-    def _put(self, open_task: OpenTask, bucket: int, positions: np.ndarray, fill: Fill) -> None:
-        """Put images at these positions into the open batch of their bucket, and into the next ones."""
+    def _put(
+        self, open_task: OpenTask, bucket: int, positions: np.ndarray, fill: Fill, block: np.ndarray | None = None
+    ) -> None:
+        """Put images at these positions into the open batch of their bucket, and into the next ones.
+
+        Args:
+            block: their pixels, where the encoder is done with a batch as soon as it has it: whole ones are not copied.
+        """
         batch, size = self.store.plan.batch, self.store.plan.buckets[bucket]
         done = 0
         while done < len(positions):
             waiting = open_task.waiting.get(bucket)
+            if waiting is None and block is not None and len(positions) - done >= batch:
+                chosen = slice(done, done + batch)
+                pixels = torch.from_numpy(block[chosen])
+                self._submit(open_task, bucket, Waiting(pixels, positions[chosen], batch, is_own=False))
+                done = chosen.stop
+                continue
             if waiting is None:
                 buffer = self.encoder.buffer(batch, size.height, size.width)
                 waiting = open_task.waiting[bucket] = Waiting(buffer, np.empty(batch, np.int64))
@@ -354,10 +375,9 @@ class Pipeline:
             waiting.positions[into] = positions[chosen]
             waiting.count, done = into.stop, chosen.stop
             if waiting.count == batch:
-                self._submit(open_task, bucket)
+                self._submit(open_task, bucket, open_task.waiting.pop(bucket))
 
-    def _submit(self, open_task: OpenTask, bucket: int) -> None:
-        waiting = open_task.waiting.pop(bucket)
+    def _submit(self, open_task: OpenTask, bucket: int, waiting: Waiting) -> None:
         count = waiting.count
         try:
             encoded = self.encoder.submit(waiting.pixels[:count])
@@ -371,7 +391,8 @@ class Pipeline:
     def _collect(self) -> None:
         open_task, bucket, waiting, encoded = self._under_way.popleft()
         open_task.add(bucket, waiting.positions[: waiting.count], self.encoder.fetch(encoded))
-        self.encoder.give_back(waiting.pixels)
+        if waiting.is_own:
+            self.encoder.give_back(waiting.pixels)
 
     def _finish(self, open_task: OpenTask) -> None:
         if open_task.task.number in self.abandoned:
@@ -379,7 +400,7 @@ class Pipeline:
                 self.store.leases.release(open_task.task.number)
             return
         for bucket in sorted(open_task.waiting):
-            self._submit(open_task, bucket)
+            self._submit(open_task, bucket, open_task.waiting.pop(bucket))
         while self._under_way:
             self._collect()
         if open_task.overflowed:

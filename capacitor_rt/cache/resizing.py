@@ -1,7 +1,8 @@
-"""Decoded pictures from the ring to a batch on the device, which resizes them: the bits are those of the workers.
+"""Decoded pictures from the ring to a batch on the device, as they are or resized there: the bits are the same.
 
-The records of a chunk go up in one copy, those of several views together. The rows of a bucket are resized by one call
-into the batch that is being filled. All of it runs on a stream of its own, so that the bus works while the device
+Pixels that the workers have resized go up from the ring into their places in the batch that is being filled. Where the
+device resizes, the records of a chunk go up in one copy, those of several views together, and the rows of a bucket are
+resized by one call into the batch. All of it runs on a stream of its own, so that the bus works while the device
 encodes.
 """
 
@@ -48,15 +49,13 @@ def by_device(resize: str, cc: int | None) -> bool:
     return resize == "gpu"
 
 
-class Resizer:
-    """Resizes the pictures of one chunk after another."""
+class Uploader:
+    """Copies the pixels of one chunk after another."""
 
     def __init__(self, device: torch.device):
         self.device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._copying: deque[tuple[torch.cuda.Event, DecodedChunk]] = deque()
-        self._records = torch.empty(0, dtype=torch.uint8)
-        self._host = self._records
 
     def buffer(self, rows: int, height: int, width: int) -> Tensor:
         """uint8 `[rows,height,width,3]` on the device."""
@@ -64,38 +63,24 @@ class Resizer:
             # of this stream: what was freed on another may still be in use there
             return torch.empty(rows, height, width, 3, dtype=torch.uint8, device=self.device)
 
-    def take(self, chunk: DecodedChunk) -> None:
-        """Begin to copy a chunk's records up; it is released when they are there, or by `finish`."""
-        begins, pixels = chunk.records()
-        self._host = torch.from_numpy(pixels[: _end(begins, pixels)])
-        if self._stream is None:
-            self._records = self._host.clone()
-            chunk.release()
-        else:
-            with self._on_stream():
-                self._records = self._host.to(self.device, non_blocking=True)
-                copied = torch.cuda.Event()
-                copied.record()
-            self._copying.append((copied, chunk))
-            self._release(_MOST_COPYING)
-
-    def put(self, offsets: np.ndarray, batch: Tensor, first: int) -> None:
-        """Resize pictures of the chunk, whose records begin there, into `batch[first:first + len(offsets)]`."""
-        table = _rows(self._host.numpy(), offsets)
-        table[:, Field.SOURCE] += (offsets // UNIT).astype(np.int32)
-        for field in (Field.WEIGHTS_A, Field.WEIGHTS_B):
-            table[:, field] += (offsets // 4).astype(np.int32)
-        table[:, Field.IMAGE] = np.arange(first, first + len(offsets))
-        sizes = torch.from_numpy(table)
-        between = between_bytes(sizes)
-        sizes[:, Field.BETWEEN] = ((between.cumsum(0) - between) // UNIT).int()
+    def upload(self, pixels: np.ndarray, batch: Tensor, first: int) -> None:
+        """Begin to copy uint8 `[N,H,W,3]` of a chunk that is then held into `batch[first:first + N]`."""
         with self._on_stream():
-            images = (sizes.pin_memory() if self._stream else sizes).to(self.device, non_blocking=True)
-            workspace = torch.empty(int(between.sum()), dtype=torch.uint8, device=self.device)
-            resize(self._records, self._records.view(torch.int32), images, workspace, batch, sizes=sizes)
+            batch[first : first + len(pixels)].copy_(torch.from_numpy(pixels), non_blocking=True)
+
+    def hold(self, chunk: DecodedChunk) -> None:
+        """Hold a chunk until all that was begun is there, or until `finish`."""
+        if self._stream is None:
+            return
+        with self._on_stream():
+            copied = torch.cuda.Event()
+            copied.record()
+        chunk.hold()
+        self._copying.append((copied, chunk))
+        self._release(_MOST_COPYING)
 
     def join(self, batch: Tensor) -> None:
-        """Have the current stream wait for what was resized, to use a batch of it."""
+        """Have the current stream wait for what was put into a batch, to use it."""
         if self._stream is not None:
             stream = torch.cuda.current_stream(self.device)
             stream.wait_stream(self._stream)
@@ -113,6 +98,41 @@ class Resizer:
 
     def _on_stream(self) -> AbstractContextManager[object]:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+
+class Resizer(Uploader):
+    """Resizes the pictures of one chunk after another."""
+
+    def __init__(self, device: torch.device):
+        super().__init__(device)
+        self._records = torch.empty(0, dtype=torch.uint8)
+        self._host = self._records
+
+    def take(self, chunk: DecodedChunk) -> None:
+        """Begin to copy a chunk's records up; it is held until they are there, or until `finish`."""
+        begins, pixels = chunk.records()
+        self._host = torch.from_numpy(pixels[: _end(begins, pixels)])
+        if self._stream is None:
+            self._records = self._host.clone()
+        else:
+            with self._on_stream():
+                self._records = self._host.to(self.device, non_blocking=True)
+            self.hold(chunk)
+
+    def put(self, offsets: np.ndarray, batch: Tensor, first: int) -> None:
+        """Resize pictures of the chunk, whose records begin there, into `batch[first:first + len(offsets)]`."""
+        table = _rows(self._host.numpy(), offsets)
+        table[:, Field.SOURCE] += (offsets // UNIT).astype(np.int32)
+        for field in (Field.WEIGHTS_A, Field.WEIGHTS_B):
+            table[:, field] += (offsets // 4).astype(np.int32)
+        table[:, Field.IMAGE] = np.arange(first, first + len(offsets))
+        sizes = torch.from_numpy(table)
+        between = between_bytes(sizes)
+        sizes[:, Field.BETWEEN] = ((between.cumsum(0) - between) // UNIT).int()
+        with self._on_stream():
+            images = (sizes.pin_memory() if self._stream else sizes).to(self.device, non_blocking=True)
+            workspace = torch.empty(int(between.sum()), dtype=torch.uint8, device=self.device)
+            resize(self._records, self._records.view(torch.int32), images, workspace, batch, sizes=sizes)
 
 
 def _rows(records: np.ndarray, offsets: np.ndarray) -> np.ndarray:

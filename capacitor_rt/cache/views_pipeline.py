@@ -67,12 +67,11 @@ class ViewsPipeline:
                 stack.enter_context(pipeline.at_work())
             for chunk in self.decoder.decode(self._wanted(spans, order), AHEAD):
                 piece = order.popleft()
-                is_held = self._uploading.upload(chunk)
+                self._uploading.upload(chunk)
                 for view, task, is_last in piece.steps:
                     pixels = (piece.ordinals, is_last, chunk.of(view)) if view in piece.views else ((), is_last, None)
                     self.pipelines[view].accept(task, *pixels)
-                if not is_held:
-                    chunk.release()
+                chunk.release()
                 self.read += len(piece.ordinals)
 
     def _wanted(self, spans: Iterable[Span], order: deque[_Piece]) -> Iterator[Wanted]:

@@ -205,11 +205,11 @@ class TestHarm:
                 contents(decoder.decode(ranges(COUNT, 4)))
 
     def test_a_source_that_cannot_be_opened_says_why(self):
-        with pytest.raises(CacheError, match="no such bucket"), pool(Unopenable()) as decoder:
+        with pytest.raises(CacheError, match="no such bucket"), pool(Unopenable(DATA)) as decoder:
             contents(decoder.decode(ranges(COUNT, 4)))
 
 
-class Unopenable:
+class Unopenable(Images):
     def open(self):
         raise CacheError("no such bucket: give one that exists")
 
@@ -233,6 +233,33 @@ class TestRing:
             assert contents(decoder.decode(ranges(COUNT, decoder.chunk))) == expected
             with pytest.raises(InputError, match="shorter ranges"):
                 next(decoder.decode([range(0, 1000)]))
+
+    def test_where_decoding_is_slow_a_few_places_take_turns(self, expected):
+        places = set()
+        slot = 3 * max(b.area for b in BUCKETS)
+        slow = Images(DATA, dict.fromkeys(range(0, COUNT, 2), "sleep"))
+        with pool(slow, 2, ring_bytes=64 * slot) as decoder:
+            rows = []
+            for chunk in decoder.decode(ranges(COUNT, 2)):
+                places.add(chunk._pixels.__array_interface__["data"][0] // (2 * slot))
+                rows += contents([chunk])
+            assert rows == expected
+            # of 30 chunks
+            assert len(places) <= 10
+            until(lambda: decoder._coordinator._allocator._free == [Span(0, decoder._ring_bytes)])
+            assert decoder._coordinator.ready == 0
+
+    def test_the_last_who_holds_a_chunk_releases_it(self, shared):
+        coordinator = shared._coordinator
+        (chunk,) = shared.decode([range(4)])
+        chunk.hold()
+        chunk.of(0).release()
+        assert coordinator._allocator._free != [Span(0, shared._ring_bytes)]
+        chunk.release()
+        assert coordinator._allocator._free == [Span(0, shared._ring_bytes)]
+        # once too often harms nobody
+        chunk.release()
+        assert coordinator._allocator._free == [Span(0, shared._ring_bytes)]
 
     def test_leaving_early_gives_everything_back(self, shared, expected):
         chunks = shared.decode(ranges(COUNT, 4))

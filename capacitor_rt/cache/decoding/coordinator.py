@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import select
 import signal
 import socket
 import threading
@@ -12,7 +13,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ from ...errors import CacheError, CapacitorError, InputError
 from ...extras import require_extra
 from ..failures import CRASHED, TIMEOUT
 from .helper import Helper
-from .ring import Allocator, SharedMemory, Span
+from .ring import Allocator, SharedMemory, Span, pin, unpin
 from .server import BROKEN, DIED, FORK, KILL, MESSAGE_BYTES, READY, Done, Failure, Setup, Task
 from .work import Job, Meter, chunk_schema, to_batch
 
@@ -32,6 +33,7 @@ _DEATHS = 3
 # of workers or helpers in a row, with nothing decoded between and no image to blame
 _MOST_DEATHS = 8
 _TICK_SECONDS = 0.25
+_READABLE = select.POLLIN | select.POLLPRI
 
 
 class Result(NamedTuple):
@@ -89,6 +91,9 @@ class _Seat:
 class Coordinator:
     """Starts helper and workers, and a thread that looks after them.
 
+    Attributes:
+        ready: chunks that are decoded and that nobody has waited for yet.
+
     Raises:
         CacheError: no shared memory; the source cannot be sent to the workers.
     """
@@ -103,7 +108,7 @@ class Coordinator:
         self._pinned = False
         self._seats = [_Seat() for _ in range(workers)]
         self._queue: deque[Order] = deque()
-        self._count = 0
+        self._count = self.ready = 0
         self._deaths_in_vain = 0
         self._error: CapacitorError | None = None
         self._closing = False
@@ -111,6 +116,8 @@ class Coordinator:
         self._woken, self._waker = os.pipe()
         os.set_blocking(self._waker, False)
         self._is_ready = False
+        # of the descriptors that the thread listens to; None when they have changed
+        self._poll: select.poll | None = None
         self._helper = self._set_up(helper or Helper())
         self._thread = threading.Thread(target=self._run, name="decode-pool", daemon=True)
         self._thread.start()
@@ -134,9 +141,14 @@ class Coordinator:
             order = Order(self._count, ordinals, span, views=views)
             if len(ordinals):
                 self._queue.append(order)
+                # else whoever is free next takes it, and nobody need be woken
+                is_awaited = any(seat.takes(order) for seat in self._seats)
             else:
+                is_awaited = False
                 order.result = Result(to_batch([]), self._memory.ring[:0], np.empty(0, np.int64), Meter())
-        self._wake()
+                self.ready += 1
+        if is_awaited:
+            self._wake()
         return order
 
     def wait(self, order: Order) -> tuple[Result, float]:
@@ -151,6 +163,7 @@ class Coordinator:
                 if self._error is not None:
                     raise self._error
                 self._changed.wait()
+            self.ready -= 1
             return order.result, time.perf_counter() - begin
 
     def release(self, order: Order) -> None:
@@ -163,6 +176,7 @@ class Coordinator:
         """Nobody will wait for it."""
         with self._changed:
             order.is_abandoned = True
+            self.ready -= order.result is not None
             if order in self._queue:
                 self._queue.remove(order)
             elif order.result is None and any(order in seat.orders for seat in self._seats):
@@ -172,7 +186,7 @@ class Coordinator:
 
     def pin(self) -> None:
         """Page-lock the ring, so that a GPU reads it directly; nothing where there is no GPU."""
-        self._pinned = self._pinned or _pin(self._memory.ring)
+        self._pinned = self._pinned or pin(self._memory.ring)
 
     def close(self) -> None:
         """End helper and workers."""
@@ -184,13 +198,14 @@ class Coordinator:
             if seat.connection is not None:
                 seat.connection.close()
         if self._pinned:
-            _unpin(self._memory.ring)
+            unpin(self._memory.ring)
         self._memory.close()
         os.close(self._woken)
         os.close(self._waker)
 
     def _set_up(self, helper: Helper) -> Helper:
         self._is_ready = False
+        self._poll = None
         try:
             helper.set_up(self._setup, self._memory.fd)
         except CacheError:
@@ -206,20 +221,28 @@ class Coordinator:
         try:
             while not self._closing:
                 self._hand_out()
-                connections = [seat.connection for seat in self._seats if seat.connection is not None]
-                ready = wait([*connections, self._helper.control, self._woken], _TICK_SECONDS)
+                ready = self._listen()
                 if self._woken in ready:
                     os.read(self._woken, 4096)
                 for seat in self._seats:
-                    if seat.connection in ready:
+                    if seat.connection is not None and seat.connection.fileno() in ready:
                         self._receive(seat)
-                if self._helper.control in ready:
+                if self._helper.control.fileno() in ready:
                     self._hear()
                 self._look_at_the_clock()
         except CapacitorError as e:
             self._fail(e)
         except BaseException as e:
             self._fail(CacheError(f"decoding stopped: {type(e).__name__}: {e}"))
+
+    def _listen(self) -> set[int]:
+        """Descriptors that have something to be read, or are closed at the other end; none if that takes too long."""
+        if self._poll is None:
+            connections = [seat.connection.fileno() for seat in self._seats if seat.connection is not None]
+            self._poll = select.poll()
+            for descriptor in (self._woken, self._helper.control.fileno(), *connections):
+                self._poll.register(descriptor, _READABLE)
+        return {descriptor for descriptor, _ in self._poll.poll(1e3 * _TICK_SECONDS)}
 
     def _fail(self, error: CapacitorError) -> None:
         with self._changed:
@@ -234,6 +257,7 @@ class Coordinator:
                     return
                 seat = min(free, key=lambda s: len(s.orders))
                 order = self._queue.popleft()
+                self._move_down(order)
                 seat.orders.append(order)
                 span, careful = order.span, order.is_suspect
                 task = Task(order.number, order.ordinals, span.begin, span.end, order.failed, careful, order.views)
@@ -242,6 +266,19 @@ class Coordinator:
                     assert seat.connection is not None
                     seat.connection.send_bytes(pickle.dumps(task))
 
+    def _move_down(self, order: Order) -> None:
+        """Give a chunk that is about to be decoded a lower place: one that is free, or that of the chunk ordered last.
+
+        So where decoding is what the others wait for, a few places take turns, and the rest of the ring, though it is
+        spoken for, is never touched.
+        """
+        nbytes = order.span.end - order.span.begin
+        self._allocator.give(order.span)
+        order.span = self._allocator.take(nbytes) or order.span
+        last = self._queue[-1] if self._queue else order
+        if last.span.end - last.span.begin == nbytes and last.span.begin < order.span.begin:
+            order.span, last.span = last.span, order.span
+
     def _receive(self, seat: _Seat) -> None:
         """Take one message; a worker that is gone loses its connection."""
         assert seat.connection is not None
@@ -249,7 +286,7 @@ class Coordinator:
             message = pickle.loads(seat.connection.recv_bytes())
         except (EOFError, OSError):
             seat.connection.close()
-            seat.connection = None
+            seat.connection = self._poll = None
             return
         if isinstance(message, Failure):
             if isinstance(message.error, CapacitorError):
@@ -266,6 +303,7 @@ class Coordinator:
             self._deaths_in_vain = 0
             pixels = self._memory.ring[order.span.begin : order.span.end]
             order.result = Result(columns, pixels, np.frombuffer(done.offsets, np.int64), done.meter)
+            self.ready += not order.is_abandoned
             self._changed.notify_all()
         if order.is_abandoned:
             self.release(order)
@@ -297,6 +335,7 @@ class Coordinator:
         try:
             socket.send_fds(self._helper.control, [pickle.dumps((FORK, number))], [theirs.fileno()])
             self._seats[number].connection = Connection(ours.detach())
+            self._poll = None
         except OSError:
             # the helper is gone: it will be replaced, and then there will be workers
             ours.close()
@@ -370,23 +409,3 @@ def _ended(code: int) -> str:
         return f"was ended by {signal.Signals(-code).name}"
     except ValueError:
         return f"was ended by signal {-code}"
-
-
-def _pin(memory: np.ndarray) -> bool:
-    """Page-lock memory, so that a GPU reads it directly; False where there is no GPU."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return False
-    cudart: Any = torch.cuda.cudart()
-    code = int(cudart.cudaHostRegister(memory.ctypes.data, memory.nbytes, 0))
-    if code:
-        raise CacheError(f"{memory.nbytes} bytes cannot be page-locked (CUDA error {code}): use a smaller ring")
-    return True
-
-
-def _unpin(memory: np.ndarray) -> None:
-    import torch
-
-    cudart: Any = torch.cuda.cudart()
-    cudart.cudaHostUnregister(memory.ctypes.data)

@@ -21,7 +21,8 @@ from .helper import Helper
 from .work import BACKOFF_SECONDS, Contents, Job, Meter, Worker, to_batch
 
 CHUNK = 32
-"""Inputs of a chunk, if they are small."""
+"""Inputs of a chunk, if their pixels are few."""
+_SMALL_BYTES = 32 << 10
 
 
 class Wanted(NamedTuple):
@@ -29,6 +30,15 @@ class Wanted(NamedTuple):
 
     ordinals: Sequence[int]
     views: tuple[int, ...]
+
+
+@dataclass
+class _Lease:
+    """A chunk's part of the ring, and how many have not released it."""
+
+    owner: Coordinator
+    order: Order
+    holders: int = 1
 
 
 @dataclass
@@ -46,8 +56,7 @@ class DecodedChunk:
     _offsets: np.ndarray
     _buckets: Sequence[Size]
     _others: dict[int, DecodedChunk] = field(default_factory=dict)
-    _order: Order | None = None
-    _owner: Coordinator | None = None
+    _lease: _Lease | None = None
     _bucket_of: np.ndarray | None = None
 
     def runs(self) -> list[tuple[slice, int]]:
@@ -88,7 +97,8 @@ class DecodedChunk:
     def _numbers(self) -> np.ndarray:
         """Number of the bucket of each row, -1 without pixels."""
         if self._bucket_of is None:
-            self._bucket_of = self.columns["bucket"].fill_null(-1).to_numpy()
+            bucket = self.columns["bucket"]
+            self._bucket_of = (bucket.fill_null(-1) if bucket.null_count else bucket).to_numpy()
         return self._bucket_of
 
     def of(self, view: int) -> DecodedChunk:
@@ -96,11 +106,18 @@ class DecodedChunk:
         # not among them itself: a circle would outlive the ring
         return self._others.get(view, self)
 
+    def hold(self) -> None:
+        """One more has to release the pixels."""
+        if self._lease is not None:
+            self._lease.holders += 1
+
     def release(self) -> None:
-        """The pixels are no longer needed: others may take their place."""
-        if self._owner is not None and self._order is not None:
-            self._owner.release(self._order)
-        self._owner = None
+        """The pixels are no longer needed: others may take their place, once all who hold them have said so."""
+        if self._lease is None or not self._lease.holders:
+            return
+        self._lease.holders -= 1
+        if not self._lease.holders:
+            self._lease.owner.release(self._lease.order)
 
 
 class DecodePool:
@@ -183,7 +200,8 @@ class DecodePool:
             tuple(also),
         )
         # of a ring as asked for, everyone has two chunks at least
-        self.chunk = max(1, min(CHUNK, ring_bytes // (self._job.slot * (2 * workers + 2))))
+        most = CHUNK * (2 if _are_small(source) else 1)
+        self.chunk = max(1, min(most, ring_bytes // (self._job.slot * (2 * workers + 2))))
         self._ring_bytes = max(ring_bytes, self._job.slot * self.chunk * (2 * workers + 2))
         self._image_timeout = image_timeout
         self._helper = helper
@@ -234,17 +252,17 @@ class DecodePool:
         orders: deque[Order] = deque()
         todo = map(_wanted, ordinals)
         held: Wanted | None = None
+        under_way = 0
         try:
             while True:
-                under_way = sum(len(order.ordinals) for order in orders)
                 while (ahead is None or not orders or under_way < ahead) and (
                     held is not None or (held := next(todo, None)) is not None
                 ):
-                    under_way += len(held.ordinals)
                     order = coordinator.place(*held)
                     if order is None:
                         break
                     orders.append(order)
+                    under_way += len(order.ordinals)
                     held = None
                 if not orders:
                     if held is None:
@@ -255,16 +273,19 @@ class DecodePool:
                         "release chunks, or use a larger ring"
                     )
                 result, waited = coordinator.wait(orders[0])
-                self.ready_count += sum(order.result is not None for order in orders)
+                self.ready_count += 1 + coordinator.ready
                 self.chunks += 1
                 order = orders.popleft()
+                under_way -= len(order.ordinals)
                 if self.chunks == 1:
                     self.started = waited
                 else:
                     self.waited += waited
                 self.meter = self.meter.plus(result.meter)
                 chunk = self._chunk(order.views, *result)
-                chunk._order, chunk._owner = order, coordinator
+                lease = _Lease(coordinator, order)
+                for part in (chunk, *chunk._others.values()):
+                    part._lease = lease
                 yield chunk
         finally:
             for order in orders:
@@ -300,6 +321,12 @@ class DecodePool:
         first = parts.pop(views[0])
         first._others = parts
         return first
+
+
+def _are_small(source: Source) -> bool:
+    """Whether inputs take so little time to decode that handing chunks over takes a part of it."""
+    known = source.listing.sizes[source.listing.sizes >= 0]
+    return bool(len(known)) and float(known.mean()) < _SMALL_BYTES
 
 
 def _wanted(ordinals: Sequence[int] | Wanted) -> Wanted:

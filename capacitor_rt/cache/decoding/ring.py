@@ -6,6 +6,7 @@ import mmap
 import os
 import tempfile
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -93,3 +94,28 @@ class Allocator:
             else:
                 joined.append(s)
         self._free = joined
+
+
+def pin(memory: np.ndarray) -> bool:
+    """Page-lock memory, so that a GPU reads it directly; False where there is no GPU.
+
+    Raises:
+        CacheError: the driver refuses.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return False
+    cudart: Any = torch.cuda.cudart()
+    code = int(cudart.cudaHostRegister(memory.ctypes.data, memory.nbytes, 0))
+    if code:
+        raise CacheError(f"{memory.nbytes} bytes cannot be page-locked (CUDA error {code}): use a smaller ring")
+    return True
+
+
+def unpin(memory: np.ndarray) -> None:
+    """Undo `pin`."""
+    import torch
+
+    cudart: Any = torch.cuda.cudart()
+    cudart.cudaHostUnregister(memory.ctypes.data)

@@ -1,4 +1,4 @@
-"""Pictures that a GPU resizes: a stream of its own, order with the encoder's, places in the ring that are let go."""
+"""Pictures that a GPU is given or resizes: a stream of its own, order with the encoder's, places that are let go."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from capacitor_rt.cache.resizing import Resizer, by_device
+from capacitor_rt.cache.resizing import Resizer, Uploader, by_device
 from capacitor_rt.images.deferred import record_bytes, write_records
 from capacitor_rt.images.resample import Window
 
@@ -16,7 +16,7 @@ WINDOW = Window(24, 40, 0, 4, 24, 36)
 class Chunk:
     """Records as a pool hands them out; `released` counts."""
 
-    released = 0
+    released = held = 0
 
     def __init__(self, count: int):
         pixels = np.zeros((48, 80, 3), np.uint8)
@@ -28,6 +28,9 @@ class Chunk:
 
     def records(self) -> tuple[np.ndarray, np.ndarray]:
         return self._offsets[self._offsets >= 0], self._pixels
+
+    def hold(self) -> None:
+        self.held += 1
 
     def release(self) -> None:
         self.released += 1
@@ -72,7 +75,7 @@ def test_few_chunks_are_held_and_none_in_the_end(gpu, monkeypatch):
         resizer.take(chunk)
         assert [c.released for c in chunks[: i + 1]].count(0) == min(i + 1, 2)
     resizer.finish()
-    assert [c.released for c in chunks] == [1] * 5
+    assert [c.released for c in chunks] == [c.held for c in chunks] == [1] * 5
 
 
 @pytest.mark.parametrize("rows", [0, 1])
@@ -83,3 +86,23 @@ def test_a_chunk_without_pixels_is_released(gpu, rows):
     resizer.take(chunk)
     resizer.finish()
     assert chunk.released == 1
+
+
+def test_pixels_go_up_beside_the_encoder_which_never_reads_them_too_early(gpu):
+    uploader = Uploader(torch.device("cuda"))
+    pixels = np.zeros((4, 24, 32, 3), np.uint8)
+    for _ in range(3):
+        batch = uploader.buffer(6, 24, 32)
+        chunks = [Chunk(0), Chunk(0)]
+        for chunk, first in zip(chunks, (0, 4), strict=True):
+            uploader.upload(pixels[: 6 - first], batch, first)
+            uploader.hold(chunk)
+        (side,) = set(gpu.spent) - {0}
+        last = gpu.clocks[side][side]
+        assert not gpu.is_behind(0, side, last)
+        uploader.join(batch)
+        assert gpu.is_behind(0, side, last)
+        batch.float().sum()
+        uploader.finish()
+        assert [c.released for c in chunks] == [c.held for c in chunks] == [1, 1]
+    assert gpu.settle() == []
