@@ -40,6 +40,7 @@ COMMANDS = (
     Command("flux2", "the FLUX.2 VAE beside this model", f"README.md; {RESULTS_PAGE}: All ways to run them"),
     Command("cache", "JPEG files on disk to latents on disk", f"{RESULTS_PAGE}: Caching"),
     Command("reading", "opening a cache, and reading it with and without workers", "the terminal"),
+    Command("scale", "many rows and huge images: memory over time, restarts", "the terminal"),
     Command("aot", "what the compiler makes of every config row, without a GPU", "bench/results/aot.md"),
     Command("sass", "what every launch should take by its machine code, without a GPU", "bench/results/model.md"),
     Command("compare", "two result files or commits side by side", "the terminal"),

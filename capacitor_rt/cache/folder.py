@@ -112,6 +112,8 @@ class CacheFolder:
         except FileNotFoundError:
             raise
         except OSError as e:
+            if make and e.errno in _FULL:
+                raise write_error(self.path / name, e) from e
             why = "it is a link, or no folder" if e.errno in (errno.ELOOP, errno.ENOTDIR) else e.strerror
             raise CacheError(f"{self.path / name} cannot be used ({why}): move it away, or give another OUT") from e
         return self._fds[name]
@@ -303,12 +305,15 @@ class PendingFile:
                     f"{self.folder.path / self.name} exists and differs from what this run computed: "
                     f"`capacitor-rt verify --repair {self.folder.path}` moves it away"
                 ) from None
-            return
         except OSError as e:
             self.discard()
             raise write_error(self.folder.path / self.name, e) from e
         self.discard()
-        self.folder.sync(self.name)
+        try:
+            # also of one that was there: whoever linked it may have died before
+            self.folder.sync(self.name)
+        except OSError as e:
+            raise write_error(self.folder.path / self.name, e) from e
 
     def replace(self) -> None:
         """Give the file its own name, in place of what is there."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -9,8 +10,10 @@ from typing import Protocol
 
 from tqdm import tqdm
 
+from ..errors import InputError
 from .meters import Meters, write_metrics
 
+_log = logging.getLogger("capacitor_rt")
 METRICS_SECONDS = 10.0
 
 
@@ -32,7 +35,8 @@ class Bar:
 
     Args:
         progress: whether to show the bar.
-        metrics: the file, JSON or Prometheus text by its name; None for none.
+        metrics: the file, JSON or Prometheus text by its name; None for none. That it cannot be written is an error
+            before the work begins, and a warning afterwards.
     """
 
     def __init__(self, progress: bool, metrics: str | os.PathLike[str] | None = None):
@@ -41,8 +45,11 @@ class Bar:
         self.quarantined = 0
         self._told = time.monotonic()
         self._bar: tqdm | None = None
+        self._is_warned = False
 
     def begin(self, total: int, done: int) -> None:
+        if self.metrics is not None:
+            write_metrics(self.metrics, Meters(0).report())
         # a bar for a person, a line now and then for a log
         interval = 0.2 if os.isatty(2) else 30
         self._bar = tqdm(
@@ -57,10 +64,21 @@ class Bar:
             self._bar.update(inputs)
         if self.metrics is not None and time.monotonic() - self._told > METRICS_SECONDS:
             self._told = time.monotonic()
-            write_metrics(self.metrics, measure().report())
+            self._write(measure())
 
     def end(self, meters: Meters | None) -> None:
         if self._bar is not None:
             self._bar.close()
-        if self.metrics is not None and meters is not None:
+        if meters is not None:
+            self._write(meters)
+
+    def _write(self, meters: Meters) -> None:
+        if self.metrics is None:
+            return
+        try:
             write_metrics(self.metrics, meters.report())
+        except InputError as e:
+            # hours of work do not end for a report of them
+            if not self._is_warned:
+                _log.warning("%s", e)
+            self._is_warned = True
