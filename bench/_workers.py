@@ -13,6 +13,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+# how a process is started: a forked one cannot use CUDA
+START = "spawn"
 START_SECONDS = 180.0
 MEMORY, REFUSED, FAULT, LOST = "memory", "refused", "fault", "lost"
 
@@ -45,10 +47,9 @@ class Worker:
     def start(self) -> None:
         """Begin to start the process where there is none, without waiting for it."""
         if self._process is None:
-            # forked processes cannot use CUDA
-            context = multiprocessing.get_context("spawn")
+            context = multiprocessing.get_context(START)
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, *self._made_of), daemon=True)
+            process: Any = context.Process(target=_serve, args=(theirs, *self._made_of), daemon=True)
             process.start()
             theirs.close()
             self._process, self._pipe = process, ours

@@ -43,9 +43,12 @@ def commits(out: Path) -> int:
     return sum(log.read_bytes().count(b"\n") for log in [*out.glob("commits*.jsonl"), *out.glob("*/commits*.jsonl")])
 
 
-def wait_for_commits(out: Path, count: int) -> None:
-    deadline = time.monotonic() + 20
-    while commits(out) < count and time.monotonic() < deadline:
+def wait_for_commits(out: Path, count: int, child: int) -> None:
+    """Until so many tasks are committed, or the child that commits them has ended."""
+    deadline = time.monotonic() + 60
+    # the child stays a zombie, so that its id is its own, and whoever waits for it finds how it ended
+    look = os.WEXITED | os.WNOHANG | os.WNOWAIT
+    while commits(out) < count and time.monotonic() < deadline and not os.waitid(os.P_PID, child, look):
         time.sleep(0.0005)
 
 
@@ -102,7 +105,7 @@ def kill_until_done(
         child = in_child(lambda: begin(src, out, model, update))
         if len(died) < kills:
             # let it finish between none and three more tasks, then strike within the next one
-            wait_for_commits(out, before + rng.randint(0, 3))
+            wait_for_commits(out, before + rng.randint(0, 3), child)
             time.sleep(rng.uniform(0, 0.02))
             os.kill(child, signal.SIGKILL)
         else:
@@ -131,7 +134,7 @@ def share(src: Path, out: Path, count: int, kills: int, seed: int, update: bool 
         in_child(lambda rank=rank: cache_at_rank(src, out, model, rank, count, update)) for rank in range(count)
     ]
     for child in rng.sample(children, kills):
-        wait_for_commits(out, commits(out) + rng.randint(1, 3))
+        wait_for_commits(out, commits(out) + rng.randint(1, 3), child)
         time.sleep(rng.uniform(0, 0.03))
         os.kill(child, signal.SIGKILL)
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
@@ -161,7 +164,7 @@ def command(*args: str) -> int:
 def signal_command(src: Path, out: Path, model: Path, number: int) -> int:
     sizes = ("--size", "32", "--task-inputs", "2", "--workers", "1", "--device", "cpu")
     child = in_child(lambda: command("cache", str(src), str(out), "--model", str(model), *sizes))
-    wait_for_commits(out, 1)
+    wait_for_commits(out, 1, child)
     os.kill(child, number)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
