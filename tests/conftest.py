@@ -6,6 +6,7 @@ import os
 import signal
 from contextlib import contextmanager
 
+import gpu_marks
 import pytest
 import quick_interpreter
 import torch
@@ -29,10 +30,12 @@ def _gpu_problem() -> str | None:
     return None if major >= 8 else f"compute capability {major}.{minor} is below 8.0"
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    # before any is deselected
+    config.stash[gpu_marks.FILES] = {item.nodeid.partition("::")[0] for item in items if gpu_marks.has(item)}
     problem = _gpu_problem()
     for item in items:
-        if problem and item.get_closest_marker("gpu"):
+        if problem and gpu_marks.has(item):
             item.add_marker(pytest.mark.skip(reason=problem))
 
 
