@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 import time
@@ -11,6 +12,7 @@ import pytest
 from cache_cases import commits_of, snapshot, write_images
 from kill_driver import REQUEST
 from models import random_model
+from update_cases import COPIES, changed_caches
 
 from capacitor_rt.cache import Checkpoint, RunOptions, cache_images, ray_actors
 from capacitor_rt.cache.ray_actors import cache_on_ray
@@ -39,6 +41,11 @@ def folder(tmp_path_factory):
     model = Checkpoint(str(folder / "model"))
     cache_images(folder / "src", folder / "whole", model, REQUEST, workers=0, progress=False)
     return folder
+
+
+@pytest.fixture(scope="module")
+def changed(tmp_path_factory):
+    return changed_caches(tmp_path_factory.mktemp("changed"))
 
 
 def cache(folder, out, notes, **more):
@@ -95,6 +102,17 @@ def test_an_interruption_stops_the_actors_and_keeps_what_is_complete(cluster, fo
     monkeypatch.undo()
     assert cache(folder, tmp_path / "out", []).exit_code == 3
     assert snapshot(tmp_path / "out") == snapshot(folder / "whole")
+
+
+@pytest.mark.parametrize(("name", "request_"), [("one", REQUEST), ("views", COPIES)])
+def test_updates_of_a_cache_and_of_views_with_copies(cluster, changed, tmp_path, name, request_):
+    out = shutil.copytree(changed / "old" / name, tmp_path / name)
+    options = RunOptions(workers=0, progress=False, update=True)
+    model, notes = Checkpoint(str(changed / "model")), []
+    report = cache_on_ray("local", changed / "src", out, model, request_, actors=2, note=notes.append, options=options)
+    assert report.exit_code == 3 and not any("lost" in line for line in notes)
+    assert report.generation == (1 if name == "one" else 2)
+    assert snapshot(out) == snapshot(changed / "whole" / name)
 
 
 def test_what_is_refused_is_refused_once(cluster, folder, tmp_path):

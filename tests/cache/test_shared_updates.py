@@ -5,41 +5,19 @@ from __future__ import annotations
 import shutil
 import threading
 import time
-from dataclasses import replace
 
 import pytest
-from cache_cases import commits_of, snapshot, write_images
+from cache_cases import commits_of, snapshot
 from kill_driver import REQUEST, VIEWS
-from models import random_model
-from update_cases import SIZES, age, image
+from update_cases import COPIES, changed_caches
 
-from capacitor_rt.cache import Checkpoint, RunOptions, cache_images, cache_views, coordinators
+from capacitor_rt.cache import Checkpoint, RunOptions, coordinators
 from capacitor_rt.cache.coordinators import cache_on
-
-COPIES = {name: replace(request, dedupe=True) for name, request in VIEWS.items()}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A source that has changed, what was cached of it before, and what one process makes of that now."""
-    folder = tmp_path_factory.mktemp("shared")
-    src = folder / "src"
-    write_images(src, 30, sizes=SIZES)
-    (src / "004b.png").write_bytes(b"no image")
-    age(src)
-    random_model().save_pretrained(folder / "model")
-    model, options = Checkpoint(str(folder / "model")), RunOptions(workers=0, progress=False)
-    cache_images(src, folder / "old" / "one", model, REQUEST, options=options)
-    cache_views(src, folder / "old" / "views", model, COPIES, note=str, options=options)
-    for i in range(24):
-        image(src / f"{i:03d}-new.png", 100 + i % 18, SIZES[i % 3])
-    (src / "003.png").unlink()
-    image(src / "022.png", 200, SIZES[1])
-    shutil.copytree(folder / "old", folder / "whole")
-    options = replace(options, update=True)
-    cache_images(src, folder / "whole" / "one", model, REQUEST, options=options)
-    cache_views(src, folder / "whole" / "views", model, COPIES, note=str, options=options)
-    return folder
+    return changed_caches(tmp_path_factory.mktemp("shared"))
 
 
 def share(folder, out, request):

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
+import kill_driver
 import pytest
 import torch
-from cache_cases import pixels, write_images
+from cache_cases import index_rows, pixels, write_images
 from models import random_model
 from PIL import Image
 
-from capacitor_rt.cache import CacheRequest, LatentDataset, RunOptions, cache_images
+from capacitor_rt.cache import CacheRequest, Checkpoint, LatentDataset, RunOptions, cache_images, cache_views
+from capacitor_rt.cache.compare import compare
 from capacitor_rt.cache.decoding import work
 from capacitor_rt.cache.decoding.work import Worker
+from capacitor_rt.cache.verify import verify
 from capacitor_rt.cli.app import _run
 
 REQUEST = CacheRequest(32, area=True, dtype="fp32", posterior=True, task_inputs=3, batch=2)
@@ -84,6 +89,48 @@ def reads(monkeypatch) -> dict[str, list]:
 def rows_of(out: Path) -> dict[str, dict[str, torch.Tensor]]:
     ds = LatentDataset(out, verify=True)
     return {ds.ids[i]: ds.tensors(i) for i in range(len(ds))}
+
+
+def assert_as_fresh(src: Path, out: Path, tmp_path: Path, **options) -> None:
+    """An updated cache has the rows of one that is made anew, in the same order, and is sound."""
+    fresh = tmp_path / f"fresh-{len(list(tmp_path.iterdir()))}"
+    cache(src, fresh, **options)
+    wanted, found = rows_of(fresh), rows_of(out)
+    assert list(found) == list(wanted)
+    for id, tensors in wanted.items():
+        assert all(torch.equal(tensors[kind], found[id][kind]) for kind in tensors), id
+    left_out = {"row", "file"}
+    strip = lambda rows: [{k: v for k, v in row.items() if k not in left_out} for row in rows]  # noqa: E731
+    assert strip(index_rows(out)) == strip(index_rows(fresh))
+    assert (out / "quarantine.jsonl").read_bytes() == (fresh / "quarantine.jsonl").read_bytes()
+    assert not compare(fresh, out)
+    found = verify(out)
+    assert found.problems == [] and not found.unfinished
+
+
+COPIES = {name: replace(request, dedupe=True) for name, request in kill_driver.VIEWS.items()}
+
+
+def changed_caches(folder: Path) -> Path:
+    """`src` that has changed, the model, and of a cache by `kill_driver.REQUEST` and of views by `COPIES` what was
+    cached before, in `old`, and what one process makes of that now, in `whole`."""
+    src = folder / "src"
+    write_images(src, 30, sizes=SIZES)
+    (src / "004b.png").write_bytes(b"no image")
+    age(src)
+    random_model().save_pretrained(folder / "model")
+    model, options = Checkpoint(str(folder / "model")), RunOptions(workers=0, progress=False)
+    cache_images(src, folder / "old" / "one", model, kill_driver.REQUEST, options=options)
+    cache_views(src, folder / "old" / "views", model, COPIES, note=str, options=options)
+    for i in range(24):
+        image(src / f"{i:03d}-new.png", 100 + i % 18, SIZES[i % 3])
+    (src / "003.png").unlink()
+    image(src / "022.png", 200, SIZES[1])
+    shutil.copytree(folder / "old", folder / "whole")
+    options = replace(options, update=True)
+    cache_images(src, folder / "whole" / "one", model, kill_driver.REQUEST, options=options)
+    cache_views(src, folder / "whole" / "views", model, COPIES, note=str, options=options)
+    return folder
 
 
 HERE = Path(__file__).parent
