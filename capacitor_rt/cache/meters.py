@@ -15,6 +15,8 @@ from ..errors import InputError
 
 STAGES = ("read", "decode", "fill", "encode", "write")
 WAITS = ("start", "decode", "encode", "write", "starved", "queued", "idle")
+GPU_DECODE = "gpu_decode"
+"""A stage, and a wait of the coordinator, of runs whose JPEGs the GPU decodes."""
 BUSY = 0.95
 """Share of the time from which on a stage counts as busy."""
 
@@ -32,7 +34,8 @@ class Meters:
         cores: that the run may use.
         device: "gpu" or "cpu", where it encodes.
         seconds: of work, by stage: "read" (reading threads, added up, on the clock), "decode" (CPU time of all
-            workers), "fill" (pixels copied into batches), "encode" (the device), "write" (hashing, writing, fsync).
+            workers), `GPU_DECODE` (of the thread that has the GPU decode and resize, on the clock), "fill" (pixels
+            copied into batches), "encode" (the device), "write" (hashing, writing, fsync).
         waits: of the coordinator for the workers' first images ("start"), and for "decode", "encode" and "write"; of
             the workers, added up, for bytes ("starved"), for their turn at the pixel budget ("queued") and for work
             ("idle").
@@ -40,6 +43,7 @@ class Meters:
         images: that were read.
         wall: of all; of several processes, of the one that took longest.
         processes: that shared the work, whose seconds are added up here.
+        decoded: how images are decoded, by the plan.
         costs: what storage types cost, where that was measured, as `dtype_costs.as_json` gives it.
     """
 
@@ -52,6 +56,7 @@ class Meters:
     images: int = 0
     wall: float = 0.0
     processes: int = 1
+    decoded: str = "exact"
     costs: dict[str, dict[str, float | None]] = field(default_factory=dict)
 
     @classmethod
@@ -72,6 +77,7 @@ class Meters:
             images=sum(m.images for m in several),
             wall=max(m.wall for m in several),
             processes=n,
+            decoded=several[0].decoded,
             costs=next((m.costs for m in several if m.costs), {}),
         )
 
@@ -95,7 +101,7 @@ class Meters:
         """What the others wait for: "encode", or what the coordinator waited for longest, "fill" if for nothing."""
         if self.device_waiting() <= 1 - BUSY:
             return "encode"
-        waited = {stage: self.waits[stage] for stage in ("decode", "write")}
+        waited = {stage: self.waits[stage] for stage in ("decode", GPU_DECODE, "write") if stage in self.waits}
         # without workers decoding is the coordinator's own work
         waited["decode"] += 0.0 if self.workers else self.seconds["decode"]
         waited["fill"] = self.seconds["fill"]
@@ -110,7 +116,8 @@ class Meters:
         limit = self.limit()
         if limit == "encode":
             return f"{name} works {1 - waiting:.0%} of the time: nothing else holds it up"
-        why, remedy = {"decode": self._decoding, "write": self._writing, "fill": self._filling}[limit]()
+        told = {"decode": self._decoding, "write": self._writing, "fill": self._filling}
+        why, remedy = (told | {GPU_DECODE: self._gpu_decoding})[limit]()
         return f"{name} waits {waiting:.0%} for {why}: {remedy}"
 
     def _decoding(self) -> tuple[str, str]:
@@ -120,9 +127,15 @@ class Meters:
             return "reading", "the storage is slow; more --workers read further ahead"
         if self.waits["queued"] > self.seconds["decode"]:
             return "memory for large images", "use a larger pixel budget"
+        # what a plan decodes by is chosen once, and a GPU is not everywhere
+        other = {"gpu": "", "fast": "--decode gpu" if self.device == "gpu" else ""}
+        way = other.get(self.decoded, "--decode gpu" if self.device == "gpu" else "--decode fast")
         if self.workers < self.cores:
-            return "decode", "add --workers, or --decode fast"
-        return "decode", f"use --decode fast, smaller images, or more than {self.cores} cores"
+            return "decode", f"add --workers, or {way}" if way else "add --workers"
+        return "decode", f"use {way + ', ' if way else ''}smaller images, or more than {self.cores} cores"
+
+    def _gpu_decoding(self) -> tuple[str, str]:
+        return "its JPEG decoder", "use --decode fast with many --workers, or share the work among --gpus"
 
     def _writing(self) -> tuple[str, str]:
         return "write", "the disk is slow: another OUT, or a smaller --dtype"
@@ -131,7 +144,8 @@ class Meters:
         return "pixels copied into batches", f"share the work: --coordinators {self.processes + 1}"
 
     def __str__(self) -> str:
-        share = {stage: f"{stage} {value:.0%}" for stage, value in self.occupancy().items()}
+        names = {GPU_DECODE: "GPU decode"}
+        share = {stage: f"{names.get(stage, stage)} {value:.0%}" for stage, value in self.occupancy().items()}
         share["decode"] += f" of {self.workers} workers" if self.workers else " in this process"
         where = f" in {self.processes} processes" if self.processes > 1 else ""
         return f"{', '.join(share.values())}{where}; {self.advice()}"

@@ -30,6 +30,7 @@ class ModelIdentity:
         multiple: sides of a bucket are multiples of this, in pixels.
         compute_dtype: type of the convolutions, "bfloat16", "float16" or "float32".
         device: type of the device that computes, such as "cpu".
+        where: the device itself, such as "cuda:1".
         encoding: what latents differ by from those of the same weights in 16 or 32 bits, such as "fp8-12345678".
         cc: compute capability of the GPU, where launches of ours may serve; else None.
         whitening: per-channel "mean" and "std", `[C]` each; None before the model is loaded, or without statistics.
@@ -48,6 +49,7 @@ class ModelIdentity:
     whitening: dict[str, list[float]] | None = field(default=None, compare=False)
     cc: int | None = field(default=None, compare=False)
     encoding: str | None = None
+    where: str = field(default="cpu", compare=False)
 
     def fields(self) -> dict[str, Any]:
         """Entries of `plan.json` under "model"."""
@@ -92,7 +94,8 @@ class Checkpoint:
         kind = torch.device(self.device).type
         dtype = self.compute_dtype or compute_dtype or ("bfloat16" if kind == "cuda" else "float32")
         identity = _identity(source, read_header(source).config, dtype, kind)
-        return dataclasses.replace(identity, cc=_served_cc(torch.device(self.device), self.backend))
+        cc = _served_cc(torch.device(self.device), self.backend)
+        return dataclasses.replace(identity, cc=cc, where=self.device)
 
     def load(self, identity: ModelIdentity) -> FullCapacitor:
         dtype = getattr(torch, identity.compute_dtype)
@@ -119,7 +122,8 @@ class Loaded:
         dtype = str(self.model.dtype).removeprefix("torch.")
         identity = _identity(source, self.model.config, dtype, self.model.device.type)
         cc = _served_cc(self.model.device, self.model.backend)
-        return dataclasses.replace(identity, multiple=self.model.size_multiple, cc=cc)
+        where = str(self.model.device)
+        return dataclasses.replace(identity, multiple=self.model.size_multiple, cc=cc, where=where)
 
     def load(self, identity: ModelIdentity) -> FullCapacitor:
         return self.model

@@ -29,8 +29,9 @@ from .decoding import DecodedChunk, DecodePool, usable_cores
 from .decoding.work import chunk_schema
 from .encoder import BatchEncoder, Encoded
 from .failures import NAN_LATENT, is_retryable
+from .gpu_decoding import GpuDecoder
 from .index import DECODED, KNOWN, QUARANTINED
-from .meters import Meters
+from .meters import GPU_DECODE, Meters
 from .plan import CachePlan, Task
 from .resizing import Resizer, Uploader
 from .reuse import UNKNOWN, Reuse
@@ -198,7 +199,8 @@ class Pipeline:
         self.encoder = encoder
         self.give_up = give_up
         self.advance = advance
-        self.meters = Meters(decoder.workers, usable_cores(), "gpu" if encoder.on_gpu else "cpu")
+        device = "gpu" if encoder.on_gpu else "cpu"
+        self.meters = Meters(decoder.workers, usable_cores(), device, decoded=store.plan.policy.decode)
         self.read = self.reused = 0
         self.unfinished: list[dict[str, Any]] = []
         self.sizes: Counter[Size] = Counter()
@@ -217,7 +219,9 @@ class Pipeline:
         """
         order: deque[tuple[Task, Sequence[int], bool]] = deque()
         with self.at_work():
-            for chunk in self.decoder.decode(self._ranges(tasks, order), AHEAD):
+            chunks = self.decoder.decode(self._ranges(tasks, order), AHEAD)
+            resizer = self.encoder.resizer
+            for chunk in chunks if resizer is None else resizer.ahead(chunks):
                 self.upload(chunk)
                 self.accept(*order.popleft(), chunk)
                 chunk.release()
@@ -268,6 +272,8 @@ class Pipeline:
         meters.seconds |= {"read": pool.meter.read, "decode": pool.meter.decode, "encode": self.encoder.busy}
         meters.waits |= {name: getattr(pool.meter, name) for name in ("starved", "queued", "idle")}
         meters.waits |= {"start": pool.started, "decode": pool.waited, "encode": self.encoder.waited}
+        if isinstance(self.encoder.resizer, GpuDecoder):
+            meters.seconds[GPU_DECODE], meters.waits[GPU_DECODE] = self.encoder.resizer.spent()
         meters.ahead = pool.ready_count / max(pool.chunks, 1)
         return meters
 

@@ -58,7 +58,8 @@ class CacheRequest:
         background: colour behind transparent pixels, three numbers of 0 to 255.
         dtype: type of the stored tensors, "bf16", "fp16", "fp32", or "int8" with a scale per row and channel, see
             `quantization`.
-        decode: "exact", or "fast": large JPEGs are shrunk while they are decoded, as `PixelPolicy` says.
+        decode: "exact"; "fast": large JPEGs are shrunk while they are decoded; or "gpu": the GPU decodes the usual
+            ones, as `PixelPolicy` says.
         icc: "srgb" brings images with a colour profile to sRGB, "ignore" passes profiles over.
         crop: "center", or "adm": the square crop of ADM and DiT, see `images.adm`.
         posterior: store `logsnr` too.
@@ -333,11 +334,12 @@ def make_plan(
     buckets: tuple[Size, ...],
     configs: dict[str, Any] | None = None,
     distinct_of: dict[str, Any] | None = None,
+    gpu_decode: dict[str, Any] | None = None,
 ) -> CachePlan:
     """The plan of a new cache.
 
     Args:
-        configs: as `kept_configs.configs_of` gives them.
+        configs, gpu_decode: as `kept_configs.configs_of` and `nvjpeg.environment` give them.
         distinct_of: of an interim plan, what the field of this name says.
     """
     tensors = ["latents", "logsnr"] if request.posterior else ["latents"]
@@ -362,6 +364,8 @@ def make_plan(
     }
     if configs:
         fields["configs"] = configs
+    if gpu_decode:
+        fields["gpu_decode"] = gpu_decode
     if request.dedupe:
         fields["store"]["dedupe"] = True
     fields["store"] |= {
@@ -431,5 +435,5 @@ def _default_task_inputs(plan: CachePlan, buckets: tuple[Size, ...]) -> int:
 def _identity(fields: dict[str, Any]) -> dict[str, Any]:
     """The part of a plan that two runs must share to write the same bytes."""
     same = {k: fields[k] for k in ("format", "pipeline", "source", "columns", "geometry", "pixels", "store")}
-    same |= {k: fields[k] for k in ("configs", "generation") if k in fields}
+    same |= {k: fields[k] for k in ("configs", "gpu_decode", "generation") if k in fields}
     return {**same, "model": {k: v for k, v in fields["model"].items() if k not in MODEL_NAMES}}

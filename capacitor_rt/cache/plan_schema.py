@@ -90,9 +90,17 @@ PLAN_SCHEMA = Record(
         "configs": Record(
             {"compute_capability": Number(80, 999), "families": MapOf(ListOf(MapOf(Anything()), most=4096), most=100)}
         ),
+        "gpu_decode": Record(
+            {
+                "torchvision": Text(r"[0-9a-z.]{1,40}"),
+                "nvjpeg": Text(r"[0-9.]{1,40}"),
+                "decoded_by": Choice(("engine", "cuda")),
+                "compute_capability": Number(50, 999),
+            }
+        ),
         "generation": Record({"number": Number(1, 1 << 30), "of": HEX64, "carried": HEX64}),
     },
-    optional=("configs", "generation"),
+    optional=("configs", "gpu_decode", "generation"),
 )
 
 
@@ -112,6 +120,8 @@ def _check_values(fields: dict[str, Any]) -> None:
     square = all(height == width for height, width in geometry["buckets"])
     if geometry["crop"] == "adm" and not (square and fields["pixels"]["decode"] == "exact"):
         raise Invalid("crop adm is square, of images that are decoded exactly")
+    if ("gpu_decode" in fields) != (fields["pixels"]["decode"] == "gpu"):
+        raise Invalid("gpu_decode goes with decode gpu")
     if store["tensors"] != [kind for kind in KINDS if kind in store["tensors"]] or "latents" not in store["tensors"]:
         raise Invalid("store.tensors are not latents and what belongs to them")
     largest = max(h * w for h, w in geometry["buckets"]) // model["stride"] ** 2

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..errors import CacheError
 from ..extras import require_extra
@@ -22,8 +23,9 @@ from .decoding import Helper
 from .dedupe import Search, distinct, restricted, subset
 from .folder import LEASES, TMP, CacheFolder
 from .kept_configs import configs_of
-from .model_source import Checkpoint, Loaded, ModelSource, with_whitening
+from .model_source import Checkpoint, Loaded, ModelIdentity, ModelSource, with_whitening
 from .mutex import HELD, LOCK
+from .nvjpeg import check_environment, environment
 from .options import RunOptions
 from .plan import PLAN, CachePlan, CacheRequest, Task, load_plan, make_plan, plan_tasks
 from .plan_changes import check_plan, version_notes
@@ -125,11 +127,13 @@ def prepare(
         require_extra(extra)
     plan = load_plan(folder) if folder else None
     identity = model_source.identity(plan.fields["model"]["compute_dtype"] if plan else None)
-    by_device(options.resize, identity.cc)
+    by_device(options.resize, identity.cc, request.decode)
     if plan and folder:
         check_plan(plan, request, identity, folder)
+        check_decoder(plan, identity)
     elif request.posterior and identity.config["bottleneck_posterior_kind"] != "diagonal_gaussian":
         raise CacheError(f"{identity.id} is deterministic and has no logsnr to store: leave out posterior")
+    gpu_decode = None if plan else decoder_of(request, identity)
     buckets = plan.buckets if plan else request.buckets(identity.multiple)
     source = source or open_source(
         src, out, options.source, options.columns, options.image_column, lambda: planned_listing(folder, plan)
@@ -152,8 +156,19 @@ def prepare(
     if model is not None:
         identity = with_whitening(identity, model)
     configs = configs_of(identity, buckets, request.posterior)
-    plan = make_plan(request, identity, source, buckets, configs, distinct_of)
+    plan = make_plan(request, identity, source, buckets, configs, distinct_of, gpu_decode)
     return PreparedRun(plan, tasks_of(plan, source), source, model, notes, cc=identity.cc, whole=whole)
+
+
+def decoder_of(request: CacheRequest, identity: ModelIdentity) -> dict[str, Any] | None:
+    """What decodes on the GPU, for the plan; None where nothing does. Errors as those of `nvjpeg.environment`."""
+    return environment(torch.device(identity.where)) if request.decode == "gpu" else None
+
+
+def check_decoder(plan: CachePlan, identity: ModelIdentity) -> None:
+    """Refuse to go on where the GPU may decode otherwise than it did for the plan. Errors as in `nvjpeg`."""
+    if (recorded := plan.fields.get("gpu_decode")) is not None:
+        check_environment(recorded, torch.device(identity.where))
 
 
 def without_copies(

@@ -9,6 +9,7 @@ encodes.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
@@ -31,22 +32,29 @@ its worker."""
 _MOST_COPYING = 2
 
 
-def by_device(resize: str, cc: int | None) -> bool:
+def by_device(resize: str, cc: int | None, decode: str = "exact") -> bool:
     """Whether a run with this choice resizes on the device.
 
     Args:
         cc: compute capability of the GPU, None where the kernels cannot run.
+        decode: how images are decoded: what "gpu" decodes is resized there.
 
     Raises:
         InputError: no such choice, or no such device.
     """
     if resize not in RESIZES:
         raise InputError(f"resize {resize!r} is unknown: use one of {', '.join(RESIZES)}")
+    if decode == "gpu" and resize == "cpu":
+        raise InputError("decode gpu resizes on the GPU, and resize is cpu: leave one of the two out")
+    if decode == "gpu" and cc is None and not INTERPRETED:
+        raise InputError(
+            "decode gpu needs an NVIDIA GPU that the kernels run on: use decode exact (other pixels, so another cache)"
+        )
     if resize == "gpu" and cc is None and not INTERPRETED:
         raise InputError(
             "resize gpu needs an NVIDIA GPU that the kernels run on: use resize cpu, the bits are the same"
         )
-    return resize == "gpu"
+    return "gpu" in (resize, decode)
 
 
 class Uploader:
@@ -108,10 +116,14 @@ class Resizer(Uploader):
         self._records = torch.empty(0, dtype=torch.uint8)
         self._host = self._records
 
+    def ahead(self, chunks: Iterable[DecodedChunk]) -> Iterator[DecodedChunk]:
+        """The chunks as they may be taken, in order."""
+        yield from chunks
+
     def take(self, chunk: DecodedChunk) -> None:
         """Begin to copy a chunk's records up; it is held until they are there, or until `finish`."""
         begins, pixels = chunk.records()
-        self._host = torch.from_numpy(pixels[: _end(begins, pixels)])
+        self._host = torch.from_numpy(pixels[: end_of(begins, pixels)])
         if self._stream is None:
             self._records = self._host.clone()
         else:
@@ -121,30 +133,34 @@ class Resizer(Uploader):
 
     def put(self, offsets: np.ndarray, batch: Tensor, first: int) -> None:
         """Resize pictures of the chunk, whose records begin there, into `batch[first:first + len(offsets)]`."""
-        table = _rows(self._host.numpy(), offsets)
+        table = rows_of(self._host.numpy(), offsets)
         table[:, Field.SOURCE] += (offsets // UNIT).astype(np.int32)
         for field in (Field.WEIGHTS_A, Field.WEIGHTS_B):
             table[:, field] += (offsets // 4).astype(np.int32)
         table[:, Field.IMAGE] = np.arange(first, first + len(offsets))
+        self._resize(self._records, table, batch)
+
+    def _resize(self, records: Tensor, table: np.ndarray, batch: Tensor) -> None:
+        """Resize the pictures of a table whose places are those in `records`."""
         sizes = torch.from_numpy(table)
         between = between_bytes(sizes)
         sizes[:, Field.BETWEEN] = ((between.cumsum(0) - between) // UNIT).int()
         with self._on_stream():
             images = (sizes.pin_memory() if self._stream else sizes).to(self.device, non_blocking=True)
             workspace = torch.empty(int(between.sum()), dtype=torch.uint8, device=self.device)
-            resize(self._records, self._records.view(torch.int32), images, workspace, batch, sizes=sizes)
+            resize(records, records.view(torch.int32), images, workspace, batch, sizes=sizes)
 
 
-def _rows(records: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+def rows_of(records: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """The rows of records that begin there, int32 `[N,FIELDS]`."""
     return records.view(np.int32)[(offsets // 4)[:, None] + np.arange(len(Field))]
 
 
-def _end(offsets: np.ndarray, records: np.ndarray) -> int:
+def end_of(offsets: np.ndarray, records: np.ndarray) -> int:
     """Where the last of the records that begin there ends: each reads its table and then its pixels."""
     if not len(offsets):
         return 0
-    t = _rows(records[: len(records) // 4 * 4], offsets).astype(np.int64).T
+    t = rows_of(records[: len(records) // 4 * 4], offsets).astype(np.int64).T
     reach = (t[Field.LENGTH_A] - 1) * t[Field.STEP_A] + (t[Field.LENGTH_B] - 1) * t[Field.STEP_B]
     end = int((offsets + UNIT * t[Field.SOURCE] + t[Field.ORIGIN] + reach).max()) + 3
     return -(-end // UNIT) * UNIT

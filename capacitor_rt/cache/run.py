@@ -18,6 +18,7 @@ from .dedupe import Search, distinct
 from .dtype_costs import as_json
 from .encoder import BatchEncoder, IdleEncoder
 from .folder import CacheFolder, make_dir
+from .gpu_decoding import resizer_of
 from .kept_configs import kept
 from .meters import Meters
 from .model_source import Loaded, ModelSource
@@ -183,12 +184,15 @@ def _write_tasks(
     is_idle = unknown_inputs(run.reuse, todo) == 0
     watch.begin(plan.count, plan.count - sum(len(task) for task in todo))
     try:
-        is_deferring = not is_idle and by_device(options.resize, prepared.cc)
+        is_deferring = not is_idle and by_device(options.resize, prepared.cc, prepared.plan.policy.decode)
         count = 0 if is_idle else workers_for(workers, prepared, todo)
         decoder = pool_of(prepared, count, options, [run.reuse], is_deferring=is_deferring)
         # the workers get ready while the model does
         with decoder:
-            encoder = IdleEncoder() if is_idle else encoder_of(prepared, source, note, is_deferring)
+            budget = options.pixel_budget
+            encoder = (
+                IdleEncoder() if is_idle else encoder_of(prepared, source, note, is_deferring, pixel_budget=budget)
+            )
             if encoder.on_gpu:
                 decoder.pin()
             pipeline = Pipeline(
@@ -238,15 +242,19 @@ def encoder_of(
     note: Callable[[str], None],
     is_deferring: bool = False,
     resizer: Resizer | None = None,
+    pixel_budget: int = 2 << 30,
 ) -> BatchEncoder:
     """What encodes for a run, its kernels made ready.
 
     Args:
-        is_deferring: whether the device resizes: by `resizer`, or one of its own.
+        is_deferring: whether the device resizes: by `resizer`, or one of its own that keeps to `pixel_budget`.
     """
     plan = prepared.plan
     model: Autoencoder = prepared.model or source.load(source.identity(plan.fields["model"]["compute_dtype"]))
-    resizer = (resizer or Resizer(model.device)) if is_deferring else None
+    if not is_deferring:
+        resizer = None
+    elif resizer is None:
+        resizer = resizer_of(plan.policy.decode, model.device, pixel_budget)
     encoder = BatchEncoder(model, plan.tensors, plan.dtype, resizer)
     sizes = {(bucket.height, bucket.width, min(plan.batch, plan.count)) for bucket in plan.buckets}
     seconds = encoder.warmup(sorted(sizes))

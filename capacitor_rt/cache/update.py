@@ -19,7 +19,16 @@ from .mutex import Mutex
 from .options import RunOptions
 from .plan import PLAN, CachePlan, CacheRequest, Task, code_versions, load_plan, new_plan
 from .plan_changes import check_plan, version_notes
-from .prepare import PreparedRun, committed_hashes, planned_listing, prepare, tasks_of, without_copies
+from .prepare import (
+    PreparedRun,
+    check_decoder,
+    committed_hashes,
+    planned_listing,
+    prepare,
+    tasks_of,
+    without_copies,
+)
+from .resizing import by_device
 from .reuse import Reuse, Survey, survey, unchanged
 from .sources import Listing, Source, load_listing
 from .sources.changes import changed_inputs
@@ -98,7 +107,9 @@ def _found(
     current = load_plan(folder)
     assert current is not None
     identity = model_source.identity(current.fields["model"]["compute_dtype"])
+    by_device(options.resize, identity.cc, request.decode)
     check_plan(current, request, identity, folder)
+    check_decoder(current, identity)
     if source is None:
         source = open_source(
             src,

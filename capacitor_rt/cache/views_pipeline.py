@@ -112,7 +112,7 @@ class ViewsPipeline:
         """The meters as of now: those of all views added up, reading and decoding counted once."""
         parts = [pipeline.measure() for pipeline in self.pipelines]
         first = parts[0]
-        total = Meters(first.workers, usable_cores(), first.device)
+        total = Meters(first.workers, usable_cores(), first.device, decoded=first.decoded)
         total.seconds = first.seconds | {s: sum(m.seconds[s] for m in parts) for s in ("fill", "encode", "write")}
         total.waits = first.waits | {s: sum(m.waits[s] for m in parts) for s in ("encode", "write")}
         total.ahead, total.images, total.wall, total.costs = first.ahead, self.read, first.wall, self.costs

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from ..errors import CapacitorError
+from ..errors import CapacitorError, InputError
 from ..images.load import View
 from ..model import FullCapacitor
 from ..reference import Autoencoder
@@ -74,6 +74,7 @@ def cache_views(
     """
     begin = time.perf_counter()
     chosen, out = options or RunOptions(), Path(out)
+    _check_decode(views)
     source = _Once(as_source(model))
     for name in views:
         check_folder(out / name)
@@ -180,8 +181,14 @@ def dry_run_views(
 ) -> dict[str, DryRun]:
     """What `cache_views` with these arguments would do in every view."""
     check_views(Path(out), views)
+    _check_decode(views)
     source = _Once(as_source(model))
     return {name: dry_run(src, Path(out) / name, source, request, options=options) for name, request in views.items()}
+
+
+def _check_decode(views: Mapping[str, CacheRequest]) -> None:
+    if any(request.decode == "gpu" for request in views.values()):
+        raise InputError("the GPU decodes for one view: cache each view by itself with decode gpu, or use decode exact")
 
 
 class _Once:

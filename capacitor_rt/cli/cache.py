@@ -56,7 +56,11 @@ def cache(
     background: Background = "ffffff",
     decode: Annotated[
         str,
-        typer.Option(help="How JPEGs are decoded: exact, or fast, which shrinks large ones on the way.", metavar="HOW"),
+        typer.Option(
+            help="How JPEGs are decoded: exact; fast, which shrinks large ones on the way; or gpu, by nvJPEG, which "
+            "needs the extra [gpu-decode].",
+            metavar="HOW",
+        ),
     ] = "exact",
     icc: Annotated[
         str, typer.Option(help="Colour profiles: srgb applies them, ignore passes them over.", metavar="HOW")

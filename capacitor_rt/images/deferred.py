@@ -75,6 +75,28 @@ def _needed(axes: Sequence[tuple[_Axis, _Axis]]) -> tuple[range, range]:
     return rows, columns
 
 
+def write_table(shape: tuple[int, int], window: Window, orientation: int, filter: str, out: np.ndarray) -> int:
+    """Write the record of a picture of `shape` (H, W) whose pixels are not there yet, and will lie anywhere; its bytes.
+
+    They are to be the rows and columns that `needed` says, and nothing else.
+    """
+    rows, columns = _axes(*shape, window, filter)
+    nbytes = table_bytes(shape, window, filter)
+    _write(rows, columns, 3 * (columns.end - columns.begin), {}, orientation, out[:nbytes])
+    return nbytes
+
+
+def table_bytes(shape: tuple[int, int], window: Window, filter: str) -> int:
+    """Bytes of the record of a picture of `shape` (H, W), all but its pixels."""
+    return _ROW_BYTES + sum(axis.table.nbytes for axis in _axes(*shape, window, filter))
+
+
+def needed(shape: tuple[int, int], window: Window, filter: str) -> tuple[slice, slice]:
+    """The rows and the columns of a picture of `shape` (H, W) that are read."""
+    rows, columns = _axes(*shape, window, filter)
+    return slice(rows.begin, rows.end), slice(columns.begin, columns.end)
+
+
 def _write(
     rows: _Axis, columns: _Axis, stride: int, place: dict[Field, int], orientation: int, out: np.ndarray
 ) -> None:

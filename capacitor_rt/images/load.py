@@ -24,7 +24,7 @@ from .opening import ImageHeader
 from .reasons import CORRUPT, DEFAULT_MAX_PIXELS, TOO_LARGE
 from .resample import MOST_WASTE, Window
 
-DECODE_POLICIES = ("exact", "fast")
+DECODE_POLICIES = ("exact", "fast", "gpu")
 CROPS = ("center", "adm")
 FILTER, RESAMPLE = "lanczos", "int16"
 
@@ -35,7 +35,8 @@ class PixelPolicy:
 
     Attributes:
         decode: "exact", or "fast": the DCT of a large JPEG shrinks it by 2, 4 or 8, never to less than twice the size
-            that it is resized to.
+            that it is resized to; or "gpu": what `gpu_jpeg` lets through is decoded by a GPU where there is one, and
+            exactly everywhere else.
         icc: "srgb" brings pixels with a colour profile to sRGB, "ignore" passes profiles over.
         background: RGB, 0-255, behind transparent pixels.
         upscale: "allow", or "refuse" for images smaller than their bucket.

@@ -9,13 +9,15 @@ from cache_cases import write_images
 from models import random_model
 
 from capacitor_rt.cache import CacheRequest, cache_images
-from capacitor_rt.cache.meters import Meters, prometheus, write_metrics
+from capacitor_rt.cache.meters import GPU_DECODE, Meters, prometheus, write_metrics
 from capacitor_rt.cache.options import RunOptions
 from capacitor_rt.errors import InputError
 
 
-def meters(workers=4, cores=8, device="gpu", wall=10.0, **seconds) -> Meters:
-    found = Meters(workers, cores, device, wall=wall, images=1000)
+def meters(workers=4, cores=8, device="gpu", wall=10.0, decoded="exact", **seconds) -> Meters:
+    found = Meters(workers, cores, device, wall=wall, images=1000, decoded=decoded)
+    if decoded == "gpu":
+        found.seconds[GPU_DECODE] = found.waits[GPU_DECODE] = 0.0
     for name, value in seconds.items():
         if name in found.seconds:
             found.seconds[name] = value
@@ -28,12 +30,25 @@ def meters(workers=4, cores=8, device="gpu", wall=10.0, **seconds) -> Meters:
     ("found", "limit", "said"),
     [
         (meters(encode=9.7), "encode", "GPU works 97% of the time"),
-        (meters(encode=5.9, decode=36.0, wait_decode=4.0), "decode", "GPU waits 41% for decode: add --workers"),
-        (meters(workers=8, encode=5.9, decode=76.0, wait_decode=4.0), "decode", "use --decode fast, smaller images"),
+        (
+            meters(encode=5.9, decode=36.0, wait_decode=4.0),
+            "decode",
+            "GPU waits 41% for decode: add --workers, or --decode gpu",
+        ),
+        (meters(workers=8, encode=5.9, decode=76.0, wait_decode=4.0), "decode", "use --decode gpu, smaller images"),
         (meters(encode=2.0, decode=3.0, wait_decode=7.0, starved=30.0), "decode", "for reading: the storage is slow"),
         (meters(encode=2.0, decode=3.0, wait_decode=7.0, queued=30.0), "decode", "for memory for large images"),
         (meters(encode=5.0, wait_write=4.0, wait_decode=1.0), "write", "GPU waits 50% for write: the disk is slow"),
         (meters(encode=5.0, fill=4.0, wait_decode=1.0), "fill", "for pixels copied into batches"),
+        (meters(decoded="fast", encode=5.0, decode=36.0, wait_decode=4.0), "decode", "add --workers, or --decode gpu"),
+        (meters(decoded="gpu", encode=5.0, decode=36.0, wait_decode=4.0), "decode", "for decode: add --workers"),
+        (meters(8, decoded="gpu", encode=5.0, wait_decode=4.0), "decode", "use smaller images, or more than 8 cores"),
+        (meters(device="cpu", encode=5.0, wait_decode=4.0), "decode", "add --workers, or --decode fast"),
+        (
+            meters(decoded="gpu", encode=5.0, gpu_decode=4.0, wait_gpu_decode=3.0, wait_decode=1.0),
+            "gpu_decode",
+            "GPU waits 50% for its JPEG decoder: use --decode fast with many --workers, or share",
+        ),
         (
             meters(workers=0, device="cpu", encode=5.0, decode=4.0),
             "decode",

@@ -116,7 +116,7 @@ def test_small_images_by_policy():
 
 
 @pytest.mark.parametrize(
-    "field", [{"decode": "gpu"}, {"icc": "p3"}, {"background": (0, 0)}, {"upscale": "never"}, {"max_pixels": 0}]
+    "field", [{"decode": "turbo"}, {"icc": "p3"}, {"background": (0, 0)}, {"upscale": "never"}, {"max_pixels": 0}]
 )
 def test_the_policy_is_checked(field):
     with pytest.raises(InputError, match=next(iter(field))):

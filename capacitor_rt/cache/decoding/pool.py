@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -15,10 +15,11 @@ from ...errors import CacheError, InputError
 from ...images.deferred import UNIT
 from ...images.geometry import Size
 from ...images.load import PixelPolicy, View
+from ..index import DECODED
 from ..sources import Source
 from .coordinator import Coordinator, Order
 from .helper import Helper
-from .work import BACKOFF_SECONDS, Contents, Job, Meter, Worker, to_batch
+from .work import BACKOFF_SECONDS, Contents, Job, Meter, Row, Worker, fail, to_batch
 
 CHUNK = 32
 """Inputs of a chunk, if their pixels are few."""
@@ -110,6 +111,19 @@ class DecodedChunk:
         """One more has to release the pixels."""
         if self._lease is not None:
             self._lease.holders += 1
+
+    def size(self, bucket: int) -> Size:
+        """A bucket by its number."""
+        return self._buckets[bucket]
+
+    def fail(self, failed: Mapping[int, tuple[str, str]]) -> None:
+        """Rows, by number, that have no pixels after all: reason and message of each."""
+        if failed:
+            rows = [Row(values) for values in self.columns.to_pylist()]
+            for number, why in failed.items():
+                rows[number].values |= dict.fromkeys(DECODED[1:])
+                fail([rows[number]], *why)
+            self.columns, self._bucket_of = to_batch(rows), None
 
     def release(self) -> None:
         """The pixels are no longer needed: others may take their place, once all who hold them have said so."""

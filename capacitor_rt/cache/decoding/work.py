@@ -13,9 +13,10 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from ...errors import CapacitorError, ImageError
+from ...errors import CapacitorError, ImageError, InputError
 from ...extras import require_extra
 from ...images.deferred import ready_bytes
+from ...images.encoded import RECORD_BYTES, load_encoded
 from ...images.geometry import Size
 from ...images.load import Admit, LoadedImage, PixelPolicy, View, load_views
 from ..failures import CRASHED, OUT_OF_MEMORY, is_retryable
@@ -67,6 +68,15 @@ class Job:
     known: tuple[Contents | None, ...] = ()
     also: tuple[View, ...] = ()
 
+    def __post_init__(self) -> None:
+        if self.is_encoded and (self.record_bytes < RECORD_BYTES or self.also):
+            raise InputError(f"decode gpu takes one view, and record_bytes {RECORD_BYTES} or more")
+
+    @property
+    def is_encoded(self) -> bool:
+        """Whether the images that a GPU decodes are handed on as they are."""
+        return self.policy.decode == "gpu" and self.record_bytes > 0
+
     @property
     def views(self) -> tuple[View, ...]:
         """What is made of every image."""
@@ -85,6 +95,9 @@ class Job:
     @property
     def least(self) -> tuple[int, ...]:
         """Bytes that every image finds room in, in each view."""
+        if self.is_encoded:
+            # who decodes an image must not depend on its neighbours
+            return (self.record_bytes,)
         if self.record_bytes:
             return tuple(max(ready_bytes(b.height, b.width) for b in view.buckets) for view in self.views)
         return tuple(view.slot for view in self.views)
@@ -271,7 +284,7 @@ class Worker:
         made: list[LoadedImage | None] = [None] * len(rows)
         if read.error is not None or read.data is None:
             error = read.error or ImageError(CRASHED, "nothing was read")
-            _fail(rows, error.reason, str(error))
+            fail(rows, error.reason, str(error))
             return made
         todo = [at for at, number in enumerate(views) if not self._is_known(number, read.digest)]
         for at in {*range(len(rows))} - {*todo}:
@@ -284,21 +297,21 @@ class Worker:
         name = f"input {ordinal}"
         try:
             name = self.job.source.listing.id(ordinal)
-            found = load_views(read.data, wanted, name=name, admit=self.admit, buffer=self._buffer, **into)
+            found = self._loaded(read.data, wanted, into, name)
         except ImageError as e:
-            _fail(failing, e.reason, str(e))
+            fail(failing, e.reason, str(e))
             return made
         except MemoryError:
-            _fail(failing, OUT_OF_MEMORY, f"{name}: no memory to decode it")
+            fail(failing, OUT_OF_MEMORY, f"{name}: no memory to decode it")
             return made
         except CapacitorError:
             raise
         except Exception as e:
-            _fail(failing, CRASHED, f"{name}: decoding ended in {type(e).__name__}: {e}")
+            fail(failing, CRASHED, f"{name}: decoding ended in {type(e).__name__}: {e}")
             return made
         for at, loaded in zip(todo, found, strict=True):
             if isinstance(loaded, ImageError):
-                _fail([rows[at]], loaded.reason, str(loaded))
+                fail([rows[at]], loaded.reason, str(loaded))
             else:
                 rows[at].values |= _described(loaded)
                 made[at] = loaded
@@ -307,6 +320,13 @@ class Worker:
     def _is_known(self, view: int, digest: bytes | None) -> bool:
         known = self.job.known[view] if self.job.known else None
         return known is not None and digest is not None and known.find(digest) >= 0
+
+    def _loaded(
+        self, data: bytes, views: Sequence[View], into: dict[str, Any], name: str
+    ) -> Sequence[LoadedImage | ImageError]:
+        if self.job.is_encoded and (loaded := load_encoded(data, views[0], into["records"], name=name)) is not None:
+            return [loaded]
+        return load_views(data, views, name=name, admit=self.admit, buffer=self._buffer, **into)
 
     def _buffer(self, nbytes: int) -> bytearray:
         """Memory for a decoded picture, the same again and again unless it is a large one."""
@@ -386,7 +406,7 @@ def _described(loaded: LoadedImage) -> dict[str, int]:
     }
 
 
-def _fail(rows: Sequence[Row], reason: str, message: str) -> None:
+def fail(rows: Sequence[Row], reason: str, message: str) -> None:
     """None of these rows has pixels."""
     for row in rows:
         row.values |= {"status": QUARANTINED, "reason": reason, "message": message, "retryable": is_retryable(reason)}

@@ -1,0 +1,287 @@
+"""JPEGs from the ring to pixels on the device, which decodes and resizes them, a chunk ahead of the encoder.
+
+A thread of its own takes the chunks in order: it hands a piece of the encoded pictures to nvJPEG, copies what is
+needed of each beside the tables that came with it, and resizes it, so that of a piece of decoded pictures nothing is
+left but the pixels that will be encoded. Pieces are as large as the memory that is set aside for them.
+
+What fails is judged: what nvJPEG refuses is decoded by the CPU, in every run, as it is a matter of the file. A lack of
+memory, or a decoder that fails with some file and goes on with others, is no property of the file: the input fails for
+now. A decoder that is broken ends the run, which the next one goes on with.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from capacitor_kernels.pictures import UNIT, Field
+
+from ..errors import CacheError, ImageError
+from ..images.encoded import Encoded, exact_pixels, read_encoded
+from .decoding import DecodedChunk
+from .failures import CRASHED, OUT_OF_MEMORY
+from .nvjpeg import JpegDecoder, Refused
+from .resizing import Resizer, end_of, rows_of
+
+# chunks that are decoded, or being decoded, while one is encoded
+_AHEAD = 1
+_GO_ON = "what is committed is safe, run the same command again"
+Failures = dict[int, tuple[str, str]]
+"""Reason and message of rows that have no pixels."""
+
+
+class _Picture(NamedTuple):
+    """A row of a chunk: its record, where that begins, and if it is to be decoded, what of."""
+
+    row: int
+    offset: int
+    record: np.ndarray
+    encoded: Encoded | None
+
+    @property
+    def nbytes(self) -> int:
+        """Of the picture, decoded."""
+        return 3 * self.encoded.shape[0] * self.encoded.shape[1] if self.encoded else len(self.record)
+
+
+@dataclass
+class _Finished:
+    """Pixels of a chunk's rows: `[N,H,W,3]` of each bucket, and the place there of each record, by its offset."""
+
+    pixels: dict[int, Tensor]
+    places: dict[int, tuple[int, int]]
+
+
+class GpuDecoder(Resizer):
+    """Decodes and resizes the pictures of one chunk after another.
+
+    Attributes:
+        seconds: that its thread has worked.
+        waited: seconds that `ahead` has waited for it.
+
+    Args:
+        decode: on `device`.
+        piece_bytes: of decoded pictures that are held at a time, unless one alone is larger; twice as much is taken.
+    """
+
+    def __init__(self, device: torch.device, decode: JpegDecoder, piece_bytes: int):
+        super().__init__(device)
+        self.seconds = self.waited = 0.0
+        self._decode = decode
+        self._piece_bytes = piece_bytes
+        self._thread: ThreadPoolExecutor | None = None
+        self._taken = _Finished({}, {})
+
+    def ahead(self, chunks: Iterable[DecodedChunk]) -> Iterator[DecodedChunk]:
+        """The chunks as they may be taken, in order; those that follow are decoded meanwhile.
+
+        Raises:
+            CacheError: the decoder is broken.
+        """
+        thread = self._thread = ThreadPoolExecutor(1, thread_name_prefix="gpu-decode")
+        under_way: deque[tuple[DecodedChunk, Future[_Finished]]] = deque()
+        for chunk in chunks:
+            under_way.append((chunk, thread.submit(self._finish, chunk)))
+            if len(under_way) > _AHEAD:
+                yield self._next(*under_way.popleft())
+        while under_way:
+            yield self._next(*under_way.popleft())
+
+    def take(self, chunk: DecodedChunk) -> None:
+        """It is there already."""
+
+    def put(self, offsets: np.ndarray, batch: Tensor, first: int) -> None:
+        """Copy pixels of the chunk, whose records begin there, all of a bucket, into `batch[first:first + len]`."""
+        places = [self._taken.places[offset] for offset in offsets.tolist()]
+        if not places:
+            return
+        at = [place for _, place in places]
+        pixels = self._taken.pixels[places[0][0]]
+        with self._on_stream():
+            is_run = at == [*range(at[0], at[0] + len(at))]
+            chosen = pixels[at[0] : at[-1] + 1] if is_run else pixels[torch.tensor(at, device=pixels.device)]
+            batch[first : first + len(at)].copy_(chosen)
+
+    def spent(self) -> tuple[float, float]:
+        """Seconds that its thread has worked, and that it was waited for."""
+        return self.seconds, self.waited
+
+    def finish(self) -> None:
+        """Release all chunks, and end the thread."""
+        if self._thread is not None:
+            self._thread.shutdown(wait=True, cancel_futures=True)
+        self._thread, self._taken = None, _Finished({}, {})
+        super().finish()
+
+    def _next(self, chunk: DecodedChunk, future: Future[_Finished]) -> DecodedChunk:
+        begin = time.perf_counter()
+        try:
+            self._taken = future.result()
+        except torch.OutOfMemoryError as e:
+            raise CacheError("not enough GPU memory to decode images: use a smaller batch or pixel budget") from e
+        except RuntimeError as e:
+            raise CacheError(f"the GPU failed at decoding ({e}): {_GO_ON}") from e
+        self.waited += time.perf_counter() - begin
+        return chunk
+
+    @torch.no_grad()
+    def _finish(self, chunk: DecodedChunk) -> _Finished:
+        """Decode and resize a chunk, and release it; rows that fail are marked as failed."""
+        begin = time.perf_counter()
+        _, host = chunk.records()
+        finished, failed = _Finished({}, {}), Failures()
+        with self._on_stream():
+            pictures: list[_Picture] = []
+            for rows, bucket in chunk.groups():
+                size = chunk.size(bucket)
+                finished.pixels[bucket] = self._held(len(rows), size.height, size.width)
+                offsets = chunk.offsets(rows).tolist()
+                finished.places |= {offset: (bucket, place) for place, offset in enumerate(offsets)}
+                pictures += [_picture(*at, host) for at in zip(rows.tolist(), offsets, strict=True)]
+            for piece in _pieces(pictures, self._piece_bytes):
+                failed |= self._piece(piece, finished)
+            if self._stream is not None:
+                # the ring's bytes are read until then
+                self._stream.synchronize()
+        chunk.fail(failed)
+        chunk.release()
+        self.seconds += time.perf_counter() - begin
+        return finished
+
+    def _held(self, *shape: int) -> Tensor:
+        return torch.empty(*shape, 3, dtype=torch.uint8, device=self.device)
+
+    def _piece(self, pictures: Sequence[_Picture], finished: _Finished) -> Failures:
+        """Decode and resize pictures, fewer at a time where there is no memory for all."""
+        try:
+            failed = Failures()
+            self._resized(pictures, self._decoded([p for p in pictures if p.encoded], failed), failed, finished)
+            return failed
+        except torch.OutOfMemoryError as e:
+            # its traceback holds what there was memory for
+            message = str(e)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if len(pictures) == 1:
+            return {pictures[0].row: (OUT_OF_MEMORY, f"no GPU memory to decode it: {message}")}
+        half = len(pictures) // 2
+        return self._piece(pictures[:half], finished) | self._piece(pictures[half:], finished)
+
+    def _decoded(self, pictures: Sequence[_Picture], failed: Failures) -> dict[int, Tensor]:
+        """The pictures by their rows, uint8 `[3,H,W]`, and what failed of them."""
+        if not pictures:
+            return {}
+        streams = [p.encoded.stream for p in pictures if p.encoded]
+        try:
+            decoded = self._decode(streams)
+        except torch.OutOfMemoryError:
+            raise
+        except (Refused, RuntimeError) as e:
+            if len(pictures) > 1:
+                # one fails all of them
+                half = len(pictures) // 2
+                return self._decoded(pictures[:half], failed) | self._decoded(pictures[half:], failed)
+            return self._alone(pictures[0], e, failed)
+        found: dict[int, Tensor] = {}
+        for p, picture in zip(pictures, decoded, strict=True):
+            assert p.encoded is not None
+            if tuple(picture.shape) == (3, *p.encoded.shape):
+                found[p.row] = picture
+            else:
+                found |= self._alone(p, Refused(f"nvJPEG: a picture of {tuple(picture.shape)}"), failed)
+        return found
+
+    def _alone(self, picture: _Picture, error: Exception, failed: Failures) -> dict[int, Tensor]:
+        """A picture that nvJPEG did not decode by itself."""
+        assert picture.encoded is not None
+        if isinstance(error, Refused):
+            try:
+                pixels = exact_pixels(picture.encoded.stream, name="image")
+            except ImageError as e:
+                failed[picture.row] = e.reason, f"{e} ({error})"
+                return {}
+            except MemoryError:
+                failed[picture.row] = OUT_OF_MEMORY, "no memory to decode it"
+                return {}
+            return {picture.row: torch.from_numpy(pixels).to(self.device).permute(2, 0, 1)}
+        if not self._decode.works():
+            raise CacheError(f"the GPU does not decode JPEGs any more ({error}): {_GO_ON}")
+        failed[picture.row] = CRASHED, f"its decoding by the GPU failed: {error}"
+        return {}
+
+    def _resized(
+        self, pictures: Sequence[_Picture], decoded: dict[int, Tensor], failed: Failures, finished: _Finished
+    ) -> None:
+        """Bring pictures into their places."""
+        pictures = [p for p in pictures if p.row not in failed]
+        if not pictures:
+            return
+        parts = [p.encoded.row if p.encoded else p.record for p in pictures]
+        begins = np.cumsum([0, *(len(part) for part in parts)])
+        # decoded pixels lie behind what comes from the host
+        sizes = [_window_bytes(p.encoded) if p.encoded else 0 for p in pictures]
+        places = begins[-1] + np.cumsum([0, *sizes])
+        records = torch.empty(int(places[-1]), dtype=torch.uint8, device=self.device)
+        host = torch.from_numpy(np.concatenate(parts))
+        records[: len(host)].copy_(host.pin_memory() if self._stream else host, non_blocking=True)
+        table = rows_of(host.numpy(), begins[:-1])
+        for i, p in enumerate(pictures):
+            if p.encoded is None:
+                table[i, Field.SOURCE] += begins[i] // UNIT
+                continue
+            rows, columns = p.encoded.window
+            at, (height, width) = int(places[i]), (rows.stop - rows.start, columns.stop - columns.start)
+            window = records[at : at + 3 * height * width].view(height, width, 3)
+            window.copy_(decoded.pop(p.row)[:, rows, columns].permute(1, 2, 0))
+            table[i, Field.SOURCE] = at // UNIT
+        for field in (Field.WEIGHTS_A, Field.WEIGHTS_B):
+            table[:, field] += (begins[:-1] // 4).astype(np.int32)
+        where = [finished.places[p.offset] for p in pictures]
+        table[:, Field.IMAGE] = [place for _, place in where]
+        buckets = np.array([bucket for bucket, _ in where])
+        for bucket in np.unique(buckets).tolist():
+            self._resize(records, table[buckets == bucket], finished.pixels[bucket])
+
+
+def resizer_of(decode: str, device: torch.device, budget: int) -> Resizer:
+    """What resizes on the device in a run, and decodes there where that is how the plan decodes.
+
+    Args:
+        budget: the run's `pixel_budget`.
+    """
+    if decode != "gpu":
+        return Resizer(device)
+    # half of the budget is the ring; a piece takes twice its size
+    return GpuDecoder(device, JpegDecoder(device), budget // 4)
+
+
+def _picture(row: int, offset: int, records: np.ndarray) -> _Picture:
+    record = records[offset:]
+    encoded = read_encoded(record)
+    return _Picture(row, offset, record if encoded else record[: end_of(np.zeros(1, np.int64), record)], encoded)
+
+
+def _window_bytes(encoded: Encoded) -> int:
+    rows, columns = encoded.window
+    return -(-3 * (rows.stop - rows.start) * (columns.stop - columns.start) // UNIT) * UNIT
+
+
+def _pieces(pictures: Iterable[_Picture], most: int) -> Iterator[list[_Picture]]:
+    """Neighbours whose decoded pictures have so many bytes together, one at least."""
+    piece, nbytes = list[_Picture](), 0
+    for picture in pictures:
+        if piece and nbytes + picture.nbytes > most:
+            yield piece
+            piece, nbytes = [], 0
+        piece.append(picture)
+        nbytes += picture.nbytes
+    if piece:
+        yield piece
