@@ -127,7 +127,7 @@ def test_how_files_end(run, tmp_path):
 
 
 def test_a_hang_costs_its_file_and_its_log_says_where(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_tests, "FILE_SECONDS", 6.0)
+    monkeypatch.setattr(gpu_tests, "FILE_SECONDS", 9.0)
     hang = "import time\n\ndef test_a(): pass\n\ndef test_b(): time.sleep(600)\n"
     found = run(hangs=hang, passes="def test_a(): pass\n")
     assert (found["hangs"].status, found["passes"].status) == ("timeout", "ok")

@@ -144,9 +144,9 @@ def test_the_next_shape_finds_a_fresh_process(bench):
 
 
 def test_one_that_hangs_is_given_up(bench, monkeypatch):
-    monkeypatch.setattr(endtoend, "ANSWER_SECONDS", 1.0)
+    monkeypatch.setattr(endtoend, "ANSWER_SECONDS", 3.0)
     lost, eager = bench.measure(ENCODE, [dying("ours, hangs", 1, hang), EAGER])
-    assert lost["missing"] == "no answer within 1 s" and eager["ms"] > 0
+    assert lost["missing"] == "no answer within 3 s" and eager["ms"] > 0
 
 
 def test_a_lost_reference_is_no_fault_of_a_contender(bench, monkeypatch):
@@ -306,12 +306,12 @@ def test_asked_to_end_the_command_leaves_nothing_but_its_lines(tmp_path):
     environment = {**os.environ, "TMPDIR": str(folder), "OMP_NUM_THREADS": "1"}
     root = Path(model.__file__).parents[1]
     with subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.DEVNULL) as process:
-        for _ in range(600):
+        for _ in range(1200):
             if list(folder.glob("capacitor-bench-*")):
                 break
             time.sleep(0.05)
         process.terminate()
-        assert process.wait(30) == 128 + signal.SIGTERM
+        assert process.wait(60) == 128 + signal.SIGTERM
     assert not list(folder.glob("capacitor-bench-*")) and read_lines(out)[0]["bench"] == "ceilings"
 
 

@@ -69,20 +69,24 @@ def test_the_living_take_over_the_tasks_of_the_killed(tmp_path, src, whole):
 @pytest.fixture
 def leases(tmp_path):
     with CacheFolder(tmp_path) as folder:
-        yield Leases(folder, Mutex(folder), "01234567", heartbeat=0.05, stale=0.5)
+        yield Leases(folder, Mutex(folder), "01234567", heartbeat=0.05, stale=30)
 
 
 def another(leases):
-    return Leases(leases.folder, Mutex(leases.folder), leases.plan8, heartbeat=0.05, stale=0.5)
+    return Leases(leases.folder, Mutex(leases.folder), leases.plan8, heartbeat=0.05, stale=30)
 
 
-def test_a_lease_is_one_process_s_while_it_is_touched(leases):
+def test_a_lease_is_one_process_s_while_it_is_touched(leases, tmp_path):
     other = another(leases)
     with leases:
         assert leases.take(3) and leases.holds(3)
         assert not other.take(3) and other.take(4)
-        # longer than an untouched one lives
-        time.sleep(0.8)
+        # one that has not been touched for so long is another's, had it not been touched
+        os.utime(tmp_path / leases.name(3), (1, 1))
+        end = time.monotonic() + 60
+        while (tmp_path / leases.name(3)).stat().st_mtime == 1:
+            assert time.monotonic() < end, "nobody touches it"
+            time.sleep(0.01)
         assert not other.take(3) and leases.holds(3)
         leases.release(3)
         assert other.take(3) and other.holds(3) and not leases.holds(3)

@@ -128,8 +128,8 @@ def test_a_helper_that_is_not_needed_is_gone_at_once(tmp_path, monkeypatch):
             started.append(self)
 
     monkeypatch.setattr(run_module, "Helper", Kept)
-    begin = time.monotonic()
     with pytest.raises(CapacitorError):
         cache_images(tmp_path / "none", tmp_path / "out", random_model(), REQUEST, options=RunOptions(progress=False))
-    assert [helper.returncode for helper in started] == [-signal.SIGKILL] and time.monotonic() - begin < 4
+    # else it would have ended by itself, once it had imported what it did not need
+    assert [helper.returncode for helper in started] == [-signal.SIGKILL]
     assert not (tmp_path / "out").exists()

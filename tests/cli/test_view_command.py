@@ -208,7 +208,7 @@ def test_serving_ends_with_an_interrupt(world, tmp_path):
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
             url = process.stderr.readline().split()[0]
-            with urllib.request.urlopen(url, timeout=10) as answer:
+            with urllib.request.urlopen(url, timeout=60) as answer:
                 assert b"capacitor_rt" in answer.read()
         finally:
             process.send_signal(signal.SIGINT)
