@@ -6,12 +6,11 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from ..extras import require_extra
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from xxhash import xxh3_128
 
 
@@ -22,6 +21,8 @@ def xxh3(data: bytes | memoryview = b"") -> xxh3_128:
 
 def byte_view(t: Tensor) -> np.ndarray:
     """The bytes of a contiguous tensor on the CPU, uint8 `[nbytes]`, without a copy."""
+    import torch
+
     return t.flatten().view(torch.uint8).numpy()
 
 

@@ -11,22 +11,8 @@ from ..errors import CacheError
 from ..extras import require_extra
 from .parquet_files import MOST_BYTES, parquet_bytes, parse_table
 from .plan import FORMAT, CachePlan, Task
+from .statuses import DECODED, OK, QUARANTINED
 
-OK, QUARANTINED = "ok", "quarantined"
-KNOWN = "known"
-"""Of an input that was read and not decoded, since a row of its bytes is known; never of a row on disk."""
-DECODED = (
-    "bytes_hash",
-    "width",
-    "height",
-    "orientation",
-    "bucket",
-    "resize_height",
-    "resize_width",
-    "crop_top",
-    "crop_left",
-)
-"""Columns that are known once an input has been decoded."""
 STORED = ("row", "row_hash", "min", "max", "mean", "std")
 """Columns of inputs with latents alone."""
 

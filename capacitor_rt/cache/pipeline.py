@@ -30,12 +30,12 @@ from .decoding.work import chunk_schema
 from .encoder import BatchEncoder, Encoded
 from .failures import NAN_LATENT, is_retryable
 from .gpu_decoding import GpuDecoder
-from .index import DECODED, KNOWN, QUARANTINED
 from .meters import GPU_DECODE, Meters
 from .plan import CachePlan, Task
 from .resizing import Resizer, Uploader
 from .reuse import UNKNOWN, Reuse
 from .sources import Source
+from .statuses import DECODED, KNOWN, QUARANTINED
 from .store import SharedRows, TaskData, TaskStore
 
 IN_FLIGHT = 2

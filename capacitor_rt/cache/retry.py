@@ -6,8 +6,8 @@ from collections import Counter
 
 from .decoding import DecodePool
 from .folder import GENERATIONS
-from .index import OK
 from .plan import Task
+from .statuses import OK
 from .store import TaskStore, read_index
 
 

@@ -49,6 +49,7 @@ def cache_images(
     note: Callable[[str], None] = _log.info,
     options: RunOptions | None = None,
     watch: Watch | None = None,
+    helper: Helper | None = None,
 ) -> Report:
     """Encode every image of `src` into the latent cache `out`, or go on with it. Originals are only read.
 
@@ -63,6 +64,8 @@ def cache_images(
         note: told, line by line, what a user may want to know before the work starts; default the logger
             `capacitor_rt`.
         watch: told how far the work is; default a bar on stderr, as `options` has it.
+        helper: what decoding workers are forked from, where it was started before, as by a command that was still
+            importing torch itself. It ends with the call.
 
     Raises:
         CacheError: `out` belongs to another plan or to other inputs; a file is damaged; the disk is full.
@@ -76,8 +79,9 @@ def cache_images(
     check_folder(out)
     with opened(out) as folder:
         mutex = Mutex(folder, note)
-        # what is there already needs no long planning, and perhaps no workers
-        helper = Helper() if threads != 0 and folder.stat(PLAN) is None else None
+        if helper is None and threads != 0 and folder.stat(PLAN) is None:
+            # what is there already needs no long planning, and perhaps no workers
+            helper = Helper()
         try:
             prepared = planned(os.fspath(src), folder, mutex, source, request, chosen)
             prepared.helper = helper

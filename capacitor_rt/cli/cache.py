@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -27,6 +28,9 @@ from .options import (
     visible_gpus,
 )
 from .terminal import echo
+
+if TYPE_CHECKING:
+    from ..cache.decoding import Helper
 
 
 def cache(
@@ -194,7 +198,9 @@ def cache(
         raise InputError("--rehash is for --update: add it")
     if ray is not None and gpus is not None:
         raise InputError("--ray and --gpus exclude each other: on a cluster --coordinators says how many GPUs")
-    with interruptible():
+    # which of them decode, and whether, is not known before it is planned
+    is_alone = ray is None and gpus is None and coordinators is None and not view and not dry_run
+    with interruptible(), _helper(out) if is_alone and workers != 0 else nullcontext() as helper:
         from ..cache.model_source import Checkpoint
         from ..cache.options import RunOptions
         from ..cache.outlook import dry_run as describe_run
@@ -258,13 +264,22 @@ def cache(
         elif views is not None:
             report = cache_views(src, out, checkpoint, views, note=remark, options=options)
         else:
-            report = cache_images(src, out, checkpoint, request, note=remark, options=options)
+            report = cache_images(src, out, checkpoint, request, note=remark, options=options, helper=helper)
     if report.views:
         print_views(report, out)
     else:
         print_report(report, out)
     if report.exit_code:
         raise typer.Exit(report.exit_code)
+
+
+def _helper(out: Path) -> AbstractContextManager[Helper | None]:
+    """What decoding workers are forked from, for a new cache: it imports torch while this process does."""
+    if (out / "plan.json").exists():
+        return nullcontext()
+    from ..cache.decoding.helper import Helper
+
+    return Helper()
 
 
 def _devices(gpus: str | None, device: str, coordinators: int | None) -> list[str]:

@@ -133,3 +133,13 @@ def test_a_helper_that_is_not_needed_is_gone_at_once(tmp_path, monkeypatch):
     # else it would have ended by itself, once it had imported what it did not need
     assert [helper.returncode for helper in started] == [-signal.SIGKILL]
     assert not (tmp_path / "out").exists()
+
+
+def test_a_command_starts_the_helper_before_it_has_imported_torch():
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from capacitor_rt.cache.decoding.helper import Helper\n"
+        "from capacitor_rt.cache.sources import files, parquet, remote, tar\n"
+        "with Helper() as helper: assert helper.pid"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -187,3 +187,24 @@ class TestViews:
     def test_wrong_usage(self, cli, tmp_path, more, said):
         result = cli("cache", *options(tmp_path, *more))
         assert isinstance(result.exception, InputError) and said in str(result.exception)
+
+
+def test_workers_get_ready_while_the_command_imports(cli, tmp_path, monkeypatch):
+    from capacitor_rt.cache.decoding import helper as module
+
+    started = []
+
+    class Counted(module.Helper):
+        def __init__(self):
+            super().__init__()
+            started.append(self)
+
+    monkeypatch.setattr(module, "Helper", Counted)
+    for where in ("capacitor_rt.cache.run.Helper", "capacitor_rt.cache.decoding.coordinator.Helper"):
+        monkeypatch.setattr(where, lambda: pytest.fail("another was started"))
+    args = options(tmp_path, "--size", 32)
+    assert cli("cache", *args, "--dry-run").exit_code == 0 and not started
+    assert cli("cache", *args).exit_code == 0 and len(started) == 1
+    # it has served the run, and ended with it
+    assert started[0].returncode == 0
+    assert cli("cache", *args).exit_code == 0 and len(started) == 1

@@ -21,8 +21,8 @@ from ...images.geometry import Size
 from ...images.load import Admit, LoadedImage, PixelPolicy, View, load_views
 from ..failures import CRASHED, OUT_OF_MEMORY, is_retryable
 from ..hashing import xxh3
-from ..index import DECODED, KNOWN, OK, QUARANTINED
 from ..sources import Expecting, Source
+from ..statuses import DECODED, KNOWN, OK, QUARANTINED
 
 BACKOFF_SECONDS = (0.2, 1.0, 3.0)
 """How long to wait before an input that failed for now is tried again."""
