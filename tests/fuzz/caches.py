@@ -28,7 +28,16 @@ from .forked import Surface, scratch
 CORPUS = Path(__file__).parent / "corpus" / "caches"
 CASE = "case.json"
 # with the folder of images of each
-BASES = {"whole": "src", "updated": "src2", "underway": "src2", "shared": "src3"}
+BASES = {
+    "whole": "src",
+    "updated": "src2",
+    "underway": "src2",
+    "shared": "src3",
+    "views": "src",
+    "views-underway": "src2",
+}
+# of those with a second view the mutated one, the second, and what that is in the end
+VIEWS = {"views": ("whole", "other", "other-whole"), "views-underway": ("underway", "other-whole", "other-updated")}
 # a file that says that a mutant is to be read by everything
 EVERY = "every"
 
@@ -36,8 +45,9 @@ EVERY = "every"
 class Caches(Surface):
     """A small cache with two sizes, mirrored and with logsnr, two of whose inputs are quarantined.
 
-    A third of the mutants are of the same after an update, of one whose update is under way, or of one in int8 in which
-    inputs of the same bytes share a row.
+    A third of the mutants are of the same after an update, of one whose update is under way, of one in int8 in which
+    inputs of the same bytes share a row, or of one view of two: the other is unfinished, or its update is not begun,
+    and a run does what is to be done of both.
     """
 
     name = "caches"
@@ -72,8 +82,9 @@ class Caches(Surface):
         self.go_on(self.home / "whole")
         self.update(rng)
         self.share()
+        self.add_views()
         self.truths = {}
-        for name in ("whole", "updated", "shared"):
+        for name in ("whole", "updated", "shared", "other-whole", "other-updated"):
             # leaves the table of rows, too
             rows = LatentDataset(self.home / name, verify=True)
             self.truths[name] = {rows.ids[i]: rows.tensors(i) for i in range(len(rows))}
@@ -120,11 +131,34 @@ class Caches(Surface):
             shutil.copy(source / f"{name}.png", source / f"{name}-again.png")
         self.go_on(self.home / "shared", "shared")
 
-    def go_on(self, out: Path, base: str = "whole") -> Any:
+    def add_views(self) -> None:
+        """Make `other`, an unfinished view, and what it is when it is finished and when it is updated."""
         from capacitor_rt.cache import RunOptions, cache_images
 
         assert self.home is not None
-        options = RunOptions(workers=0, progress=False, backoff=(0.0,), update=base in ("updated", "underway"))
+        other, whole, updated = (self.home / name for name in ("other", "other-whole", "other-updated"))
+        self.second = replace(self.request, side=32, area=False, posterior=False, task_inputs=2)
+        options = RunOptions(workers=0, progress=False)
+        cache_images(self.home / "src", whole, self.model, self.second, options=options)
+        shutil.copytree(whole, other)
+        log = other / "commits.jsonl"
+        log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:-2]))
+        for sub in ("tasks", "index"):
+            for path in sorted((other / sub).iterdir())[-2:]:
+                path.unlink()
+        shutil.copytree(whole, updated)
+        options = replace(options, update=True)
+        cache_images(self.home / "src2", updated, self.model, self.second, options=options)
+
+    def go_on(self, out: Path, base: str = "whole") -> Any:
+        from capacitor_rt.cache import RunOptions, cache_images, cache_views
+
+        assert self.home is not None
+        is_update = base in ("updated", "underway", "views-underway")
+        options = RunOptions(workers=0, progress=False, backoff=(0.0,), update=is_update)
+        if base in VIEWS:
+            views = {"cache": self.request, "other": self.second}
+            return cache_views(self.home / BASES[base], out.parent, self.model, views, note=str, options=options)
         request = replace(self.request, dtype="int8", dedupe=True) if base == "shared" else self.request
         return cache_images(self.home / BASES[base], out, self.model, request, options=options)
 
@@ -144,7 +178,9 @@ class Caches(Surface):
         """A copy of the cache with these mutators applied, and a folder beside it that nothing may touch."""
         assert self.home is not None
         base = steps[0][1] if steps[0][0] == "base" else "whole"
-        shutil.copytree(self.home / base, folder / "cache")
+        shutil.copytree(self.home / (VIEWS[base][0] if base in VIEWS else base), folder / "cache")
+        if base in VIEWS:
+            shutil.copytree(self.home / VIEWS[base][1], folder / "other")
         outside = folder / "outside"
         outside.mkdir()
         (outside / "mine").write_bytes(b"mine")
@@ -162,9 +198,10 @@ class Caches(Surface):
         rng = random.Random(case)
         name, value = json.loads(case)[0]
         self.base = value if name == "base" else "whole"
-        self.may_be = ("whole", "updated") if self.base in ("updated", "underway") else (self.base,)
+        self.may_be = ("whole", "updated") if self.base in ("updated", "underway", "views-underway") else (self.base,)
+        self.may_be = ("whole",) if self.base == "views" else self.may_be
         # what is damaged of the earlier generation is encoded anew by an update, and lies elsewhere then
-        self.is_exact = self.base != "underway"
+        self.is_exact = not self.base.endswith("underway")
         cache, outside = folder / "cache", folder / "outside"
         os.environ["XDG_CACHE_HOME"] = str(folder / "xdg")
         before = _snapshot(outside)
@@ -183,8 +220,27 @@ class Caches(Surface):
                 refusals.append(error)
             if _snapshot(outside) != before:
                 raise AssertionError(f"{step.__name__} touched a file outside")
+            if self.base in VIEWS:
+                self.look_beside(folder / "other", is_done=False)
         if refusals:
             raise refusals[-1]
+
+    def look_beside(self, other: Path, is_done: bool) -> None:
+        """The view beside the mutant is whole, or unfinished as it was; if a run `is_done`, it is what it is to be."""
+        from capacitor_rt import LatentDataset
+
+        assert self.home is not None
+        _, before, after = VIEWS[self.base]
+        if is_done:
+            found, wanted = (_contents(folder) for folder in (other, self.home / after))
+            if found != wanted:
+                differing = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+                raise AssertionError(f"{differing[0]} of the other view is not that of an undisturbed run")
+        rows = LatentDataset(other, verify=True, allow_partial=True)
+        found_rows = rows.__getitems__(range(len(rows)))
+        wrong = [_wrong(found_rows, self.truths[name], True) for name in {before, after} & self.truths.keys()]
+        if all(wrong):
+            raise AssertionError(f"the other view: {wrong[-1]}")
 
     def look(self, cache: Path) -> None:
         """Every row is the one that was cached, and none lacks; of a cache that is not whole, as far as it goes."""
@@ -281,7 +337,9 @@ class Caches(Surface):
         if report.exit_code == 1:
             raise CacheError("tasks are not finished")
         # where rows lie in files of earlier generations, a task whose files are gone may be encoded anew
-        self.is_exact &= self.base == "whole"
+        self.is_exact &= self.base in ("whole", "views")
+        if self.base in VIEWS:
+            self.look_beside(cache.parent / "other", is_done=True)
         try:
             self.check(cache)
             self.look(cache)
@@ -323,6 +381,12 @@ def _wrong(found: list[Any], truth: dict[str, dict[str, torch.Tensor]], partial:
         if not tensors or not all(torch.equal(row[kind], t) for kind, t in tensors.items()):
             return f"row {row['id']} is not the one that was cached"
     return ""
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    """The files of a cache without what a machine notes for itself."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in (".stamps", ".rows")]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 def _snapshot(folder: Path) -> dict[str, tuple[bytes | None, int, int]]:
