@@ -15,8 +15,8 @@ from ...errors import CacheError, InputError
 from ...images.deferred import UNIT
 from ...images.geometry import Size
 from ...images.load import PixelPolicy, View
-from ..index import DECODED
 from ..sources import Source
+from ..statuses import DECODED
 from .coordinator import Coordinator, Order
 from .helper import Helper
 from .work import BACKOFF_SECONDS, Contents, Job, Meter, Row, Worker, fail, to_batch
