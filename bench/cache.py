@@ -74,14 +74,15 @@ def start_seconds(folder: Path) -> float:
 def one_core(files: Sequence[bytes], size: int, decode: str) -> float:
     """Images per second of CPU time of one thread that decodes and resizes; the better of two passes.
 
-    With `decode` "deferred" it decodes exactly, cuts, and leaves the resizing to a GPU.
+    With `decode` "deferred" it decodes exactly, cuts, and leaves the resizing to a GPU; with "gpu" the decoding, too.
     """
     from capacitor_rt.cache.resizing import RECORD_BYTES
+    from capacitor_rt.images.encoded import load_encoded
     from capacitor_rt.images.geometry import Size
-    from capacitor_rt.images.load import PixelPolicy, load_image
+    from capacitor_rt.images.load import PixelPolicy, View, load_image
 
-    policy, buckets = PixelPolicy("fast" if decode == "fast" else "exact"), [Size(size, size)]
-    record = RECORD_BYTES if decode == "deferred" else None
+    policy, buckets = PixelPolicy("exact" if decode == "deferred" else decode), [Size(size, size)]
+    record = RECORD_BYTES if decode in ("deferred", "gpu") else None
     out = np.empty(record or size * size * 3, np.uint8)
     buffer = bytearray()
 
@@ -95,7 +96,8 @@ def one_core(files: Sequence[bytes], size: int, decode: str) -> float:
     for _ in range(2):
         begin = time.thread_time()
         for data in files:
-            load_image(data, policy, buckets, out, buffer=memory, record_bytes=record)
+            if decode != "gpu" or load_encoded(data, View(policy, (buckets[0],)), out) is None:
+                load_image(data, policy, buckets, out, buffer=memory, record_bytes=record)
         rates.append(len(files) / (time.thread_time() - begin))
     return max(rates)
 
@@ -185,7 +187,7 @@ def measure(photos: PhotoSet, root: Path, model: Any, args: argparse.Namespace, 
     folder = root / "files"
     names = sorted(folder.iterdir())
     sample = [path.read_bytes() for path in names[: max(4, len(names) // 8)]]
-    core = {decode: one_core(sample, size, decode) for decode in ("exact", "fast", "deferred")}
+    core = {decode: one_core(sample, size, decode) for decode in ("exact", "fast", "deferred", "gpu")}
     out = root / f"latents-{size}"
     line = {"core_images_per_s": core} | cache_run(folder, out, model, size, args)
     start = start_seconds(folder) if line["workers"] else 0.0
@@ -246,7 +248,7 @@ def _print(line: dict[str, Any]) -> None:
     core, plain = line["core_images_per_s"], line["plain"]
     shares = ", ".join(f"{stage} {share:.0%}" for stage, share in line["occupancy"].items())
     print(f"  to {line['size']}x{line['size']}, {line['encoder']} encoder, {line['workers']} workers")
-    left = f"{core['deferred']:.1f} with the resize left to the GPU"
+    left = f"{core['deferred']:.1f} with the resize left to the GPU, {core['gpu']:.1f} with the decoding, too"
     print(f"  one core     {core['exact']:8.1f} images/s exact, {core['fast']:.1f} fast, {left}")
     print(f"  cache        {line['images_per_s']:8.1f} images/s, cpu {line['cpu_ms']:.2f} ms per image; {shares}")
     print(
@@ -268,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--set", action="append", choices=names, help="Photographs of this width; default all.")
     parser.add_argument("--images", type=int, help="Write and cache this many files of each set.")
     parser.add_argument("--size", type=int, action="append", help="Cache at this many pixels per side; default 256.")
-    parser.add_argument("--decode", choices=("exact", "fast"), default="exact", help="How the cache decodes.")
+    parser.add_argument("--decode", choices=("exact", "fast", "gpu"), default="exact", help="How the cache decodes.")
     parser.add_argument("--resize", choices=("cpu", "gpu"), default="cpu", help="Where the cache resizes.")
     parser.add_argument(
         "--folder", type=Path, help="Put files and latents below this folder, and remove them at the end."

@@ -195,6 +195,7 @@ def _facts(device: torch.device) -> dict[str, Any]:
     major, minor = torch.cuda.get_device_capability(device)
     return {
         "nvjpeg": ".".join(str(number.value) for number in numbers),
+        # an engine's pixels and those of the kernels need not agree
         "decoded_by": CUDA if status == _NO_ENGINE else ENGINE,
         "compute_capability": 10 * major + minor,
     }

@@ -25,7 +25,7 @@ from .folder import LEASES, TMP, CacheFolder
 from .kept_configs import configs_of
 from .model_source import Checkpoint, Loaded, ModelIdentity, ModelSource, with_whitening
 from .mutex import HELD, LOCK
-from .nvjpeg import check_environment, environment
+from .nvjpeg import CUDA, ENGINE, check_environment, environment
 from .options import RunOptions
 from .plan import PLAN, CachePlan, CacheRequest, Task, load_plan, make_plan, plan_tasks
 from .plan_changes import check_plan, version_notes
@@ -157,6 +157,7 @@ def prepare(
         identity = with_whitening(identity, model)
     configs = configs_of(identity, buckets, request.posterior)
     plan = make_plan(request, identity, source, buckets, configs, distinct_of, gpu_decode)
+    notes += _decoding(plan)
     return PreparedRun(plan, tasks_of(plan, source), source, model, notes, cc=identity.cc, whole=whole)
 
 
@@ -277,8 +278,18 @@ def _progress(prepared: PreparedRun, todo: list[Task], most: int) -> list[str]:
     if done:
         return [f"going on: {done} of {counted(tasks, 'task')} are done"]
     size = f"{most / 1e9:.4g} GB" if most >= 1e9 else f"{most / 1e6:.4g} MB" if most >= 1e6 else f"{most / 1e3:.4g} kB"
+    begin = f"to be written: {counted(tasks, 'task')}, {2 * tasks} files, up to {size} of latents in "
+    return [begin + prepared.plan.dtype]
+
+
+def _decoding(plan: CachePlan) -> list[str]:
+    """A line where the GPU decodes: what that ties the cache to."""
+    if (by := plan.fields.get("gpu_decode")) is None:
+        return []
+    what = {ENGINE: "the JPEG engine", CUDA: "CUDA"}[by["decoded_by"]]
     return [
-        f"to be written: {counted(tasks, 'task')}, {2 * tasks} files, up to {size} of latents in {prepared.plan.dtype}"
+        f"the usual JPEGs are decoded by nvJPEG {by['nvjpeg']} on {what} of compute capability "
+        f"{by['compute_capability'] / 10}, all other images by the workers: the cache goes on where that is the same"
     ]
 
 

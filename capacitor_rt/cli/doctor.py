@@ -47,6 +47,7 @@ OPTIONAL = {
     "simplejpeg": ("faster JPEG decoding", "cache"),
     "pyarrow": ("latent caches", "cache"),
     "xxhash": ("latent caches", "cache"),
+    "torchvision": ("cache --decode gpu, by nvJPEG", "gpu-decode"),
     "diffusers": ("FLUX.2 as a baseline", "bench"),
     "matplotlib": ("figures of the results", "bench"),
 }

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import image_files as files
@@ -106,6 +108,31 @@ def test_files_are_the_same_whoever_decodes_when_and_after_kills(src, tmp_path, 
     nvjpeg.most_bytes = 3 * 200 * 61
     assert run(src, tmp_path / "resumed").cached == 18
     assert snapshot(tmp_path / "resumed") == snapshot(tmp_path / "one")
+
+
+def test_killed_while_it_decodes_and_gone_on_with(src, tmp_path, nvjpeg):
+    """A process is killed while it decodes, two tasks on disk, and another one takes over."""
+    request = CacheRequest(32, batch=3, task_inputs=3, decode="gpu", dtype="fp32")
+    nvjpeg.refused = by_turns
+    run(src, tmp_path / "whole", request)
+    child = os.fork()
+    if child == 0:
+        log = tmp_path / "out" / "commits.jsonl"
+
+        def die() -> None:
+            if log.exists() and log.read_bytes().count(b"\n") >= 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        nvjpeg.before = die
+        try:
+            run(src, tmp_path / "out", request)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    committed = (tmp_path / "out" / "commits.jsonl").read_text().count("\n")
+    assert 2 <= committed < 7
+    run(src, tmp_path / "out", request, stale=0.5, heartbeat=0.1)
+    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "whole")
 
 
 def test_pixels_of_the_gpu_are_taken_where_they_should_be_and_nowhere_else(src, tmp_path):
@@ -272,6 +299,7 @@ def test_refused_before_anything_is_written(src, tmp_path, monkeypatch):
 def test_a_dry_run_and_retries(few, tmp_path):
     found = dry_run(few, tmp_path / "out", random_model(), REQUEST)
     assert sum(found.buckets.values()) == 7 and not (tmp_path / "out").exists()
+    assert any("nvJPEG 13.0.2 on the JPEG engine of compute capability 9.0" in line for line in found.notes)
     run(few, tmp_path / "out")
     report = run(few, tmp_path / "out", retry_quarantined=True)
     assert report.quarantined == {"truncated": 1}

@@ -22,8 +22,9 @@ from PIL import Image, features
 from capacitor_rt.errors import ImageError
 from capacitor_rt.images import jpeg
 from capacitor_rt.images.decode import decode_image, open_image, probe
+from capacitor_rt.images.encoded import RECORD_BYTES, exact_pixels, load_encoded, read_encoded
 from capacitor_rt.images.geometry import bucket_table
-from capacitor_rt.images.load import PixelPolicy, load_image
+from capacitor_rt.images.load import PixelPolicy, View, load_image
 
 from .forked import Surface
 
@@ -265,6 +266,7 @@ def _outcome(data: bytes, before: int) -> tuple:
         if pixels.shape != (header.height, header.width, 3) or probe(data, max_pixels=MAX_PIXELS) != header:
             raise Disagreement(f"pixels {pixels.shape} under {header}")
         fast = PixelPolicy(decode="fast", max_pixels=MAX_PIXELS)
+        _check_encoded(data)
         try:
             loaded = [load_image(data, policy, BUCKETS) for policy in (PixelPolicy(max_pixels=MAX_PIXELS), fast)]
         except ImageError as error:
@@ -272,6 +274,24 @@ def _outcome(data: bytes, before: int) -> tuple:
                 raise Disagreement(f"decoded, but not loaded: {error}") from error
             return header, pixels.tobytes()
         return header, pixels.tobytes(), *(image.pixels.tobytes() for image in loaded)
+
+
+def _check_encoded(data: bytes) -> None:
+    """What a GPU would be given of an image has the pixels of the file itself."""
+    out = np.empty(RECORD_BYTES, np.uint8)
+    try:
+        loaded = load_encoded(data, View(PixelPolicy("gpu", icc="ignore", max_pixels=MAX_PIXELS), tuple(BUCKETS)), out)
+    except ImageError as error:
+        if error.reason != "too_large":
+            raise Disagreement(f"decoded, but not handed on: {error}") from error
+        return
+    if loaded is None:
+        return
+    record = read_encoded(loaded.pixels)
+    assert record is not None
+    stored = open_image(data, max_pixels=MAX_PIXELS).stored_pixels((0, 0, 0), icc="ignore")
+    if not np.array_equal(exact_pixels(record.stream, name="stream"), stored):
+        raise Disagreement("what a GPU is given has other pixels")
 
 
 def _words(outcome: tuple) -> str:

@@ -145,3 +145,26 @@ def test_who_resizes(gpu, fake):
     assert type(resizer_of("exact", GPU, 1 << 30)) is Resizer and type(resizer_of("fast", GPU, 1 << 30)) is Resizer
     decoder = resizer_of("gpu", GPU, 1 << 30)
     assert isinstance(decoder, gpu_decoding.GpuDecoder) and decoder._piece_bytes == 1 << 28
+
+
+def test_a_whole_run(gpu, fake, tmp_path, monkeypatch):
+    """Caching JPEGs on the GPU: their latents mean nothing here, but memory and streams are watched."""
+    from models import randomise
+
+    from capacitor_rt import FullCapacitor
+    from capacitor_rt.cache import CacheRequest, cache_images
+    from capacitor_rt.cache.options import RunOptions
+    from capacitor_rt.runtime import launch_cases
+
+    monkeypatch.setenv("CAPACITOR_SELF_CHECK", "0")
+    (tmp_path / "src").mkdir()
+    for i in range(9):
+        (tmp_path / "src" / f"{i}.jpg").write_bytes(jpeg(i) if i != 5 else jpeg(i)[:-200])
+    model = FullCapacitor(launch_cases.TINY.config, backend="triton", strict_size=False)
+    model = randomise(model).to(GPU, torch.bfloat16)
+    request = CacheRequest(32, batch=2, task_inputs=4, decode="gpu")
+    options = RunOptions(workers=0, progress=False)
+    report = cache_images(tmp_path / "src", tmp_path / "out", model, request, options=options)
+    assert report.quarantined["truncated"] == 1 and report.cached + report.quarantined.total() == 9
+    assert sum(fake.calls) == 8 and report.meters.seconds["gpu_decode"] > 0
+    assert gpu.settle() == []
