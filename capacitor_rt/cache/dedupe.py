@@ -199,7 +199,7 @@ def restricted(folder: CacheFolder, plan: CachePlan, source: Source) -> Source |
         planned = load_listing(folder, plan.source_name, plan.fields["source"]["sha256"])
     except CacheError:
         return None
-    pa, pc = require_extra("pyarrow"), require_extra("pyarrow.compute")
-    names = [pa.array(x.locators, pa.large_binary()) for x in (planned, source.listing)]
+    pc = require_extra("pyarrow.compute")
+    names = [x.names.arrow() for x in (planned, source.listing)]
     found = pc.index_in(names[0], value_set=names[1]).fill_null(-1).to_numpy().astype(np.int64)
     return None if (found < 0).any() else subset(source, found)

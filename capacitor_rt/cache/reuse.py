@@ -273,11 +273,11 @@ class Reuse:
 
 def unchanged(planned: Listing, listed_ns: int | None, now: Listing) -> np.ndarray:
     """Ordinal in the planned list of each input that is listed now and has not changed since, int64, `UNKNOWN` else."""
-    pa, pc = require_extra("pyarrow"), require_extra("pyarrow.compute")
+    pc = require_extra("pyarrow.compute")
     if planned.locators == now.locators:
         old = np.arange(len(now), dtype=np.int64)
     else:
-        names = [pa.array(x.locators, pa.large_binary()) for x in (now, planned)]
+        names = [x.names.arrow() for x in (now, planned)]
         old = pc.index_in(names[0], value_set=names[1]).fill_null(UNKNOWN).to_numpy().astype(np.int64)
     at = np.flatnonzero(old >= 0)
     before = old[at]

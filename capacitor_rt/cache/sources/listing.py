@@ -14,6 +14,7 @@ from ...extras import require_extra
 from ...images.scan import path_to_id
 from ..folder import CacheFolder, PendingFile
 from ..parquet_files import parquet_bytes, read_table
+from .names import Names
 
 SOURCE = "source.parquet"
 MISSING = -1
@@ -26,7 +27,7 @@ class Listing:
 
     Attributes:
         locators: where each lies, relative to the source: a path, or that of its container, a slash and its name there.
-            No two are equal.
+            No two are equal. Any sequence is taken, and kept as `Names`.
         sizes: bytes, int64, `MISSING` where they are not known beforehand.
         mtimes: nanoseconds, int64, `MISSING` where there are none. They differ between machines and are not hashed.
         offsets: where its bytes begin in its container, or its row there; int64.
@@ -35,7 +36,7 @@ class Listing:
         errors: why inputs cannot be read, by ordinal, as far as listing them has shown.
     """
 
-    locators: list[bytes]
+    locators: Sequence[bytes]
     sizes: np.ndarray
     mtimes: np.ndarray
     offsets: np.ndarray
@@ -43,12 +44,22 @@ class Listing:
     container_names: list[bytes] = field(default_factory=list)
     errors: dict[int, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.locators, Names):
+            object.__setattr__(self, "locators", Names(self.locators))
+
     def __len__(self) -> int:
         return len(self.locators)
 
+    @property
+    def names(self) -> Names:
+        """The locators."""
+        assert isinstance(self.locators, Names)
+        return self.locators
+
     @staticmethod
     def of_files(
-        locators: list[bytes], sizes: np.ndarray, mtimes: np.ndarray, errors: dict[int, str] | None = None
+        locators: Sequence[bytes], sizes: np.ndarray, mtimes: np.ndarray, errors: dict[int, str] | None = None
     ) -> Listing:
         """Files that are inputs themselves."""
         n = len(locators)
@@ -72,10 +83,10 @@ class Listing:
     def digest(self) -> str:
         """SHA-256 (hex) of names, places and sizes, but not of times."""
         digest = hashlib.sha256()
-        for names in (self.locators, self.container_names):
+        for names in (self.names, Names(self.container_names)):
             # lengths first: no name can be taken for two
-            digest.update(np.array([len(name) for name in names], "<i8").data)
-            digest.update(b"".join(names))
+            digest.update(np.ascontiguousarray(names.lengths, dtype="<i8").data)
+            digest.update(names.joined())
         for column in (self.sizes, self.offsets, self.containers):
             digest.update(np.ascontiguousarray(column, dtype="<i8").data)
         return digest.hexdigest()
@@ -83,14 +94,16 @@ class Listing:
     def save(self, folder: CacheFolder, name: str = SOURCE) -> None:
         """Write the list, in place of what a run that was killed while planning may have left."""
         pa = require_extra("pyarrow")
-        names = [None, *self.container_names]
+        containers = pa.array(self.containers, pa.int32(), mask=self.containers < 0)
         columns = {
-            "locator": pa.array(self.locators, pa.large_binary()).cast(pa.binary()),
+            "locator": self.names.arrow().cast(pa.binary()),
             "size": pa.array(self.sizes, pa.int64()),
             "mtime_ns": pa.array(self.mtimes, pa.int64()),
             "offset": pa.array(self.offsets, pa.int64()),
-            "container": pa.array([names[c + 1] for c in self.containers.tolist()], pa.binary()),
-            "error": pa.array([self.errors.get(i) for i in range(len(self))], pa.string()),
+            "container": pa.array(self.container_names, pa.binary()).take(containers),
+            "error": pa.array([self.errors.get(i) for i in range(len(self))], pa.string())
+            if self.errors
+            else pa.nulls(len(self), pa.string()),
         }
         PendingFile(folder, name, [parquet_bytes(pa.table(columns))]).replace()
 
@@ -123,17 +136,19 @@ def _schema() -> Any:
 def _listing(table: Any) -> Listing:
     if any(table[name].null_count for name in ("locator", "size", "mtime_ns", "offset")):
         raise ValueError("a value is missing")
-    container = table["container"].to_pylist()
-    names: dict[bytes, int] = {}
-    numbers = [-1 if name is None else names.setdefault(name, len(names)) for name in container]
-    errors = {i: text for i, text in enumerate(table["error"].to_pylist()) if text is not None}
+    # in the order of their first use
+    containers = table["container"].dictionary_encode().unify_dictionaries().chunks
+    numbers = [chunk.indices.fill_null(-1).to_numpy() for chunk in containers]
+    errors: dict[int, str] = {}
+    if table["error"].null_count < len(table):
+        errors = {i: text for i, text in enumerate(table["error"].to_pylist()) if text is not None}
     return Listing(
-        table["locator"].to_pylist(),
+        Names.of_arrow(table["locator"]),
         table["size"].to_numpy(),
         table["mtime_ns"].to_numpy(),
         table["offset"].to_numpy(),
-        np.array(numbers, np.int32),
-        list(names),
+        np.concatenate([np.zeros(0, np.int32), *numbers]).astype(np.int32),
+        containers[0].dictionary.to_pylist() if containers else [],
         errors,
     )
 

@@ -20,6 +20,7 @@ from ..failures import CHANGED, IO_ERROR, OUT_OF_MEMORY
 from .columns import CAPTION, LABEL, MAX_LABEL_NAME, Column, Columns, ColumnsRequest, parse_json, text_of
 from .containers import LocalFiles
 from .listing import MISSING, Listing
+from .names import Names
 from .remote import Files, find_files
 
 IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes", "picture")
@@ -223,7 +224,8 @@ def parquet_source(src: Path | str, out: Path, request: ColumnsRequest, column: 
         raise CacheError(f"the {len(names)} Parquet files of {os.fspath(src)!r} have no rows")
     offsets = np.concatenate([np.arange(g[2], g[2] + n) for g, n in zip(groups, counts, strict=True)]).astype(np.int64)
     numbers = np.repeat(np.arange(len(groups)), counts).astype(np.int32)
-    locators = [groups[c][0] + b"/%07d" % row for c, row in zip(numbers.tolist(), offsets.tolist(), strict=True)]
+    spans = [(name, first, first + n) for (name, _, first, _), n in zip(groups, counts, strict=True)]
+    locators = Names(name + b"/%07d" % row for name, first, stop in spans for row in range(first, stop))
     times = np.array([g[3] for g in groups], np.int64)[numbers]
     listing = Listing(locators, np.full(total, MISSING, np.int64), times, offsets, numbers, containers)
     columns = _ParquetColumns(files, groups, listing, schema, request).columns() if request else Columns()
