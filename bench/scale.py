@@ -37,7 +37,7 @@ SIDE = 32
 PIXELS = 160_000_000
 ROOM = 96 << 20
 """What a run of many rows may come to have more of, in all its processes together, than after a fifth of it."""
-PER_WORKER = 192 << 20
+PER_WORKER = 64 << 20
 """Beside the pixel budget: a worker's share of what the helper has, and files that were read ahead."""
 
 

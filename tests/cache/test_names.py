@@ -75,7 +75,7 @@ def test_a_list_takes_little_memory(tmp_path):
         tracemalloc.start()
         try:
             made = listing(count, 7)
-            assert tracemalloc.get_traced_memory()[1] / count < 90
+            assert tracemalloc.get_traced_memory()[0] / count < 64
             made.save(folder)
             before = tracemalloc.get_traced_memory()[0]
             tracemalloc.reset_peak()

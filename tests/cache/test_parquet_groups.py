@@ -13,6 +13,7 @@ from http_files import serving
 
 from capacitor_rt.cache.sources.containers import LocalFiles
 from capacitor_rt.cache.sources.open import open_source
+from capacitor_rt.cache.sources.parquet import BATCH_BYTES, _batch_rows
 from capacitor_rt.errors import ImageError
 
 ROWS, GROUP, NBYTES = 1200, 600, 20_000
@@ -110,3 +111,44 @@ def test_what_goes_wrong_is_for_now_and_mends(tmp_path):
         with pytest.raises(ImageError, match="another one than") as raised:
             reader.read(3)
         assert raised.value.reason == "changed"
+
+
+@pytest.mark.parametrize("struct", [False, True])
+def test_what_a_dictionary_repeats_is_not_held_many_times_over(tmp_path, struct):
+    """A file of a few kilobytes, of which sixteen rows are a third of a gigabyte."""
+    large = 8 << 20
+    values = pa.array([bytes(large), b"small"], pa.binary())
+    column = pa.DictionaryArray.from_arrays(pa.array([0, 1, 0] * 40, pa.int32()), values)
+    if struct:
+        column = pa.StructArray.from_arrays([column, pa.nulls(120, pa.string())], ["bytes", "path"])
+    options = {"dictionary_pagesize_limit": 1 << 30, "store_schema": False, "compression": "zstd"}
+    pq.write_table(pa.table({"image": column}), tmp_path / "x.parquet", **options)
+    assert (tmp_path / "x.parquet").stat().st_size < 100_000
+    reader = open_source(tmp_path / "x.parquet", tmp_path / "out").open()
+    before = pa.total_allocated_bytes()
+    for i in range(120):
+        assert len(reader.read(i)) == (5 if i % 3 == 1 else large)
+        # the dictionary decompressed, as it is kept, and a batch
+        assert pa.total_allocated_bytes() - before < 5 * large
+
+
+@pytest.mark.parametrize(("nbytes", "rows"), [(1000, 16), (3 << 20, 5), (20 << 20, 1)])
+def test_batches_of_large_images_are_short(tmp_path, nbytes, rows):
+    images = [np.random.default_rng(i).bytes(nbytes) for i in range(6)]
+    options = {"use_dictionary": False, "compression": None, "write_batch_size": 1, "data_page_size": 1}
+    pq.write_table(pa.table({"image": images}), tmp_path / "x.parquet", **options)
+    with open(tmp_path / "x.parquet", "rb") as handle:
+        assert _batch_rows(pq.ParquetFile(handle), handle, 0, "image") == rows
+    reader = open_source(tmp_path / "x.parquet", tmp_path / "out").open()
+    before = pa.total_allocated_bytes()
+    for i in (0, 1, 5):
+        assert reader.read(i) == images[i]
+        assert pa.total_allocated_bytes() - before < max(4 * nbytes, 2 * BATCH_BYTES)
+
+
+def test_a_dictionary_whose_header_is_odd_is_taken_for_a_large_one(tmp_path):
+    pq.write_table(pa.table({"image": [b"a", b"b", b"a"] * 9}), tmp_path / "x.parquet")
+    file = pq.ParquetFile(tmp_path / "x.parquet")
+    for head in (b"", b"\x15", b"\x15\xff\xff", bytes(16), b"\xff" * 16):
+        assert _batch_rows(file, io.BytesIO(b"PAR1" + head), 0, "image") == 1
+    assert _batch_rows(file, io.BytesIO((tmp_path / "x.parquet").read_bytes()), 0, "image") == 16

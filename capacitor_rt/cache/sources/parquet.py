@@ -27,6 +27,8 @@ IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes", "picture")
 GROUPS = 2
 """Row groups that one reader streams at a time."""
 BATCH_ROWS = 16
+BATCH_BYTES = 16 << 20
+"""Of the images of a batch, unless it is a single one."""
 BUFFER_BYTES = 1 << 20
 
 
@@ -62,7 +64,7 @@ class ParquetReader:
 
     A row group is streamed, a few rows at a time, from its first row to the last that is wanted: rows that are passed
     are kept if they are expected. So whoever reads in order reads a group once, whatever its size, and holds the rows
-    that it expects, `BATCH_ROWS` more, and a page of the file.
+    that it expects, `BATCH_ROWS` more (fewer if they are large), and a page of the file.
     """
 
     def __init__(self, source: ParquetSource):
@@ -151,9 +153,11 @@ class _Stream:
             if self.source.files.has_changed(name, mtime):
                 raise ImageError(CHANGED, "its file is another one than when it was listed")
             # not the whole column at once, which is what pyarrow prefers
-            file = _open(self.source.files, name, pre_buffer=False, buffer_size=BUFFER_BYTES)
+            handle = self.source.files.open(name)
+            file = _parquet_file(handle, pre_buffer=False, buffer_size=BUFFER_BYTES)
             columns = [self.source.column]
-            return file.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns, use_threads=False)
+            rows = _batch_rows(file, handle, group, self.source.column)
+            return file.iter_batches(rows, row_groups=[group], columns=columns, use_threads=False)
 
     def _next(self, row: int) -> Any:
         assert self._batches is not None
@@ -232,10 +236,52 @@ def parquet_source(src: Path | str, out: Path, request: ColumnsRequest, column: 
     return ParquetSource(files, listing, columns, column or "", groups)
 
 
+def _batch_rows(file: Any, handle: Any, group: int, column: str) -> int:
+    """How many rows of a group are read at a time: as many as `BATCH_BYTES` may be expected to hold.
+
+    Args:
+        handle: of the file, which nobody reads meanwhile.
+    """
+    found = file.metadata.row_group(group)
+    chunks = [found.column(number) for number in range(found.num_columns)]
+    chunks = [chunk for chunk in chunks if chunk.path_in_schema.partition(".")[0] == column]
+    mean = sum(max(chunk.total_uncompressed_size, 0) for chunk in chunks) / max(found.num_rows, 1)
+    # what all rows repeat is stored once, so that a small file becomes a large batch
+    most = max([mean, 1, *(_dictionary_bytes(handle, chunk) for chunk in chunks)])
+    return int(min(max(BATCH_BYTES // most, 1), BATCH_ROWS))
+
+
+def _dictionary_bytes(handle: Any, chunk: Any) -> int:
+    """Bytes of the dictionary of a column chunk, as the header of its page says; 0 where it has none."""
+    if not chunk.has_dictionary_page or chunk.dictionary_page_offset is None:
+        return 0
+    handle.seek(chunk.dictionary_page_offset)
+    head = handle.read(16)
+    # Thrift's compact form: kind and size of the page come first, a byte that says so before either
+    at, number = 0, 0
+    try:
+        for _ in range(2):
+            if head[at] != 0x15:
+                return BATCH_BYTES
+            at, number, shift = at + 1, 0, 0
+            while True:
+                number |= (head[at] & 0x7F) << shift
+                at, shift = at + 1, shift + 7
+                if head[at - 1] < 0x80:
+                    break
+    except IndexError:
+        return BATCH_BYTES
+    return number >> 1
+
+
 def _open(files: Files, name: bytes, **options: Any) -> Any:
+    return _parquet_file(files.open(name), **options)
+
+
+def _parquet_file(handle: Any, **options: Any) -> Any:
     # by handle: pyarrow takes no path that is not UTF-8
     pa, pq = require_extra("pyarrow"), require_extra("pyarrow.parquet")
-    return pq.ParquetFile(pa.PythonFile(files.open(name), mode="r"), **{"pre_buffer": False} | options)
+    return pq.ParquetFile(pa.PythonFile(handle, mode="r"), **{"pre_buffer": False} | options)
 
 
 @contextmanager
