@@ -193,7 +193,7 @@ def parse_user_rows(where: str, cc: int, families: Mapping[str, Any]) -> tuple[C
     except ValueError as error:
         raise user_rows.UserRowsError(where, str(error)) from None
     for row in parsed:
-        itemsize = 4 if row.dtype == "fp32" else 2
+        itemsize = {"fp32": 4, "e4m3": 1}.get(row.dtype, 2)
         tile = [n for key, n in vars(row.config).items() if key.startswith(("block_", "cols", "strips_"))]
         gemm = isinstance(row.config, GemmConfig)
         if gemm and (min(tile) < 16 or gemm_smem(row.config, itemsize) > limits(cc).smem_per_cta):

@@ -16,6 +16,8 @@ LATENCY_PROGRAMS = 128
 # few images: tiles get narrower until there is a program for most SMs; two where products are slow beside L2, since
 # small tiles lose nothing there
 FEW_PROGRAMS = {80: 96, 89: 240, 90: 96, 100: 96, 120: 320}
+# in e4m3 products are fast enough for tiles that are smaller still to wait for L2
+FEW_PROGRAMS_E4M3 = 96
 _NARROWER = ((256, 128), (128, 128), (128, 64), (64, 64), (32, 64))
 
 
@@ -126,11 +128,11 @@ def flat_tiles(tokens: int, columns: int, config: GemmConfig) -> tuple[int, int]
 def product_bits(config: GemmConfig, cc: int, dtype: torch.dtype) -> Hashable:
     """What decides the bits of a product's sums beside its operands: configs with equal ones leave equal bits.
 
-    A product adds 16 of K in one instruction after another, in order, into one float32 sum for each element; how many
-    elements share an instruction, a loop or a warp changes nothing. What does change sums: the kind of instruction
-    (`mma`, `wgmma`, `tcgen05`), which operand is which, and slices of K. That instructions of one kind but another
-    width add alike is certain of `mma`, of which Triton uses one width; of wgmma and tcgen05 it is expected, and
-    documented nowhere, so the GPU at hand is asked by who must know.
+    A product adds 16 of K, 32 in e4m3, in one instruction after another, in order, into one float32 sum for each
+    element; how many elements share an instruction, a loop or a warp changes nothing. What does change sums: the kind
+    of instruction (`mma`, `wgmma`, `tcgen05`), which operand is which, and slices of K. That instructions of one kind
+    but another width add alike is certain of `mma`, of which Triton uses one width; of wgmma and tcgen05 it is
+    expected, and documented nowhere, so the GPU at hand is asked by who must know.
 
     Products in float32 are no such instructions: every config is a class of its own.
     """
@@ -150,15 +152,17 @@ def narrowed(
     itemsize: int,
     programs: Callable[[int, int], int],
     keeps: Callable[[GemmConfig], bool],
+    wanted: int | None = None,
 ) -> GemmConfig:
-    """The config with the widest tile within its own that gives `FEW_PROGRAMS`, else with the narrowest.
+    """The config with the widest tile within its own that gives enough programs, else with the narrowest.
 
     Args:
         k: extent that is summed over.
         programs: of a grid by tiles of so many rows and columns.
         keeps: whether a config is of the bit class that it must be.
+        wanted: how many programs are enough; `FEW_PROGRAMS` when None.
     """
-    wanted = FEW_PROGRAMS[base_cc(cc)]
+    wanted = wanted or FEW_PROGRAMS[base_cc(cc)]
     if programs(config.block_m, config.block_n) >= wanted:
         return config
     fitting = [

@@ -33,7 +33,7 @@ _forced: dict[str, tuple[Any, list[dict[str, int]]]] = {}
 # compute capability -> rows in the place of the user's file; and who wants to know which of the user's rows answered
 _kept: dict[int, tuple[ConfigRow, ...]] = {}
 _watchers: list[list[ConfigRow]] = []
-_listeners: list[list[tuple[str, dict[str, int]]]] = []
+_listeners: list[list[tuple[str, dict[str, int], torch.dtype]]] = []
 _generation = 0
 
 
@@ -74,7 +74,7 @@ def lookup(
         for watcher in _watchers:
             watcher.append(row)
     for listener in _listeners:
-        listener.append((family, dict(shape)))
+        listener.append((family, dict(shape), dtype))
     return config
 
 
@@ -129,9 +129,9 @@ def using(family: str, config: Any) -> Iterator[list[dict[str, int]]]:
 
 
 @contextmanager
-def listening() -> Iterator[list[tuple[str, dict[str, int]]]]:
-    """Collect family and shape of every lookup in order, those of all threads of the process."""
-    asked: list[tuple[str, dict[str, int]]] = []
+def listening() -> Iterator[list[tuple[str, dict[str, int], torch.dtype]]]:
+    """Collect family, shape and dtype of every lookup in order, those of all threads of the process."""
+    asked: list[tuple[str, dict[str, int], torch.dtype]] = []
     _listeners.append(asked)
     try:
         yield asked

@@ -111,15 +111,23 @@ def _record(device: torch.device, dtype: torch.dtype, rows: list[CheckRow]) -> N
 
 
 def _bits(device: torch.device, dtype: torch.dtype) -> list[CheckRow]:
-    """Whether narrower tiles leave the same bits; only GPUs take them, and not in float32."""
+    """Whether narrower tiles leave the same bits; only GPUs take them, and in float32 those of e4m3 alone."""
     import torch
 
-    if device.type != "cuda" or dtype == torch.float32:
+    if device.type != "cuda":
         return []
+    from capacitor_kernels.launch import E4M3_COMPUTE_CAPABILITY, compute_capability
+
     from ..runtime import first_contact, self_check
 
-    rows = self_check.check_bits(device, dtype)
-    first_contact.record_bits(device, dtype, rows)
+    rows = []
+    if dtype != torch.float32:
+        rows = self_check.check_bits(device, dtype)
+        first_contact.record_bits(device, dtype, rows)
+    if compute_capability(device) >= E4M3_COMPUTE_CAPABILITY:
+        in_fp8 = self_check.check_fp8_bits(device, dtype)
+        first_contact.record_bits(device, dtype, in_fp8, fp8=True)
+        rows += in_fp8
     return rows
 
 

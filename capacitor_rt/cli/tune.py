@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -49,6 +50,10 @@ def tune(
     low_latency: Annotated[
         bool, typer.Option("--low-latency", help="Tune launches that are shaped for a single image.")
     ] = False,
+    encode_precision: Annotated[
+        str | None,
+        typer.Option("--encode-precision", help="Tune an encoder in fp8 (e4m3); it needs no scales.", metavar="NAME"),
+    ] = None,
     revision: Revision = None,
     device: Device = "auto",
     compute_dtype: ComputeDtype = None,
@@ -71,11 +76,28 @@ def tune(
         raise InputError(f"--low-latency is for one image at a time, and --batch is {batch}: give --batch 1")
     architecture = read_architecture(model, None, revision)
     check_multiple(size, width or size, architecture.latent_stride, architecture.latent_stride)
+    _check_precision(encode_precision, architecture, direction)
     target = _gpu(device)
-    keys = _keys(architecture, target, (size, width or size, batch), direction, low_latency, compute_dtype)
+    images = size, width or size, batch
+    keys = _keys(architecture, target, images, direction, low_latency, compute_dtype, encode_precision)
     _tune(architecture, keys, target, minutes, op or [], dry_run)
     if export is not None:
         _export(export, device)
+
+
+def _check_precision(name: str | None, architecture: ModelConfig, direction: str) -> None:
+    """Refuse a precision of the encoder where none is tuned that has launches in it."""
+    if name is None:
+        return
+    if direction == "decode":
+        raise InputError(
+            f"--encode-precision {name} is of the encoder, and --direction is decode: leave one of them out"
+        )
+    if not architecture.encoder_depth or architecture.dico is not None:
+        raise InputError(f"this model has no launches in {name}, only full_capacitor's encoder has: leave it out")
+    from ..fp8_encoding import check_precision
+
+    check_precision(name)
 
 
 def _gpu(name: str) -> torch.device:
@@ -106,11 +128,16 @@ def _keys(
     direction: str,
     low_latency: bool,
     dtype: Dtype | None,
+    precision: str | None,
 ) -> list[PlanKey]:
-    """The calls whose launches are tuned: of images of so many pixels high and wide, so many at a time."""
+    """The calls whose launches are tuned: of images of so many pixels high and wide, so many at a time.
+
+    Raises:
+        InputError: none of this model's, or a GPU without launches in that precision.
+    """
     import torch
 
-    from capacitor_kernels.launch import compute_capability
+    from capacitor_kernels.launch import check_e4m3, compute_capability
 
     from ..config import FullCapacitorInferenceConfig
     from ..runtime.plan import PlanKey
@@ -118,9 +145,15 @@ def _keys(
     height, width, batch = images
     cc, use = compute_capability(device), "latency" if low_latency else "throughput"
     compute = dtype.torch() if dtype else torch.bfloat16
+    if precision is not None:
+        try:
+            check_e4m3(cc)
+        except ValueError as error:
+            raise InputError(str(error)) from error
     keys = []
     if direction != "decode" and architecture.encoder_depth:
-        keys.append(PlanKey("encode", batch, height, width, compute, torch.uint8, "nhwc", cc, use))
+        encode = PlanKey("encode", batch, height, width, compute, torch.uint8, "nhwc", cc, use)
+        keys.append(replace(encode, precision=precision))
     if direction != "encode":
         inference = FullCapacitorInferenceConfig()
         keys.append(PlanKey("decode", batch, height, width, compute, torch.float32, "nchw", cc, use, inference))

@@ -127,6 +127,8 @@ class ServedAutoencoder(Autoencoder):
                 return None
             ask = self._backend == "auto"
             narrow = self._options.narrow_tiles and few_images(self.device, self.dtype, ask) is None
+            if narrow and self._fp8_ranges is not None:
+                narrow = few_images(self.device, self.dtype, ask, fp8=True) is None
             with _making_runtime:
                 if self._runtime is None:
                     place = (self.device, self.dtype)

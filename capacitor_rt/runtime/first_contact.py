@@ -20,7 +20,7 @@ from capacitor_kernels.launch import E4M3_COMPUTE_CAPABILITY, INTERPRETED, compu
 
 from .memory import is_out_of_memory
 from .platform import build_failure, describe
-from .self_check import CheckRow, check_bits, check_fp8, check_model
+from .self_check import CheckRow, check_bits, check_fp8, check_fp8_bits, check_model
 
 SWITCH = "CAPACITOR_SELF_CHECK"
 # a result holds as long as all of these are the same, and the dtype
@@ -54,18 +54,21 @@ def fp8_contact(device: torch.device, dtype: torch.dtype) -> str | None:
     return _answer(combination(device, dtype) + IN_FP8, device, dtype, check_fp8)
 
 
-def few_images(device: torch.device, dtype: torch.dtype, ask: bool = True) -> str | None:
+def few_images(device: torch.device, dtype: torch.dtype, ask: bool = True, fp8: bool = False) -> str | None:
     """Why few images are to be run by the tiles of many, in one line; None where narrower ones leave the same bits.
 
     Asked and remembered as `first_contact` is; without `ask` nothing is run, and None returned where nothing is known.
+    With `fp8` it is about encoding in e4m3.
     """
-    if os.environ.get(SWITCH) == "0" or INTERPRETED or dtype == torch.float32 or not _may_run(device):
+    if os.environ.get(SWITCH) == "0" or INTERPRETED or not _may_run(device):
         return None
-    key = combination(device, dtype) + FEW_IMAGES
+    if compute_capability(device) < E4M3_COMPUTE_CAPABILITY if fp8 else dtype == torch.float32:
+        return None
+    key = combination(device, dtype) + (IN_FP8 if fp8 else "") + FEW_IMAGES
     if not ask:
         with _lock:
             return _met.get(key, _read().get(key))
-    return _answer(key, device, dtype, check_bits)
+    return _answer(key, device, dtype, check_fp8_bits if fp8 else check_bits)
 
 
 def _answer(
@@ -91,10 +94,10 @@ def record(device: torch.device, dtype: torch.dtype, rows: Iterable[CheckRow]) -
         _settle(combination(device, dtype), device, dtype, rows)
 
 
-def record_bits(device: torch.device, dtype: torch.dtype, rows: Iterable[CheckRow]) -> None:
+def record_bits(device: torch.device, dtype: torch.dtype, rows: Iterable[CheckRow], fp8: bool = False) -> None:
     """The same for `few_images`."""
     with _lock:
-        _settle(combination(device, dtype) + FEW_IMAGES, device, dtype, rows)
+        _settle(combination(device, dtype) + (IN_FP8 if fp8 else "") + FEW_IMAGES, device, dtype, rows)
 
 
 def combination(device: torch.device, dtype: torch.dtype) -> str:

@@ -237,8 +237,12 @@ class Builder:
     # bookkeeping
 
     def lookup(self, family: str, **shape: int) -> Any:
+        return self.config_for(family, shape, self.key.dtype)
+
+    def config_for(self, family: str, shape: dict[str, int], dtype: torch.dtype) -> Any:
+        """The config of a step whose rows are of `dtype`."""
         images = self.key.batch if self.key.narrow and self.narrows else None
-        return tuning.lookup(family, self.key.cc, shape, self.key.dtype, self.key.use, images)
+        return tuning.lookup(family, self.key.cc, shape, dtype, self.key.use, images)
 
     def weight(self, name: str) -> str:
         """Reference to a packed tensor; a decoder's name begins with the number of its time."""

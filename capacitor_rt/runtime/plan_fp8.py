@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from capacitor_kernels import dwconv_sumsq_shape, expand_fp8_partials_shape, project_workspace_shape, tuning
+from capacitor_kernels import dwconv_sumsq_shape, expand_fp8_partials_shape, project_workspace_shape
 from capacitor_kernels.launch import E4M3
 
 from .arena import TensorSpec
@@ -16,10 +16,10 @@ class Fp8Builder(Builder):
     """`y` and `h` are buffers of bytes; the gain is float16, as the weights that it meets."""
 
     def block(self, weights: str, source: str, target: str) -> None:
-        batch, cc, use = self.key.batch, self.key.cc, self.key.use
+        batch = self.key.batch
         shape = {"tokens_per_image": self.per_image, "dim": self.dim, "hidden": self.hidden}
         conv = self.lookup("dwconv", height=self.h, width=self.w, dim=self.dim)
-        expand, project = (tuning.lookup(op, cc, shape, E4M3, use=use) for op in ("expand_fp8", "project_fp8"))
+        expand, project = (self.config_for(op, shape, E4M3) for op in ("expand_fp8", "project_fp8"))
         partials = expand_fp8_partials_shape(batch, self.per_image, self.hidden, expand)
         grn = self.lookup("grn", tiles=partials[1], hidden=self.hidden)
         x, out = self.token_buffer(source), self.token_buffer(target)

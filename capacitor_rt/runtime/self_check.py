@@ -7,7 +7,7 @@ times its largest error. The truth is torch in float64.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +20,7 @@ from capacitor_kernels.launch import compute_capability
 from ..conditioning import default_freqs
 from ..config import FullCapacitorInferenceConfig, ModelConfig
 from ..reference import Autoencoder
-from .fold_fp8 import BlockRange
+from .fold_fp8 import BlockRange, Ranges
 from .fp8 import Fp8Encoder
 from .launch_cases import Tensors, cases, sizes
 from .platform import one_line
@@ -117,6 +117,15 @@ def check_bits(device: torch.device, dtype: torch.dtype, seed: int = 0) -> list[
             return [_failed("few images among many", error)]
 
 
+def check_fp8_bits(device: torch.device, dtype: torch.dtype, seed: int = 0) -> list[CheckRow]:
+    """The same of encoding in e4m3, whose products are other instructions."""
+    with undisturbed(device):
+        try:
+            return list(_fp8_bit_rows(device, dtype, torch.Generator("cpu").manual_seed(seed)))
+        except Exception as error:
+            return [_failed("few images among many in fp8", error)]
+
+
 def compare(name: str, results: Sequence[tuple[Tensor, Tensor, Tensor]], dtype: torch.dtype) -> CheckRow:
     """The row of a check's outputs, each `(result, truth, eager torch's)`, where eager's errors set the bounds."""
     worst, elsewhere = (0.0, FLOORS[dtype]), ""
@@ -204,45 +213,62 @@ def _model_rows(device: torch.device, dtype: torch.dtype, draw: torch.Generator)
 
 
 def _fp8_row(device: torch.device, dtype: torch.dtype, draw: torch.Generator) -> CheckRow:
-    config, (h, w), *_ = sizes()
-    loaded = _model(config, random_tensors(config, draw), torch.device("cpu"), torch.float32)
-    size = (2, 3, h * config.patch_size, w * config.patch_size)
-    pixels = torch.randint(0, 256, size, generator=draw, dtype=torch.uint8, device="cpu")
-    found: dict[int, BlockRange] = {}
-    exact = Fp8Encoder(loaded, None, torch.float32)
-    exact.posterior(pixels, found.__setitem__)
-    ranges = tuple(found[i] for i in range(len(found)))
+    loaded, pixels = _small_encoder(2, draw)
+    exact, ranges = _seen(loaded, pixels)
     runtime = Runtime(loaded, device, dtype, ranges=ranges)
     results = runtime.encode(pixels.to(device)), exact.encode(pixels), Fp8Encoder(loaded, ranges, dtype).encode(pixels)
     runtime.clear()
-    return compare(f"encode in fp8 2x{size[2]}x{size[3]}", [results], dtype)
+    return compare(f"encode in fp8 2x{pixels.shape[2]}x{pixels.shape[3]}", [results], dtype)
+
+
+def _seen(loaded: Autoencoder, pixels: Tensor) -> tuple[Fp8Encoder, Ranges]:
+    """The encoder in float32, and the ranges that these images have in it."""
+    exact, found = Fp8Encoder(loaded, None, torch.float32), dict[int, BlockRange]()
+    exact.posterior(pixels, found.__setitem__)
+    return exact, tuple(found[i] for i in range(len(found)))
+
+
+def _small_encoder(images: int, draw: torch.Generator) -> tuple[Autoencoder, Tensor]:
+    """A small random model in float32 on the CPU, and pixels for it. A runtime holds its model weakly."""
+    config, (h, w), *_ = sizes()
+    loaded = _model(config, random_tensors(config, draw), torch.device("cpu"), torch.float32)
+    size = (images, 3, h * config.patch_size, w * config.patch_size)
+    return loaded, torch.randint(0, 256, size, generator=draw, dtype=torch.uint8, device="cpu")
 
 
 def _bit_rows(device: torch.device, dtype: torch.dtype, draw: torch.Generator) -> Iterator[CheckRow]:
-    config, (h, w), *_ = sizes()
-    height, width = h * config.patch_size, w * config.patch_size
-    # a runtime holds its model weakly
-    loaded = _model(config, random_tensors(config, draw), torch.device("cpu"), torch.float32)
+    loaded, pixels = _small_encoder(MANY, draw)
+    (h, w), size, pixels = sizes().even, tuple(pixels.shape[2:]), pixels.to(device)
     runtime = Runtime(loaded, device, dtype)
-    pixels = torch.randint(0, 256, (MANY, 3, height, width), generator=draw, dtype=torch.uint8, device="cpu").to(device)
     latents, noise = (
         torch.randn(shape, generator=draw, dtype=torch.float32, device="cpu").to(device)
-        for shape in ((MANY, config.bottleneck_dim, h, w), (MANY, 3, height, width))
+        for shape in ((MANY, loaded.config.bottleneck_dim, h, w), (MANY, 3, *size))
     )
     one_step = FullCapacitorInferenceConfig()
-    calls = {
-        "encode": lambda n: runtime.encode(pixels[:n]),
-        "decode": lambda n: runtime.decode(latents[:n], noise[:n], one_step),
-    }
-    for direction, call in calls.items():
-        # on the CPU: whoever is in question does not judge
-        many = call(MANY).cpu()
-        for n in FEW:
-            same = (call(n).cpu() == many[:n]).flatten(1).all(1)
-            wrong = n - int(same.sum())
-            problem = f"{wrong} of {n} images have other bits than among {MANY}" if wrong else ""
-            yield CheckRow(f"{direction} {n}x{height}x{width} among {MANY}", float(wrong), 0.0, problem)
+    yield from _few_among_many("encode", size, lambda n: runtime.encode(pixels[:n]))
+    yield from _few_among_many("decode", size, lambda n: runtime.decode(latents[:n], noise[:n], one_step))
     runtime.clear()
+
+
+def _fp8_bit_rows(device: torch.device, dtype: torch.dtype, draw: torch.Generator) -> Iterator[CheckRow]:
+    loaded, pixels = _small_encoder(MANY, draw)
+    # any images give ranges
+    _, ranges = _seen(loaded, pixels[:2])
+    runtime, size, pixels = Runtime(loaded, device, dtype, ranges=ranges), tuple(pixels.shape[2:]), pixels.to(device)
+    yield from _few_among_many("encode in fp8", size, lambda n: runtime.encode(pixels[:n]))
+    runtime.clear()
+
+
+def _few_among_many(what: str, size: tuple[int, ...], call: Callable[[int], Tensor]) -> Iterator[CheckRow]:
+    """Whether the first images have the bits that they have among many; `call` is told how many there are."""
+    height, width = size
+    # on the CPU: whoever is in question does not judge
+    many = call(MANY).cpu()
+    for n in FEW:
+        same = (call(n).cpu() == many[:n]).flatten(1).all(1)
+        wrong = n - int(same.sum())
+        problem = f"{wrong} of {n} images have other bits than among {MANY}" if wrong else ""
+        yield CheckRow(f"{what} {n}x{height}x{width} among {MANY}", float(wrong), 0.0, problem)
 
 
 def random_tensors(config: ModelConfig, draw: torch.Generator) -> Tensors:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from capacitor_kernels import config_rows, gemm, gpu_limits, tuning, user_rows
-from capacitor_kernels.launch import INTERPRETED, Launch, dtype_name
+from capacitor_kernels.launch import E4M3, INTERPRETED, Launch, dtype_name
 
 from ..config import ModelConfig
 from ..errors import CapacitorError, InputError
@@ -34,6 +34,8 @@ WORTHWHILE = 0.99
 """A config must take less than this part of the present one's time to take its place."""
 TILES = ((128, 128), (256, 128), (128, 256), (128, 64), (64, 128), (64, 64))
 DEPTHS = ((64, 3), (64, 4), (32, 4))
+# of 8 bits: as many bytes
+E4M3_DEPTHS = ((128, 3), (128, 4), (64, 3), (64, 4))
 AT_A_TIME = 8
 CHECKED_IMAGES = 2
 REPLAYS, WARM_SECONDS = 11, 0.1
@@ -51,7 +53,7 @@ class Subject:
 
     Attributes:
         key: of the plan that queues it, of as many images as run together.
-        shape: by which its config is looked up.
+        shape, dtype: by which its config is looked up.
         present: the config that is in force.
         count: how often the plan queues it.
         share: of the time of all subjects together, estimated.
@@ -61,6 +63,7 @@ class Subject:
     op: str
     key: PlanKey
     shape: dict[str, int]
+    dtype: torch.dtype
     present: Any
     count: int
     share: float
@@ -227,14 +230,14 @@ class Tuner:
 
 def candidates(subject: Subject) -> list[Any]:
     """Configs worth a measurement, likely ones first, the present one left out."""
-    family, present, dtype = config_rows.get_family(subject.op), subject.present, subject.key.dtype
+    family, present, dtype = config_rows.get_family(subject.op), subject.present, subject.dtype
     cc = subject.key.cc
     shipped = config_rows.rows(gpu_limits.base_cc(cc), family.name)
     found = [row.config for row in (*tuning.in_force(cc, family.name), *shipped)]
     found += [family.default(gpu_limits.base_cc(cc), subject.shape, dtype, use) for use in config_rows.USES]
     found += [*family.forms, *_neighbours(present)]
     if family.config is gemm.GemmConfig:
-        for (block_m, block_n), (block_k, stages), warps in _tiles():
+        for (block_m, block_n), (block_k, stages), warps in _tiles(dtype):
             tile = replace(present, block_m=block_m, block_n=block_n, block_k=block_k, maxnreg=None)
             found.append(replace(tile, num_warps=warps, num_stages=stages))
     else:
@@ -249,8 +252,9 @@ def candidates(subject: Subject) -> list[Any]:
     return [config for config in legal if config != present]
 
 
-def _tiles() -> Iterator[tuple[tuple[int, int], tuple[int, int], int]]:
-    return ((tile, depth, warps) for depth in DEPTHS for tile in TILES for warps in (8, 4))
+def _tiles(dtype: torch.dtype) -> Iterator[tuple[tuple[int, int], tuple[int, int], int]]:
+    depths = E4M3_DEPTHS if dtype == E4M3 else DEPTHS
+    return ((tile, depth, warps) for depth in depths for tile in TILES for warps in (8, 4))
 
 
 def _neighbours(config: Any) -> list[Any]:
@@ -281,15 +285,15 @@ def _subjects(model: ModelConfig, keys: Sequence[PlanKey], ops: Sequence[str]) -
         key = replace(key, batch=min(key.batch, together), narrow=False)
         with tuning.listening() as asked:
             make_plan(model, key)
-        for op in dict.fromkeys(family for family, _ in asked):
-            shapes = [shape for family, shape in asked if family == op]
+        for op in dict.fromkeys(family for family, *_ in asked):
+            looked_up = [(shape, dtype) for family, shape, dtype in asked if family == op]
             # a plan looks a config up for each step that has one
             steps = _steps(model, key, op)
-            for at, (step, shape) in enumerate(zip(steps, shapes, strict=True)):
+            for at, (step, (shape, dtype)) in enumerate(zip(steps, looked_up, strict=True)):
                 present = step.options["config"]
                 cost = max(step.flops / _FLOPS_PER_US, step.nbytes / _BYTES_PER_US)
                 identity = (op, tuple(sorted(shape.items())), key.use)
-                subject = found.setdefault(identity, Subject(op, key, shape, present, 0, 0.0, at))
+                subject = found.setdefault(identity, Subject(op, key, shape, dtype, present, 0, 0.0, at))
                 if subject.key == key:
                     found[identity] = replace(subject, count=subject.count + 1, share=subject.share + cost)
     unknown = sorted(set(ops) - {subject.op for subject in found.values()})
@@ -315,5 +319,5 @@ def row_of(choice: Choice, device: torch.device, command: str) -> dict[str, Any]
     evidence |= {name: facts.get(fact) for name, fact in names.items()}
     evidence["date"] = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
     evidence["command"] = command[:400]
-    line = {"shape": choice.subject.shape, "dtype": dtype_name(key.dtype), "use": key.use}
+    line = {"shape": choice.subject.shape, "dtype": dtype_name(choice.subject.dtype), "use": key.use}
     return line | {"config": asdict(choice.config), "evidence": evidence}

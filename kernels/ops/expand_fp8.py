@@ -3,7 +3,7 @@
     rstd[t]   = rsqrt(sum_c y[t, c]^2 / D + eps)                 of y as it was before it was scaled and rounded
     h[t, f]   = gelu(rstd[t] * scale[f] * (y8 @ w1^T)[t, f] + b1[f])
     h8[t, f]  = e4m3(h[t, f] * h_inverse[f])                     [T, F]
-    partials[b, i, f] = sum of h[t, f]^2 over tile i of image b
+    partials[b, i, f] = sum of h[t, f]^2 over the i-th 64 tokens of image b
 
 `scale` undoes the scales by which y and the columns of w1 were brought into e4m3's range; `h_inverse` brings each
 hidden channel there, and `project_fp8` has its reciprocal in w2. All of them are static, from a calibration, so nothing
@@ -17,6 +17,7 @@ FLOPs 2*T*D*F; bytes T*D + D*F + T*F + 12*F + 4*T*n + 4*B*tiles*F, sumsq being [
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -27,8 +28,19 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..config_rows import Family, Shape, register
-from ..gemm import LATENCY_PROGRAMS, GemmConfig, pick_block_m, suits_image
-from ..jit import dot_e4m3, gelu, grouped_tile, image_tile, load_tile, release_next, to_e4m3, wait_for_previous
+from ..gemm import FEW_PROGRAMS_E4M3, LATENCY_PROGRAMS, GemmConfig, narrowed, pick_block_m, product_bits, suits_image
+from ..gpu_limits import base_cc
+from ..jit import (
+    dot_e4m3,
+    gelu,
+    group_sums,
+    grouped_tile,
+    image_tile,
+    load_tile,
+    release_next,
+    to_e4m3,
+    wait_for_previous,
+)
 from ..launch import (
     ALIGNMENT,
     E4M3,
@@ -48,6 +60,7 @@ from ..launch import (
     run_launches,
 )
 from ..tuning import lookup
+from .expand import group_rows
 
 
 @triton.jit(do_not_specialize=["tiles_m"])
@@ -67,6 +80,8 @@ def expand_fp8_kernel(
     DIM: tl.constexpr,
     HIDDEN: tl.constexpr,
     SUMSQ_TILES: tl.constexpr,
+    GROUP_ROWS: tl.constexpr,
+    ROWS_IN_WARPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -79,7 +94,7 @@ def expand_fp8_kernel(
     EVEN_N: tl.constexpr = HIDDEN % BLOCK_N == 0
     EVEN_K: tl.constexpr = DIM % BLOCK_K == 0
     pid_m, pid_n = grouped_tile(tl.program_id(0), tiles_m, tl.cdiv(HIDDEN, BLOCK_N), GROUP_M)
-    _, first, left = image_tile(pid_m, tokens_per_image, tiles_per_image, BLOCK_M)
+    image, first, left = image_tile(pid_m, tokens_per_image, tiles_per_image, BLOCK_M)
     offs_m = tl.arange(0, BLOCK_M)
     # rows past the image read its last row again: no mask in the loop, and the epilogue drops them
     rows = offs_m if EVEN_M else tl.minimum(offs_m, left - 1)
@@ -120,14 +135,18 @@ def expand_fp8_kernel(
         tl.store(h_ptrs, stored, mask=(offs_m[:, None] < left) & in_n[None, :])
     if not EVEN_M:
         squares = tl.where(offs_m[:, None] < left, squares, 0.0)
-    tl.store(partials_ptr + pid_m.to(tl.int64) * HIDDEN + offs_n, tl.sum(squares, axis=0), mask=in_n)
+    groups_per_image = tl.cdiv(tokens_per_image, GROUP_ROWS)
+    group = pid_m % tiles_per_image * (BLOCK_M // GROUP_ROWS) + tl.arange(0, BLOCK_M // GROUP_ROWS)
+    at = (image.to(tl.int64) * groups_per_image + group)[:, None] * HIDDEN + offs_n[None, :]
+    inside = in_n[None, :] if EVEN_M else (group < groups_per_image)[:, None] & in_n[None, :]
+    tl.store(partials_ptr + at, group_sums(squares, GROUP_ROWS, ROWS_IN_WARPS), mask=inside)
 
 
 def expand_fp8_partials_shape(
     batch: int, tokens_per_image: int, hidden: int, config: GemmConfig
 ) -> tuple[int, int, int]:
-    """Shape [B, tiles per image, F] of the float32 partials that `expand_fp8` writes with this config."""
-    return batch, cdiv(tokens_per_image, config.block_m), hidden
+    """Shape [B, groups of tokens, F] of the float32 partials that `expand_fp8` writes with this config."""
+    return batch, cdiv(tokens_per_image, group_rows(config)), hidden
 
 
 def expand_fp8(
@@ -144,7 +163,7 @@ def expand_fp8(
     eps: float = 1e-6,
     config: GemmConfig | None = None,
 ) -> None:
-    """h = e4m3(gelu(rstd * scale * (y @ w1^T) + b1) * h_inverse), and the column sums of h^2 of every row tile.
+    """h = e4m3(gelu(rstd * scale * (y @ w1^T) + b1) * h_inverse), and the column sums of h^2 of every 64 tokens.
 
     Args:
         y: [T, D] e4m3 tokens, T = images * tokens_per_image.
@@ -175,9 +194,9 @@ def expand_fp8(
     check_tensor("sumsq", sumsq, shape=(tokens, None), dtypes=torch.float32, like=y)
     check_tensor("h", h, shape=(tokens, hidden), dtypes=E4M3, like=y)
     partials_shape = expand_fp8_partials_shape(batch, tokens_per_image, hidden, config)
-    tiles_per_image = partials_shape[1]
     check_tensor("partials", partials, shape=partials_shape, dtypes=torch.float32, like=y)
     check_tma(config.tma, y=y, w1=w1)
+    tiles_per_image = cdiv(tokens_per_image, config.block_m)
     tiles_m = batch * tiles_per_image
     programs = tiles_m * cdiv(hidden, config.block_n)
     check_int32("number of tiles", programs)
@@ -197,6 +216,9 @@ def expand_fp8(
         "DIM": dim,
         "HIDDEN": hidden,
         "SUMSQ_TILES": sumsq.shape[1],
+        "GROUP_ROWS": group_rows(config),
+        # tcgen05 leaves a row in each thread
+        "ROWS_IN_WARPS": base_cc(cc) != 100,
         "EVEN_M": tokens_per_image % config.block_m == 0,
         "TMA": config.tma,
         "PRODUCTS": e4m3_products(cc),
@@ -252,4 +274,31 @@ def _default(cc: int, shape: Shape, dtype: torch.dtype, use: str) -> GemmConfig:
     return config
 
 
-register(Family("expand_fp8", GemmConfig, ("dim", "hidden"), ("tokens_per_image",), _default, _suits))
+def _bits(config: GemmConfig, cc: int, dtype: torch.dtype) -> Hashable:
+    """The sums of the product, and of squares; with tcgen05 a tile's rows decide which thread has which."""
+    rows = config.block_m if base_cc(cc) == 100 else 0
+    return product_bits(config, cc, dtype), group_rows(config), rows
+
+
+def _few(config: GemmConfig, cc: int, shape: Shape, dtype: torch.dtype, images: int) -> GemmConfig:
+    def programs(rows: int, columns: int) -> int:
+        return images * cdiv(shape["tokens_per_image"], rows) * cdiv(shape["hidden"], columns)
+
+    def keeps(tile: GemmConfig) -> bool:
+        return _bits(tile, cc, dtype) == _bits(config, cc, dtype)
+
+    return narrowed(config, cc, shape["dim"], dtype.itemsize, programs, keeps, FEW_PROGRAMS_E4M3)
+
+
+register(
+    Family(
+        "expand_fp8",
+        GemmConfig,
+        exact=("dim", "hidden"),
+        near=("tokens_per_image",),
+        default=_default,
+        accepts=_suits,
+        bits=_bits,
+        few=_few,
+    )
+)

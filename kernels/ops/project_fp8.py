@@ -29,7 +29,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..config_rows import Family, Shape, register
-from ..gemm import LATENCY_PROGRAMS, GemmConfig, pick_block_m, suits_image
+from ..gemm import FEW_PROGRAMS_E4M3, LATENCY_PROGRAMS, GemmConfig, narrowed, pick_block_m, product_bits, suits_image
 from ..jit import add_scaled_e4m3, dot_e4m3, grouped_tile, image_tile, load_tile, release_next, wait_for_previous
 from ..launch import (
     ALIGNMENT,
@@ -273,4 +273,26 @@ def _suits(config: GemmConfig, shape: Shape) -> bool:
     return suits_image(config, shape) and not (config.block_m >= WIDE_ROWS and masked)
 
 
-register(Family("project_fp8", GemmConfig, ("hidden", "dim"), ("tokens_per_image",), _default, _suits))
+def _few(config: GemmConfig, cc: int, shape: Shape, dtype: torch.dtype, images: int) -> GemmConfig:
+    def programs(rows: int, columns: int) -> int:
+        return images * cdiv(shape["tokens_per_image"], rows) * cdiv(shape["dim"], columns)
+
+    def keeps(tile: GemmConfig) -> bool:
+        return product_bits(tile, cc, dtype) == product_bits(config, cc, dtype)
+
+    # weights of two bytes meet activations of one
+    return narrowed(config, cc, shape["hidden"], 2 * dtype.itemsize, programs, keeps, FEW_PROGRAMS_E4M3)
+
+
+register(
+    Family(
+        "project_fp8",
+        GemmConfig,
+        exact=("hidden", "dim"),
+        near=("tokens_per_image",),
+        default=_default,
+        accepts=_suits,
+        bits=product_bits,
+        few=_few,
+    )
+)

@@ -43,6 +43,8 @@ def run(monkeypatch, capfd, tmp_path):
         (["--size", "250"], "height 250 is not a multiple of 16: use 240 or 256"),
         (["--size", "256", "--direction", "up"], "direction 'up' is unknown: use one of both, encode, decode"),
         (["--size", "256", "--model", "no/such/model"], "neither a folder"),
+        (["--size", "256", "--encode-precision", "int8"], "encode_precision 'int8' is unknown: use None"),
+        (["--size", "256", "--encode-precision", "fp8", "--direction", "decode"], "--direction is decode: leave one"),
     ],
 )
 def test_mistakes_are_told_first(run, options, message):

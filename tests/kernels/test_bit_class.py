@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from capacitor_kernels.config_rows import get_family
 from capacitor_kernels.gemm import GemmConfig, gemm_smem, product_bits
 from capacitor_kernels.gpu_limits import COMPUTE_CAPABILITIES, limits
+from capacitor_kernels.launch import E4M3, E4M3_COMPUTE_CAPABILITY
 from capacitor_kernels.ops.dwconv import DwconvConfig, dwconv_sumsq_shape
 from capacitor_kernels.ops.expand import HOPPER, expand_partials_shape
+from capacitor_kernels.ops.expand_fp8 import expand_fp8_partials_shape
 from capacitor_kernels.ops.project import project_workspace_shape
 from capacitor_kernels.tuning import lookup
 
@@ -22,6 +24,7 @@ TALL = GemmConfig(128, 128, 64, group_m=8, num_warps=8, num_stages=3)
 DIMS = {"dim": 896, "hidden": 3584, "depth": 768, "channels": 128, "width": 896}
 # families whose launches change with the number of images
 OPS = ("expand", "project", "dwconv", "patchify", "head", "fuse_skip", "unpatchify")
+IN_FP8 = ("expand_fp8", "project_fp8")
 
 
 def shape_of(family: str, height: int, width: int) -> dict[str, int]:
@@ -110,6 +113,39 @@ def test_few_images_stay_in_the_class_of_many(family, cc, height, width, images,
     if family == "expand":
         assert expand_partials_shape(images, tokens, 3584, few) == expand_partials_shape(images, tokens, 3584, many)
     assert project_workspace_shape(tokens, 896, few) == project_workspace_shape(tokens, 896, many)
+
+
+@pytest.mark.parametrize("family", IN_FP8)
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    cc=st.sampled_from([cc for cc in COMPUTE_CAPABILITIES if cc >= E4M3_COMPUTE_CAPABILITY]),
+    height=st.integers(1, 70),
+    width=st.integers(1, 70),
+    images=st.integers(1, 64),
+)
+def test_few_images_in_fp8_stay_in_the_class_of_many(family, cc, height, width, images):
+    shape = shape_of(family, height, width)
+    many, few = lookup(family, cc, shape, E4M3), lookup(family, cc, shape, E4M3, images=images)
+    assert get_family(family).same_bits(many, few, cc, E4M3)
+    assert few.block_m <= many.block_m and few.block_n <= many.block_n
+    # weights of two bytes meet activations of one in project
+    assert gemm_smem(few, 2 if family == "project_fp8" else 1) <= limits(cc).smem_per_cta
+    # without wgmma or tcgen05 these GPUs have no product of e4m3
+    rows = few.block_n if few.transposed else few.block_m
+    assert rows >= min(64, many.block_n if many.transposed else many.block_m) or cc not in (90, 100)
+    if family == "expand_fp8":
+        shapes = (expand_fp8_partials_shape(images, height * width, 3584, config) for config in (few, many))
+        assert len(set(shapes)) == 1
+
+
+@pytest.mark.parametrize("cc", [cc for cc in COMPUTE_CAPABILITIES if cc >= E4M3_COMPUTE_CAPABILITY])
+@pytest.mark.parametrize("family", IN_FP8)
+def test_one_image_in_fp8_gets_more_programs(family, cc):
+    shape = shape_of(family, 16, 16)
+    many, one = lookup(family, cc, shape, E4M3), lookup(family, cc, shape, E4M3, images=1)
+    assert lookup(family, cc, shape, E4M3, images=128) == many
+    # on sm_100 the tiles of many are half as wide already
+    assert one.block_m * one.block_n < many.block_m * many.block_n or (cc, family) == (100, "expand_fp8")
 
 
 @pytest.mark.parametrize("cc", COMPUTE_CAPABILITIES)

@@ -149,13 +149,8 @@ def _golden(args: argparse.Namespace) -> Iterator[Result]:
             for dtype in args.dtype or ["bf16"]:
                 lines = check_folder(folder, cc, dtype, args.every_decode)
                 config = ModelConfig.from_json(folder / "config.json")
-                if (
-                    dtype == "bf16"
-                    and E4M3_COMPUTE_CAPABILITY <= cc != 100
-                    and config.encoder_depth
-                    and not config.dico
-                ):
-                    # tcgen05.mma of 8 bits is not among the instructions
+                in_fp8 = dtype == "bf16" and cc >= E4M3_COMPUTE_CAPABILITY
+                if in_fp8 and config.encoder_depth and not config.dico:
                     lines = itertools.chain(lines, check_fp8(folder, cc))
                 for line in lines:
                     yield Result(line.ok, line.text, line.ratio)

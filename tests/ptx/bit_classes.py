@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import torch
 
 from capacitor_kernels.config_rows import get_family
+from capacitor_kernels.launch import E4M3, E4M3_COMPUTE_CAPABILITY
 from capacitor_kernels.tuning import lookup
 
-from . import cases
+from . import cases, fp8_cases
 from .cases import Case, Form
 
 # configs are those of the published sizes; what is executed is smaller, but of as many tokens
@@ -46,9 +47,23 @@ def pairs(cc: int, grids: tuple[tuple[int, int], ...] = ((16, 16), (14, 14))) ->
             ("fuse_skip", {**dims, "width": _DIM}, lambda form, t=tokens: cases.fuse_skip(form, 1, t, 128, 128)),
             ("unpatchify", {**dims, "depth": _DEPTH}, partial(_unpatchify, grid)),
         )
+        if cc >= E4M3_COMPUTE_CAPABILITY:
+            ops += (
+                (
+                    "expand_fp8",
+                    {**dims, "hidden": _HIDDEN},
+                    lambda form, t=tokens: fp8_cases.expand(form, 1, t, 192, 256),
+                ),
+                (
+                    "project_fp8",
+                    {**dims, "hidden": _HIDDEN},
+                    lambda form, t=tokens: fp8_cases.project(form, 1, t, 320, 128),
+                ),
+            )
         for op, shape, make in ops:
-            many = lookup(op, cc, shape, torch.bfloat16)
-            for few in dict.fromkeys(lookup(op, cc, shape, torch.bfloat16, images=n) for n in _IMAGES):
+            dtype = E4M3 if op.endswith("_fp8") else torch.bfloat16
+            many = lookup(op, cc, shape, dtype)
+            for few in dict.fromkeys(lookup(op, cc, shape, dtype, images=n) for n in _IMAGES):
                 if few != many:
                     form = partial(Form, cc)
                     text = f"{op} {height}x{width} by {_tile(few)} and {_tile(many)}"

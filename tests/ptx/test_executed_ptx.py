@@ -48,7 +48,7 @@ def test_products_are_right(cc):
 )
 def test_launches_that_start_early_wait_before_they_touch_memory(cc, ops):
     output = _run("--chained", "--no-bits", "--cc", str(cc), *(word for op in ops for word in ("--op", op)))
-    assert _passed(output, "the wait stands in front") >= 11 and _passed(output, f"chained sm_{cc}") >= len(ops)
+    assert _passed(output, "the wait stands in front") >= 17 and _passed(output, f"chained sm_{cc}") >= len(ops)
 
 
 def test_instructions_are_right_and_faults_are_refused():
@@ -79,15 +79,18 @@ def test_a_golden_model_is_right():
     ("cc", "ops"),
     [
         (120, ("expand", "project")),
+        (90, ("expand_fp8", "project_fp8")),
         pytest.param(80, (), marks=pytest.mark.slow),
         pytest.param(90, (), marks=pytest.mark.slow),
+        pytest.param(100, ("expand_fp8", "project_fp8"), marks=pytest.mark.slow),
         pytest.param(120, (), marks=pytest.mark.slow),
     ],
 )
 def test_few_images_have_the_bits_of_many(cc, ops):
     output = _run("--bits", "--cc", str(cc), *(word for op in ops for word in ("--op", op)))
     # and two configs of different classes do not
-    assert _passed(output, "of the same bits") >= (4 if ops else 16) and _passed(output, "differs") == 1
+    assert _passed(output, "of the same bits") >= (4 if ops else 16)
+    assert _passed(output, "differs") == ("project" in ops or not ops)
 
 
 @pytest.mark.slow

@@ -75,7 +75,10 @@ def test_auto_serves_half_precision_by_triton(weights):
 
 def test_few_images_have_the_bits_that_they_have_among_many(full):
     """What no documentation of wgmma or tcgen05 says: narrower tiles of one bit class leave the same bits."""
-    rows = self_check.check_bits(torch.device("cuda", torch.cuda.current_device()), torch.bfloat16)
+    device = torch.device("cuda", torch.cuda.current_device())
+    rows = self_check.check_bits(device, torch.bfloat16)
+    if torch.cuda.get_device_capability(device) >= (8, 9):
+        rows += self_check.check_fp8_bits(device, torch.bfloat16)
     assert [row.problem for row in rows if not row.ok] == []
     for height, width in ((256, 256), (224, 224), (512, 512)):
         x = images(64, height, width)

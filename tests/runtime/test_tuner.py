@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 
 import pytest
 import torch
 
 from capacitor_kernels import config_rows, tuning, user_rows
-from capacitor_kernels.gemm import GemmConfig
-from capacitor_kernels.launch import INTERPRETED
+from capacitor_kernels.gemm import GemmConfig, gemm_smem
+from capacitor_kernels.gpu_limits import limits
+from capacitor_kernels.launch import E4M3, INTERPRETED
 from capacitor_kernels.ops.grn import GrnConfig
 from capacitor_rt import InputError, ModelConfig
 from capacitor_rt.config import KNOWN_MODELS, FullCapacitorInferenceConfig
@@ -83,6 +85,35 @@ def test_every_shape_of_an_op_is_a_subject():
         case = found._case(subject, subject.present)
         weight = case.specs["w1" if op == "expand" else "w2"].shape
         assert hidden in weight and case.step in steps
+
+
+def test_an_encoder_in_fp8_has_ops_and_rows_of_its_own():
+    call = dataclasses.replace(key(), precision="fp8")
+    asked = Tuner(MODEL, [call], CPU, 60.0)
+    dtypes = {subject.op: subject.dtype for subject in asked.subjects}
+    assert {op for op, dtype in dtypes.items() if dtype == E4M3} == {"expand_fp8", "project_fp8"}
+    assert dtypes["dwconv"] == dtypes["grn"] == torch.float32 and not {"expand", "project"} & set(dtypes)
+    asked = Tuner(MODEL, [call], CPU, 60.0, ["expand_fp8"])
+    trials = list(itertools.islice(asked.run(), 4))
+    assert any(not trial.problem for trial in trials) and {trial.subject.op for trial in trials} == {"expand_fp8"}
+    (subject,) = asked.subjects
+    line = row_of(Choice(subject, trials[0].config, 1.0, 2.0, 1, 0), CPU, "capacitor-rt tune")
+    assert line["dtype"] == "e4m3" and line["shape"] == subject.shape
+
+
+@pytest.mark.parametrize("cc", [89, 90, 100, 120])
+@pytest.mark.parametrize("op", ["expand_fp8", "project_fp8"])
+def test_what_may_be_chosen_in_fp8_may_be_read_again(op, cc):
+    call = dataclasses.replace(key(dtype=torch.bfloat16, cc=cc), height=256, width=256, precision="fp8")
+    (subject,) = Tuner(ModelConfig(), [call], CPU, 1.0, [op]).subjects
+    found = candidates(subject)
+    assert len(found) > 40 and any(config.block_k == 128 for config in found)
+    # one that fits, counted in bytes of e4m3
+    fits = [c for c in found if gemm_smem(c, 2 if op == "project_fp8" else 1) <= limits(cc).smem_per_cta]
+    assert len(fits) > 30
+    for config in fits:
+        line = row_of(Choice(subject, config, 1.0, 2.0, 1, 0), CPU, "capacitor-rt tune")
+        assert config_rows.parse_user_rows("a file", cc, {op: [line]})
 
 
 def test_batches_are_those_that_run_together():

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..memory import MemoryFault
-from ..operands import F32, address_of, dst, pred, src, vector, whole_warps
+from ..operands import F32, address_of, dst, pred, src, vector, whole_warps, widen_e4m3
 from ..parse import Instr, PtxError
 from ..shared import PENDING
 from .mbarrier import barrier_at
@@ -22,8 +22,13 @@ LANES, COLUMNS = 128, 512
 _WIDTHS = {0: 1, 2: 8, 4: 4, 6: 2}
 # what tensor memory holds before it is written: a NaN
 _UNWRITTEN = 0x7FC0DEAD
-# columns of tensor memory that an operand of 16 half-precision values takes
+# columns of tensor memory that an operand of 16 half-precision values takes, or of 32 in 8 bits
 _A_COLUMNS = K // 2
+# kind -> code of a type -> bits of an element, and them as float32. Of 8 bits also others exist, e5m2 and narrower ones
+_TYPES = {
+    "kind__f16": {0: (np.uint16, WIDEN["f16"]), 1: (np.uint16, WIDEN["bf16"])},
+    "kind__f8f6f4": {0: (np.uint8, widen_e4m3)},
+}
 
 
 def tcgen05(ins: Instr) -> Action:
@@ -145,17 +150,20 @@ def _access(ins: Instr) -> Action:
 class _Shape:
     """What an instruction descriptor says: rows, columns and types of a product with float32 accumulators."""
 
-    def __init__(self, vm: Machine, bits: np.ndarray) -> None:
+    def __init__(self, vm: Machine, bits: np.ndarray, kind: str) -> None:
         if (bits != bits[0]).any():
             raise PtxError(f"{vm.where()}: instruction descriptors differ")
         b = int(bits[0])
         accumulator, a_type, b_type = b >> 4 & 3, b >> 7 & 7, b >> 10 & 7
         # no sparsity, no saturation, no negation
-        if accumulator != 1 or a_type != b_type or a_type > 1 or b & 15 or b >> 13 & 3:
+        if accumulator != 1 or a_type != b_type or a_type not in _TYPES[kind] or b & 15 or b >> 13 & 3:
             raise PtxError(f"{vm.where()}: instruction descriptor {b:#x}")
-        self.convert = WIDEN["bf16" if a_type else "f16"]
+        self.raw, self.convert = _TYPES[kind][a_type]
         self.n, self.m = (b >> 17 & 63) << 3, (b >> 24 & 31) << 4
         self.a_mn_major, self.b_mn_major = bool(b >> 15 & 1), bool(b >> 16 & 1)
+        if self.raw == np.uint8 and (self.a_mn_major or self.b_mn_major):
+            # they may, but nothing here has 8-bit operands whose K is not innermost
+            raise PtxError(f"{vm.where()}: 8-bit operand that is MN major")
         if self.m not in (64, 128) or self.n % 8:
             raise PtxError(f"{vm.where()}: tcgen05.mma of {self.m} x {self.n}")
 
@@ -174,7 +182,8 @@ class _Shape:
 
 def _mma(ins: Instr) -> Action:
     """d (+)= a @ b, d in tensor memory, a there or in shared memory, b in shared memory."""
-    if ins.parts[2:] != ("cta_group__1", "kind__f16"):
+    kind = ins.parts[-1]
+    if ins.parts[2:-1] != ("cta_group__1",) or kind not in _TYPES:
         raise PtxError("kind of tcgen05.mma")
     d, a, b, descriptor, accumulate = ins.ops
     at, from_tmem = address_of(d, 32), a.kind == "mem"
@@ -187,15 +196,16 @@ def _mma(ins: Instr) -> Action:
         slots = vm.cta_slot[lanes]
         if len(np.unique(slots)) != len(slots):
             raise PtxError(f"{vm.where()}: tcgen05.mma by more than one thread of a CTA")
-        shape = _Shape(vm, vm.full(read_shape(vm)))
+        shape = _Shape(vm, vm.full(read_shape(vm)), kind)
         if from_tmem:
             rows, column = shape.place(vm, read_a(vm))
             vm.tc_columns |= {(s, column, column + _A_COLUMNS): None for s in slots.tolist()}
-            raw = np.ascontiguousarray(tmem[slots][:, rows, column : column + _A_COLUMNS]).view(np.uint16)
+            raw = np.ascontiguousarray(tmem[slots][:, rows, column : column + _A_COLUMNS])
         else:
             raw = _operand(vm, vm.full(read_a(vm)), lanes, shape.m, shape.a_mn_major, "tcgen05 A")
-        x = shape.convert(raw)
-        w = shape.convert(_operand(vm, vm.full(read_b(vm)), lanes, shape.n, shape.b_mn_major, "tcgen05 B"))
+        x = shape.convert(raw.view(shape.raw))
+        w = _operand(vm, vm.full(read_b(vm)), lanes, shape.n, shape.b_mn_major, "tcgen05 B")
+        w = shape.convert(w.view(shape.raw))
         y = product(x, w.transpose(0, 2, 1))
         rows, column = shape.place(vm, at(vm))
         if column + shape.n > int(columns[slots].min()):

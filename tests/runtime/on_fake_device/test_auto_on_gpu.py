@@ -115,6 +115,23 @@ def test_the_bits_of_few_images_are_compared(gpu, monkeypatch):
     assert all("1 of" in row.problem and "other bits" in row.problem for row in rows[:3])
 
 
+def test_the_bits_of_few_images_in_fp8_are_compared(gpu, monkeypatch):
+    rows = self_check.check_fp8_bits(GPU, torch.bfloat16)
+    assert [row.name for row in rows] == [f"encode in fp8 {n}x32x32 among 64" for n in self_check.FEW], rows[0].problem
+    assert gpu.counts["launch"] > 0
+    real = Runtime.encode
+
+    def marked(self, image, out=None):
+        latents = real(self, image, out)
+        latents.copy_(torch.zeros_like(latents))
+        latents[0] += len(image)
+        return latents
+
+    monkeypatch.setattr(Runtime, "encode", marked)
+    rows = self_check.check_fp8_bits(GPU, torch.bfloat16)
+    assert [row.error for row in rows] == [1.0, 1.0, 1.0] and all("other bits" in row.problem for row in rows)
+
+
 def test_every_launch_of_the_check_is_queued_and_found_wrong(gpu):
     rows = self_check.check_launches(GPU, torch.bfloat16)
     assert [row.name for row in rows if row.ok] == []

@@ -14,7 +14,8 @@ import torch
 from typer.testing import CliRunner
 
 from capacitor_kernels import tuning, user_rows
-from capacitor_rt import ConfigError, FullCapacitor
+from capacitor_kernels.launch import E4M3
+from capacitor_rt import ConfigError, FullCapacitor, InputError
 from capacitor_rt.cli import doctor
 from capacitor_rt.cli.app import app
 from capacitor_rt.config import ModelConfig
@@ -27,7 +28,10 @@ MODEL = launch_cases.TINY.config
 SIDE = 4 * MODEL.patch_size
 IMAGE = torch.linspace(-1, 1, 2 * 3 * SIDE * SIDE).reshape(2, 3, SIDE, SIDE)
 GRN = {"tiles": 1, "hidden": MODEL.hidden_dim}
-OPTIONS = ["--size", str(SIDE), "--batch", "2", "--minutes", "1", "--op", "grn", "--direction", "encode"]
+CALL = ["--size", str(SIDE), "--batch", "2", "--minutes", "1", "--direction", "encode"]
+OPTIONS = [*CALL, "--op", "grn"]
+PROJECT = {"tokens_per_image": 16, "hidden": MODEL.hidden_dim, "dim": MODEL.model_dim}
+IN_FP8 = [*CALL, "--op", "project_fp8", "--encode-precision", "fp8"]
 
 
 @pytest.fixture(autouse=True)
@@ -99,6 +103,41 @@ def test_what_wins_is_written_with_its_provenance_and_used(rows, trusted, gpu):
     again = tune()
     assert "the present configs stay" in again.output
     assert gpu.counts["launch"] > 0
+
+
+def test_an_encoder_in_fp8_is_tuned(rows, trusted, monkeypatch):
+    monkeypatch.setattr(tuner, "TILES", ((64, 64),))
+    config = {"block_m": 16, "block_n": 32, "block_k": 64, "group_m": 8, "num_warps": 4, "num_stages": 3, "split_k": 2}
+    line = {"shape": PROJECT, "dtype": "e4m3", "use": "throughput", "config": config, "evidence": {"gpu": "another"}}
+    user_rows.write(rows / "sm_90.json", 90, {"project_fp8": [line]})
+    tuning.reload()
+    assert tuning.lookup("project_fp8", 90, PROJECT, E4M3).split_k == 2
+    done = CliRunner().invoke(app, ["tune", *IN_FP8], catch_exceptions=False)
+    assert done.exit_code == 0 and f"1 rows written to {rows / 'sm_90.json'}" in done.output, done.output
+    (line,) = json.loads((rows / "sm_90.json").read_text())["families"]["project_fp8"]
+    # slices of K take a second launch
+    assert line["dtype"] == "e4m3" and line["shape"] == PROJECT and line["config"]["split_k"] == 1
+    assert line["evidence"]["kind"] == "measured"
+    assert line["evidence"]["us"] < line["evidence"]["before_us"]
+    assert tuning.lookup("project_fp8", 90, PROJECT, E4M3).split_k == 1
+    # a cache in fp8 would record it, one in bfloat16 not
+    sizes = [(SIDE, SIDE)]
+    assert set(configs_in_force(MODEL, sizes, torch.bfloat16, 90, precision="fp8")) == {"project_fp8"}
+    assert configs_in_force(MODEL, sizes, torch.bfloat16, 90) == {}
+
+
+def test_nobody_is_convinced_in_fp8_by_a_device_that_computes_nothing(rows):
+    done = CliRunner().invoke(app, ["tune", *IN_FP8, "--op", "expand_fp8"], catch_exceptions=False)
+    assert done.exit_code == 0 and "the present configs stay" in done.output and not rows.exists()
+    found = re.findall(r"(\w+_fp8) .*; (\d+) tried, (\d+) passed over", done.output)
+    assert sorted(op for op, *_ in found) == ["expand_fp8", "project_fp8"]
+    assert all(int(tried) == int(passed_over) > 3 for _, tried, passed_over in found)
+
+
+@pytest.mark.parametrize("gpu", [80], indirect=True)
+def test_a_gpu_without_e4m3_has_no_fp8_to_tune(rows, gpu):
+    with pytest.raises(InputError, match=r"compute capability 8\.0 has no fp8: it needs 8\.9 or later"):
+        CliRunner().invoke(app, ["tune", *IN_FP8], catch_exceptions=False)
 
 
 def test_a_dry_run_and_shipped_rows_alone_write_nothing(rows, trusted, monkeypatch):
