@@ -64,7 +64,8 @@ class Meters:
         """Those of processes, at least one, that worked side by side."""
         n = len(several)
         seconds, waits = (
-            {name: sum(part[name] for part in parts) for name in parts[0]}
+            # one that had nothing to encode has not all stages
+            {name: sum(part.get(name, 0.0) for part in parts) for name in {n: None for part in parts for n in part}}
             for parts in ([m.seconds for m in several], [m.waits for m in several])
         )
         return cls(

@@ -168,12 +168,13 @@ def _decode_jpeg() -> Callable[..., list[Tensor]]:
 
 def _judged(error: RuntimeError) -> Exception:
     """An error of torchvision's by whose fault it is."""
-    text = str(error).splitlines()[0] if str(error) else ""
-    status = re.search(r"(?:Failed to [a-z ]+|nvjpegDecode failed): (\d+)", text)
+    whole = str(error)
+    text = whole.splitlines()[0] if whole else ""
+    status = re.search(r"(?:Failed to [a-z ]+|nvjpegDecode failed): (\d+)", whole)
     number = int(status[1]) if status else 0
-    if "out of memory" in text.lower() or number == _MEMORY:
+    if "out of memory" in whole.lower() or number == _MEMORY:
         return torch.OutOfMemoryError(text)
-    if number in _REFUSED or "Unknown chroma subsampling" in text:
+    if number in _REFUSED or "Unknown chroma subsampling" in whole:
         return Refused(f"nvJPEG: {_REFUSED.get(number, 'unknown chroma subsampling')}")
     return RuntimeError(text)
 

@@ -96,3 +96,11 @@ def test_of_a_run(tmp_path):
     seconds = found["seconds"]
     assert all(seconds[stage] > 0 for stage in ("read", "decode", "fill", "encode", "write"))
     assert sum(seconds[stage] for stage in ("decode", "fill", "encode")) <= found["wall"]
+
+
+def test_processes_of_which_one_had_nothing_to_decode():
+    one, other = meters(decoded="gpu", encode=5.0, gpu_decode=4.0, wait_gpu_decode=3.0), meters(encode=1.0)
+    for several in ([one, other], [other, one]):
+        joined = Meters.joined(several)
+        assert joined.seconds[GPU_DECODE] == 4.0 and joined.waits[GPU_DECODE] == 3.0 and joined.seconds["encode"] == 6.0
+        assert "GPU decode 20%" in str(joined) and joined.occupancy()["gpu_decode"] == pytest.approx(0.2)

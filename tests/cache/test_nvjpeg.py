@@ -17,6 +17,7 @@ from capacitor_rt.cache.nvjpeg import JpegDecoder, Refused, _judged, environment
 from capacitor_rt.extras import MissingExtraError
 
 CPU = torch.device("cpu")
+PLACE = "decode_jpegs_cuda, /__w/vision/vision/pytorch/vision/decode_jpegs_cuda.cpp:137, "
 
 
 @pytest.fixture
@@ -102,6 +103,9 @@ def test_it_is_called_as_it_wants_to_be_and_warns_of_nothing(fake, monkeypatch):
         ("Error while decoding JPEG images: Failed to get image info: 3\nmore", Refused),
         ("Error while decoding JPEG images: Unknown chroma subsampling", Refused),
         ("nvjpegDecode failed: 4", Refused),
+        (f"{PLACE}Error while decoding JPEG images: {PLACE}Failed to decode jpeg stream: 10", Refused),
+        (f"{PLACE}Error while decoding JPEG images:\n{PLACE}CUDA out of memory.", torch.OutOfMemoryError),
+        (f"{PLACE}Error while decoding JPEG images: {PLACE}Failed to decode batch: 8", RuntimeError),
         ("Error while decoding JPEG images: Failed to decode batch: 5", torch.OutOfMemoryError),
         ("Error while decoding JPEG images: CUDA out of memory. Tried to allocate 3 GiB", torch.OutOfMemoryError),
         ("Error while decoding JPEG images: Failed to decode batch: 6", RuntimeError),

@@ -86,7 +86,10 @@ class FakeTorchvision:
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))).to(device)
 
     def _error(self, what: str, status: int) -> RuntimeError:
-        return RuntimeError(f"Error while decoding JPEG images: {what}: {status}\nException raised from decode_images")
+        where = "decode_images, /__w/vision/decode_jpegs_cuda.cpp:443, "
+        return RuntimeError(
+            f"decode_jpegs_cuda, /__w/vision/x.cpp:137, Error while decoding JPEG images: {where}{what}: {status}"
+        )
 
     def install(self, monkeypatch: Any) -> FakeTorchvision:
         """Have the project find it, and a GPU's facts beside it."""
