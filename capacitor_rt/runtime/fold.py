@@ -37,6 +37,7 @@ from .packed import (
     pack,
     wide,
 )
+from .shapes_alone import ShapesAlone
 
 ENCODER, DECODER = "encoder", "decoder"
 
@@ -163,9 +164,10 @@ def packed_specs(
 
     `precision` "fp8" is of an encoder whose blocks are in e4m3.
     """
-    with torch.device("meta"):
-        model = Autoencoder(config)
-    packed: Packed = fold_encoder(model) if part == ENCODER else fold_decoder(model, 1.0)
-    if precision == "fp8" and isinstance(packed, PackedEncoder):
-        packed = fold_fp8(packed, ranges_of_shapes(packed))
+    with ShapesAlone():
+        with torch.device("meta"):
+            model = Autoencoder(config)
+        packed: Packed = fold_encoder(model) if part == ENCODER else fold_decoder(model, 1.0)
+        if precision == "fp8" and isinstance(packed, PackedEncoder):
+            packed = fold_fp8(packed, ranges_of_shapes(packed))
     return {n: TensorSpec(tuple(t.shape), t.dtype) for n, t in named_tensors(pack(packed, dtype, "meta")).items()}

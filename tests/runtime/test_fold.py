@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
+import subprocess
+import sys
 
 import pytest
 import torch
 from golden_cases import GOLDEN, relative_error
 
-from capacitor_rt import FullCapacitor
+from capacitor_rt import FullCapacitor, ModelConfig
 from capacitor_rt.runtime import fold
+from capacitor_rt.runtime.shapes_alone import ShapesAlone
 
 TIGHT = 1e-12
 
@@ -122,3 +127,47 @@ def test_rows_of_nhwc_images(model):
     nhwc = image.permute(0, 2, 3, 1).reshape(2, 16 * 16 * 3)
     truth = torch.nn.functional.unfold(image, 16, stride=16)[0].t() @ folded.patch_w
     assert relative_error(nhwc @ folded.patch_w_nhwc, truth) < TIGHT
+
+
+@pytest.mark.parametrize("name", ["p8", "dico_ir", "dico_m2"])
+def test_shapes_are_those_that_torch_gives(monkeypatch, name):
+    fields = json.loads((GOLDEN / name / "config.json").read_text())
+    fields.pop("pdg_mask_ratio", None)
+    asked = [("encoder", torch.bfloat16, None), ("decoder", torch.float32, None)]
+    if name == "p8":
+        asked.append(("encoder", torch.bfloat16, "fp8"))
+    specs = fold.packed_specs.__wrapped__
+    ours = [specs(ModelConfig.from_dict(fields), *rest) for rest in asked]
+    monkeypatch.setattr(fold, "ShapesAlone", contextlib.nullcontext)
+    assert ours == [specs(ModelConfig.from_dict(fields), *rest) for rest in asked]
+
+
+def test_operations_alone_are_those_that_torch_gives():
+    m = torch.empty(3, 4, device="meta", dtype=torch.float64)
+    h, zero = m.to(torch.float16), torch.empty((), device="meta")
+
+    def results() -> list[tuple[torch.Size, torch.dtype]]:
+        found = [
+            *(m * h, h + zero, zero * h, 2 * h, 1 / m, m[:, None] - m, -m, m / 3, h * torch.float64.itemsize),
+            *(m @ m.t(), torch.addmm(m[0], m.t() @ m, m.t() @ m), torch.cat([m, m]), torch.cat([h, m], -1)),
+            *(m.amax(0), m.amax((0, -1)), m.amax(-1, keepdim=True), h.abs(), m.sqrt(), m.clamp_min(1), m.exp()),
+            *(m > 0, (m > 0) * 2, torch.arange(3, device="meta") / 2, m.sum(0)),
+        ]
+        return [(t.shape, t.dtype) for t in found]
+
+    with ShapesAlone():
+        ours = results()
+    assert ours == results()
+
+
+def test_a_plan_waits_for_no_compiler():
+    code = (
+        "import sys, torch\n"
+        "from capacitor_rt.config import ModelConfig\n"
+        "from capacitor_rt.runtime.fold import packed_specs\n"
+        "for asked in (('encoder', None), ('encoder', 'fp8'), ('decoder', None)):\n"
+        "    packed_specs(ModelConfig(), asked[0], torch.bfloat16, asked[1])\n"
+        "print(sorted({'torch._dynamo', 'sympy'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
