@@ -32,11 +32,13 @@ class Work:
     Attributes:
         cta: what each of its CTAs does.
         programs: how many CTAs.
+        short, ahead: so many of them, the last ones, have this share less to do.
         warps, registers, smem: of a CTA, of a thread, and bytes of a CTA.
         l2, dram: bytes of the launch.
         flops: of the launch where a whole-GPU product bounds it, in units of the rate of `Gpu.tflops`; else 0.
         gap: seconds after the launch before it.
-        early: its CTAs take their places when the last of the launch before have theirs, and wait there.
+        early: its CTAs take places as soon as the launch before lets it, and wait there.
+        release: share of its time after which a CTA lets the next launch start, once all are so far; 1 at its end.
     """
 
     kernel: str
@@ -50,6 +52,14 @@ class Work:
     flops: float = 0.0
     gap: float = 0.0
     early: bool = False
+    short: int = 0
+    ahead: float = 0.0
+    release: float = 1.0
+
+    @property
+    def whole(self) -> float:
+        """The work of the launch, in CTAs."""
+        return self.programs - self.short * self.ahead
 
     def room(self, cc: int) -> tuple[int, int, int, int]:
         """Registers, bytes, threads and CTAs that one CTA takes of an SM."""
@@ -72,6 +82,8 @@ class _Queued:
     place: int
     left: int
     running: int = 0
+    # whether the next launch of the branch is on its way
+    followed: bool = False
     # an early launch waits until the one before is done and has made its writes visible
     starts: float | None = None
     shares: tuple[float, float, float] = (0.0, 0.0, 0.0)
@@ -95,7 +107,7 @@ def floor(branches: Iterable[Sequence[Work]], gpu: Gpu) -> float:
     memory = [0.0, 0.0, 0.0]
     for work in (w for branch in branches for w in branch):
         for pipe, cycles in work.cta.totals().items():
-            pipes[pipe] = pipes.get(pipe, 0.0) + cycles * work.programs / gpu.sms / gpu.ghz / 1e9
+            pipes[pipe] = pipes.get(pipe, 0.0) + cycles * work.whole / gpu.sms / gpu.ghz / 1e9
         memory = [a + b for a, b in zip(memory, work.demands(gpu), strict=True)]
     return max(*pipes.values(), *memory)
 
@@ -129,8 +141,8 @@ class _Simulation:
 
     def _queued(self, branch: int, place: int, starts: float | None) -> _Queued:
         work = self.branches[branch][place]
-        cta = tuple(seconds / work.programs for seconds in work.demands(self.gpu))
-        return _Queued(work, branch, place, work.programs, 0, starts, cta)  # type: ignore[arg-type]
+        of_cta = tuple(seconds / work.whole for seconds in work.demands(self.gpu))
+        return _Queued(work, branch, place, work.programs, 0, False, starts, of_cta)  # type: ignore[arg-type]
 
     def run(self) -> float:
         while True:
@@ -138,11 +150,14 @@ class _Simulation:
             while self.coming and self.coming[0][0] <= self.now:
                 self.queue.append(self.coming.pop(0)[1])
             self._hand_out()
+            self._release()
             rates = self._all_rates()
             steps = [at - self.now for at, _ in self.coming]
             steps += [q.starts - self.now for q in self._waiting() if q.starts is not None]
             for sms, of in zip(self.sms, rates, strict=True):
-                steps += [(1 - done) / r for (_, _, done), r in zip(sms.held, of, strict=True) if r > 0]
+                for (queued, _, done), rate in zip(sms.held, of, strict=True):
+                    until = self._until(queued)
+                    steps += [(goal - done) / rate for goal in (1.0, until) if rate > 0 and goal > done]
             if not steps:
                 if self.queue:
                     raise ValueError(f"a CTA of {self.queue[0].work.kernel} fits no SM of {self.gpu.name}")
@@ -173,27 +188,39 @@ class _Simulation:
                     return
                 self._place(head, min(fitting, key=lambda item: item[0])[1])
             self.queue.pop(0)
-            self._all_out(head)
 
     def _place(self, queued: _Queued, sms: _Sms) -> None:
-        """One CTA on each of these SMs, or on so many of them as there are CTAs left."""
-        if queued.left < sms.count:
-            self.sms.append(_Sms(sms.count - queued.left, list(sms.held)))
-            sms.count = queued.left
+        """One CTA on each of these SMs, or on so many of them as there are CTAs left with as much to do."""
+        long = queued.left - queued.work.short
+        alike, begun = (long, 0.0) if long > 0 else (queued.left, queued.work.ahead)
+        if alike < sms.count:
+            self.sms.append(_Sms(sms.count - alike, list(sms.held)))
+            sms.count = alike
         queued.left -= sms.count
         queued.running += sms.count
         for i, (other, n, done) in enumerate(sms.held):
-            if other is queued and done == 0:
-                sms.held[i] = other, n + 1, 0.0
+            if other is queued and done == begun:
+                sms.held[i] = other, n + 1, begun
                 return
-        sms.held.append((queued, 1, 0.0))
+        sms.held.append((queued, 1, begun))
 
-    def _all_out(self, queued: _Queued) -> None:
-        """A launch that starts early comes when the one before it has all its places."""
-        works = self.branches[queued.branch]
-        after = queued.place + 1
-        if after < len(works) and works[after].early:
-            self.coming.append((self.now, self._queued(queued.branch, after, None)))
+    def _until(self, queued: _Queued) -> float:
+        """Share of a CTA's time at which it lets the next launch start; 0 where none waits for that."""
+        works, after = self.branches[queued.branch], queued.place + 1
+        waits = not queued.followed and after < len(works) and works[after].early
+        return queued.work.release if waits and queued.work.release < 1 else 0.0
+
+    def _release(self) -> None:
+        """Launches that start early come when all CTAs of the one before have let them."""
+        least: dict[_Queued, float] = {}
+        for sms in self.sms:
+            for queued, _, done in sms.held:
+                if not queued.left and self._until(queued):
+                    least[queued] = min(done, least.get(queued, 1.0))
+        for queued, done in least.items():
+            if done >= self._until(queued) - 1e-9:
+                queued.followed = True
+                self.coming.append((self.now, self._queued(queued.branch, queued.place + 1, None)))
 
     def _ended(self, queued: _Queued) -> None:
         works = self.branches[queued.branch]
@@ -201,7 +228,7 @@ class _Simulation:
         if after == len(works):
             return
         at = self.now + works[after].gap
-        if not works[after].early:
+        if not queued.followed:
             self.coming.append((at, self._queued(queued.branch, after, at)))
             return
         held = [q for sms in self.sms for q, _, _ in sms.held]

@@ -168,9 +168,12 @@ def predict(launch: Launch, gpu: Gpu, flops: int, dram: float, hiding: float = H
     cubin, registers, stack, smem, warps = _compiled[alike]
     code, traffic = disassemble(cubin), _traffic(launch)
     per_sm, programs = ctas_per_sm(gpu.cc, registers, smem, warps), math.prod(launch.grid)
+    short, ahead = 0, 0.0
     if launch.kernel.__name__ == SPECIALISED:
         cta, tiles, cycles = _specialised(launch, gpu, code, hiding)
-        waves, whole = tiles / programs, _persistent(cta, tiles / programs, cycles)
+        most = -(-tiles // programs)
+        waves, whole = tiles / programs, _persistent(cta, most, cycles)
+        short, ahead = most * programs - tiles, 1 / most
     else:
         tiles, trips = programs, trip_counts(launch, code)
         cta = whole = _cta(launch, gpu, regions(code, gpu.cc, trips), trips)
@@ -192,14 +195,21 @@ def predict(launch: Launch, gpu: Gpu, flops: int, dram: float, hiding: float = H
     work = Work(
         launch.kernel.__name__, whole, programs, warps, registers, smem, l2=sum(traffic) * tiles, dram=dram,
         flops=flops * gpu.tflops / _rate(launch, gpu), gap=EARLY_GAP if early else gpu.gap, early=early,
+        short=short, ahead=ahead, release=_release(whole) if launch.args.get("PDL") else 1.0,
     )  # fmt: skip
     return Prediction(*where, max(times.values()), limit, times, flops, pipes=pipes), work
 
 
-def _persistent(tile: Cta, tiles: float, cycles: float) -> Cta:
-    """One CTA of a grid that takes so many cycles, with so many tiles of it in the mean."""
+def _persistent(tile: Cta, tiles: int, cycles: float) -> Cta:
+    """A CTA that takes so many cycles, with so many tiles."""
     pipes = {pipe: count * tiles for pipe, count in tile.totals().items()}
     return Cta({"main": pipes}, {"main": max(0.0, cycles - CTA_START - max(pipes.values()))})
+
+
+def _release(cta: Cta) -> float:
+    """Share of a CTA's time after which it lets the next launch start: what is before its epilogue."""
+    epilogue = max(cta.pipes["epilogue"].values(), default=0.0) + cta.latency["epilogue"]
+    return 1 - epilogue / cta.alone()
 
 
 def _cta(launch: Launch, gpu: Gpu, parts: dict[str, Region], trips: Sequence[float]) -> Cta:

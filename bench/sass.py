@@ -87,8 +87,8 @@ Clocks, rates and capacities are in `bench/_gpu_model.py`, costs of instructions
   out, all of the launch that came first before any of the next: a second launch comes in at tails, and where it fits.
   CTAs of two launches on an SM lie half way between turns and ideally interleaved, and all that use L2, DRAM or the
   rate of a product wait alike where it is full. Activations of both halves count against L2. A launch that starts early
-  takes its places when the last CTA of the one before has one, and keeps them idle. Launches and gaps in the table are
-  then the sums over both halves, which do not follow each other.
+  takes places when all CTAs of the one before are at their epilogues, and keeps them idle. Launches and gaps in the
+  table are then the sums over both halves, which do not follow each other.
 - Not modelled: power, bank conflicts, the instruction cache, skew at barriers, hit rates of L2, host time, copies in
   and out of the arena.
 

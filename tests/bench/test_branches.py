@@ -86,13 +86,26 @@ def test_what_the_whole_gpu_shares_is_shared(kind, amount):
 
 
 def test_a_launch_that_starts_early_keeps_its_places_idle():
-    early = launch(4, gap=100e-9, early=True)
-    assert ns([launch(4), early]) == pytest.approx(2 * ALONE + 100)
-    # four SMs wait in the place of the other branch's second wave
-    other = [launch(4), launch(4)]
-    assert ns([launch(4), early], other) == pytest.approx(2 * ALONE + 100)
-    other = [launch(2), launch(2), launch(2)]
-    assert ns([launch(6), replace(early, programs=8)], other) > ns([launch(6), launch(8, gap=100e-9)], other)
+    first, after = launch(4, release=0.5), launch(8, gap=100e-9)
+    early = replace(after, early=True)
+    assert ns([first, early]) == ns([first, after]) == pytest.approx(2 * ALONE + 100)
+    # the other branch has four SMs until 850, when the launch that waits takes them; its second one comes at the end
+    other = [launch(4, cycles=500), launch(4)]
+    assert ns([first, early], other) == pytest.approx(3 * ALONE + 100)
+    # and comes at 850 where none waits, so that half of `after` comes behind it
+    assert ns([first, after], other) == pytest.approx(500 + CTA_START + 2 * ALONE)
+    # nor does one wait where the launch before lets it start only at its own end
+    late = replace(first, release=1.0)
+    assert ns([late, early], other) == ns([first, after], other)
+
+
+def test_ctas_with_less_to_do_leave_their_places_sooner():
+    uneven = launch(8, cycles=13650, short=4, ahead=1 / 14)
+    assert ns([uneven]) == pytest.approx(14000)
+    assert ns([uneven], [launch(4)]) == pytest.approx(13000 + ALONE)
+    assert floor([[uneven]], GPU) == pytest.approx(13650e-9 * (1 - 0.5 / 14))
+    # what the whole GPU shares is of the work that there is
+    assert ns([replace(uneven, dram=30000e-9 * GPU.dram)]) == pytest.approx(30000)
 
 
 def test_a_cta_that_fits_no_sm_is_told():
@@ -101,13 +114,25 @@ def test_a_cta_that_fits_no_sm_is_told():
 
 
 works = st.builds(
-    lambda programs, pipe, cycles, registers, dram, gap: launch(programs, pipe, cycles, registers, dram=dram, gap=gap),
+    lambda programs, pipe, cycles, registers, dram, gap, early: launch(
+        programs,
+        pipe,
+        cycles,
+        registers,
+        dram=dram,
+        gap=gap,
+        early=early,
+        release=0.75,
+        short=programs // 3,
+        ahead=0.25,
+    ),
     st.integers(1, 60),
     st.sampled_from(["tensor", "fma", "issue"]),
     st.integers(200, 5000),
     st.sampled_from([40, 80, 128, 168, 255]),
     st.sampled_from([0.0, 1e5, 5e6]),
     st.sampled_from([0.0, 1e-7]),
+    st.booleans(),
 )
 
 
@@ -127,7 +152,7 @@ def test_no_schedule_beats_its_resources(first, second, mixed):
 @given(works, st.integers(1, 20))
 def test_more_takes_no_less(work, more):
     # memory left out: what is left of it at the end of a launch goes to fewer CTAs
-    work = replace(work, dram=0.0)
+    work = replace(work, dram=0.0, short=0)
     time = simulate([[work]], GPU, 0.5)
     assert simulate([[replace(work, programs=work.programs + more)]], GPU, 0.5) >= time * (1 - 1e-6)
     assert simulate([[work]], replace(GPU, sms=16), 0.5) <= time * (1 + 1e-6)
