@@ -97,6 +97,8 @@ def test_a_launch_that_starts_early_keeps_its_places_idle():
     # nor does one wait where the launch before lets it start only at its own end
     late = replace(first, release=1.0)
     assert ns([late, early], other) == ns([first, after], other)
+    # a launch of two waves lets none start before the second, so that what came meanwhile is first
+    assert ns([launch(16, release=0.5), early], [launch(8, gap=1000e-9)]) == pytest.approx(4 * ALONE)
 
 
 def test_ctas_with_less_to_do_leave_their_places_sooner():
