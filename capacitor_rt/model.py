@@ -48,8 +48,9 @@ class FullCapacitor(PretrainedAutoencoder):
             row's bits then depend on whether it came alone; otherwise they depend neither on the batch nor on the
             place in it.
         cuda_graphs: capture a CUDA graph for each shape and replay it; else launches are queued one by one.
-        overlap: make two branches of a graph of the halves of an even batch, so that what is bound by memory in one may
-            hide under the products of the other. Bits stay as they are. What it gains is not measured yet.
+        overlap: make two branches of a graph of the halves of an even batch, so that one half takes the SMs that the
+            other leaves idle between and at the end of its launches. Bits stay as they are. What it gains is not
+            measured yet.
         narrow_tiles: run few images by narrower tiles, which leave the same bits; turned off by itself on a GPU where
             they were compared and did not.
         dependent_launch: let each launch start while the one before is at its end, and wait there: programmatic
