@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
 from cache_cases import write_images
 from models import random_model
 
@@ -55,3 +60,58 @@ def rows_by_id(cache: Path) -> list[dict[str, Any]]:
 
 def label_of(id: str) -> int:
     return LABELS[id.partition("/")[0]]
+
+
+def read_mds(folder):
+    """Samples of a folder of MDS shards, by the index alone."""
+    index = json.loads((folder / "index.json").read_bytes())
+    for shard in index["shards"]:
+        data = (folder / shard["raw_data"]["basename"]).read_bytes()
+        assert len(data) == shard["raw_data"]["bytes"]
+        offsets = np.frombuffer(data, "<u4", shard["samples"] + 1, 4)
+        assert np.frombuffer(data, "<u4", 1)[0] == shard["samples"]
+        for start in offsets[:-1].tolist():
+            sample = {}
+            fixed = dict(zip(shard["column_names"], shard["column_sizes"], strict=True))
+            free = [name for name, size in fixed.items() if size is None]
+            sizes = fixed | dict(zip(free, np.frombuffer(data, "<u4", len(free), start).tolist(), strict=True))
+            at = start + 4 * len(free)
+            for name, encoding in zip(shard["column_names"], shard["column_encodings"], strict=True):
+                raw, at = data[at : at + sizes[name]], at + sizes[name]
+                kind, _, rest = encoding.partition(":")
+                if kind == "ndarray":
+                    dtype, shape = rest.split(":")
+                    sample[name] = np.frombuffer(raw, dtype).reshape([int(n) for n in shape.split(",")])
+                else:
+                    decode = {"str": bytes.decode, "int": lambda b: int.from_bytes(b, "little"), "bytes": bytes}
+                    sample[name] = decode[kind](raw)
+            yield sample
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """Nine rows of one size, with flips and posterior, in bfloat16."""
+    return make_cache(tmp_path_factory.mktemp("one"), flip=True, posterior=True)
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """Nine rows of two sizes."""
+    return make_cache(tmp_path_factory.mktemp("many"), area=True)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """Rows of one size, latents alone, whose stems differ."""
+    return make_cache(tmp_path_factory.mktemp("plain"), each=1, sizes=((48, 64),), dtype="fp32")
+
+
+def deviation(cache, row, suffix=""):
+    """sigma / std of a row in float64."""
+    logsnr = row[f"logsnr{suffix}"].double()
+    std = torch.tensor(LatentDataset(cache).plan.fields["whitening"]["std"]).double()
+    return torch.sigmoid(-logsnr).sqrt() / std[:, None, None]
+
+
+def unpatchified(latents):
+    return F.pixel_shuffle(latents, 2)
