@@ -21,7 +21,7 @@ from ..extras import require_extra
 from .folder import CacheFolder
 from .hashing import xxh3
 from .plan import CachePlan
-from .sources import Columns, Expecting, Listing, Reader, Source, load_listing
+from .sources import Columns, Expecting, Listing, Reader, Source, Streaming, load_listing
 
 SAMPLE = 4096
 """Bytes from the middle of a file by which files of one size are told apart first."""
@@ -142,6 +142,10 @@ class PartialSource:
     @property
     def notes(self) -> list[str]:
         return self.whole.notes
+
+    @property
+    def is_streaming(self) -> bool:
+        return isinstance(self.whole, Streaming) and self.whole.is_streaming
 
     def fields(self) -> dict[str, Any]:
         return {**self.whole.fields(), "count": len(self.listing), "sha256": self.listing.digest()}

@@ -10,6 +10,7 @@ import sys
 import textwrap
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import image_files as files
@@ -215,6 +216,41 @@ class TestHarm:
 class Unopenable(Images):
     def open(self):
         raise CacheError("no such bucket: give one that exists")
+
+
+@dataclass(frozen=True)
+class Groups(Images):
+    """Images in containers of 6, which are streamed; who reads of which leaves a mark."""
+
+    is_streaming: bool = True
+
+    @property
+    def containers(self) -> np.ndarray:
+        return np.arange(COUNT) // 6
+
+    def read(self, ordinal: int) -> bytes:
+        (self.marks / f"{ordinal // 6}-{os.getpid()}").touch()
+        return super().read(ordinal)
+
+
+class TestContainers:
+    def test_workers_share_containers_out_and_not_the_inputs_of_one(self, expected, tmp_path):
+        slow = dict.fromkeys(range(0, COUNT, 2), "sleep")
+        with pool(Groups(DATA, slow, tmp_path), 2) as decoder:
+            assert contents(decoder.decode(ranges(COUNT, 2))) == expected
+        marks = [tuple(map(int, mark.name.split("-"))) for mark in tmp_path.iterdir() if "-" in mark.name]
+        # 10 containers, of which the last may be shared
+        assert 10 <= len(marks) <= 11 and len({pid for _, pid in marks}) == 2
+
+    def test_a_dead_worker_costs_nothing_and_who_is_free_helps_with_the_last_container(self, expected, tmp_path):
+        harm = dict.fromkeys(range(0, COUNT), "sleep") | {20: "kill once"}
+        with pool(Groups(DATA, harm, tmp_path), 3) as decoder:
+            assert contents(decoder.decode([range(0, 6), *ranges(COUNT, 2)[3:]])) == expected
+
+    def test_views_and_lists_of_inputs_too(self, expected, tmp_path):
+        with pool(Groups(DATA, {}, tmp_path), 2, ring_bytes=12 * 3 * max(b.area for b in BUCKETS)) as decoder:
+            lists = [[*part] for part in ranges(COUNT, decoder.chunk)]
+            assert contents(decoder.decode(lists)) == expected
 
 
 class TestRing:

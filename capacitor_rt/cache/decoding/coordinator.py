@@ -21,6 +21,7 @@ import numpy as np
 from ...errors import CacheError, CapacitorError, InputError
 from ...extras import require_extra
 from ..failures import CRASHED, TIMEOUT
+from ..sources import Streaming
 from .helper import Helper
 from .ring import Allocator, SharedMemory, Span, pin, unpin
 from .server import BROKEN, DIED, FORK, KILL, MESSAGE_BYTES, READY, Done, Failure, Setup, Task
@@ -54,6 +55,7 @@ class Order:
         deaths: of workers, by the input that they were at.
         is_doubted: whether a worker has died with it between two inputs, so perhaps while it read ahead.
         views: numbers of those that are wanted.
+        container: of a source that streams its containers, the number of the first input's.
     """
 
     number: int
@@ -65,6 +67,7 @@ class Order:
     is_abandoned: bool = False
     is_doubted: bool = False
     views: tuple[int, ...] = (0,)
+    container: int = -1
 
     @property
     def is_suspect(self) -> bool:
@@ -80,6 +83,8 @@ class _Seat:
     orders: list[Order] = field(default_factory=list)
     # the input for which its worker is being ended
     late: int | None = None
+    # of the chunk that it was given last
+    container: int = -1
 
     def takes(self, order: Order) -> bool:
         """Whether its worker may have the chunk: those that killed one, and those in doubt, alone."""
@@ -101,6 +106,8 @@ class Coordinator:
     def __init__(self, job: Job, workers: int, ring_bytes: int, image_timeout: float, helper: Helper | None = None):
         require_extra("pyarrow")
         self._job, self._image_timeout = job, image_timeout
+        is_streaming = isinstance(job.source, Streaming) and job.source.is_streaming
+        self._containers = job.source.listing.containers if is_streaming else None
         self._schema = chunk_schema()
         self._memory = SharedMemory(workers, ring_bytes)
         self._allocator = Allocator(ring_bytes)
@@ -140,6 +147,8 @@ class Coordinator:
             self._count += 1
             order = Order(self._count, ordinals, span, views=views)
             if len(ordinals):
+                if self._containers is not None:
+                    order.container = int(self._containers[ordinals[0]])
                 self._queue.append(order)
                 # else whoever is free next takes it, and nobody need be woken
                 is_awaited = any(seat.takes(order) for seat in self._seats)
@@ -256,7 +265,7 @@ class Coordinator:
                 if not free:
                     return
                 seat = min(free, key=lambda s: len(s.orders))
-                order = self._queue.popleft()
+                order = self._next_for(seat)
                 self._move_down(order)
                 seat.orders.append(order)
                 span, careful = order.span, order.is_suspect
@@ -265,6 +274,28 @@ class Coordinator:
                 with suppress(OSError):
                     assert seat.connection is not None
                     seat.connection.send_bytes(pickle.dumps(task))
+
+    def _next_for(self, seat: _Seat) -> Order:
+        """Take a chunk out of the queue: the first, but of containers that are streamed one that the worker is at, or
+        else one that no other is at.
+        """
+        chosen = 0
+        if self._containers is not None and not self._queue[0].is_suspect:
+            others = {other.container for other in self._seats if other is not seat}
+            fresh = None
+            for at, order in enumerate(self._queue):
+                if order.is_suspect:
+                    continue
+                if order.container == seat.container:
+                    chosen, fresh = at, None
+                    break
+                if fresh is None and order.container not in others:
+                    fresh = at
+            chosen = chosen if fresh is None else fresh
+        order = self._queue[chosen]
+        del self._queue[chosen]
+        seat.container = order.container
+        return order
 
     def _move_down(self, order: Order) -> None:
         """Give a chunk that is about to be decoded a lower place: one that is free, or that of the chunk ordered last.

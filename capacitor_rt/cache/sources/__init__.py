@@ -41,6 +41,15 @@ class Expecting(Protocol):
         """These will be read soon, mostly in this order."""
 
 
+@runtime_checkable
+class Streaming(Protocol):
+    """A source that may read its containers from their begin on, so that who has begun one should go on with it."""
+
+    @property
+    def is_streaming(self) -> bool:
+        """Whether it does."""
+
+
 class Source(Protocol):
     """The inputs of a cache."""
 

@@ -48,6 +48,7 @@ class ParquetSource:
     groups: list[tuple[bytes, int, int, int]]
     notes: list[str] = field(default_factory=list)
     kind: str = "parquet"
+    is_streaming: bool = True
 
     def fields(self) -> dict[str, Any]:
         return {"kind": self.kind, "count": len(self.listing), "sha256": self.listing.digest()}
@@ -64,7 +65,8 @@ class ParquetReader:
 
     A row group is streamed, a few rows at a time, from its first row to the last that is wanted: rows that are passed
     are kept if they are expected. So whoever reads in order reads a group once, whatever its size, and holds the rows
-    that it expects, `BATCH_ROWS` more (fewer if they are large), and a page of the file.
+    that it expects, `BATCH_ROWS` more (fewer if they are large), and a page of the file. Workers share the groups out,
+    not the rows of one, as far as their ring holds more groups than they are.
     """
 
     def __init__(self, source: ParquetSource):
