@@ -193,6 +193,21 @@ class CacheFolder:
         folder, base = self.at(name)
         os.unlink(base, dir_fd=folder)
 
+    def discard(self, name: str) -> None:
+        """Remove a file, which may be missing.
+
+        Raises:
+            CacheError: it cannot be removed, or is no file.
+        """
+        try:
+            self.unlink(name)
+        except FileNotFoundError:
+            return
+        except IsADirectoryError:
+            raise self._irregular(name) from None
+        except OSError as e:
+            raise CacheError(f"{self.path / name} cannot be removed: {e.strerror or e}") from e
+
     def rename(self, name: str, other: str) -> None:
         """Give a file another name, in place of what has it."""
         (a, old), (b, new) = self.at(name), self.at(other, make=True)

@@ -125,7 +125,7 @@ def collect(
             living = Leases(folder, mutex, plan.plan8).living_stems() if folder.names(LEASES) else set()
             found = litter(folder, plan, living, drop_updates=drop_updates)
             for name, _ in found:
-                folder.unlink(name)
+                folder.discard(name)
             for sub in (DAMAGED, GENERATIONS):
                 folder.remove_folder(sub)
             if not living:

@@ -29,8 +29,7 @@ def record(folder: CacheFolder, plan: CachePlan) -> None:
 
 def forget(folder: CacheFolder, plan: CachePlan) -> None:
     """Remove the plan of another generation."""
-    with suppress(FileNotFoundError):
-        folder.unlink(record_name(plan))
+    folder.discard(record_name(plan))
 
 
 def record_names(folder: CacheFolder) -> list[str]:

@@ -161,7 +161,7 @@ class TaskStore:
         has_index, has_data = (self.folder.stat(name) is not None for name in (index, data))
         if not has_data:
             if has_index:
-                self.folder.unlink(index)
+                self.folder.discard(index)
             return False
         problem = f"{self.folder.path / data} is not committed, and "
         if not has_index:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import suppress
 
 from ..errors import CacheError
 from .folder import TMP, CacheFolder
@@ -77,7 +76,6 @@ def remove_stale(folder: CacheFolder, leases: Leases | None) -> int:
     for name in list(folder.temporary()):
         task = re.fullmatch(rf"\w+/([0-9a-f]{{8}}-\d+)\.\w+{TMP}\w+", name)
         if task is None or task[1] not in living:
-            with suppress(FileNotFoundError):
-                folder.unlink(name)
+            folder.discard(name)
             count += 1
     return count

@@ -9,7 +9,7 @@ from cache_cases import pixels, snapshot, write_images
 from models import random_model
 from PIL import Image
 
-from capacitor_rt.cache import CacheRequest, LatentDataset, cache_images
+from capacitor_rt.cache import CacheRequest, LatentDataset, cache_images, cache_views, parse_views
 from capacitor_rt.cache.options import RunOptions
 
 pytestmark = pytest.mark.gpu
@@ -76,3 +76,13 @@ def test_jpegs_that_the_gpu_decodes(tmp_path, workers):
         expected = ids[one[i]["id"]]
         error = (one[i]["latents"].float() - expected).square().mean().sqrt() / expected.square().mean().sqrt()
         assert error < 0.2, (one[i]["id"], error)
+
+
+def test_views_are_resized_on_the_gpu_from_one_upload(tmp_path):
+    model = random_model().to("cuda", torch.bfloat16)
+    write_images(tmp_path / "src", 37, sizes=((640, 480), (321, 777), (64, 64)))
+    views = parse_views(["64@area", "96"], CacheRequest(64, batch=4))
+    for resize in ("cpu", "gpu"):
+        options = RunOptions(workers=4, progress=False, resize=resize)
+        cache_views(tmp_path / "src", tmp_path / resize, model, views, note=str, options=options)
+    assert snapshot(tmp_path / "cpu") == snapshot(tmp_path / "gpu")
