@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
+import time
+from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 from cache_cases import write_images
 from models import random_model
 
 from capacitor_rt.cache import CacheRequest, cache_images
+from capacitor_rt.cache import meters as meters_module
+from capacitor_rt.cache import prepare as prepare_module
+from capacitor_rt.cache import run as run_module
+from capacitor_rt.cache.encoder import BatchEncoder
 from capacitor_rt.cache.meters import GPU_DECODE, Meters, prometheus, write_metrics
 from capacitor_rt.cache.options import RunOptions
+from capacitor_rt.cache.sources.files import FileReader, FileSource
+from capacitor_rt.cache.store import TaskStore
 from capacitor_rt.errors import InputError
 
 
@@ -104,3 +114,100 @@ def test_processes_of_which_one_had_nothing_to_decode():
         joined = Meters.joined(several)
         assert joined.seconds[GPU_DECODE] == 4.0 and joined.waits[GPU_DECODE] == 3.0 and joined.seconds["encode"] == 6.0
         assert "GPU decode 20%" in str(joined) and joined.occupancy()["gpu_decode"] == pytest.approx(0.2)
+
+
+def modelled(seconds: float):
+    """A class of encoders that take as long for a batch as a device would, beside the CPU, and compute nothing."""
+
+    class ModelledEncoder(BatchEncoder):
+        known: ClassVar[dict] = {}
+        free = computed = 0.0
+
+        def submit(self, pixels):
+            key = tuple(pixels.shape)
+            if key not in self.known:
+                self.known[key] = super().submit(pixels)
+                self.busy = 0.0
+            type(self).free = max(time.perf_counter(), self.free) + seconds
+            type(self).computed += seconds
+            found = replace(self.known[key])
+            found.done = self.free
+            return found
+
+        def fetch(self, encoded):
+            begin = time.perf_counter()
+            time.sleep(max(0.0, encoded.done - begin))
+            self.waited += time.perf_counter() - begin
+            self.seconds += time.perf_counter() - begin
+            self.busy += seconds
+            return encoded
+
+    return ModelledEncoder
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch):
+    """The meters of a run with a modelled encoder, and the share of the time that this did nothing."""
+    monkeypatch.setattr(meters_module, "ADVICE_SECONDS", 0.2)
+
+    def run(src, seconds, workers=1, side=32, task_inputs=1024, batch=4):
+        encoder = modelled(seconds)
+        monkeypatch.setattr(run_module, "BatchEncoder", encoder)
+        request = CacheRequest(side, batch=batch, task_inputs=task_inputs)
+        options = RunOptions(workers=workers, progress=False)
+        found = cache_images(src, tmp_path / "out", random_model(), request, options=options).meters
+        return found, 1 - encoder.computed / found.running
+
+    return run
+
+
+def test_a_device_that_is_fed_is_said_to_work(tmp_path, measured):
+    write_images(tmp_path / "src", 96, sizes=((40, 40),))
+    found, idle = measured(tmp_path / "src", 0.1)
+    assert found.device_waiting() == pytest.approx(idle, abs=0.02)
+    # but for the first images and the last file it has always something to do
+    assert idle < 0.2 and found.waits["encode"] > 1.5
+    assert found.limit() == "encode" or idle > 0.05
+
+
+def test_what_a_device_waits_for_is_named(tmp_path, measured):
+    (image,) = write_images(tmp_path / "src", 1, sizes=((900, 1200),), suffix=".jpg")
+    for i in range(1, 96):
+        os.link(image, tmp_path / "src" / f"{i:03d}.jpg")
+    found, idle = measured(tmp_path / "src", 0.001)
+    assert found.device_waiting() == pytest.approx(idle, abs=0.02) and idle > 0.8
+    assert found.limit() == "decode" and f"encoder waits {found.device_waiting():.0%} for decode" in found.advice()
+    assert found.seconds["decode"] > 4 * found.seconds["fill"] and found.waits["starved"] < found.seconds["decode"]
+
+
+def test_a_slow_disk_is_named(tmp_path, measured, monkeypatch):
+    write_images(tmp_path / "src", 32, sizes=((40, 40),))
+    write = TaskStore.write
+    monkeypatch.setattr(TaskStore, "write", lambda self, *args: time.sleep(0.25) or write(self, *args))
+    found, idle = measured(tmp_path / "src", 0.001, task_inputs=4)
+    assert found.device_waiting() == pytest.approx(idle, abs=0.02) and idle > 0.9
+    assert found.limit() == "write" and "for write: the disk is slow" in found.advice()
+    assert found.waits["write"] > 1 and found.seconds["write"] > 2
+
+
+class SlowReader(FileReader):
+    def read(self, ordinal):
+        time.sleep(0.03)
+        return super().read(ordinal)
+
+
+class SlowSource(FileSource):
+    """Files on storage that takes its time for each."""
+
+    def open(self):
+        return SlowReader(self.root, self.listing)
+
+
+def test_slow_storage_is_told_from_slow_decoding(tmp_path, measured, monkeypatch):
+    write_images(tmp_path / "src", 96, sizes=((40, 40),))
+    opened = prepare_module.open_source
+    monkeypatch.setattr(prepare_module, "open_source", lambda *args: SlowSource(**vars(opened(*args))))
+    found, idle = measured(tmp_path / "src", 0.001)
+    assert found.device_waiting() == pytest.approx(idle, abs=0.02) and idle > 0.8
+    assert found.waits["starved"] > found.seconds["decode"] and found.limit() == "decode"
+    assert "for reading: the storage is slow" in found.advice()

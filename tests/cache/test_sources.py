@@ -136,6 +136,23 @@ def test_tar_files_that_are_damaged_are_refused_when_they_are_listed(tars, tmp_p
         open_source(tars, tmp_path / "out")
 
 
+def test_a_tar_file_that_was_cut_anywhere_is_refused(tmp_path):
+    """Between members, in a header, in the bytes of an image: fewer rows would be cached, and nobody told."""
+    path = tmp_path / "x.tar"
+    write_tar(path, [(f"{i}.png", png(i)) for i in range(3)])
+    data = path.read_bytes()
+    end = len(data.rstrip(b"\0"))
+    end += -end % 512
+    assert len(open_source(path, tmp_path / "out").listing) == 3
+    for cut in sorted({*range(0, end + 512, 512), *range(1, end + 512, 173), end - 1, end + 511}):
+        path.write_bytes(data[:cut])
+        with pytest.raises(CacheError, match=r"x\.tar"):
+            open_source(path, tmp_path / "out")
+    # one block of zeros says that this is all
+    path.write_bytes(data[: end + 512])
+    assert len(open_source(path, tmp_path / "out").listing) == 3
+
+
 def test_names_in_tar_files_are_names_and_no_places(tmp_path):
     write_tar(tmp_path / "x.tar", [("../../evil.png", png(0)), ("/etc/passwd.png", png(1)), ("\x1b[31m.png", png(2))])
     before = sorted(os.listdir(tmp_path.parent))
