@@ -16,7 +16,7 @@ from cache_cases import commits_of, snapshot, task_files, write_images
 from kill_driver import REQUEST
 from models import random_model
 
-from capacitor_rt.cache import RunOptions, cache_images
+from capacitor_rt.cache import LatentDataset, RunOptions, cache_images
 from capacitor_rt.cache.folder import LEASES, CacheFolder
 from capacitor_rt.cache.leases import Leases
 from capacitor_rt.cache.mutex import Mutex, me, owner_bytes
@@ -55,6 +55,44 @@ def test_two_processes_share_the_work_and_leave_the_bytes_of_one(tmp_path, src, 
     # nothing is done twice, and both have worked
     assert sum(read) == 91 and min(read) > 0
     assert snapshot(tmp_path / "out") == snapshot(whole)
+
+
+RIVALS = """
+import os, sys, time
+from dataclasses import replace
+from kill_driver import REQUEST, in_child
+from models import random_model
+from capacitor_rt.cache import RunOptions, cache_images
+from capacitor_rt.errors import CacheError
+
+def run(side):
+    time.sleep(max(0, begin - time.time()))
+    try:
+        options = RunOptions(workers=0, progress=False)
+        report = cache_images(*sys.argv[1:3], model, replace(REQUEST, side=side), options=options)
+    except CacheError as e:
+        refused = "was planned otherwise" in str(e) and f"geometry.side {96 - side} -> {side}" in str(e)
+        return 1 if refused else 70
+    return report.exit_code
+
+model, begin = random_model(), time.time() + 0.2
+children = [in_child(lambda side=side: run(side)) for side in (32, 64)]
+print(*[os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children])
+"""
+
+
+def test_of_two_that_want_different_things_of_one_place_one_is_refused(tmp_path, src, whole):
+    """Whichever planned first: its cache is whole, and nothing of the other's is in it."""
+    command = [sys.executable, "-c", RIVALS, str(src), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=120)
+    codes = [int(code) for code in done.stdout.split()]
+    assert sorted(codes) == [1, 3] and not done.stderr, done
+    found = verify(tmp_path / "out")
+    assert not found.problems and not found.notes and not found.unfinished
+    if codes[0] == 3:
+        assert snapshot(tmp_path / "out") == snapshot(whole)
+    else:
+        assert {size.height * size.width for size in LatentDataset(tmp_path / "out", verify=True).buckets} >= {64 * 64}
 
 
 def test_the_living_take_over_the_tasks_of_the_killed(tmp_path, src, whole):
