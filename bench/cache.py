@@ -96,7 +96,7 @@ def one_core(files: Sequence[bytes], size: int, decode: str) -> float:
     for _ in range(2):
         begin = time.thread_time()
         for data in files:
-            if decode != "gpu" or load_encoded(data, View(policy, (buckets[0],)), out) is None:
+            if decode != "gpu" or load_encoded(data, [View(policy, (buckets[0],))], out) is None:
                 load_image(data, policy, buckets, out, buffer=memory, record_bytes=record)
         rates.append(len(files) / (time.thread_time() - begin))
     return max(rates)

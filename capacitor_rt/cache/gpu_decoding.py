@@ -35,14 +35,19 @@ from .resizing import Resizer, end_of, rows_of
 _AHEAD = 1
 _GO_ON = "what is committed is safe, run the same command again"
 Failures = dict[int, tuple[str, str]]
-"""Reason and message of rows that have no pixels."""
+"""Reason and message of pictures that have no pixels, by their source."""
 
 
 class _Picture(NamedTuple):
-    """A row of a chunk: its record, where that begins, and if it is to be decoded, what of."""
+    """A row of a part of a chunk: its record, where that begins, and if it is to be decoded, what of.
 
+    `source` is the place of what it is made from, which rows of several views share.
+    """
+
+    part: int
     row: int
     offset: int
+    source: int
     record: np.ndarray
     encoded: Encoded | None
 
@@ -54,10 +59,11 @@ class _Picture(NamedTuple):
 
 @dataclass
 class _Finished:
-    """Pixels of a chunk's rows: `[N,H,W,3]` of each bucket, and the place there of each record, by its offset."""
+    """Pixels of a chunk's rows: `[N,H,W,3]` of each bucket of each part, and the place there of each record, by its
+    offset."""
 
-    pixels: dict[int, Tensor]
-    places: dict[int, tuple[int, int]]
+    pixels: dict[tuple[int, int], Tensor]
+    places: dict[int, tuple[tuple[int, int], int]]
 
 
 class GpuDecoder(Resizer):
@@ -138,20 +144,24 @@ class GpuDecoder(Resizer):
         begin = time.perf_counter()
         _, host = chunk.records()
         finished, failed = _Finished({}, {}), Failures()
+        pictures: list[_Picture] = []
         with self._on_stream():
-            pictures: list[_Picture] = []
-            for rows, bucket in chunk.groups():
-                size = chunk.size(bucket)
-                finished.pixels[bucket] = self._held(len(rows), size.height, size.width)
-                offsets = chunk.offsets(rows).tolist()
-                finished.places |= {offset: (bucket, place) for place, offset in enumerate(offsets)}
-                pictures += [_picture(*at, host) for at in zip(rows.tolist(), offsets, strict=True)]
+            for number, part in enumerate(chunk.parts()):
+                for rows, bucket in part.groups():
+                    size, key = part.size(bucket), (number, bucket)
+                    finished.pixels[key] = self._held(len(rows), size.height, size.width)
+                    offsets = part.offsets(rows).tolist()
+                    finished.places |= {offset: (key, place) for place, offset in enumerate(offsets)}
+                    pictures += [_picture(number, *at, host) for at in zip(rows.tolist(), offsets, strict=True)]
+            # those of a source become neighbours
+            pictures.sort(key=lambda p: p.offset)
             for piece in _pieces(pictures, self._piece_bytes):
                 failed |= self._piece(piece, finished)
             if self._stream is not None:
                 # the ring's bytes are read until then
                 self._stream.synchronize()
-        chunk.fail(failed)
+        for number, part in enumerate(chunk.parts()):
+            part.fail({p.row: failed[p.source] for p in pictures if p.part == number and p.source in failed})
         chunk.release()
         self.seconds += time.perf_counter() - begin
         return finished
@@ -163,7 +173,8 @@ class GpuDecoder(Resizer):
         """Decode and resize pictures, fewer at a time where there is no memory for all."""
         try:
             failed = Failures()
-            self._resized(pictures, self._decoded([p for p in pictures if p.encoded], failed), failed, finished)
+            sources = {p.source: p for p in pictures if p.encoded}
+            self._resized(pictures, self._decoded([*sources.values()], failed), failed, finished)
             return failed
         except torch.OutOfMemoryError as e:
             # its traceback holds what there was memory for
@@ -171,12 +182,12 @@ class GpuDecoder(Resizer):
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         if len(pictures) == 1:
-            return {pictures[0].row: (OUT_OF_MEMORY, f"no GPU memory to decode it: {message}")}
+            return {pictures[0].source: (OUT_OF_MEMORY, f"no GPU memory to decode it: {message}")}
         half = len(pictures) // 2
         return self._piece(pictures[:half], finished) | self._piece(pictures[half:], finished)
 
     def _decoded(self, pictures: Sequence[_Picture], failed: Failures) -> dict[int, Tensor]:
-        """The pictures by their rows, uint8 `[3,H,W]`, and what failed of them."""
+        """The pictures by their sources, uint8 `[3,H,W]`, and what failed of them."""
         if not pictures:
             return {}
         streams = [p.encoded.stream for p in pictures if p.encoded]
@@ -194,7 +205,7 @@ class GpuDecoder(Resizer):
         for p, picture in zip(pictures, decoded, strict=True):
             assert p.encoded is not None
             if tuple(picture.shape) == (3, *p.encoded.shape):
-                found[p.row] = picture
+                found[p.source] = picture
             else:
                 found |= self._alone(p, Refused(f"nvJPEG: a picture of {tuple(picture.shape)}"), failed)
         return found
@@ -206,22 +217,22 @@ class GpuDecoder(Resizer):
             try:
                 pixels = exact_pixels(picture.encoded.stream, name="image")
             except ImageError as e:
-                failed[picture.row] = e.reason, f"{e} ({error})"
+                failed[picture.source] = e.reason, f"{e} ({error})"
                 return {}
             except MemoryError:
-                failed[picture.row] = OUT_OF_MEMORY, "no memory to decode it"
+                failed[picture.source] = OUT_OF_MEMORY, "no memory to decode it"
                 return {}
-            return {picture.row: torch.from_numpy(pixels).to(self.device).permute(2, 0, 1)}
+            return {picture.source: torch.from_numpy(pixels).to(self.device).permute(2, 0, 1)}
         if not self._decode.works():
             raise CacheError(f"the GPU does not decode JPEGs any more ({error}): {_GO_ON}")
-        failed[picture.row] = CRASHED, f"its decoding by the GPU failed: {error}"
+        failed[picture.source] = CRASHED, f"its decoding by the GPU failed: {error}"
         return {}
 
     def _resized(
         self, pictures: Sequence[_Picture], decoded: dict[int, Tensor], failed: Failures, finished: _Finished
     ) -> None:
         """Bring pictures into their places."""
-        pictures = [p for p in pictures if p.row not in failed]
+        pictures = [p for p in pictures if p.source not in failed]
         if not pictures:
             return
         parts = [p.encoded.row if p.encoded else p.record for p in pictures]
@@ -240,15 +251,15 @@ class GpuDecoder(Resizer):
             rows, columns = p.encoded.window
             at, (height, width) = int(places[i]), (rows.stop - rows.start, columns.stop - columns.start)
             window = records[at : at + 3 * height * width].view(height, width, 3)
-            window.copy_(decoded.pop(p.row)[:, rows, columns].permute(1, 2, 0))
+            window.copy_(decoded[p.source][:, rows, columns].permute(1, 2, 0))
             table[i, Field.SOURCE] = at // UNIT
         for field in (Field.WEIGHTS_A, Field.WEIGHTS_B):
             table[:, field] += (begins[:-1] // 4).astype(np.int32)
         where = [finished.places[p.offset] for p in pictures]
         table[:, Field.IMAGE] = [place for _, place in where]
-        buckets = np.array([bucket for bucket, _ in where])
-        for bucket in np.unique(buckets).tolist():
-            self._resize(records, table[buckets == bucket], finished.pixels[bucket])
+        for key in dict.fromkeys(key for key, _ in where):
+            chosen = [i for i, (other, _) in enumerate(where) if other == key]
+            self._resize(records, table[chosen], finished.pixels[key])
 
 
 def resizer_of(decode: str, device: torch.device, budget: int) -> Resizer:
@@ -263,10 +274,12 @@ def resizer_of(decode: str, device: torch.device, budget: int) -> Resizer:
     return GpuDecoder(device, JpegDecoder(device), budget // 4)
 
 
-def _picture(row: int, offset: int, records: np.ndarray) -> _Picture:
+def _picture(part: int, row: int, offset: int, records: np.ndarray) -> _Picture:
     record = records[offset:]
     encoded = read_encoded(record)
-    return _Picture(row, offset, record if encoded else record[: end_of(np.zeros(1, np.int64), record)], encoded)
+    if encoded is None:
+        return _Picture(part, row, offset, offset, record[: end_of(np.zeros(1, np.int64), record)], None)
+    return _Picture(part, row, offset, offset + encoded.begin, record, encoded)
 
 
 def _window_bytes(encoded: Encoded) -> int:
@@ -275,13 +288,14 @@ def _window_bytes(encoded: Encoded) -> int:
 
 
 def _pieces(pictures: Iterable[_Picture], most: int) -> Iterator[list[_Picture]]:
-    """Neighbours whose decoded pictures have so many bytes together, one at least."""
+    """Neighbours whose decoded pictures have so many bytes together, one at least with all of its views."""
     piece, nbytes = list[_Picture](), 0
     for picture in pictures:
-        if piece and nbytes + picture.nbytes > most:
+        more = 0 if piece and piece[-1].source == picture.source else picture.nbytes
+        if piece and nbytes + more > most and more:
             yield piece
             piece, nbytes = [], 0
         piece.append(picture)
-        nbytes += picture.nbytes
+        nbytes += more
     if piece:
         yield piece

@@ -15,7 +15,8 @@ import numpy as np
 
 from .decoding import DecodePool, usable_cores
 from .decoding.pool import Wanted
-from .meters import Meters
+from .gpu_decoding import GpuDecoder
+from .meters import GPU_DECODE, Meters
 from .pipeline import AHEAD, Pipeline
 from .plan import Task
 from .span_queue import Span
@@ -65,7 +66,9 @@ class ViewsPipeline:
         with ExitStack() as stack:
             for pipeline in self.pipelines:
                 stack.enter_context(pipeline.at_work())
-            for chunk in self.decoder.decode(self._wanted(spans, order), AHEAD):
+            chunks = self.decoder.decode(self._wanted(spans, order), AHEAD)
+            resizer = self._uploading.encoder.resizer
+            for chunk in chunks if resizer is None else resizer.ahead(chunks):
                 piece = order.popleft()
                 self._uploading.upload(chunk)
                 for view, task, is_last in piece.steps:
@@ -115,5 +118,7 @@ class ViewsPipeline:
         total = Meters(first.workers, usable_cores(), first.device, decoded=first.decoded)
         total.seconds = first.seconds | {s: sum(m.seconds[s] for m in parts) for s in ("fill", "encode", "write")}
         total.waits = first.waits | {s: sum(m.waits[s] for m in parts) for s in ("encode", "write")}
+        if isinstance(resizer := self._uploading.encoder.resizer, GpuDecoder):
+            total.seconds[GPU_DECODE], total.waits[GPU_DECODE] = resizer.spent()
         total.ahead, total.images, total.wall, total.costs = first.ahead, self.read, first.wall, self.costs
         return total

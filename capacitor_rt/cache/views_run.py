@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from ..errors import CapacitorError, InputError
+from ..errors import CapacitorError
 from ..images.load import View
 from ..model import FullCapacitor
 from ..reference import Autoencoder
@@ -74,7 +74,6 @@ def cache_views(
     """
     begin = time.perf_counter()
     chosen, out = options or RunOptions(), Path(out)
-    _check_decode(views)
     source = _Once(as_source(model))
     for name in views:
         check_folder(out / name)
@@ -181,14 +180,8 @@ def dry_run_views(
 ) -> dict[str, DryRun]:
     """What `cache_views` with these arguments would do in every view."""
     check_views(Path(out), views)
-    _check_decode(views)
     source = _Once(as_source(model))
     return {name: dry_run(src, Path(out) / name, source, request, options=options) for name, request in views.items()}
-
-
-def _check_decode(views: Mapping[str, CacheRequest]) -> None:
-    if any(request.decode == "gpu" for request in views.values()):
-        raise InputError("the GPU decodes for one view: cache each view by itself with decode gpu, or use decode exact")
 
 
 class _Once:
@@ -292,13 +285,13 @@ def _write(
     workers = max((workers_for(options.workers, run.prepared, run.todo) for run in of_work), default=0)
     also = [View(run.prepared.plan.policy, run.prepared.plan.buckets) for run in runs[1:]]
     reuse = [run.reuse for run in runs]
-    is_deferring = bool(of_work) and by_device(options.resize, runs[0].prepared.cc)
+    is_deferring = bool(of_work) and by_device(options.resize, runs[0].prepared.cc, runs[0].prepared.plan.policy.decode)
     meters: Meters | None = None
     watch.begin(total, total - left)
     try:
         # the workers get ready while the model does
         with pool_of(runs[0].prepared, workers, options, reuse, is_deferring=is_deferring, also=also) as decoder:
-            encoders = _encoders(runs, are_idle, source, note, is_deferring)
+            encoders = _encoders(runs, are_idle, source, note, is_deferring, options.pixel_budget)
             if any(encoder.on_gpu for encoder in encoders):
                 decoder.pin()
             pipelines = [
@@ -339,11 +332,14 @@ def _encoders(
     source: ModelSource,
     note: Callable[[str], None],
     is_deferring: bool,
+    pixel_budget: int,
 ) -> list[BatchEncoder]:
     encoders: list[BatchEncoder] = []
     resizer: Resizer | None = None
     for run, is_idle in zip(runs, are_idle, strict=True):
-        encoder = IdleEncoder() if is_idle else encoder_of(run.prepared, source, note, is_deferring, resizer)
+        encoder = (
+            IdleEncoder() if is_idle else encoder_of(run.prepared, source, note, is_deferring, resizer, pixel_budget)
+        )
         # one for all, as pictures go up once
         resizer = resizer or encoder.resizer
         encoders.append(encoder)

@@ -32,7 +32,8 @@ from capacitor_rt.cache.outlook import dry_run
 from capacitor_rt.cache.run import cache_images as run_cache
 from capacitor_rt.cache.sources import ColumnsRequest
 from capacitor_rt.cache.sources.files import folder_source
-from capacitor_rt.cache.views_run import cache_views, dry_run_views
+from capacitor_rt.cache.views import parse_views
+from capacitor_rt.cache.views_run import cache_views
 from capacitor_rt.images import gpu_jpeg
 from capacitor_rt.images.encoded import RECORD_BYTES
 from capacitor_rt.images.geometry import Size
@@ -280,14 +281,36 @@ def test_updates_keep_rows(src, few, tmp_path, nvjpeg):
     assert [n for n in nvjpeg.calls if n > 1] == [3] and len(LatentDataset(tmp_path / "out", verify=True)) == 9
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_several_views_are_decoded_once_and_have_the_bytes_of_each_alone(few, tmp_path, monkeypatch, nvjpeg, workers):
+    monkeypatch.setattr(begin, "BYTES_PER_WORKER", 1)
+    nvjpeg.refused = by_turns
+    views = parse_views(["32", "48@area+flip"], REQUEST)
+    for name, request in views.items():
+        run(few, tmp_path / f"alone-{name}", request)
+    nvjpeg.refused, nvjpeg.calls = lambda data: False, []
+    for name, request in views.items():
+        run(few, tmp_path / f"whole-{name}", request)
+    nvjpeg.calls.clear()
+    options = RunOptions(workers=workers, progress=False, backoff=())
+    report = cache_views(few, tmp_path / "out", random_model(), views, note=lambda line: None, options=options)
+    assert report.meters is not None and report.meters.seconds["gpu_decode"] > 0
+    # beside the picture that the decoder is tried with
+    assert sum(n for n in nvjpeg.calls if n > 1) == 5
+    for name in views:
+        assert snapshot(tmp_path / "out" / name) == snapshot(tmp_path / f"whole-{name}")
+    # what one has already is not decoded for it again, and what is refused is refused for all
+    nvjpeg.refused = by_turns
+    shutil.copytree(tmp_path / "alone-32", tmp_path / "second" / "32")
+    cache_views(few, tmp_path / "second", random_model(), views, note=lambda line: None, options=options)
+    for name in views:
+        assert snapshot(tmp_path / "second" / name) == snapshot(tmp_path / f"alone-{name}")
+
+
 def test_refused_before_anything_is_written(src, tmp_path, monkeypatch):
     out = tmp_path / "out"
     with pytest.raises(InputError, match="decode gpu resizes on the GPU, and resize is cpu"):
         run(src, out, resize="cpu")
-    with pytest.raises(InputError, match="for one view"):
-        cache_views(src, out, random_model(), {"32": REQUEST}, note=lambda line: None)
-    with pytest.raises(InputError, match="for one view"):
-        dry_run_views(src, out, random_model(), {"32": REQUEST})
     monkeypatch.setattr(resizing, "INTERPRETED", False)
     with pytest.raises(InputError, match="decode gpu needs an NVIDIA GPU that the kernels run on: use decode exact"):
         run(src, out)

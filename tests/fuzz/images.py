@@ -279,13 +279,11 @@ def _outcome(data: bytes, before: int) -> tuple:
 def _check_encoded(data: bytes) -> None:
     """What a GPU would be given of an image has the pixels of the file itself."""
     out = np.empty(RECORD_BYTES, np.uint8)
-    try:
-        loaded = load_encoded(data, View(PixelPolicy("gpu", icc="ignore", max_pixels=MAX_PIXELS), tuple(BUCKETS)), out)
-    except ImageError as error:
-        if error.reason != "too_large":
-            raise Disagreement(f"decoded, but not handed on: {error}") from error
-        return
-    if loaded is None:
+    view = View(PixelPolicy("gpu", icc="ignore", max_pixels=MAX_PIXELS), tuple(BUCKETS))
+    (loaded,) = load_encoded(data, [view], out) or (None,)
+    if isinstance(loaded, ImageError) and loaded.reason != "too_large":
+        raise Disagreement(f"decoded, but not handed on: {loaded}")
+    if loaded is None or isinstance(loaded, ImageError):
         return
     record = read_encoded(loaded.pixels)
     assert record is not None

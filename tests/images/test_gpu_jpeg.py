@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from capacitor_rt.errors import ImageError
 from capacitor_rt.images import encoded, gpu_jpeg, jpeg
 from capacitor_rt.images.decode import decode_image
 from capacitor_rt.images.geometry import Size
@@ -141,7 +142,12 @@ def test_whatever_byte_is_damaged_nothing_is_raised_and_the_stream_is_whole():
 
 def loaded(of: bytes, policy: PixelPolicy, out: np.ndarray | None = None):
     out = np.full(encoded.RECORD_BYTES, 7, np.uint8) if out is None else out
-    return encoded.load_encoded(of, View(policy, BUCKETS), out)
+    found = encoded.load_encoded(of, [View(policy, BUCKETS)], out)
+    if found is None:
+        return None
+    if isinstance(found[0], ImageError):
+        raise found[0]
+    return found[0]
 
 
 def test_records_and_what_they_say():
@@ -161,15 +167,13 @@ def test_profiles_sizes_and_other_policies_are_left_to_the_cpu(monkeypatch):
     assert loaded(data(icc_profile=files.icc_profile()), PixelPolicy("gpu", icc="ignore")) is not None
     assert loaded(data(exif=b"Exif\0\0nothing that is known"), policy) is None
     assert loaded(files.encoded(PICTURE, "PNG"), policy) is None
-    monkeypatch.setattr(encoded, "RECORD_BYTES", 4000)
+    monkeypatch.setattr(encoded, "STREAM_BYTES", 1000)
     assert loaded(data(), policy) is None
     monkeypatch.setattr(gpu_jpeg, "MOST_PIXELS", 70 * 90 - 1)
     assert stream_of(data()) is None
 
 
 def test_errors_are_those_of_the_other_way():
-    from capacitor_rt.errors import ImageError
-
     for policy in (PixelPolicy("gpu", max_pixels=1000), PixelPolicy("gpu", upscale="refuse")):
         of = files.encoded(PICTURE[:20, :24], "JPEG") if policy.upscale == "refuse" else data()
         with pytest.raises(ImageError) as one:
@@ -185,3 +189,32 @@ def test_pillow_takes_the_stream_too():
     stream = stream_of(TAKEN["restarts"])
     assert stream is not None
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(stream))), decode_image(TAKEN["restarts"]).pixels)
+
+
+def test_several_views_share_the_stream_and_fail_by_themselves():
+    policies = [PixelPolicy("gpu"), PixelPolicy("gpu", max_pixels=1000), PixelPolicy("gpu")]
+    views = [View(p, (Size(side, side),)) for p, side in zip(policies, (32, 48, 64), strict=True)]
+    out = np.full(3 * encoded.RECORD_BYTES, 7, np.uint8)
+    found = encoded.load_encoded(data(), views, out)
+    assert found is not None and isinstance(found[1], ImageError) and found[1].reason == "too_large"
+    records = [encoded.read_encoded(out[f.offset :]) for f in (found[0], found[2])]
+    assert records[0].stream.tobytes() == records[1].stream.tobytes() == stream_of(data())
+    assert found[0].offset + records[0].begin == found[2].offset + records[1].begin
+    for record, side in zip(records, (32, 64), strict=True):
+        alone = np.empty(encoded.RECORD_BYTES, np.uint8)
+        (single,) = encoded.load_encoded(data(), [View(PixelPolicy("gpu"), (Size(side, side),))], alone)
+        expected = encoded.read_encoded(single.pixels)
+        assert record[:2] == expected[:2] and record.row[80:].tobytes() == expected.row[80:].tobytes()
+
+
+@pytest.mark.parametrize(
+    ("shape", "side"), [((8192, 4096), 8192), ((4096, 8192), 100), ((5792, 5792), 8192), ((16, 16), 8192)]
+)
+def test_the_largest_record_finds_room(shape, side):
+    from capacitor_rt.images import deferred
+    from capacitor_rt.images.geometry import stored_window
+
+    placement = PixelPolicy("gpu").place(Size(*shape), Size(side, side))
+    assert 2 * side <= encoded.MOST_SIDES
+    nbytes = deferred.table_bytes(shape, stored_window(placement, 1), "lanczos")
+    assert 48 + nbytes + encoded.STREAM_BYTES <= encoded.RECORD_BYTES

@@ -112,6 +112,10 @@ class DecodedChunk:
         if self._lease is not None:
             self._lease.holders += 1
 
+    def parts(self) -> list[DecodedChunk]:
+        """The rows of all views that were wanted, this one's first."""
+        return [self, *self._others.values()]
+
     def size(self, bucket: int) -> Size:
         """A bucket by its number."""
         return self._buckets[bucket]

@@ -16,7 +16,7 @@ import numpy as np
 from ...errors import CapacitorError, ImageError, InputError
 from ...extras import require_extra
 from ...images.deferred import ready_bytes
-from ...images.encoded import RECORD_BYTES, load_encoded
+from ...images.encoded import MOST_SIDES, RECORD_BYTES, load_encoded
 from ...images.geometry import Size
 from ...images.load import Admit, LoadedImage, PixelPolicy, View, load_views
 from ..failures import CRASHED, OUT_OF_MEMORY, is_retryable
@@ -69,8 +69,14 @@ class Job:
     also: tuple[View, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.is_encoded and (self.record_bytes < RECORD_BYTES or self.also):
-            raise InputError(f"decode gpu takes one view, and record_bytes {RECORD_BYTES} or more")
+        if not self.is_encoded:
+            return
+        largest = max(bucket.height + bucket.width for view in self.views for bucket in view.buckets)
+        if self.record_bytes < RECORD_BYTES or len({view.policy for view in self.views}) > 1 or largest > MOST_SIDES:
+            raise InputError(
+                f"decode gpu takes record_bytes {RECORD_BYTES} or more, one policy for all views, and buckets whose "
+                f"height and width are {MOST_SIDES} together at most"
+            )
 
     @property
     def is_encoded(self) -> bool:
@@ -97,7 +103,7 @@ class Job:
         """Bytes that every image finds room in, in each view."""
         if self.is_encoded:
             # who decodes an image must not depend on its neighbours
-            return (self.record_bytes,)
+            return (self.record_bytes,) * len(self.views)
         if self.record_bytes:
             return tuple(max(ready_bytes(b.height, b.width) for b in view.buckets) for view in self.views)
         return tuple(view.slot for view in self.views)
@@ -324,8 +330,8 @@ class Worker:
     def _loaded(
         self, data: bytes, views: Sequence[View], into: dict[str, Any], name: str
     ) -> Sequence[LoadedImage | ImageError]:
-        if self.job.is_encoded and (loaded := load_encoded(data, views[0], into["records"], name=name)) is not None:
-            return [loaded]
+        if self.job.is_encoded and (loaded := load_encoded(data, views, into["records"], name=name)) is not None:
+            return loaded
         return load_views(data, views, name=name, admit=self.admit, buffer=self._buffer, **into)
 
     def _buffer(self, nbytes: int) -> bytearray:

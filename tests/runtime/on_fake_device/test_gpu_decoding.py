@@ -33,7 +33,7 @@ class Chunk:
         self._pixels = np.zeros(count * encoded.RECORD_BYTES, np.uint8)
         self._offsets = np.arange(count, dtype=np.int64) * encoded.RECORD_BYTES
         for i, begin in enumerate(self._offsets):
-            assert encoded.load_encoded(jpeg(i), View(PixelPolicy("gpu"), (BUCKET,)), self._pixels[begin:])
+            assert encoded.load_encoded(jpeg(i), [View(PixelPolicy("gpu"), (BUCKET,))], self._pixels[begin:])
 
     def records(self):
         return self._offsets, self._pixels
@@ -44,6 +44,9 @@ class Chunk:
     def groups(self):
         rows = np.array([row for row in range(len(self._offsets)) if row not in self.failed], np.int64)
         return [(rows, 0)] if len(rows) else []
+
+    def parts(self):
+        return [self]
 
     def size(self, bucket: int) -> Size:
         return BUCKET
