@@ -62,7 +62,7 @@ def test_the_bench_runs(tmp_path, capsys):
     arguments = ["--rows", "20000", "--workers", "4", "--pixels", "4000000", "--folder", str(tmp_path)]
     assert scale.main([*arguments, "--out", str(tmp_path / "r.jsonl")]) == 0
     rows, pixels = map(json.loads, (tmp_path / "r.jsonl").read_text().splitlines())
-    assert rows["run"]["result"]["cached"] == 20_000 and rows["again"]["result"]["new"] == 0
+    assert rows["run"]["result"]["cached"] == 20_000 and rows["is_flat"] is None and rows["again"]["result"]["new"] == 0
     assert rows["update"]["result"]["new"] and rows["verify"]["result"]["problems"] == 0
     assert pixels["run"]["result"]["cached"] == 13 and pixels["run"]["result"]["quarantined"] == {"too_large": 3}
     assert "20000 rows" in capsys.readouterr().out
