@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import gc
 import importlib
 import os
 import pickle
@@ -118,6 +119,9 @@ def _import_what_decoding_needs() -> None:
     with suppress(Exception):
         load_image(b"P6 2 2 255\n" + bytes(12), PixelPolicy(), [Size(1, 1)])
     to_batch([])
+    # collections in the workers pass over all this, and so do not copy its pages
+    gc.freeze()
+    gc.enable()
 
 
 class _Forker:
