@@ -84,7 +84,7 @@ OF_SIBLINGS = ("expand", "dwconv", "channel_attention", "rmsnorm")
 SPILLED_BEFORE = (
     *(Size(cc, "bf16", (14, 14), "throughput", ("head", "project", *OF_SIBLINGS)) for cc in (80, 89, 90, 100, 120)),
     Size(90, "bf16", (14, 14), "throughput", ("patchify",)),
-    Size(90, "fp16", (14, 14), "throughput", ("patchify", "project")),
+    Size(90, "fp16", (14, 14), "throughput", ("patchify", "expand", "project")),
     Size(90, "bf16", (128, 128), "throughput", ("expand", "project")),
     Size(89, "bf16", (15, 17), "throughput", ("project",)),
     Size(80, "bf16", (16, 16), "latency", ("unpatchify",)),

@@ -251,8 +251,9 @@ def expand(
         "PRECISION": dot_precision(y.dtype),
         **config.tile(),
     }
-    # rows cap registers where the fit stays under the cap; erf would spill
-    maxnreg = config.maxnreg if gelu != "erf" else None
+    # rows cap registers where the fit stays under the cap; erf would spill, and so would two norms in fp16 where masked
+    capped = gelu != "erf" and (scaled_sumsq is None or args["EVEN_M"])
+    maxnreg = config.maxnreg if capped else None
     options = compiler_options(config.num_warps, config.num_stages, maxnreg)
     run_launches([Launch(expand_kernel, (programs,), args, options)], y.device)
 
