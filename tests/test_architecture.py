@@ -36,3 +36,11 @@ def test_a_broken_contract_is_seen(tmp_path, contract):
     config.write_text(f'[tool.importlinter]\n{packages}\n\n[[tool.importlinter.contracts]]\nname = "x"\n{contract}\n')
     done = lint(config)
     assert done.returncode == 1 and "1 broken" in done.stdout
+
+
+def test_no_two_files_of_tests_have_one_name():
+    """Folders of tests are no packages: pytest refuses the second of two such modules."""
+    # those on the fake device are collected by a process of their own
+    paths = [p for p in (ROOT / "tests").rglob("test_*.py") if p.parent.name != "on_fake_device"]
+    names = [p.name for p in paths]
+    assert {p.relative_to(ROOT) for p in paths if names.count(p.name) > 1} == set()
