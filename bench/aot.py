@@ -89,6 +89,7 @@ SPILLED_BEFORE = (
     Size(89, "bf16", (15, 17), "throughput", ("project",)),
     Size(80, "bf16", (16, 16), "latency", ("unpatchify",)),
     Size(80, "bf16", (32, 32), "latency", ("unpatchify",)),
+    Size(120, "bf16", (8, 8), "latency", ("project",)),
 )
 # rows in e4m3 are those of products alone; masked tiles, few tokens and one image are by default
 IN_FP8 = ("dwconv", "expand_fp8", "grn", "project_fp8")

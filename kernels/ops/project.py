@@ -395,6 +395,9 @@ def _default(cc: int, shape: Shape, dtype: torch.dtype, use: str) -> GemmConfig:
         config = replace(config, block_n=min(config.block_n, 64))
     if use == "throughput":
         return config
+    if cc == 120 and config.block_m == 64 and config.block_n == 128:
+        # slices of 64 x 128 spill
+        config = replace(config, block_n=64, num_stages=4)
     programs = cdiv(tokens_per_image, config.block_m) * cdiv(dim, config.block_n)
     most = max(1, hidden // (4 * config.block_k))
     return replace(config, split_k=min(8, most, max(1, LATENCY_PROGRAMS // programs)))
