@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 from contextlib import contextmanager
@@ -53,6 +54,8 @@ def as_nobody():
         if os.geteuid() != 0:
             yield
             return
+        # resources are read by it, and where root's Python lies nobody may look for it
+        importlib.import_module("importlib.readers")
         owned = (p for p in (folder, *folder.parents) if p.stat().st_mode & 0o011 != 0o011 or p == folder)
         for parent in owned:
             # the group's bits too: the group stays root's
