@@ -339,20 +339,24 @@ def _suits(config: GemmConfig, shape: Shape) -> bool:
     return suits_image(config, shape) and not (config.tma and masked)
 
 
-def _bits(config: GemmConfig, cc: int, dtype: torch.dtype) -> Hashable:
+def bits(config: GemmConfig, cc: int, dtype: torch.dtype) -> Hashable:
     """The sums of the product, and of squares; with tcgen05 a tile's rows decide which thread has which."""
     rows = config.block_m if base_cc(cc) == 100 else 0
     return product_bits(config, cc, dtype), group_rows(config), rows
 
 
-def _few(config: GemmConfig, cc: int, shape: Shape, dtype: torch.dtype, images: int) -> GemmConfig:
+def few(
+    config: GemmConfig, cc: int, shape: Shape, dtype: torch.dtype, images: int, wanted: int | None = None
+) -> GemmConfig:
+    """The config with narrower tiles of the same bits where few images would fill few SMs."""
+
     def programs(rows: int, columns: int) -> int:
         return images * cdiv(shape["tokens_per_image"], rows) * cdiv(shape["hidden"], columns)
 
     def keeps(tile: GemmConfig) -> bool:
-        return _bits(tile, cc, dtype) == _bits(config, cc, dtype)
+        return bits(tile, cc, dtype) == bits(config, cc, dtype)
 
-    return narrowed(config, cc, shape["dim"], dtype.itemsize, programs, keeps)
+    return narrowed(config, cc, shape["dim"], dtype.itemsize, programs, keeps, wanted)
 
 
 register(
@@ -364,8 +368,8 @@ register(
         default=_default,
         accepts=_suits,
         choose=_choose,
-        bits=_bits,
-        few=_few,
+        bits=bits,
+        few=few,
         forms=(HOPPER,),
     )
 )

@@ -17,8 +17,8 @@ FLOPs 2*T*D*F; bytes T*D + D*F + T*F + 12*F + 4*T*n + 4*B*tiles*F, sumsq being [
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import replace
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -28,7 +28,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..config_rows import Family, Shape, register
-from ..gemm import FEW_PROGRAMS_E4M3, LATENCY_PROGRAMS, GemmConfig, narrowed, pick_block_m, product_bits, suits_image
+from ..gemm import FEW_PROGRAMS_E4M3, LATENCY_PROGRAMS, GemmConfig, pick_block_m, suits_image
 from ..gpu_limits import base_cc
 from ..jit import (
     dot_e4m3,
@@ -60,7 +60,7 @@ from ..launch import (
     run_launches,
 )
 from ..tuning import lookup
-from .expand import group_rows
+from .expand import bits, few, group_rows
 
 
 @triton.jit(do_not_specialize=["tiles_m"])
@@ -274,22 +274,6 @@ def _default(cc: int, shape: Shape, dtype: torch.dtype, use: str) -> GemmConfig:
     return config
 
 
-def _bits(config: GemmConfig, cc: int, dtype: torch.dtype) -> Hashable:
-    """The sums of the product, and of squares; with tcgen05 a tile's rows decide which thread has which."""
-    rows = config.block_m if base_cc(cc) == 100 else 0
-    return product_bits(config, cc, dtype), group_rows(config), rows
-
-
-def _few(config: GemmConfig, cc: int, shape: Shape, dtype: torch.dtype, images: int) -> GemmConfig:
-    def programs(rows: int, columns: int) -> int:
-        return images * cdiv(shape["tokens_per_image"], rows) * cdiv(shape["hidden"], columns)
-
-    def keeps(tile: GemmConfig) -> bool:
-        return _bits(tile, cc, dtype) == _bits(config, cc, dtype)
-
-    return narrowed(config, cc, shape["dim"], dtype.itemsize, programs, keeps, FEW_PROGRAMS_E4M3)
-
-
 register(
     Family(
         "expand_fp8",
@@ -298,7 +282,7 @@ register(
         near=("tokens_per_image",),
         default=_default,
         accepts=_suits,
-        bits=_bits,
-        few=_few,
+        bits=bits,
+        few=partial(few, wanted=FEW_PROGRAMS_E4M3),
     )
 )
