@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
 from dataclasses import replace
 
 import pytest
 from cache_cases import Forbidden, index_rows, snapshot, write_images
 from models import random_model
-from update_cases import OLD, REQUEST, SIZES, cache, image, out, reads, run, src, update
+from update_cases import OLD, REQUEST, SIZES, cache, change, image, out, reads, run, src, update
 
 from capacitor_rt.cache import (
     Checkpoint,
@@ -35,15 +34,8 @@ def preview(src, out, request=REQUEST, **options):
     return found
 
 
-def change(src):
-    image(src / "000a.png", 50)
-    image(src / "zz.png", 51, (90, 24))
-    (src / "001.png").unlink()
-    image(src / "005.png", 70, SIZES[2])
-    os.rename(src / "002.png", src / "900.png")
-    shutil.copy(src / "004.png", src / "004-copy.png")
-    os.utime(src / "007.png")
-    (src / "bad.png").write_bytes(b"no image either")
+def change_all(src):
+    change(src)
     os.utime(src / "bad.png", (OLD, OLD))
 
 
@@ -54,7 +46,7 @@ def written(out, before):
 
 
 def test_what_it_says_is_what_is_done(src, out, reads):
-    change(src)
+    change_all(src)
     (out / ".stamps").unlink()
     found = preview(src, out)
     assert found.update == Changes(11, 14, new=3, changed=1, gone=2, reused=10, moved=2, read=7)
@@ -73,7 +65,7 @@ def test_what_it_says_is_what_is_done(src, out, reads):
 
 
 def test_rows_of_an_update_under_way_count_as_done(src, out, monkeypatch):
-    change(src)
+    change_all(src)
     with monkeypatch.context() as patch:
         patch.setattr(accounts, "_make_current", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 from collections import Counter
@@ -13,7 +12,7 @@ import pytest
 from cache_cases import Forbidden, snapshot, write_images
 from kill_driver import VIEWS as DRIVEN
 from models import random_model
-from update_cases import SIZES, age, drive, image, reads
+from update_cases import SIZES, age, change, drive, image, reads
 
 from capacitor_rt.cache import (
     CacheRequest,
@@ -47,18 +46,6 @@ def views(src, out, model=None, asked=VIEWS, notes=None, **options):
 def alone(src, out, request, **options):
     chosen = RunOptions(workers=0, progress=False, backoff=(0.0,), measure=0, **options)
     return cache_images(src, out, random_model(), request, options=chosen)
-
-
-def change(src: Path) -> None:
-    """Files that are new, gone, changed, renamed, copied and touched, and one more that is no image."""
-    image(src / "000a.png", 50)
-    image(src / "zz.png", 51, (90, 24))
-    (src / "001.png").unlink()
-    image(src / "005.png", 70, SIZES[2])
-    os.rename(src / "002.png", src / "900.png")
-    shutil.copy(src / "004.png", src / "004-copy.png")
-    os.utime(src / "007.png")
-    (src / "bad.png").write_bytes(b"no image either")
 
 
 @pytest.fixture(scope="module")

@@ -30,6 +30,18 @@ SIZES = ((40, 40), (20, 80), (90, 24))
 OLD = 1_600_000_000
 
 
+def change(src: Path) -> None:
+    """Files that are new, gone, changed, renamed, copied and touched, and one more that is no image."""
+    image(src / "000a.png", 50)
+    image(src / "zz.png", 51, (90, 24))
+    (src / "001.png").unlink()
+    image(src / "005.png", 70, SIZES[2])
+    os.rename(src / "002.png", src / "900.png")
+    shutil.copy(src / "004.png", src / "004-copy.png")
+    os.utime(src / "007.png")
+    (src / "bad.png").write_bytes(b"no image either")
+
+
 def cache(src, out, model=None, request=REQUEST, told=None, **options):
     chosen = RunOptions(**{"workers": 0, "progress": False, "backoff": (0.0,), **options})
     note = (lambda line: None) if told is None else told.append
