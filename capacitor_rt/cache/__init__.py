@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from .model_source import Checkpoint
     from .options import RunOptions
     from .outlook import dry_run
-    from .plan import CacheRequest
+    from .request import CacheRequest
     from .run import cache_images
     from .sampler import BucketBatchSampler
     from .sources import ColumnsRequest

@@ -21,7 +21,7 @@ from ..errors import CacheError, CapacitorError
 from .meters import Meters
 from .model_source import ModelSource
 from .options import RunOptions
-from .plan import CacheRequest
+from .request import CacheRequest
 
 NOTE, BEGIN, ADVANCE, REPORT, ERROR, STOPPED = "note", "begin", "advance", "report", "error", "stopped"
 GO = "go"

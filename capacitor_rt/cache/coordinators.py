@@ -20,8 +20,8 @@ from .decoding import usable_cores
 from .gathering import Gathering
 from .model_source import Checkpoint
 from .options import RunOptions
-from .plan import CacheRequest
 from .report import Report
+from .request import CacheRequest
 from .watch import Bar
 
 # the path comes first, and from the command: no file beside the user's is taken for a module

@@ -17,8 +17,9 @@ from ..images.geometry import Size
 from ..images.load import load_image
 from ..reference import Autoencoder
 from .parts import row_nbytes
-from .plan import DTYPES, CachePlan
+from .plan import CachePlan
 from .quantization import stored_as, values_of
+from .request import DTYPES
 from .sources import Source
 
 # inputs that are tried for each image: some may be none

@@ -18,9 +18,10 @@ from .commits import read_log
 from .folder import CacheFolder
 from .model_source import ModelSource
 from .options import RunOptions
-from .plan import PLAN, CachePlan, CacheRequest
+from .plan import PLAN, CachePlan
 from .prepare import PreparedRun, as_source, check_folder, prepare, room
 from .report import DryRun
+from .request import CacheRequest
 from .sources import Source
 from .update import preview_update
 from .update_outlook import fate, nbytes_by_dtype, outlook_of, sample

@@ -8,7 +8,8 @@ from ..errors import CacheError
 from .commits import read_log
 from .folder import CacheFolder
 from .model_source import ModelIdentity
-from .plan import DTYPES, MODEL_NAMES, PIPELINE, CachePlan, CacheRequest, code_versions, geometry, pixels
+from .plan import MODEL_NAMES, PIPELINE, CachePlan, code_versions
+from .request import DTYPES, CacheRequest, geometry, pixels
 
 
 def check_plan(old: CachePlan, request: CacheRequest, model: ModelIdentity, folder: CacheFolder) -> None:

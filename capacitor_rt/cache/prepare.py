@@ -27,8 +27,9 @@ from .model_source import Checkpoint, Loaded, ModelIdentity, ModelSource, with_w
 from .mutex import HELD, LOCK
 from .nvjpeg import CUDA, ENGINE, check_environment, environment
 from .options import RunOptions
-from .plan import PLAN, CachePlan, CacheRequest, Task, load_plan, make_plan, plan_tasks
+from .plan import PLAN, CachePlan, Task, load_plan, make_plan, plan_tasks
 from .plan_changes import check_plan, version_notes
+from .request import CacheRequest
 from .resizing import by_device
 from .sources import Listing, Source, load_listing
 from .sources.changes import changed_inputs

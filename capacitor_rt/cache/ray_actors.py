@@ -22,8 +22,8 @@ from .coordinator import STOP_SECONDS, STOPPED, Message, Setup, Teller, coordina
 from .gathering import Gathering
 from .model_source import Checkpoint
 from .options import RunOptions
-from .plan import CacheRequest
 from .report import Report
+from .request import CacheRequest
 from .watch import Bar
 
 POLL_SECONDS = 0.5

@@ -25,9 +25,10 @@ from .model_source import Loaded, ModelSource
 from .mutex import Mutex
 from .options import RunOptions
 from .pipeline import Pipeline
-from .plan import PLAN, CacheRequest, Task
+from .plan import PLAN, Task
 from .prepare import PreparedRun, as_source, check_folder, prepare
 from .report import Report, after
+from .request import CacheRequest
 from .resizing import Resizer, by_device
 from .sources import Source
 from .task_queue import TaskQueue, remove_stale

@@ -17,7 +17,7 @@ from .generations import record, recorded, unfinished
 from .model_source import ModelIdentity, ModelSource
 from .mutex import Mutex
 from .options import RunOptions
-from .plan import PLAN, CachePlan, CacheRequest, Task, code_versions, load_plan, new_plan
+from .plan import PLAN, CachePlan, Task, code_versions, load_plan, new_plan
 from .plan_changes import check_plan, version_notes
 from .prepare import (
     PreparedRun,
@@ -28,6 +28,7 @@ from .prepare import (
     tasks_of,
     without_copies,
 )
+from .request import CacheRequest
 from .resizing import by_device
 from .reuse import Reuse, Survey, survey, unchanged
 from .sources import Listing, Source, load_listing

@@ -15,9 +15,10 @@ from ..images.decode import probe
 from ..images.geometry import Size, assign
 from .hashing import xxh3
 from .parts import row_nbytes
-from .plan import DTYPES, CachePlan
+from .plan import CachePlan
 from .prepare import room
 from .report import Changes, DryRun
+from .request import DTYPES
 from .sources import Listing
 from .update import Preview
 

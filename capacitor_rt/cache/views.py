@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CacheError, InputError
-from .plan import DTYPES, PLAN, CacheRequest
+from .plan import PLAN
+from .request import DTYPES, CacheRequest
 
 _SWITCHES: dict[str, dict[str, Any]] = {
     "area": {"area": True},

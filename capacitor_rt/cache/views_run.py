@@ -26,10 +26,11 @@ from .mutex import Mutex
 from .options import RunOptions
 from .outlook import dry_run
 from .pipeline import Pipeline
-from .plan import PLAN, CacheRequest, load_plan
+from .plan import PLAN, load_plan
 from .plan_changes import check_plan
 from .prepare import PreparedRun, as_source, check_folder, planned_listing, prepare
 from .report import DryRun, Report, after, of_views
+from .request import CacheRequest
 from .resizing import Resizer, by_device
 from .run import POLL_SECONDS, clear, encoder_of, opened, planned
 from .sources import Listing, Source

@@ -204,7 +204,7 @@ def cache(
         from ..cache.model_source import Checkpoint
         from ..cache.options import RunOptions
         from ..cache.outlook import dry_run as describe_run
-        from ..cache.plan import CacheRequest
+        from ..cache.request import CacheRequest
         from ..cache.run import cache_images
         from ..cache.sources import ColumnsRequest
         from ..cache.views import parse_views

@@ -13,8 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..cache.dataset import LatentDataset
-from ..cache.plan import CacheRequest
 from ..cache.report import Report
+from ..cache.request import CacheRequest
 from ..cache.run import cache_images
 from ..config import FullCapacitorInferenceConfig
 from ..errors import InputError

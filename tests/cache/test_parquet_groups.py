@@ -13,7 +13,7 @@ from http_files import serving
 
 from capacitor_rt.cache.sources.containers import LocalFiles
 from capacitor_rt.cache.sources.open import open_source
-from capacitor_rt.cache.sources.parquet import BATCH_BYTES, _batch_rows
+from capacitor_rt.cache.sources.parquet_groups import BATCH_BYTES, batch_rows
 from capacitor_rt.errors import ImageError
 
 ROWS, GROUP, NBYTES = 1200, 600, 20_000
@@ -138,7 +138,7 @@ def test_batches_of_large_images_are_short(tmp_path, nbytes, rows):
     options = {"use_dictionary": False, "compression": None, "write_batch_size": 1, "data_page_size": 1}
     pq.write_table(pa.table({"image": images}), tmp_path / "x.parquet", **options)
     with open(tmp_path / "x.parquet", "rb") as handle:
-        assert _batch_rows(pq.ParquetFile(handle), handle, 0, "image") == rows
+        assert batch_rows(pq.ParquetFile(handle), handle, 0, "image") == rows
     reader = open_source(tmp_path / "x.parquet", tmp_path / "out").open()
     before = pa.total_allocated_bytes()
     for i in (0, 1, 5):
@@ -150,5 +150,5 @@ def test_a_dictionary_whose_header_is_odd_is_taken_for_a_large_one(tmp_path):
     pq.write_table(pa.table({"image": [b"a", b"b", b"a"] * 9}), tmp_path / "x.parquet")
     file = pq.ParquetFile(tmp_path / "x.parquet")
     for head in (b"", b"\x15", b"\x15\xff\xff", bytes(16), b"\xff" * 16):
-        assert _batch_rows(file, io.BytesIO(b"PAR1" + head), 0, "image") == 1
-    assert _batch_rows(file, io.BytesIO((tmp_path / "x.parquet").read_bytes()), 0, "image") == 16
+        assert batch_rows(file, io.BytesIO(b"PAR1" + head), 0, "image") == 1
+    assert batch_rows(file, io.BytesIO((tmp_path / "x.parquet").read_bytes()), 0, "image") == 16

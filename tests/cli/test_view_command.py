@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from capacitor_rt.cache.dataset import LatentDataset
 from capacitor_rt.cache.model_source import Checkpoint
-from capacitor_rt.cache.plan import CacheRequest
+from capacitor_rt.cache.request import CacheRequest
 from capacitor_rt.cache.run import cache_images
 from capacitor_rt.cli import view_run
 from capacitor_rt.cli.view import view

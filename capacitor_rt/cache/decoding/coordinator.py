@@ -9,12 +9,10 @@ import signal
 import socket
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,74 +21,17 @@ from ...extras import require_extra
 from ..failures import CRASHED, TIMEOUT
 from ..sources import Streaming
 from .helper import Helper
+from .orders import Order, Result, Seat
 from .ring import Allocator, SharedMemory, Span, pin, unpin
 from .server import BROKEN, DIED, FORK, KILL, MESSAGE_BYTES, READY, Done, Failure, Setup, Task
 from .work import Job, Meter, chunk_schema, to_batch
 
-# chunks that a worker has at a time, so that it reads the next while it decodes one
-_DEPTH = 2
 # workers that an image may take with it: the first may have been ended by someone else
 _DEATHS = 3
 # of workers or helpers in a row, with nothing decoded between and no image to blame
 _MOST_DEATHS = 8
 _TICK_SECONDS = 0.25
 _READABLE = select.POLLIN | select.POLLPRI
-
-
-class Result(NamedTuple):
-    """A decoded chunk: Arrow columns, its part of the ring, and where in it the pixels of each row begin."""
-
-    columns: Any
-    pixels: np.ndarray
-    offsets: np.ndarray
-    meter: Meter
-
-
-@dataclass
-class Order:
-    """A chunk that was ordered.
-
-    Attributes:
-        failed: reason and message of inputs that are given up.
-        deaths: of workers, by the input that they were at.
-        is_doubted: whether a worker has died with it between two inputs, so perhaps while it read ahead.
-        views: numbers of those that are wanted.
-        container: of a source that streams its containers, the number of the first input's.
-    """
-
-    number: int
-    ordinals: Sequence[int]
-    span: Span
-    result: Result | None = None
-    failed: dict[int, tuple[str, str]] = field(default_factory=dict)
-    deaths: Counter[int] = field(default_factory=Counter)
-    is_abandoned: bool = False
-    is_doubted: bool = False
-    views: tuple[int, ...] = (0,)
-    container: int = -1
-
-    @property
-    def is_suspect(self) -> bool:
-        """Whether a worker has died or hung with it."""
-        return bool(self.failed or self.deaths or self.is_doubted)
-
-
-@dataclass
-class _Seat:
-    """A worker's place: who dies is replaced in it."""
-
-    connection: Connection | None = None
-    orders: list[Order] = field(default_factory=list)
-    # the input for which its worker is being ended
-    late: int | None = None
-    # of the chunk that it was given last
-    container: int = -1
-
-    def takes(self, order: Order) -> bool:
-        """Whether its worker may have the chunk: those that killed one, and those in doubt, alone."""
-        if self.connection is None or len(self.orders) >= _DEPTH:
-            return False
-        return not self.orders or not (order.is_suspect or self.orders[0].is_suspect)
 
 
 class Coordinator:
@@ -113,7 +54,7 @@ class Coordinator:
         self._allocator = Allocator(ring_bytes)
         self._setup = Setup(job, workers, ring_bytes)
         self._pinned = False
-        self._seats = [_Seat() for _ in range(workers)]
+        self._seats = [Seat() for _ in range(workers)]
         self._queue: deque[Order] = deque()
         self._count = self.ready = 0
         self._deaths_in_vain = 0
@@ -275,7 +216,7 @@ class Coordinator:
                     assert seat.connection is not None
                     seat.connection.send_bytes(pickle.dumps(task))
 
-    def _next_for(self, seat: _Seat) -> Order:
+    def _next_for(self, seat: Seat) -> Order:
         """Take a chunk out of the queue: the first, but of containers that are streamed one that the worker is at, or
         else one that no other is at.
         """
@@ -310,7 +251,7 @@ class Coordinator:
         if last.span.end - last.span.begin == nbytes and last.span.begin < order.span.begin:
             order.span, last.span = last.span, order.span
 
-    def _receive(self, seat: _Seat) -> None:
+    def _receive(self, seat: Seat) -> None:
         """Take one message; a worker that is gone loses its connection."""
         assert seat.connection is not None
         try:
