@@ -39,7 +39,7 @@ FEWEST_ROWS = 100_000
 ROOM = 96 << 20
 """What a run of many rows may come to have more of, in all its processes together, than after a fifth of it."""
 PER_WORKER = 64 << 20
-"""Beside the pixel budget: a worker's share of what the helper has, and files that were read ahead."""
+"""Beside the pixel budget: a worker's share of what the helper has."""
 
 
 def write_rows(folder: Path, count: int) -> None:

@@ -19,8 +19,8 @@ class RunOptions:
         workers: processes for reading and decoding; None: one per core, less one that drives a GPU. Where there is
             little to do fewer are started, one at least; 0: the run decodes itself, at the mercy of its decoders.
         image_timeout: seconds that reading and decoding one image may take, where there are workers.
-        pixel_budget: bytes that all workers together may take to decode images; half of them hold decoded ones where
-            those are resized on the GPU.
+        pixel_budget: bytes that all workers together may take for images: an eighth for files that they have read, the
+            rest to decode them. Where they are resized on the GPU half of it holds decoded ones first.
         resize: where images are resized, "cpu", "gpu" or "auto", which is the CPU; the bits are the same.
         metrics: a file for `Meters.report`, kept up to date: JSON, or Prometheus text if its name ends in `.prom`.
         progress: show a bar on stderr.

@@ -103,6 +103,10 @@ def cache(
     image_timeout: Annotated[
         float, typer.Option(min=0.1, help="Seconds that reading and decoding one image may take.")
     ] = 60.0,
+    pixel_budget: Annotated[
+        float,
+        typer.Option(min=0.01, help="GiB that all workers together may take for files and images that they decode."),
+    ] = 2.0,
     metrics: Annotated[
         Path | None,
         typer.Option(help="Keep what the stages do in this file: JSON, or Prometheus text if it ends in .prom."),
@@ -236,6 +240,7 @@ def cache(
             update=update,
             rehash=rehash,
             image_timeout=image_timeout,
+            pixel_budget=int(pixel_budget * (1 << 30)),
             resize=resize,
             metrics=metrics,
             source=source,

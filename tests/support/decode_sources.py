@@ -74,6 +74,42 @@ class Images:
             time.sleep(0.05)
 
 
+@dataclass(frozen=True)
+class Files:
+    """Files of these lengths that are no images, made when they are read, on each of which a decoder takes its time.
+
+    `known`: whether their lengths are known beforehand.
+    """
+
+    lengths: tuple[int, ...]
+    known: bool = True
+    seconds: float = 0.0
+    dies_at: int = -1
+
+    def open(self) -> Files:
+        return self
+
+    @property
+    def listing(self) -> Files:
+        return self
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        return np.array(self.lengths if self.known else [-1] * len(self.lengths), np.int64)
+
+    def read(self, ordinal: int) -> bytes:
+        return bytes([1 + ordinal % 200]) * self.lengths[ordinal]
+
+    def why_gone(self) -> None:
+        return None
+
+    def id(self, ordinal: int) -> str:
+        if ordinal == self.dies_at:
+            os.kill(os.getpid(), 9)
+        time.sleep(self.seconds)
+        return f"files/{ordinal}"
+
+
 def mixed(count: int) -> tuple[bytes, ...]:
     """`count` small images of several formats and aspects; every ninth is damaged."""
     found = []

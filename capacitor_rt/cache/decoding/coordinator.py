@@ -304,6 +304,7 @@ class Coordinator:
     def _fork(self, number: int) -> None:
         ours, theirs = socket.socketpair()
         self._memory.inputs[number], self._memory.since[number] = -1, 0.0
+        self._memory.of_pixels[number] = self._memory.of_files[number] = 0
         try:
             socket.send_fds(self._helper.control, [pickle.dumps((FORK, number))], [theirs.fileno()])
             self._seats[number].connection = Connection(ours.detach())
@@ -360,7 +361,7 @@ class Coordinator:
         if self._deaths_in_vain > _MOST_DEATHS + len(self._seats):
             raise CacheError(
                 f"decoding workers end before they decode anything ({what}): is there enough memory? "
-                "Use fewer workers, or a smaller pixel budget"
+                "Use fewer workers, or a smaller --pixel-budget"
             )
 
     def _look_at_the_clock(self) -> None:

@@ -158,8 +158,9 @@ class DecodePool:
         buckets: an image comes to the nearest of them.
         workers: processes; 0 decodes in this one, without a limit of time and without its safety.
         image_timeout: seconds that reading and decoding one image may take.
-        pixel_budget: bytes that all workers together may take to decode images: half of them shared out, half for one
-            large image at a time, which may need more.
+        pixel_budget: bytes that all workers together may take: an eighth for files that they have read, the rest to
+            decode them. Half of either is shared out, half for whoever needs more than its share; one file or image at
+            a time, that needs more than all of that, gets it.
         ring_bytes: of shared memory for pixels; more where `workers` could not be kept busy otherwise.
         readers: threads per worker that read ahead.
         record_bytes: set aside for the record of each image that is resized elsewhere (see `images.deferred`); 0: the

@@ -13,7 +13,8 @@ import numpy as np
 from ...errors import CacheError
 
 _PAGE = 4096
-# one worker's marks: input (int64; -1 is none), since (float64, CLOCK_MONOTONIC; 0 while it waits for its turn)
+# one worker's marks: input (int64; -1 is none), since (float64, CLOCK_MONOTONIC; 0 while it waits for its turn), and
+# what it has of the memory in common for pixels, and for files (int64, bytes)
 _MARK_BYTES = 64
 
 
@@ -37,6 +38,7 @@ class SharedMemory:
         marks = everything[: workers * _MARK_BYTES].reshape(workers, _MARK_BYTES)
         self.inputs = marks[:, :8].view(np.int64)[:, 0]
         self.since = marks[:, 8:16].view(np.float64)[:, 0]
+        self.of_pixels, self.of_files = (marks[:, i : i + 8].view(np.int64)[:, 0] for i in (16, 24))
 
     def close(self) -> None:
         """Give the descriptor back; the memory goes with the last view of it."""

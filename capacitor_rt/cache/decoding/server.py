@@ -9,7 +9,6 @@ of the control socket closes or the coordinator is no longer its parent.
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import gc
 import importlib
 import os
@@ -21,13 +20,14 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from .allowance import Allowance
 from .ring import SharedMemory
 from .work import Job, Meter, Worker, to_batch
 
@@ -220,8 +220,10 @@ def _serve(connection: Connection, job: Job, memory: SharedMemory, number: int) 
     mark(None)
     queued = [0.0]
     try:
-        share = job.pixel_budget // (2 * memory.workers)
-        worker = Worker(job, mark, _budget(share, memory, number, queued), share)
+        waiting = _clock_stopped(memory, number, queued)
+        pixels = Allowance(job.pixel_bytes, memory.of_pixels, number, memory.fd, 0, waiting)
+        files = Allowance(job.file_bytes, memory.of_files, number, memory.fd, 1, waiting)
+        worker = Worker(job, mark, _budget(pixels), pixels.share, files)
         tasks: list[Task] = []
         while True:
             idle = time.monotonic()
@@ -259,24 +261,37 @@ def _as_failure(error: BaseException) -> bytes:
         return pickle.dumps(Failure(None, text))
 
 
-def _budget(share: int, memory: SharedMemory, number: int, queued: list[float]) -> Any:
-    """Half of the pixel budget is shared out; an image that needs more than a share waits until no other does."""
+def _clock_stopped(
+    memory: SharedMemory, number: int, queued: list[float]
+) -> Callable[[], AbstractContextManager[None]]:
+    """A context in which an image's time does not run, as it waits for memory; the seconds are added to `queued`."""
 
     @contextmanager
-    def admit(nbytes: int) -> Iterator[None]:
-        if nbytes <= share:
-            yield
-            return
+    def waiting() -> Iterator[None]:
         begin = time.monotonic()
-        # its time does not run while it waits; the kernel opens the lock of a worker that dies
         memory.since[number] = 0.0
-        fcntl.lockf(memory.fd, fcntl.LOCK_EX)
-        memory.since[number] = time.monotonic()
-        queued[0] += memory.since[number] - begin
         try:
             yield
         finally:
-            fcntl.lockf(memory.fd, fcntl.LOCK_UN)
+            memory.since[number] = time.monotonic()
+            queued[0] += memory.since[number] - begin
+
+    return waiting
+
+
+def _budget(pixels: Allowance) -> Any:
+    """An image that needs more than a share takes it from what all have in common."""
+
+    @contextmanager
+    def admit(nbytes: int) -> Iterator[None]:
+        if nbytes <= pixels.share:
+            yield
+            return
+        pixels.take(nbytes, wait=True)
+        try:
+            yield
+        finally:
+            pixels.have(0)
 
     return admit
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate, chain
 from typing import Any, NamedTuple, Protocol
 
@@ -20,17 +19,16 @@ from ...images.encoded import MOST_SIDES, RECORD_BYTES, load_encoded
 from ...images.geometry import Size
 from ...images.load import Admit, LoadedImage, PixelPolicy, View, load_views
 from ..failures import CRASHED, OUT_OF_MEMORY, is_retryable
-from ..hashing import xxh3
-from ..sources import Expecting, Source
+from ..sources import Source
 from ..statuses import DECODED, KNOWN, OK, QUARANTINED
+from .allowance import Allowance
+from .reading import Ahead, FileRead
 
 BACKOFF_SECONDS = (0.2, 1.0, 3.0)
 """How long to wait before an input that failed for now is tried again."""
-# bytes of files that a worker holds which are not decoded yet, beyond the one that is next
-_AHEAD_BYTES = 64 << 20
 _SCRATCH_BYTES = 64 << 20
-# small files that a thread reads in one go: to wake it takes longer than to read one from memory
-_GROUP, _SMALL_BYTES = 4, 64 << 10
+# of the pixel budget, what files that are not decoded yet may take
+_FILES_PART = 8
 
 
 class Contents(Protocol):
@@ -50,7 +48,8 @@ class Job:
         buckets: an image comes to the nearest of them.
         readers: threads per worker that read ahead.
         backoff: seconds to wait before each further attempt at an input that failed for now.
-        pixel_budget: bytes that all workers together may take to decode images, unless one image needs more alone.
+        pixel_budget: bytes that all workers together may take for images, unless one image needs more alone: an eighth
+            for files that were read, the rest to decode them.
         record_bytes: where images are resized elsewhere, what is set aside for the records of each; 0 where they are
             resized by the workers.
         known: for each view, if there are any, hashes of inputs that are read and not decoded for it: their status is
@@ -82,6 +81,16 @@ class Job:
     def is_encoded(self) -> bool:
         """Whether the images that a GPU decodes are handed on as they are."""
         return self.policy.decode == "gpu" and self.record_bytes > 0
+
+    @property
+    def file_bytes(self) -> int:
+        """What all workers together may hold of files, unless one alone is larger."""
+        return self.pixel_budget // _FILES_PART
+
+    @property
+    def pixel_bytes(self) -> int:
+        """What all workers together may take to decode images, unless one alone needs more."""
+        return self.pixel_budget - self.file_bytes
 
     @property
     def views(self) -> tuple[View, ...]:
@@ -138,14 +147,6 @@ class Row:
     offset: int = -1
 
 
-@dataclass
-class _Read:
-    data: bytes | None = None
-    error: ImageError | None = None
-    digest: bytes | None = None
-    seconds: float = 0.0
-
-
 def chunk_schema() -> Any:
     """Columns of a decoded chunk, one row per input."""
     pa = require_extra("pyarrow")
@@ -176,35 +177,29 @@ class Worker:
         mark: told the input that is being decoded, or None between two.
         admit: entered while an image of so many bytes is decoded.
         share: bytes that it may keep.
+        files: what it may hold of files; None: it is the only one.
     """
 
     job: Job
     mark: Callable[[int | None], None] = lambda ordinal: None
     admit: Admit = nullcontext
     share: int = _SCRATCH_BYTES
-    _ahead: deque[tuple[int, Future[_Read]]] = field(default_factory=deque)
-    _waiting: deque[int] = field(default_factory=deque)
+    files: Allowance | None = None
 
     def __post_init__(self) -> None:
         require_extra("pyarrow")
-        self._reader = self.job.source.open()
-        self._threads = ThreadPoolExecutor(self.job.readers, thread_name_prefix="read")
+        job = self.job
+        self._reading = Ahead(job.source, job.readers, job.backoff, self.files or Allowance(job.file_bytes))
         self._scratch = bytearray()
-        # bytes that were read and are not decoded yet; those of files as threads report them
-        self._held = 0
-        self._arrived: deque[int] = deque()
         self._starved = self._read = 0.0
 
     def close(self) -> None:
         """Stop reading ahead."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._reading.close()
 
     def push(self, ordinals: Sequence[int]) -> None:
         """More inputs, to be read ahead."""
-        if isinstance(self._reader, Expecting):
-            self._reader.expect(ordinals)
-        self._waiting.extend(ordinals)
-        self._read_ahead()
+        self._reading.push(ordinals)
 
     def chunk(self, count: int, out: np.ndarray, views: Sequence[int] = (0,)) -> tuple[list[Row], Meter]:
         """Decode the next `count` inputs into `out`, uint8 `[N]`, one behind the other.
@@ -214,7 +209,7 @@ class Worker:
                 pixels: those of each begin where those of the ones before would end if all were the largest. Records
                 of an image lie together, those of the first image first.
         """
-        return self._rows((self._next() for _ in range(count)), count, out, views)
+        return self._rows((self._reading.next() for _ in range(count)), count, out, views)
 
     def carefully(
         self,
@@ -229,26 +224,20 @@ class Worker:
             failed: reason and message of those that are not to be tried.
         """
 
-        def reads() -> Iterator[tuple[int, Future[_Read]]]:
+        def reads() -> Iterator[tuple[int, Future[FileRead]]]:
             for ordinal in ordinals:
                 self.mark(ordinal)
                 if ordinal in failed:
-                    known: Future[_Read] = Future()
-                    known.set_result(_Read(error=ImageError(*failed[ordinal])))
+                    known: Future[FileRead] = Future()
+                    known.set_result(FileRead(error=ImageError(*failed[ordinal])))
                     yield ordinal, known
                 else:
-                    yield ordinal, self._threads.submit(self._patiently, ordinal)
+                    yield ordinal, self._reading.alone(ordinal)
 
         return self._rows(reads(), len(ordinals), out, views)
 
-    def _next(self) -> tuple[int, Future[_Read]]:
-        self._read_ahead()
-        ordinal, future = self._ahead.popleft()
-        self._read_ahead()
-        return ordinal, future
-
     def _rows(
-        self, reads: Iterable[tuple[int, Future[_Read]]], count: int, out: np.ndarray, views: Sequence[int]
+        self, reads: Iterable[tuple[int, Future[FileRead]]], count: int, out: np.ndarray, views: Sequence[int]
     ) -> tuple[list[Row], Meter]:
         cpu, self._starved, self._read = time.thread_time(), 0.0, 0.0
         rows: list[list[Row]] = [[] for _ in views]
@@ -264,6 +253,7 @@ class Worker:
             # those that follow keep the least that they need
             outs = [out[offset : end - left * n] for offset, end, n in zip(offsets, ends, least, strict=True)]
             found = self._one(made, future, views, outs)
+            self._reading.let_go(future.result())
             self.mark(None)
             begins = offsets * len(views) if are_records else offsets
             for row, loaded, begin in zip(made, found, begins, strict=True):
@@ -276,14 +266,13 @@ class Worker:
         return [*chain.from_iterable(rows)], Meter(self._read, time.thread_time() - cpu, self._starved)
 
     def _one(
-        self, rows: Sequence[Row], future: Future[_Read], views: Sequence[int], outs: Sequence[np.ndarray]
+        self, rows: Sequence[Row], future: Future[FileRead], views: Sequence[int], outs: Sequence[np.ndarray]
     ) -> list[LoadedImage | None]:
         """Decode one input, a row for each view; what has come of it in each, None where it has no pixels."""
         begin = time.perf_counter()
         read = future.result()
         self._starved += time.perf_counter() - begin
         self._read += read.seconds
-        self._held -= len(read.data or b"")
         ordinal = rows[0].values["input"]
         for row in rows:
             row.values["bytes_hash"] = read.digest
@@ -341,60 +330,6 @@ class Worker:
         if len(self._scratch) < nbytes:
             self._scratch = bytearray(nbytes)
         return self._scratch
-
-    def _read_ahead(self) -> None:
-        while self._arrived:
-            self._held += self._arrived.popleft()
-        is_full = self._held >= _AHEAD_BYTES
-        while self._waiting and not (is_full and self._ahead):
-            count = self._group()
-            if len(self._ahead) + count > 4 * self.job.readers and self._ahead:
-                return
-            group: list[tuple[int, Future[_Read]]] = [(self._waiting.popleft(), Future()) for _ in range(count)]
-            self._ahead.extend(group)
-            self._threads.submit(self._read_group, group)
-
-    def _group(self) -> int:
-        """How many of the inputs that wait are read in one go."""
-        sizes, count = self.job.source.listing.sizes, 0
-        while count < min(_GROUP, len(self._waiting)) and 0 <= sizes[self._waiting[count]] <= _SMALL_BYTES:
-            count += 1
-        return max(count, 1)
-
-    def _read_group(self, group: Sequence[tuple[int, Future[_Read]]]) -> None:
-        for ordinal, future in group:
-            # one by one: who waits for the first does not wait for the others
-            try:
-                future.set_result(self._patiently(ordinal))
-            except BaseException as e:
-                future.set_exception(e)
-
-    def _patiently(self, ordinal: int) -> _Read:
-        """Read an input, again if it fails for now."""
-        begin = time.perf_counter()
-        read = _Read()
-        for pause in (*self.job.backoff, None):
-            read = self._attempt(ordinal)
-            if pause is None or read.error is None or not self._is_for_now(read.error):
-                break
-            time.sleep(pause)
-        read.seconds = time.perf_counter() - begin
-        self._arrived.append(len(read.data or b""))
-        return read
-
-    def _is_for_now(self, error: ImageError) -> bool:
-        return is_retryable(error.reason) and not self.job.source.why_gone()
-
-    def _attempt(self, ordinal: int) -> _Read:
-        try:
-            data = self._reader.read(ordinal)
-            return _Read(data, digest=xxh3(data).digest())
-        except ImageError as e:
-            return _Read(error=e)
-        except MemoryError:
-            return _Read(error=ImageError(OUT_OF_MEMORY, f"input {ordinal}: no memory to read it"))
-        except Exception as e:
-            return _Read(error=ImageError(CRASHED, f"input {ordinal}: reading ended in {type(e).__name__}: {e}"))
 
 
 def _described(loaded: LoadedImage) -> dict[str, int]:

@@ -42,6 +42,14 @@ class Expecting(Protocol):
 
 
 @runtime_checkable
+class Fetching(Protocol):
+    """A reader that fetches what it expects before it is asked for it."""
+
+    def fetch_at_most(self, nbytes: int) -> None:
+        """Begin no more while it holds so much."""
+
+
+@runtime_checkable
 class Streaming(Protocol):
     """A source that may read its containers from their begin on, so that who has begun one should go on with it."""
 

@@ -42,7 +42,10 @@ class RemoteSpans:
     """Reads members of files below a URL. Threads may share it.
 
     Spans are fetched when they are announced, a few at a time, so that the latency of a network is not waited for; it
-    holds those of which some members are still to be read, and begins no more while these have `HELD_BYTES`.
+    holds those of which some members are still to be read, and begins no more while these have `most` bytes.
+
+    Attributes:
+        most: `HELD_BYTES`, unless it is set to less.
 
     Args:
         mtimes: of the files by name, in nanoseconds, as they were listed.
@@ -51,6 +54,7 @@ class RemoteSpans:
     def __init__(self, files: RemoteContainers, mtimes: dict[bytes, int]):
         self.files = files
         self.mtimes = mtimes
+        self.most = HELD_BYTES
         self._spans: dict[Member, _Span] = {}
         self._compared: set[bytes] = set()
         self._lock = threading.Lock()
@@ -114,7 +118,7 @@ class RemoteSpans:
     def _early(self, span: _Span) -> None:
         """Fetch a span before it is asked for; whoever asks for it tries again if that fails."""
         with self._lock:
-            if self._held >= HELD_BYTES:
+            if self._held >= self.most:
                 return
         with suppress(ImageError), span.lock:
             if span.left:

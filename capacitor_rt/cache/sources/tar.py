@@ -82,6 +82,11 @@ class TarReader:
         if isinstance(self.members, RemoteSpans):
             self.members.expect(map(self._place, ordinals))
 
+    def fetch_at_most(self, nbytes: int) -> None:
+        """Begin no more while it holds so much."""
+        if isinstance(self.members, RemoteSpans):
+            self.members.most = min(self.members.most, nbytes)
+
     def read(self, ordinal: int) -> bytes:
         return self.members.read(*self._place(ordinal))
 
