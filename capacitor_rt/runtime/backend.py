@@ -7,22 +7,22 @@ import operator
 import threading
 import warnings
 from collections.abc import Callable, Iterable
-from math import prod
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import torch
 from torch import Tensor
 
 from ..checks import IMAGE_DTYPES, LATENT_DTYPES, check_choice, check_dtype, odd_range
 from ..config import FullCapacitorInferenceConfig, ModelConfig
-from ..diffusion import token_mask, unit_noise
+from ..diffusion import token_mask
 from ..errors import InputError, NotFoldableError
 from ..reference import Autoencoder
 from . import ops
 from .as_loaded import AsLoaded
-from .memory import DeviceMemoryError, amount, free_bytes, is_out_of_memory
+from .memory import DeviceMemoryError, is_out_of_memory
 from .options import ServingOptions
 from .platform import build_failure, why_not_triton
+from .start_noise import StartNoise
 from .stats import Stats
 
 if TYPE_CHECKING:
@@ -34,12 +34,31 @@ if TYPE_CHECKING:
 BACKENDS = ("auto", "torch", "triton")
 DIRECTIONS = ("encode", "posterior", "decode")
 HALF_DTYPES = (torch.bfloat16, torch.float16)
-NOISE_BYTES = 256 << 20
-"""Of start noise kept for seeds that come again."""
 _making_runtime = threading.Lock()
-_drawing = threading.RLock()
 _requires_grad = operator.attrgetter("requires_grad")
 Result = TypeVar("Result")
+
+
+class _Switch:
+    """A setting of `ServingOptions` as an attribute of a model; the runtime looks at it again when it is set."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, model: None, owner: type) -> _Switch: ...
+
+    @overload
+    def __get__(self, model: ServedAutoencoder, owner: type) -> bool: ...
+
+    def __get__(self, model: ServedAutoencoder | None, owner: type) -> _Switch | bool:
+        return self if model is None else getattr(model._options, self._name)
+
+    def __set__(self, model: ServedAutoencoder, value: bool) -> None:
+        setattr(model._options, self._name, value)
+        if self._name != "low_latency":
+            # which is looked at in every call
+            model._drop_runtime()
 
 
 class ServedAutoencoder(Autoencoder):
@@ -60,6 +79,17 @@ class ServedAutoencoder(Autoencoder):
 
     _fast: bool
 
+    cuda_graphs = _Switch()
+    """Whether CUDA graphs are captured and replayed."""
+    overlap = _Switch()
+    """Whether the halves of an even batch are two branches of its graph."""
+    narrow_tiles = _Switch()
+    """Whether few images are run by narrower tiles of the same bits."""
+    dependent_launch = _Switch()
+    """Whether each launch starts while the one before is at its end."""
+    low_latency = _Switch()
+    """Whether a single image is run by launches shaped for it."""
+
     def __init__(
         self,
         config: ModelConfig,
@@ -78,7 +108,7 @@ class ServedAutoencoder(Autoencoder):
         self._lent: list[Any] = []
         self._said: set[str] = set()
         self._looked = False
-        self._drawn: dict[Any, Tensor] = {}
+        self._start_noise = StartNoise()
         self._as_loaded: AsLoaded | None = None
         self._runtime: Runtime | None = None
         # of an encoder in e4m3
@@ -137,63 +167,13 @@ class ServedAutoencoder(Autoencoder):
                     self._runtime.narrow = narrow and self._runtime.narrow
         return self._runtime
 
-    @property
-    def cuda_graphs(self) -> bool:
-        """Whether CUDA graphs are captured and replayed."""
-        return self._options.cuda_graphs
-
-    @cuda_graphs.setter
-    def cuda_graphs(self, value: bool) -> None:
-        self._options.cuda_graphs = value
-        self._drop_runtime()
-
-    @property
-    def overlap(self) -> bool:
-        """Whether the halves of an even batch are two branches of its graph."""
-        return self._options.overlap
-
-    @overlap.setter
-    def overlap(self, value: bool) -> None:
-        self._options.overlap = value
-        self._drop_runtime()
-
-    @property
-    def narrow_tiles(self) -> bool:
-        """Whether few images are run by narrower tiles of the same bits."""
-        return self._options.narrow_tiles
-
-    @narrow_tiles.setter
-    def narrow_tiles(self, value: bool) -> None:
-        self._options.narrow_tiles = value
-        self._drop_runtime()
-
-    @property
-    def dependent_launch(self) -> bool:
-        """Whether each launch starts while the one before is at its end."""
-        return self._options.dependent_launch
-
-    @dependent_launch.setter
-    def dependent_launch(self, value: bool) -> None:
-        self._options.dependent_launch = value
-        self._drop_runtime()
-
-    @property
-    def low_latency(self) -> bool:
-        """Whether a single image is run by launches shaped for it."""
-        return self._options.low_latency
-
-    @low_latency.setter
-    def low_latency(self, value: bool) -> None:
-        self._options.low_latency = value
-
     def release(self) -> None:
         """Free CUDA graphs, arenas and packed weights, which lie outside of a trainer's sight; a call makes them anew.
 
         The memory goes back to torch's allocator. Weights that a graph of the caller's reads stay with the model.
         """
         self._drop_runtime()
-        with _drawing:
-            self._drawn.clear()
+        self._start_noise.clear()
 
     @property
     def triton(self) -> Runtime:
@@ -320,21 +300,11 @@ class ServedAutoencoder(Autoencoder):
         return self._fast and torch.compiler.is_compiling() and self._why_differentiable("", given) is None
 
     def _noise(self, shape: tuple[int, ...], inference: FullCapacitorInferenceConfig, like: Tensor) -> Tensor:
-        """Start noise; that of a seed and shape is kept, since drawing it costs more than a decode."""
+        """Start noise `shape`, float32."""
         seed, source = inference.seed, inference.noise
         if seed is not None and torch.compiler.is_compiling():
             return torch.ops.capacitor_rt.seeded_noise(like, list(shape), seed, source)
-        try:
-            if seed is None or like.device.type != "cuda":
-                return unit_noise(shape, seed, like.device, source)
-            return self._noise_of_a_seed((shape, seed, source), like.device)
-        except torch.OutOfMemoryError as error:
-            with _drawing:
-                self._drawn.clear()
-            raise DeviceMemoryError(
-                f"the noise for {shape[0]} images of {shape[2]}x{shape[3]} needs {amount(4 * prod(shape))}, and "
-                f"{amount(free_bytes(like.device))} are free on {like.device}: decode fewer at a time"
-            ) from error
+        return self._start_noise.draw(shape, seed, source, like.device)
 
     def _dropped(self, like: Tensor, seed: int | None) -> Tensor:
         """Tokens that guidance by tokens leaves out, for the whole batch of latents."""
@@ -345,24 +315,6 @@ class ServedAutoencoder(Autoencoder):
             )
         ratio = self.config.dico.pdg_mask_ratio if self.config.dico is not None else 0.0
         return token_mask(like.shape, ratio, seed, like.device)
-
-    def _noise_of_a_seed(self, what: tuple[tuple[int, ...], int, str], device: torch.device) -> Tensor:
-        """Noise of a (shape, seed, source) on a GPU, kept by stream: another one would have to wait for the copy."""
-        with _drawing:
-            if torch.cuda.is_current_stream_capturing():
-                # a copy that is captured reads its source at every replay: better what is there already
-                kept = next((noise for (known, _), noise in self._drawn.items() if known == what), None)
-                if kept is not None:
-                    self._lent.append(kept)
-                    return kept
-                return unit_noise(*what[:2], device, what[2])
-            key = (what, torch.cuda.current_stream(device))
-            if key not in self._drawn:
-                nbytes = 4 * prod(what[0])
-                while self._drawn and nbytes + sum(t.nbytes for t in self._drawn.values()) > NOISE_BYTES:
-                    self._drawn.pop(next(iter(self._drawn)))
-                self._drawn[key] = unit_noise(*what[:2], device, what[2])
-            return self._drawn[key]
 
     def _look_once(self, image: Tensor) -> None:
         """Warn of float images in another range than [-1,1], by the first one; so a GPU is waited for once."""
@@ -436,7 +388,12 @@ class ServedAutoencoder(Autoencoder):
 
     def __getstate__(self) -> dict[str, Any]:
         # graphs and packed weights are made anew where the copy runs
-        return self.__dict__ | {"_runtime": None, "_lent": [], "_drawn": {}, "_as_loaded": self._intact()}
+        return self.__dict__ | {
+            "_runtime": None,
+            "_lent": [],
+            "_start_noise": StartNoise(),
+            "_as_loaded": self._intact(),
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

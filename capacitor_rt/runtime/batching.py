@@ -82,3 +82,39 @@ class Limit:
     def halve(self, batch: int) -> None:
         """Memory ran out with so many images."""
         self.images, self._served, self.patience = batch // 2, 0, 2 * self.patience
+
+
+class Limits:
+    """How many images of each shape run together.
+
+    Args:
+        config: of the model.
+        budget: bytes that one micro-batch's arena may take.
+    """
+
+    def __init__(self, config: ModelConfig, budget: int):
+        self._config, self._budget = config, budget
+        self._limits: dict[PlanKey, Limit] = {}
+
+    def images(self, key: PlanKey) -> int:
+        """The size of a micro-batch of a batch."""
+        return 1 if key.batch == 1 else self._of(key).images
+
+    def served(self, part: PlanKey) -> None:
+        """A micro-batch was run."""
+        if part.batch > 1:
+            self._of(part).served(part.batch)
+
+    def halve(self, part: PlanKey) -> None:
+        """Memory ran out for a micro-batch."""
+        self._of(part).halve(part.batch)
+
+    def clear(self) -> None:
+        """Forget what was learnt from running out of memory."""
+        self._limits.clear()
+
+    def _of(self, key: PlanKey) -> Limit:
+        one = replace(key, batch=1)
+        if one not in self._limits:
+            self._limits[one] = Limit(micro_batch(self._config, one, self._budget))
+        return self._limits[one]

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from capacitor_kernels.launch import INTERPRETED, check_e4m3, compute_capability
+from capacitor_kernels.launch import INTERPRETED
 
 from ..config import FullCapacitorInferenceConfig
 from ..diffusion import sample
 from ..errors import InputError
 from ..reference import Autoencoder, Posterior
 from . import weights
-from .batching import ARENA_BUDGET, Limit, branches, cached_plan, micro_batch, parts
+from .batching import ARENA_BUDGET, Limits, branches, cached_plan, parts
 from .fold_fp8 import Ranges
 from .graphs import Bound, BoundCache
 from .memory import MIB, DeviceMemoryError, amount, copy_into, free_bytes, is_out_of_memory, new_arena, retire
@@ -29,12 +29,10 @@ from .options import ServingOptions
 from .plan import LaunchPlan, PlanKey
 from .precompile import precompile
 from .stats import Stats
+from .supported import check_dependent_launch, check_fp8, check_model
 
 CACHE_BUDGET = 2048 * MIB
 """Bytes of all arenas; at most an eighth of the device's memory."""
-# from where programmatic dependent launch exists
-DEPENDENT_CC = 90
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # the interpreter keeps its state in globals
 _interpreter = threading.RLock()
 
@@ -69,12 +67,13 @@ class Runtime:
         lent: list[Any] | None = None,
         ranges: Ranges | None = None,
     ):
-        self.cc = _check(model, device, dtype)
+        self.cc = check_model(model.config, device, dtype)
         self.options = options or ServingOptions()
-        if self.options.dependent_launch and (self.cc < DEPENDENT_CC or INTERPRETED):
-            where = "Triton's interpreter" if INTERPRETED else f"compute capability {self.cc // 10}.{self.cc % 10}"
-            raise InputError(f"dependent_launch needs compute capability 9.0 or later, not {where}: leave it off here")
-        self._precision = _check_fp8(self.cc) if ranges is not None else None
+        if self.options.dependent_launch:
+            check_dependent_launch(self.cc)
+        if ranges is not None:
+            check_fp8(self.cc)
+        self._precision = None if ranges is None else "fp8"
         self.config, self.device, self.dtype = model.config, device, dtype
         self.stats = Stats()
         # the interpreter's products are numpy's, whose sums follow no instruction
@@ -89,7 +88,7 @@ class Runtime:
         forget = partial(_forget, self._cache)
         lent = [] if lent is None else lent
         self._weights = weights.PackedWeights(model, device, dtype, self.stats, to_fold, forget, lent, ranges)
-        self._limits: dict[PlanKey, Limit] = {}
+        self._limits = Limits(self.config, self._arena_budget)
         # keys of plans that ran: their kernels are compiled and loaded
         self._ran: set[PlanKey] = set()
         self._lock = threading.RLock() if self._cuda else _interpreter
@@ -149,7 +148,7 @@ class Runtime:
         keys = [self._key(direction, b, h, w, image_dtype, layout, inference, at) for h, w, b in shapes]
         with self._turn():
             if self._cuda:
-                runs = {replace(key, batch=n): None for key in keys for n in parts(key.batch, self._micro_batch(key))}
+                runs = {replace(key, batch=n): None for key in keys for n in parts(key.batch, self._limits.images(key))}
                 precompile([self._plan(key)[0] for key in runs if key not in self._ran], self.stats)
             for key in keys:
                 for _ in self._split(key):
@@ -245,7 +244,7 @@ class Runtime:
         self._refresh("encoder" if key.direction in ("encode", "posterior") else "decoder")
         left, freed = key.batch, False
         while left:
-            batch = min(self._micro_batch(key), left)
+            batch = min(self._limits.images(key), left)
             part = key if batch == key.batch else replace(key, batch=batch)
             bound = self._bound(part)
             if bound is None:
@@ -258,7 +257,7 @@ class Runtime:
                 continue
             freed = False
             yield bound
-            self._served(part)
+            self._limits.served(part)
             left -= batch
 
     def _bound(self, key: PlanKey) -> Bound | None:
@@ -319,21 +318,6 @@ class Runtime:
 
     # memory
 
-    def _micro_batch(self, key: PlanKey) -> int:
-        if key.batch == 1:
-            return 1
-        return self._limit(key).images
-
-    def _limit(self, key: PlanKey) -> Limit:
-        one = replace(key, batch=1)
-        if one not in self._limits:
-            self._limits[one] = Limit(micro_batch(self.config, one, self._arena_budget))
-        return self._limits[one]
-
-    def _served(self, part: PlanKey) -> None:
-        if part.batch > 1:
-            self._limit(part).served(part.batch)
-
     def _halve(self, part: PlanKey) -> None:
         """Run half as many images of this shape together from now on, until there is room again."""
         if part.batch == 1:
@@ -343,7 +327,7 @@ class Runtime:
                 f"beside the weights, and {amount(free_bytes(self.device))} are free on {self.device}, so that not "
                 "even a micro-batch of 1 fits: free memory or use smaller images"
             )
-        self._limit(part).halve(part.batch)
+        self._limits.halve(part)
 
     def _output(self, key: PlanKey, plan: LaunchPlan, name: str) -> Tensor:
         """A fresh output for the whole batch."""
@@ -407,28 +391,3 @@ def as_it_lies(image: Tensor) -> tuple[Tensor, str]:
         return image, "nhwc"
     nhwc = image.permute(0, 2, 3, 1)
     return (nhwc, "nhwc") if nhwc.is_contiguous() and not image.is_contiguous() else (image, "nchw")
-
-
-def _check(model: Autoencoder, device: torch.device, dtype: torch.dtype) -> int:
-    """Compute capability of `device`, after refusing what the launches cannot do."""
-    config = model.config
-    if config.in_channels != 3 or config.depthwise_kernel_size != 7:
-        raise InputError(
-            f"the Triton backend takes 3 channels and 7x7 convolutions, this model has {config.in_channels} and "
-            f"{config.depthwise_kernel_size}: use backend='torch'"
-        )
-    if dtype not in DTYPES:
-        raise InputError(f"the Triton backend has no launches for {dtype}: use .to(torch.float32), or backend='torch'")
-    try:
-        return compute_capability(device)
-    except ValueError as error:
-        raise InputError(f"{error}, backend='torch'") from error
-
-
-def _check_fp8(cc: int) -> str:
-    """The precision of plans in e4m3, after refusing GPUs that have none."""
-    try:
-        check_e4m3(cc)
-    except ValueError as error:
-        raise InputError(f"{error}: load the model without encode_precision") from error
-    return "fp8"

@@ -229,7 +229,8 @@ def test_the_micro_batch_halves_when_memory_runs_out(full, limited):
     model.encode(x[:1])
     limited(160 * MIB)
     assert torch.equal(model.encode(x), truth)
-    assert model._runtime._micro_batch(model.runtime._request("encode", 128, 256, 256, torch.uint8, "nchw")) < 128
+    key = model.runtime._key("encode", 128, 256, 256, torch.uint8, "nchw")
+    assert model.runtime._limits.images(key) < 128
     limited(8 * MIB)
     with pytest.raises(torch.cuda.OutOfMemoryError):
         model.encode(images(1, 2048, 2048))

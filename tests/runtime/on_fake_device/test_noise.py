@@ -10,7 +10,7 @@ from runtime_cases import tiny
 
 from capacitor_rt import FullCapacitorInferenceConfig
 from capacitor_rt.diffusion import unit_noise
-from capacitor_rt.runtime import backend
+from capacitor_rt.runtime import start_noise
 
 SEEDED = FullCapacitorInferenceConfig(seed=3)
 
@@ -24,7 +24,7 @@ def drawn(monkeypatch) -> list[tuple]:
         seen.append(args)
         return unit_noise(*args)
 
-    monkeypatch.setattr(backend, "unit_noise", counting)
+    monkeypatch.setattr(start_noise, "unit_noise", counting)
     return seen
 
 
@@ -78,7 +78,7 @@ def test_threads_with_seeds_of_their_own(drawn):
 
 def test_what_is_kept_is_bounded(monkeypatch):
     model = tiny("triton", "cuda", torch.bfloat16)
-    monkeypatch.setattr(backend, "NOISE_BYTES", 3 * 4 * 3 * 16 * 8)
+    monkeypatch.setattr(start_noise, "NOISE_BYTES", 3 * 4 * 3 * 16 * 8)
     for seed in range(5):
         model.decode(latents(), inference_config=FullCapacitorInferenceConfig(seed=seed))
-    assert len(model._drawn) == 3
+    assert len(model._start_noise._drawn) == 3
