@@ -32,7 +32,7 @@ _GREY = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N")
 _SHALLOW = ("1", "L", "P", "RGB", "CMYK", "YCbCr")
 _SHRUNK = ("JPEG", "MPO")
 
-Buffer = Callable[[int], bytearray]
+Buffer = Callable[[int], bytearray | memoryview]
 """Gives memory of at least so many bytes."""
 
 

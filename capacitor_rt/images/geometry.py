@@ -140,7 +140,13 @@ def place(size: Size, bucket: Size, *, upscale: str = "allow") -> Placement:
     return Placement(resize, top, left, bucket, upscaled)
 
 
-def apply(pixels: np.ndarray, placement: Placement, filter: str = "lanczos", orientation: int = 1) -> np.ndarray:
+def apply(
+    pixels: np.ndarray,
+    placement: Placement,
+    filter: str = "lanczos",
+    orientation: int = 1,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
     """Resize and crop uint8 `[H,W,3]` pixels to uint8 `[h,w,3]`, contiguous.
 
     Antialiased (see `resample`), no shortcut through a smaller image; pixels whose size is already `placement.resize`
@@ -150,14 +156,16 @@ def apply(pixels: np.ndarray, placement: Placement, filter: str = "lanczos", ori
         placement: of the upright image.
         orientation: EXIF's, 1-8, of `pixels`. What has to be turned is turned last, when it is small; the pixels are
             those of the picture turned first.
+        out: uint8 `[h,w,3]`, contiguous, that takes pixels which need no turning, and is then what is returned.
     """
     if filter not in FILTERS:
         raise InputError(f"filter {filter!r} is unknown: use one of {', '.join(FILTERS)}")
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
         raise InputError(f"pixels are {pixels.dtype} {list(pixels.shape)}: expected uint8 [H,W,3]")
     window = stored_window(placement, orientation)
-    framed = resample(pixels, window, filter, columns_first=orientation >= 5)
-    return framed if orientation == 1 else orient(framed, orientation)
+    if orientation == 1:
+        return resample(pixels, window, filter, out=out)
+    return orient(resample(pixels, window, filter, columns_first=orientation >= 5), orientation)
 
 
 def stored_window(placement: Placement, orientation: int) -> Window:

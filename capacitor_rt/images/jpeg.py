@@ -88,7 +88,9 @@ def read_header(data: bytes) -> JpegHeader | None:
     return JpegHeader(*frame, orientation, profile)
 
 
-def decode(data: bytes, header: JpegHeader, shrink: int = 0, buffer: bytearray | None = None) -> np.ndarray | None:
+def decode(
+    data: bytes, header: JpegHeader, shrink: int = 0, buffer: bytearray | memoryview | None = None
+) -> np.ndarray | None:
     """uint8 `[H,W,3]` at 1/2^shrink of the size, rounded up, not yet turned; None if simplejpeg objects.
 
     Args:

@@ -23,6 +23,7 @@ from .jpeg import MOST_SHRINK, shrunk
 from .opening import ImageHeader
 from .reasons import CORRUPT, DEFAULT_MAX_PIXELS, TOO_LARGE
 from .resample import MOST_WASTE, Window
+from .together import Together
 
 DECODE_POLICIES = ("exact", "fast", "gpu")
 CROPS = ("center", "adm")
@@ -173,6 +174,8 @@ def load_views(
     admit: Admit = nullcontext,
     buffer: Buffer | None = None,
     records: np.ndarray | None = None,
+    together: Together | None = None,
+    token: Any = None,
 ) -> list[LoadedImage | ImageError]:
     """Decode an image file and make every view of it, or say why it cannot be made. Pixels are those of `load_image`.
 
@@ -184,6 +187,8 @@ def load_views(
         records: leave the resizing to others: this, uint8 `[N]` with room for the `ready_bytes` of every view, takes
             the records of all of them, in any order, and the pixels that they are made from but once. What finds no
             room, and what `load_image` says, is resized here. `pixels` of each lie from its `offset` on.
+        together, token: with `outs`, pixels of a single view may wait there to be resized with those of the next
+            images; they are not in `out` before `together.finish()`, which calls them `token` if that fails.
 
     Raises:
         ImageError: no view can be made, as the file is no image.
@@ -211,7 +216,7 @@ def load_views(
         with admit(image.memory + needed):
             # by a function: what it has decoded is gone before others are admitted
             for number, made in (
-                _make(image, views, plans, outs, buffer)
+                _make(image, views, plans, outs, buffer, together, token)
                 if records is None
                 else _recorded(image, views, plans, records, buffer)
             ):
@@ -225,20 +230,51 @@ def _make(
     plans: Sequence[_Plan],
     outs: Sequence[np.ndarray] | None,
     buffer: Buffer | None,
+    together: Together | None,
+    token: Any,
 ) -> list[tuple[int, LoadedImage | ImageError]]:
     """The views that were planned, by their numbers."""
-    decoded, made = _Decoded(image, buffer), list[tuple[int, LoadedImage | ImageError]]()
+    made = list[tuple[int, LoadedImage | ImageError]]()
+    alone = _room(image, views[plans[0].number].policy, plans[0], outs, together) if len(plans) == 1 else None
+    decoded = _Decoded(image, buffer if alone is None else lambda _: alone)
     for shrink, number, bucket, placement in sorted(plans, key=lambda plan: plan.shrink):
-        policy = views[number].policy
+        policy, out = views[number].policy, None
+        if outs is not None:
+            crop = placement.crop
+            out = outs[number][: 3 * crop.area].reshape(crop.height, crop.width, 3)
         try:
-            pixels = _placed(image, decoded.pixels(policy, shrink), policy, placement)
-            if outs is not None:
-                pixels = _laid(pixels, outs[number])
+            pixels = decoded.pixels(policy, shrink)
+            if out is None:
+                pixels = _placed(image, pixels, policy, placement)
+            elif alone is None or not np.may_share_memory(pixels, np.frombuffer(alone, np.uint8)):
+                pixels = _laid(_placed(image, pixels, policy, placement, out), out)
+            elif together is not None and not np.may_share_memory(pixels, out):
+                together.add(pixels, out, token)
+                pixels = out
             made.append((number, LoadedImage(image.header, bucket, placement, pixels)))
         except ImageError as e:
             # its traceback would hold what was decoded
             made.append((number, e.with_traceback(None)))
     return made
+
+
+def _room(
+    image: OpenedImage,
+    policy: PixelPolicy,
+    plan: _Plan,
+    outs: Sequence[np.ndarray] | None,
+    together: Together | None,
+) -> memoryview | None:
+    """Memory that the one view of an image is decoded into: where its pixels are wanted, or where others wait."""
+    header, crop = image.header, plan.placement.crop
+    if outs is None or policy.crop != "center" or header.orientation != 1 or image.color_map(policy.icc) is not None:
+        return None
+    size = Size(shrunk(header.height, plan.shrink), shrunk(header.width, plan.shrink))
+    if size == plan.placement.resize == crop:
+        return outs[plan.number][: 3 * crop.area].data
+    if size == plan.placement.resize or together is None:
+        return None
+    return together.room(size, stored_window(plan.placement, 1), FILTER)
 
 
 _NO_PIXELS = np.empty((0, 0, 3), np.uint8)
@@ -268,10 +304,10 @@ class _Decoded:
 
 
 def _laid(pixels: np.ndarray, out: np.ndarray) -> np.ndarray:
-    """The same pixels at the begin of `out`."""
-    view = out[: pixels.size].reshape(pixels.shape)
-    np.copyto(view, pixels)
-    return view
+    """The same pixels in `out`."""
+    if pixels is not out:
+        np.copyto(out, pixels)
+    return out
 
 
 def _recorded(
@@ -359,13 +395,16 @@ def _stored(image: OpenedImage, policy: PixelPolicy, shrink: int, buffer: Buffer
     return pixels
 
 
-def _placed(image: OpenedImage, pixels: np.ndarray, policy: PixelPolicy, placement: Placement) -> np.ndarray:
+def _placed(
+    image: OpenedImage, pixels: np.ndarray, policy: PixelPolicy, placement: Placement, out: np.ndarray | None = None
+) -> np.ndarray:
+    """The pixels as placed; in `out` if they are that at once."""
     orientation = image.header.orientation
+    color = image.color_map(policy.icc)
     if policy.crop == "adm":
         pixels = adm.apply_adm(pixels, placement, orientation)
     else:
-        pixels = apply(pixels, placement, FILTER, orientation)
-    color = image.color_map(policy.icc)
+        pixels = apply(pixels, placement, FILTER, orientation, None if color else out)
     return color(pixels) if color else pixels
 
 

@@ -13,7 +13,7 @@ little of the resized picture is wanted, matrix products give the sums exactly.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING
@@ -91,19 +91,50 @@ class AxisWeights:
     precision: int
 
 
-def resample(pixels: np.ndarray, window: Window, filter: str = "lanczos", columns_first: bool = False) -> np.ndarray:
+def resample(
+    pixels: np.ndarray,
+    window: Window,
+    filter: str = "lanczos",
+    columns_first: bool = False,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
     """Resize uint8 `[H,W,3]` pixels and cut out the window: uint8 `[h,w,3]`, contiguous, never a view of `pixels`.
 
     Args:
         columns_first: resample along the height before the width, as is right for a picture that is turned by 90
             degrees afterwards: the rounding between the two is then that of the turned picture.
+        out: uint8 `[h,w,3]`, contiguous, that takes the result; it may not overlap `pixels`.
     """
-    if pixels.shape[:2] == (window.height, window.width):
-        return pixels[window.top : window.bottom, window.left : window.right].copy()
+    (resized,) = resample_all(pixels[None], window, filter, columns_first, None if out is None else [out])
+    return resized
+
+
+def resample_all(
+    pictures: np.ndarray,
+    window: Window,
+    filter: str = "lanczos",
+    columns_first: bool = False,
+    outs: Sequence[np.ndarray] | None = None,
+) -> list[np.ndarray]:
+    """`resample` of each of uint8 `[N,H,W,3]`. torch computes the weights once for all of them, not once for each."""
+    resized: Iterable[np.ndarray]
+    if pictures.shape[1:3] == (window.height, window.width):
+        resized = pictures[:, window.top : window.bottom, window.left : window.right]
+    elif _is_for_torch(window, filter):
+        resized = _by_torch(pictures, window, filter, columns_first)
+    else:
+        resized = (by_matrices(pixels, window, filter, columns_first) for pixels in pictures)
+    if outs is None:
+        # a copy even of a whole picture: resized rows are no view of `pixels`, but their memory may be larger
+        return [picture.copy() for picture in resized]
+    for out, picture in zip(outs, resized, strict=True):
+        np.copyto(out, picture)
+    return list(outs)
+
+
+def _is_for_torch(window: Window, filter: str) -> bool:
     wanted = (window.bottom - window.top) * (window.right - window.left)
-    if window.height * window.width <= MOST_WASTE * wanted and torch_agrees(filter):
-        return _by_torch(pixels, window, filter, columns_first)
-    return by_matrices(pixels, window, filter, columns_first)
+    return window.height * window.width <= MOST_WASTE * wanted and torch_agrees(filter)
 
 
 def by_matrices(pixels: np.ndarray, window: Window, filter: str, columns_first: bool = False) -> np.ndarray:
@@ -126,7 +157,7 @@ def torch_agrees(filter: str) -> bool:
     for height, width in ((16, 24), (53, 90), (71, 5)):
         window = Window(height, width, 0, 0, height, width)
         try:
-            theirs = _by_torch(pixels, window, filter, False)
+            (theirs,) = _by_torch(pixels[None], window, filter, False)
         except (RuntimeError, NotImplementedError, ValueError, AttributeError):
             return False
         if not np.array_equal(theirs, by_matrices(pixels, window, filter)):
@@ -134,29 +165,30 @@ def torch_agrees(filter: str) -> bool:
     return True
 
 
-def _by_torch(pixels: np.ndarray, window: Window, filter: str, columns_first: bool) -> np.ndarray:
+def _by_torch(pictures: np.ndarray, window: Window, filter: str, columns_first: bool) -> np.ndarray:
+    """uint8 `[N,h,w,3]` of uint8 `[N,H,W,3]`; not contiguous."""
     import torch
     from torch.nn.functional import interpolate
 
     def to_size(picture: Tensor, height: int, width: int) -> Tensor:
         return interpolate(picture, size=(height, width), mode=filter, antialias=True)
 
-    height, width = pixels.shape[:2]
-    # this order of the two makes it channels_last, the other planar, which is slow
-    picture = torch.from_numpy(np.require(pixels, requirements=("C", "W")))[None].permute(0, 3, 1, 2)
+    count, height, width = pictures.shape[:3]
+    # torch takes channels_last by the strides: those of this order of the axes, that of a single picture included
+    flat = torch.from_numpy(np.require(pictures, requirements=("C", "W")).reshape(-1))
+    picture = flat.view(count, height, width, 3).permute(0, 3, 1, 2)
     if columns_first:
         picture = to_size(picture, window.height, width)[:, :, window.top : window.bottom]
         resized = to_size(picture, window.bottom - window.top, window.width)
     else:
         top, bottom = span(filter, height, window.height, window.top, window.bottom)
         if bottom - top < (1 - _LEAST_SAVING) * height:
-            narrow = torch.empty(1, height, window.width, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+            narrow = torch.empty(count, height, window.width, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
             # the other rows are read for no row that is wanted
             narrow[:, :, top:bottom] = to_size(picture[:, :, top:bottom], bottom - top, window.width)
             picture = narrow
         resized = to_size(picture, window.height, window.width)[:, :, window.top : window.bottom]
-    # a copy even of a whole picture: resized rows are no view of `pixels`, but their memory may be larger
-    return resized[0, :, :, window.left : window.right].permute(1, 2, 0).numpy().copy()
+    return resized[..., window.left : window.right].permute(0, 2, 3, 1).numpy()
 
 
 @lru_cache(maxsize=256)

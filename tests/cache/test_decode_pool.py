@@ -21,6 +21,7 @@ from decode_sources import Images, contents, mixed, ranges
 from capacitor_rt.cache.decoding import DecodePool, chunk_schema
 from capacitor_rt.cache.decoding.ring import Allocator, Span
 from capacitor_rt.errors import CacheError, InputError
+from capacitor_rt.images import together
 from capacitor_rt.images.decode import decode_image
 from capacitor_rt.images.geometry import Size, apply, bucket_table
 from capacitor_rt.images.load import PixelPolicy, load_image
@@ -132,6 +133,34 @@ class TestRows:
             assert BUCKETS[row["bucket"]] == loaded.placement.crop
             assert (row["crop_top"], row["resize_width"]) == (loaded.placement.top, loaded.placement.resize.width)
             np.testing.assert_array_equal(loaded.pixels, apply(decode_image(data).pixels, loaded.placement))
+
+    def test_name_the_image_that_could_not_be_resized(self, monkeypatch, expected):
+        def failing(pixels, *args, **options):
+            if pixels.shape[0] == 41:
+                raise MemoryError
+            return original(pixels, *args, **options)
+
+        def failing_all(pictures, *args, **options):
+            if pictures.shape[1] in (41, 42):
+                raise RuntimeError("no weights")
+            return original_all(pictures, *args, **options)
+
+        original, original_all = together.resample, together.resample_all
+        monkeypatch.setattr(together, "resample", failing)
+        monkeypatch.setattr(together, "resample_all", failing_all)
+        heights = (40, 41, 41, 42, 43, 42, 42)
+        datas = [files.encoded(files.texture(height, 60, seed), "JPEG") for seed, height in enumerate(heights)]
+        with pool(Images(datas), workers=0) as decoder:
+            rows = contents(decoder.decode([range(len(datas))]))
+        for (row, pixels), data, height in zip(rows, datas, heights, strict=True):
+            if height == 41:
+                assert pixels is None and row["width"] is row["bucket"] is None and row["bytes_hash"]
+                assert (row["status"], row["reason"], row["retryable"]) == ("quarantined", "out_of_memory", True)
+                assert row["message"] == f"images/{row['input']}: no memory to resize it"
+            elif row["input"] == 3:
+                assert row["reason"] == "crashed" and row["message"].endswith("in RuntimeError: no weights")
+            else:
+                assert pixels[1] == load_image(data, PixelPolicy(), BUCKETS).pixels.tobytes()
 
     def test_do_not_depend_on_the_workers(self, shared, expected):
         assert part_of(shared, 0) == expected

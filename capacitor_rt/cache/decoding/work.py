@@ -18,6 +18,7 @@ from ...images.deferred import ready_bytes
 from ...images.encoded import MOST_SIDES, RECORD_BYTES, load_encoded
 from ...images.geometry import Size
 from ...images.load import Admit, LoadedImage, PixelPolicy, View, load_views
+from ...images.together import TOGETHER_BYTES, Together
 from ..failures import CRASHED, OUT_OF_MEMORY, is_retryable
 from ..sources import Source
 from ..statuses import DECODED, KNOWN, OK, QUARANTINED
@@ -190,7 +191,7 @@ class Worker:
         require_extra("pyarrow")
         job = self.job
         self._reading = Ahead(job.source, job.readers, job.backoff, self.files or Allowance(job.file_bytes))
-        self._scratch = bytearray()
+        self._scratch, self._together = bytearray(), Together(min(self.share // 4, TOGETHER_BYTES))
         self._starved = self._read = 0.0
 
     def close(self) -> None:
@@ -209,7 +210,7 @@ class Worker:
                 pixels: those of each begin where those of the ones before would end if all were the largest. Records
                 of an image lie together, those of the first image first.
         """
-        return self._rows((self._reading.next() for _ in range(count)), count, out, views)
+        return self._rows((self._reading.next() for _ in range(count)), count, out, views, self._together)
 
     def carefully(
         self,
@@ -234,10 +235,15 @@ class Worker:
                 else:
                     yield ordinal, self._reading.alone(ordinal)
 
-        return self._rows(reads(), len(ordinals), out, views)
+        return self._rows(reads(), len(ordinals), out, views, None)
 
     def _rows(
-        self, reads: Iterable[tuple[int, Future[FileRead]]], count: int, out: np.ndarray, views: Sequence[int]
+        self,
+        reads: Iterable[tuple[int, Future[FileRead]]],
+        count: int,
+        out: np.ndarray,
+        views: Sequence[int],
+        together: Together | None,
     ) -> tuple[list[Row], Meter]:
         cpu, self._starved, self._read = time.thread_time(), 0.0, 0.0
         rows: list[list[Row]] = [[] for _ in views]
@@ -252,7 +258,7 @@ class Worker:
             made = [Row({"input": ordinal, "status": OK}) for _ in views]
             # those that follow keep the least that they need
             outs = [out[offset : end - left * n] for offset, end, n in zip(offsets, ends, least, strict=True)]
-            found = self._one(made, future, views, outs)
+            found = self._one(made, future, views, outs, together)
             self._reading.let_go(future.result())
             self.mark(None)
             begins = offsets * len(views) if are_records else offsets
@@ -263,10 +269,17 @@ class Worker:
             offsets = [offset + nbytes for offset, nbytes in zip(offsets, used, strict=True)]
             for of_view, row in zip(rows, made, strict=True):
                 of_view.append(row)
+        for row, error in () if together is None else together.finish():
+            self._unmade(row, error)
         return [*chain.from_iterable(rows)], Meter(self._read, time.thread_time() - cpu, self._starved)
 
     def _one(
-        self, rows: Sequence[Row], future: Future[FileRead], views: Sequence[int], outs: Sequence[np.ndarray]
+        self,
+        rows: Sequence[Row],
+        future: Future[FileRead],
+        views: Sequence[int],
+        outs: Sequence[np.ndarray],
+        together: Together | None,
     ) -> list[LoadedImage | None]:
         """Decode one input, a row for each view; what has come of it in each, None where it has no pixels."""
         begin = time.perf_counter()
@@ -287,8 +300,10 @@ class Worker:
         if not todo:
             return made
         wanted = [self.job.views[views[at]] for at in todo]
-        into = {"records": outs[0]} if self.job.record_bytes else {"outs": [outs[at] for at in todo]}
         failing = [rows[at] for at in todo]
+        into: dict[str, Any] = {"records": outs[0]}
+        if not self.job.record_bytes:
+            into = {"outs": [outs[at] for at in todo], "together": together, "token": failing[0]}
         name = f"input {ordinal}"
         try:
             name = self.job.source.listing.id(ordinal)
@@ -312,6 +327,16 @@ class Worker:
                 made[at] = loaded
         return made
 
+    def _unmade(self, row: Row, error: Exception) -> None:
+        """An image was decoded and could not be resized."""
+        row.offset = -1
+        row.values |= {name: None for name in DECODED if name != "bytes_hash"}
+        name = self.job.source.listing.id(row.values["input"])
+        if isinstance(error, MemoryError):
+            fail([row], OUT_OF_MEMORY, f"{name}: no memory to resize it")
+        else:
+            fail([row], CRASHED, f"{name}: resizing ended in {type(error).__name__}: {error}")
+
     def _is_known(self, view: int, digest: bytes | None) -> bool:
         known = self.job.known[view] if self.job.known else None
         return known is not None and digest is not None and known.find(digest) >= 0
@@ -325,7 +350,7 @@ class Worker:
 
     def _buffer(self, nbytes: int) -> bytearray:
         """Memory for a decoded picture, the same again and again unless it is a large one."""
-        if nbytes > min(self.share, _SCRATCH_BYTES):
+        if nbytes > min(self.share, _SCRATCH_BYTES) - self._together.nbytes:
             return bytearray(nbytes)
         if len(self._scratch) < nbytes:
             self._scratch = bytearray(nbytes)
