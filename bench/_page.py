@@ -16,7 +16,7 @@ from capacitor_rt.evaluation.view.folder import Staging
 from capacitor_rt.evaluation.view.site import check_templates, write_site
 from capacitor_rt.version import __version__
 
-from . import report
+from . import _tables
 from ._records import Line, measured, newest
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ MODELLED = "from machine code (modelled)"
 CURVES = {("model", "full_capacitor", "ours"): "ours", ("flux2", "flux2", "eager"): "FLUX.2"}
 
 
-def write_page(results: report.Results, folder: Path, out: Path) -> Path:
+def write_page(results: _tables.Results, folder: Path, out: Path) -> Path:
     """Write the page of the results in `folder` to `out`; its first file.
 
     Raises:
@@ -48,11 +48,11 @@ def write_page(results: report.Results, folder: Path, out: Path) -> Path:
             beside=HERE,
             title="capacitor_rt: speed",
             version=__version__,
-            nothing=None if results.gpus else report.NOTHING_ON_A_GPU.replace("`", ""),
-            gpus=[_tables(results, gpu) for gpu in results.gpus],
-            published=cells(report.published_alone()),
-            psnr=cells(report.psnr_rows(folder)),
-            compiled=cells(report.compiled_rows(folder / "aot.md")),
+            nothing=None if results.gpus else _tables.NOTHING_ON_A_GPU.replace("`", ""),
+            gpus=[_tables_of(results, gpu) for gpu in results.gpus],
+            published=cells(_tables.published_alone()),
+            psnr=cells(_tables.psnr_rows(folder)),
+            compiled=cells(_tables.compiled_rows(folder / "aot.md")),
         )
         staging.publish()
     finally:
@@ -66,20 +66,20 @@ def cells(lines: Sequence[str]) -> list[list[str]]:
     return [row for i, row in enumerate(rows) if i != 1]
 
 
-def _tables(results: report.Results, gpu: str) -> dict[str, Any]:
+def _tables_of(results: _tables.Results, gpu: str) -> dict[str, Any]:
     parts = (
-        ("Published rows", report.published_rows),
-        ("All ways to run them", report.variant_rows),
-        ("Sizes and batches", report.sweep_rows),
-        ("Launches", report.kernel_rows),
-        ("Caching", report.cache_rows),
+        ("Published rows", _tables.published_rows),
+        ("All ways to run them", _tables.variant_rows),
+        ("Sizes and batches", _tables.sweep_rows),
+        ("Launches", _tables.kernel_rows),
+        ("Caching", _tables.cache_rows),
     )
     found = [(title, cells(rows(results, gpu))) for title, rows in parts]
-    facts = [report.source(results, gpu), report.verdict(results, gpu).replace("**", "")]
+    facts = [_tables.source(results, gpu), _tables.verdict(results, gpu).replace("**", "")]
     return {"name": gpu, "facts": facts, "tables": [(title, rows) for title, rows in found if rows]}
 
 
-def page_data(results: report.Results, folder: Path) -> dict[str, Any]:
+def page_data(results: _tables.Results, folder: Path) -> dict[str, Any]:
     """What the page's charts are drawn of, ready for JSON."""
     of_gpu = {gpu: [line for line in results.lines if line["gpu"] == gpu] for gpu in results.gpus}
     return {

@@ -202,7 +202,7 @@ def summary(outcomes: Sequence[Outcome], out: Path) -> list[dict]:
 def summary_text(out: Path) -> str:
     """What the self-check found, and the published rows as measured so far, for the terminal."""
     from ._records import read_folder
-    from .report import Results, published_rows, source, verdict
+    from ._tables import Results, published_rows, source, verdict
 
     results = Results(read_folder(out))
     if not results.gpus:

@@ -11,7 +11,7 @@ from bench_lines import GPU, caching, call, ceilings, check, launch, write
 import bench
 from bench import _figures as figures
 from bench import _records as records
-from bench import report
+from bench import _tables, report
 from bench.__main__ import COMMANDS, RESULTS_PAGE, listing
 from bench.__main__ import main as entry
 from bench.model import NAMED
@@ -60,9 +60,9 @@ def test_nothing_measured_is_said_once(project):
         # figures can only come from the published tables then
         for *_, name in NAMED:
             values = [None if cell == "-" else float(cell) for cell in row_of(page_or_readme, name)[1:]]
-            assert tuple(values) == report.PUBLISHED[name]
-    assert report.NOTHING not in text
-    assert page.split("## Reconstruction")[1].split("##")[0].count(report.NOTHING) == 1
+            assert tuple(values) == _tables.PUBLISHED[name]
+    assert _tables.NOTHING not in text
+    assert page.split("## Reconstruction")[1].split("##")[0].count(_tables.NOTHING) == 1
 
 
 def test_numbers_are_those_of_the_files(project):
@@ -75,7 +75,7 @@ def test_numbers_are_those_of_the_files(project):
     # over the fastest form of FLUX.2, beside it over eager, whose memory is compared
     assert row[1:8] == ["7.25", "17655", "1.90x", "1.45x", "15.20x", "19.40x", "5.0"]
     # a row without a line is absent, not guessed
-    assert set(row_of(text, "card: encode 512x512, batch 32")[1:8]) == {report.NOTHING}
+    assert set(row_of(text, "card: encode 512x512, batch 32")[1:8]) == {_tables.NOTHING}
     page = (folder / "results" / "README.md").read_text()
     assert row_of(page, "expand")[3:6] == ["400", "500", "750"]
     assert "JPEG 500x375 to 256x256, 4096 files | 5000 |" in page
@@ -182,37 +182,37 @@ def test_the_newest_figure_wins_and_reasons_do_not_hide_figures():
     (found,) = records.newest([old, new, late]).values()
     assert found["ms"] == 8.0
     (found,) = records.newest([late]).values()
-    assert report.cell(found) == "none (out of memory)" and report.cell(old | {"noisy": True}) == "9.00 (noisy)"
-    assert report.cell(late | {"refused": "differs"}) == "none (wrong result)"
+    assert _tables.cell(found) == "none (out of memory)" and _tables.cell(old | {"noisy": True}) == "9.00 (noisy)"
+    assert _tables.cell(late | {"refused": "differs"}) == "none (wrong result)"
 
 
 def test_speedups_come_from_runs_in_which_both_were_timed():
     first = call("model", "ours", 8.0, over={"full_capacitor/torch.compile": 1.5})
     second = call("model", "ours", 8.1, over={"full_capacitor/eager": 1.8}, date="2026-02-01T00:00:00Z")
-    results = report.Results([first, second])
+    results = _tables.Results([first, second])
     line = results.find(GPU, ("encode", 128, 256), "model", "full_capacitor", "ours")
     assert line["ms"] == 8.1
     assert results.speedup(line, "full_capacitor/torch.compile") == "1.50x"
     assert results.speedup(line, "full_capacitor/eager") == "1.80x"
-    assert results.speedup(line, "flux2/eager") == report.NOTHING
+    assert results.speedup(line, "flux2/eager") == _tables.NOTHING
 
 
 @pytest.mark.parametrize(
     ("value", "text"), [(7.254, "7.25"), (0.01234, "0.0123"), (17655.2, "17655"), (99.95, "100.0"), (0.0, "0.00")]
 )
 def test_numbers_keep_three_digits(value, text):
-    assert report.number(value) == text
+    assert _tables.number(value) == text
 
 
 def test_compiled_facts_are_those_of_the_table(tmp_path):
     head = "| 90 | k | bf16 | throughput | s | c | encode |"
     (tmp_path / "aot.md").write_text(f"{head} 100 | 0 | 4096 | 2 | - |\n{head} 168 | 8 | 1024 | 1 | - |\n")
-    assert report.compiled_rows(tmp_path / "aot.md")[-1] == "| sm_90 | 2 | 168 | 8 | 4096 |"
-    assert report.compiled_rows(tmp_path / "absent.md") == [report.NOTHING]
+    assert _tables.compiled_rows(tmp_path / "aot.md")[-1] == "| sm_90 | 2 | 168 | 8 | 4096 |"
+    assert _tables.compiled_rows(tmp_path / "absent.md") == [_tables.NOTHING]
 
 
 def test_every_committed_config_row_is_in_the_page():
-    rows = report.compiled_rows(report.RESULTS / "aot.md")[2:]
+    rows = _tables.compiled_rows(report.RESULTS / "aot.md")[2:]
     listed = len(re.findall(r"^\| \d+ \|", (report.RESULTS / "aot.md").read_text(), re.M))
     assert sum(int(row.split("|")[2]) for row in rows) == listed > 0
 
@@ -220,8 +220,8 @@ def test_every_committed_config_row_is_in_the_page():
 def test_psnr_files_become_rows(tmp_path):
     figures = {"mean": 36.6, "std": 4.6, "median": 36.5, "p5": 29.1, "p95": None, "count": 7}
     write(tmp_path / "psnr-photos.json", {"models": {"full_capacitor": figures}, "delta": None})
-    rows = "\n".join(report.psnr_rows(tmp_path))
-    assert row_of(rows, "full_capacitor (photos)")[1:] == ["36.60", "4.60", "36.50", "29.10", report.NOTHING, "7"]
+    rows = "\n".join(_tables.psnr_rows(tmp_path))
+    assert row_of(rows, "full_capacitor (photos)")[1:] == ["36.60", "4.60", "36.50", "29.10", _tables.NOTHING, "7"]
     assert row_of(rows, "full_capacitor (card)")[1] == "36.62" and "released weights" not in rows
 
 
