@@ -22,7 +22,7 @@ from models import random_model
 from capacitor_rt.cache import CacheRequest, cache_images
 from capacitor_rt.cache import folder as folder_module
 from capacitor_rt.cache.decoding import work
-from capacitor_rt.cache.decoding.work import Worker
+from capacitor_rt.cache.decoding.reading import Ahead
 from capacitor_rt.cache.folder import CacheFolder, DiskFull
 from capacitor_rt.cache.mutex import Mutex, me, owner_bytes
 from capacitor_rt.cache.verify import verify
@@ -111,8 +111,8 @@ def test_what_is_done_is_not_decoded_again(src, out, whole, monkeypatch):
         for path in task_files(out, commit.task):
             path.unlink()
     decoded = []
-    original = Worker._attempt
-    monkeypatch.setattr(Worker, "_attempt", lambda self, i: decoded.append(i) or original(self, i))
+    original = Ahead._attempt
+    monkeypatch.setattr(Ahead, "_attempt", lambda self, i: decoded.append(i) or original(self, i))
     run(src, out, random_model())
     assert len(decoded) == sum(commit.inputs for commit in lost)
     assert snapshot(out) == snapshot(whole)

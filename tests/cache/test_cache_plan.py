@@ -22,7 +22,7 @@ from PIL import Image
 import capacitor_rt.cache
 from capacitor_rt import FullCapacitor
 from capacitor_rt.cache import CacheRequest, LatentDataset, cache_images, dry_run
-from capacitor_rt.cache.decoding.work import Worker
+from capacitor_rt.cache.decoding.reading import Ahead
 from capacitor_rt.cache.hashing import canonical_json
 from capacitor_rt.cache.model_source import Loaded
 from capacitor_rt.cache.sources import Listing
@@ -86,7 +86,7 @@ def test_files_of_their_own_are_cut_by_number_alone():
 def test_a_second_run_writes_nothing_and_does_not_load_the_model(cached, monkeypatch):
     src, out, model = cached
     before = stamps(out)
-    monkeypatch.delattr(Worker, "_attempt")
+    monkeypatch.delattr(Ahead, "_attempt")
     report = run(src, out, Forbidden(model))
     assert (report.inputs, report.cached, report.new_images, report.exit_code) == (8, 8, 0, 0)
     assert stamps(out) == before

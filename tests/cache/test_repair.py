@@ -13,7 +13,7 @@ from cache_cases import commits_of, flip_byte, snapshot, task_files, write_image
 from models import random_model
 
 from capacitor_rt.cache import CacheRequest, LatentDataset, cache_images
-from capacitor_rt.cache.decoding.work import Worker
+from capacitor_rt.cache.decoding.reading import Ahead
 from capacitor_rt.cache.folder import CacheFolder
 from capacitor_rt.cache.hashing import canonical_json
 from capacitor_rt.cache.leases import Leases
@@ -115,8 +115,8 @@ def test_what_is_damaged_is_made_anew_and_nothing_else(made, cache, monkeypatch,
     left = verify(cache)
     assert left.problems == []
     decoded = []
-    original = Worker._attempt
-    monkeypatch.setattr(Worker, "_attempt", lambda self, i: decoded.append(i) or original(self, i))
+    original = Ahead._attempt
+    monkeypatch.setattr(Ahead, "_attempt", lambda self, i: decoded.append(i) or original(self, i))
     cache_images(made / "src", cache, random_model(), REQUEST, workers=0, progress=False)
     assert len(decoded) == again
     files = {name: data for name, data in snapshot(cache).items() if not name.startswith("damaged/")}

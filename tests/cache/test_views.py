@@ -15,7 +15,7 @@ from models import random_model
 
 from capacitor_rt.cache import CacheRequest, LatentDataset, RunOptions, cache_images, cache_views, dry_run_views
 from capacitor_rt.cache import pipeline as pipeline_module
-from capacitor_rt.cache.decoding.work import Worker, _Read
+from capacitor_rt.cache.decoding.reading import Ahead, FileRead
 from capacitor_rt.cache.plan import Task
 from capacitor_rt.cache.sources import ColumnsRequest
 from capacitor_rt.cache.span_queue import Span, spans
@@ -141,11 +141,11 @@ def test_each_view_is_what_it_is_alone(images, tmp_path, workers):
 def test_every_image_is_read_and_decoded_once(images, monkeypatch):
     src, out, model = images
     decoded, read = [], []
-    stored, attempt = OpenedImage.stored_pixels, Worker._attempt
+    stored, attempt = OpenedImage.stored_pixels, Ahead._attempt
     monkeypatch.setattr(
         OpenedImage, "stored_pixels", lambda self, *a, **k: decoded.append(self._name) or stored(self, *a, **k)
     )
-    monkeypatch.setattr(Worker, "_attempt", lambda self, ordinal: read.append(ordinal) or attempt(self, ordinal))
+    monkeypatch.setattr(Ahead, "_attempt", lambda self, ordinal: read.append(ordinal) or attempt(self, ordinal))
     total = run_all(src, out, model)
     assert len(decoded) == len(set(decoded)) == 10
     assert sorted(read) == list(range(11))
@@ -235,15 +235,15 @@ def test_interrupted_anywhere_and_gone_on_with(images, tmp_path, monkeypatch):
 
 def test_io_errors_leave_the_tasks_of_all_views_and_pass(images, tmp_path, monkeypatch):
     src, out, model = images
-    attempt = Worker._attempt
+    attempt = Ahead._attempt
     failing = True
 
     def read(self, ordinal):
         if failing and ordinal == 2:
-            return _Read(error=ImageError("io_error", "Input/output error"))
+            return FileRead(error=ImageError("io_error", "Input/output error"))
         return attempt(self, ordinal)
 
-    monkeypatch.setattr(Worker, "_attempt", read)
+    monkeypatch.setattr(Ahead, "_attempt", read)
     reports = run(src, out, model)
     assert {name: (r.unfinished, dict(r.failed), r.exit_code) for name, r in reports.items()} == dict.fromkeys(
         VIEWS, (1, {"io_error": 1}, 1)

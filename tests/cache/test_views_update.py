@@ -25,7 +25,7 @@ from capacitor_rt.cache import (
     pipeline,
 )
 from capacitor_rt.cache import dedupe as dedupe_module
-from capacitor_rt.cache.decoding.work import Worker, _Read
+from capacitor_rt.cache.decoding.reading import Ahead, FileRead
 from capacitor_rt.cache.sources import ColumnsRequest
 from capacitor_rt.cache.verify import verify
 from capacitor_rt.errors import CacheError, ImageError
@@ -168,14 +168,14 @@ def test_without_update_other_inputs_are_refused_and_one_under_way_is_let_be(fol
 
 def test_what_failed_for_now_is_done_by_the_next_run(folder, monkeypatch):
     change(folder / "src")
-    attempt, failing = Worker._attempt, True
+    attempt, failing = Ahead._attempt, True
 
     def read(self, ordinal):
-        if failing and self.job.source.listing.id(ordinal) == "zz.png":
-            return _Read(error=ImageError("io_error", "Input/output error"))
+        if failing and self._source.listing.id(ordinal) == "zz.png":
+            return FileRead(error=ImageError("io_error", "Input/output error"))
         return attempt(self, ordinal)
 
-    monkeypatch.setattr(Worker, "_attempt", read)
+    monkeypatch.setattr(Ahead, "_attempt", read)
     report = views(folder / "src", folder / "out", update=True)
     assert {(r.unfinished, r.exit_code) for r in report.views.values()} == {(1, 1)}
     assert [LatentDataset(folder / "out" / name).plan.number for name in VIEWS] == [0, 0]

@@ -21,7 +21,7 @@ from PIL import Image
 from capacitor_rt.cache import CacheRequest, Checkpoint, LatentDataset, RunOptions, cache_images, cache_views
 from capacitor_rt.cache.compare import compare
 from capacitor_rt.cache.decoding import work
-from capacitor_rt.cache.decoding.work import Worker
+from capacitor_rt.cache.decoding.reading import Ahead
 from capacitor_rt.cache.verify import verify
 from capacitor_rt.cli.app import _run
 
@@ -90,8 +90,8 @@ def out(tmp_path, src) -> Path:
 def reads(monkeypatch) -> dict[str, list]:
     """Inputs that are read, and images that are decoded."""
     found: dict[str, list] = {"read": [], "decoded": []}
-    attempt, load = Worker._attempt, work.load_views
-    monkeypatch.setattr(Worker, "_attempt", lambda self, i: found["read"].append(i) or attempt(self, i))
+    attempt, load = Ahead._attempt, work.load_views
+    monkeypatch.setattr(Ahead, "_attempt", lambda self, i: found["read"].append(i) or attempt(self, i))
     monkeypatch.setattr(
         work, "load_views", lambda data, *args, **kw: found["decoded"].append(kw["name"]) or load(data, *args, **kw)
     )
