@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ._processes import ROOT, Command, ending_on_sigterm, missing_package, tail
+from ._processes import ROOT, Command, ending_on_sigterm, tail
 from ._records import append_line
 
 TESTS = ROOT / "tests"
@@ -55,7 +55,7 @@ class TestFile:
 
     def command(self) -> list[str]:
         """Verbose, so that the log of a hang ends with the test that hung; with no plugin that is not asked for."""
-        options = ("-v", "--tb=short", "-p", "no:cacheprovider", "-p", "bench._missing_packages")
+        options = ("-v", "-ra", "--tb=short", "-p", "no:cacheprovider", "-p", "bench._missing_packages")
         # where a test hangs, the stacks of its threads come into the log before it is ended
         options += ("-o", f"faulthandler_timeout={FILE_SECONDS / 3:.0f}")
         return [sys.executable, "-m", "pytest", *options, "-m", CHOICE[self.which], self.name]
@@ -96,19 +96,17 @@ def result_of(file: TestFile, code: int | None, log: Path, seconds: float) -> Fi
     """From pytest's exit code, None where it was ended, and its output."""
     output = log.read_text(errors="replace")
     failed = tuple(re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.M))
+    reasons = re.findall(r"^SKIPPED \[\d+\] [^:]+:(?:\d+:)? (.*)$", output, re.M)
     detail = tail(log).strip("= ")[:200]
     if code is None:
         status, at = "timeout", re.findall(r"^(\S+::.*?) *(?:PASSED|SKIPPED|FAILED|ERROR|Timeout|$)", output, re.M)
         detail = f"ended after {seconds:.0f} s, in or after {at[-1]}" if at else f"ended after {seconds:.0f} s"
     elif code == NONE_CHOSEN:
-        status, detail = "skipped", "no such tests in it"
+        status, detail = "skipped", reasons[-1] if reasons else "no such tests in it"
     elif code == PASSED:
         status = "ok" if re.search(r"\b\d+ x?passed\b", detail) else "skipped"
-        reasons = re.findall(r"^SKIPPED \[\d+\] [^:]+:(?:\d+:)? (.*)$", output, re.M)
         if status == "skipped" and reasons:
             detail = f"{detail}: {reasons[-1]}"
-    elif re.search(r"^ERROR collecting|^_+ ERROR collecting", output, re.M) and (package := missing_package(output)):
-        return FileResult(file.name, file.which, "skipped", seconds, f"{package} is not installed")
     else:
         status = "failed"
         if code < 0 or not re.search(r"\b(?:failed|error)", detail):

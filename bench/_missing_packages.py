@@ -1,18 +1,21 @@
-"""A pytest plugin for machines that lack packages of the tests: `-p bench._missing_packages`.
+"""A pytest plugin for machines that lack packages of the tests: `-p bench._missing_packages`, and under `-m gpu`.
 
 Where hypothesis is absent, whole files of examples that do not need it could not be imported for the few properties in
-them. This puts a module in its place with which they can, and skips the properties.
+them. This puts a module in its place with which they can, and skips the properties. A file that needs any other package
+is skipped with its name: else pytest would run nothing at all.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
 import pytest
+
+from ._processes import missing_package
 
 REASON = "hypothesis is not installed: pip install '.[test]'"
 
@@ -64,3 +67,16 @@ def pytest_configure() -> None:
     decorators = {"given": _given, "example": lambda *_, **__: lambda test: test, "settings": _Settings()}
     sys.modules["hypothesis"] = _module("hypothesis", strategies=strategies, **decorators)
     sys.modules["hypothesis.strategies"] = strategies
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """What could not be imported for the lack of a package is skipped."""
+    report = yield
+    package = missing_package(report.longreprtext) if report.failed else None
+    if package is not None:
+        report.outcome, report.result = "skipped", []
+        report.longrepr = (str(collector.path), 0, f"Skipped: {package} is not installed")
+    return report

@@ -15,7 +15,11 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 GRACE_SECONDS = 2.0
-_MISSING = re.compile(r"^(?:E\s+)?ModuleNotFoundError: No module named '([\w.]+)'", re.M)
+_MISSING = re.compile(
+    r"^(?:E\s+)?(?:ModuleNotFoundError: No module named '([\w.]+)'"
+    r"|capacitor_rt\.extras\.MissingExtraError: (\w+) is not installed)",
+    re.M,
+)
 OWN = ("bench", "capacitor_kernels", "capacitor_rt", "tests")
 
 
@@ -95,7 +99,7 @@ def ending_on_sigterm() -> Iterator[None]:
 def missing_package(output: str) -> str | None:
     """The package that an import did not find, by the last such error in an output; None for a part of this project."""
     found = _MISSING.findall(output)
-    name = found[-1].partition(".")[0] if found else None
+    name = "".join(found[-1]).partition(".")[0] if found else None
     if name is None or name in OWN or list((ROOT / "tests").rglob(f"{name}.py")):
         return None
     return name

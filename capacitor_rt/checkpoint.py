@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from . import strict_json
@@ -248,6 +246,8 @@ def _read_settings(path: Path | None) -> dict[str, Any]:
 
 def read_tensors(source: CheckpointSource, reading: Reading) -> tuple[dict[str, Tensor], list[str]]:
     """The model's tensors by their names there, memory-mapped where possible, and the problems of their values."""
+    from safetensors import SafetensorError, safe_open
+
     tensors: dict[str, Tensor] = {}
     problems: list[str] = []
     try:
@@ -264,6 +264,8 @@ def read_tensors(source: CheckpointSource, reading: Reading) -> tuple[dict[str, 
 
 def _tensor(source: CheckpointSource, file: Any, entry: Entry) -> Tensor:
     """A tensor of an open file, memory-mapped where possible."""
+    from safetensors import SafetensorError
+
     try:
         return file.get_tensor(entry.name)
     # torch says RuntimeError, or NotImplementedError, which is one, for what it cannot map or view
@@ -325,6 +327,8 @@ def read(source: CheckpointSource, *, strict: bool = True) -> CheckpointContents
 
 def save(folder: str | os.PathLike[str], config: ModelConfig, state: Mapping[str, Tensor]) -> None:
     """Write `config.json` and `model.safetensors` into `folder`, each whole or not at all. Tensors keep their dtype."""
+    from safetensors.torch import save_file
+
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: t.detach().cpu().contiguous() for name, t in state.items()}

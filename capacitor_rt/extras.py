@@ -8,6 +8,8 @@ from types import ModuleType
 
 from .errors import CacheError
 
+_OWN = ("capacitor_kernels", "capacitor_rt")
+
 
 class MissingExtraError(CacheError, ImportError):
     """An optional dependency that is not installed; the message names the extra that brings it."""
@@ -25,6 +27,14 @@ def is_installed(module: str) -> bool:
     except (ImportError, ValueError):
         # a parent is missing, or something keeps it from being imported
         return False
+
+
+def what_is_missing(error: ModuleNotFoundError) -> str | None:
+    """In one line, the package that an import did not find, and how to get it; None for a part of this project."""
+    package = (error.name or "").partition(".")[0]
+    if not package or package in _OWN:
+        return None
+    return f"{package} is not installed: pip install {package}"
 
 
 def require_extra(module: str, extra: str = "cache") -> ModuleType:

@@ -24,6 +24,12 @@ if not HAS_GPU:
     quick_interpreter.install()
 
 
+def pytest_configure(config):
+    # machines with a GPU need not have all that the tests do
+    if config.option.markexpr == "gpu" and not config.pluginmanager.has_plugin("bench._missing_packages"):
+        config.pluginmanager.import_plugin("bench._missing_packages")
+
+
 def _gpu_problem() -> str | None:
     if not HAS_GPU:
         return "no CUDA GPU"

@@ -7,7 +7,8 @@ import warnings
 
 import pytest
 import torch
-from golden_cases import GOLDEN, golden_io, inference_of, relative_error
+from golden_cases import GOLDEN, golden_io, inference_of
+from measures import relative_error
 from safetensors.torch import load_file, save_file
 
 from capacitor_rt import CheckpointError, FullCapacitor, InputError, ModelConfig

@@ -9,7 +9,8 @@ from functools import cache
 
 import pytest
 import torch
-from golden_cases import GOLDEN, inference_of, relative_error
+from golden_cases import GOLDEN, inference_of
+from measures import relative_error
 from models import TINY_SIBLINGS as TINY
 from models import random_model
 from safetensors.torch import load_file, save_file

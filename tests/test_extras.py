@@ -110,6 +110,33 @@ def test_require_extra_imports_or_says_what_brings_it():
     assert isinstance(raised.value, CacheError) and isinstance(raised.value, ImportError)
 
 
+@pytest.mark.parametrize(
+    ("package", "args"),
+    [("typer", ("doctor",)), ("safetensors", ("inspect", P16)), ("huggingface_hub", ("inspect", "a/b"))],
+)
+def test_a_command_without_what_it_depends_on_ends_in_one_line(tmp_path, package, args):
+    """As installed by `pip install --no-deps`."""
+    code = f"import sys\nsys.modules[{package!r}] = None\nfrom capacitor_rt.cli import main; main()"
+    done = python(code, *args, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"error: {package} is not installed: pip install {package}\n"
+
+
+def test_a_model_without_a_checkpoint_needs_torch_alone(tmp_path):
+    code = f"""
+import sys
+for name in ("safetensors", "huggingface_hub", "typer", "tqdm", "PIL", "pyarrow"): sys.modules[name] = None
+sys.path.insert(0, {str(Path(__file__).parent / "support")!r})
+import torch
+from models import TINY
+from capacitor_rt import FullCapacitor
+model = FullCapacitor(TINY, backend="torch").eval().requires_grad_(False)
+print([*model.encode(torch.zeros(1, 3, 32, 32)).shape])
+"""
+    done = python(code, cwd=tmp_path)
+    assert done.stdout == "[1, 4, 4, 4]\n", done.stderr
+
+
 def test_is_installed_does_not_import_and_never_fails(monkeypatch):
     assert is_installed("PIL") and not is_installed("no_such_package") and not is_installed("no_such_package.part")
     monkeypatch.setitem(sys.modules, "pyarrow", None)

@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from golden_cases import relative_error
+from measures import relative_error
 from models import SMALL, random_model
 
 from capacitor_rt import ConfigError, FullCapacitor, FullCapacitorInferenceConfig, InputError

@@ -6,7 +6,8 @@ from functools import cache
 
 import pytest
 import torch
-from golden_cases import DECODES, GOLDEN, NAMES, golden_io, inference_of, relative_error
+from golden_cases import DECODES, GOLDEN, NAMES, golden_io, inference_of
+from measures import relative_error
 
 from capacitor_rt import FullCapacitor
 from capacitor_rt.model import Posterior

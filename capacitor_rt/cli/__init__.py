@@ -1,5 +1,20 @@
 """`capacitor-rt`: images to latents and back from a shell."""
 
-from .app import app, main
+from __future__ import annotations
 
-__all__ = ["app", "main"]
+import sys
+
+from ..extras import what_is_missing
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Entry point. Installed by `pip install --no-deps`, it says in one line what it lacks."""
+    try:
+        from .app import main as run
+    except ModuleNotFoundError as error:
+        if (missing := what_is_missing(error)) is None:
+            raise
+        sys.exit(f"error: {missing}")
+    run()

@@ -12,6 +12,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from ..errors import CapacitorError, CheckpointError, InputError
+from ..extras import what_is_missing
 from ..version import __version__
 from .cache import cache
 from .cache_status import diff, gc, status
@@ -90,6 +91,11 @@ def _run() -> int:
         return 0
     except OSError as error:
         note_error(error)
+        return 1
+    except ModuleNotFoundError as error:
+        if (missing := what_is_missing(error)) is None:
+            raise
+        note(f"error: {missing}")
         return 1
 
 

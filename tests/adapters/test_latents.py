@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from calibrations import document
-from golden_cases import GOLDEN, golden_io, relative_error
+from golden_cases import GOLDEN, golden_io
+from measures import relative_error
 from models import SMALL, random_model
 from torch import nn
 

@@ -11,7 +11,8 @@ import sys
 import pytest
 import torch
 from calibrations import document
-from golden_cases import GOLDEN, relative_error
+from golden_cases import GOLDEN
+from measures import relative_error
 from models import random_model
 from runtime_cases import DEVICE, TOLERANCE, tiny
 from torch import nn

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from golden_cases import relative_error
+from measures import relative_error
 from models import random_model
 from torch import nn
 

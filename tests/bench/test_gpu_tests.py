@@ -17,6 +17,8 @@ from bench._records import read_lines
 ROOT = Path(gpu_tests.__file__).parents[1]
 # what a machine that only runs models does not have
 ABSENT = ("hypothesis", "lightning", "accelerate", "PIL", "pyarrow", "xxhash", "matplotlib", "diffusers", "xdist")
+# and what even a model does not, but for its checkpoint
+ABSENT += ("safetensors", "huggingface_hub", "typer", "tqdm")
 BARE = f"""
 from importlib.machinery import PathFinder
 
@@ -83,6 +85,29 @@ def test_a_bare_machine_runs_what_needs_no_more(bare, tmp_path):
     assert "hypothesis is not installed" in log and "::test_" in log and "PASSED" in log
     gpu = found["tests/kernels/test_whiten.py", "gpu"]
     assert gpu["status"] == "skipped" and "needs an NVIDIA GPU" in gpu["detail"]
+
+
+def test_plain_pytest_runs_the_gpu_tests_of_a_bare_machine(bare):
+    """One file that cannot be imported would end it before the first test."""
+    lacking = {"tests/cache/test_cache_gpu.py": "PIL", "tests/kernels/test_resize.py": "Pillow"}
+    files = ["tests/kernels/test_whiten.py", "tests/runtime/test_runtime_gpu.py", *lacking]
+    # as the command `pytest`, which does not look into the current folder
+    command = [sys.executable, "-c", "import sys, pytest; sys.path.remove(''); sys.exit(pytest.main())"]
+    command += ["-q", "-p", "no:cacheprovider"]
+
+    def run(*more: str) -> subprocess.CompletedProcess[str]:
+        # the plugins that are absent are registered all the same
+        environment = bare | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+        return subprocess.run([*command, *more], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+    done = run("-m", "gpu", *files)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for file, package in lacking.items():
+        assert f"{file}:0: {package} is not installed" in done.stdout
+    assert "test_runtime_gpu.py" in done.stdout and "no CUDA GPU" in done.stdout
+    # elsewhere a file that cannot be imported is an error
+    done = run(*lacking)
+    assert done.returncode == 2 and "ERROR tests/cache/test_cache_gpu.py" in done.stdout
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from capacitor_rt import FullCapacitor, FullCapacitorInferenceConfig
-from capacitor_rt.cli import app, main
+from capacitor_rt.cli.app import app, main
 
 P16, P8 = str(GOLDEN / "p16"), str(GOLDEN / "p8")
 
@@ -189,6 +189,6 @@ def test_every_command_and_option_is_explained_in_a_sentence():
 
 
 def test_help_does_not_wait_for_torch():
-    code = "import sys, capacitor_rt.cli; print({'torch', 'numpy', 'PIL'} & set(sys.modules))"
+    code = "import sys, capacitor_rt.cli.app; print({'torch', 'numpy', 'PIL'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "set()", done.stderr

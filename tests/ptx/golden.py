@@ -21,7 +21,8 @@ from capacitor_rt.runtime.executor import Executor
 from capacitor_rt.runtime.fold_fp8 import BlockRange, Ranges, fold_fp8
 from capacitor_rt.runtime.fp8 import Fp8Encoder
 from capacitor_rt.runtime.plan import LaunchPlan, PlanKey, make_plan
-from tests.support.golden_cases import inference_of, relative_error
+from tests.support.golden_cases import inference_of
+from tests.support.measures import relative_error
 
 from .compare import RATIO
 from .execution import Device, Ran

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from golden_cases import relative_error
+from measures import relative_error
 from models import randomise
 from runtime_cases import DEVICE, ONE_STEP, TOLERANCE, encode_in_child, tiny
 

@@ -10,7 +10,8 @@ import sys
 
 import pytest
 import torch
-from golden_cases import GOLDEN, relative_error
+from golden_cases import GOLDEN
+from measures import relative_error
 
 from capacitor_rt import FullCapacitor, ModelConfig
 from capacitor_rt.runtime import fold

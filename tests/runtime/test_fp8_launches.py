@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from golden_cases import GOLDEN, relative_error
+from golden_cases import GOLDEN
+from measures import relative_error
 from runtime_cases import DEVICE
 
 from capacitor_kernels.launch import recording

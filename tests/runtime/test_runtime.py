@@ -8,7 +8,8 @@ from functools import cache
 
 import pytest
 import torch
-from golden_cases import DECODES, GOLDEN, NAMES, golden_io, inference_of, relative_error
+from golden_cases import DECODES, GOLDEN, NAMES, golden_io, inference_of
+from measures import relative_error
 from runtime_cases import DEVICE, ONE_STEP, TOLERANCE, tiny
 
 from capacitor_rt import FullCapacitor, FullCapacitorInferenceConfig, InputError, ModelConfig

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from golden_cases import relative_error
+from measures import relative_error
 from models import randomise
 
 from capacitor_rt import FullCapacitor, FullCapacitorInferenceConfig, InputError, ModelConfig

@@ -8,7 +8,8 @@ from functools import cache
 
 import pytest
 import torch
-from golden_cases import GOLDEN, inference_of, relative_error
+from golden_cases import GOLDEN, inference_of
+from measures import relative_error
 from models import TINY_SIBLINGS, random_model
 from runtime_cases import DEVICE, TOLERANCE
 from safetensors.torch import load_file

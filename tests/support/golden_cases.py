@@ -35,9 +35,3 @@ def inference_of(key: str) -> FullCapacitorInferenceConfig:
 
 
 DECODES = [(name, key) for name in NAMES for key in sorted(golden_io(name)) if key.startswith("decode_")]
-
-
-def relative_error(got: Tensor, truth: Tensor) -> float:
-    """L2 norm of the difference over L2 norm of the truth, in float64."""
-    assert got.shape == truth.shape, (got.shape, truth.shape)
-    return ((got.double() - truth.double()).norm() / truth.double().norm()).item()
