@@ -7,7 +7,8 @@
 The photographs are made of the bundled ones, all different. Of each set three things are measured, one after the other
 in the same run: one core that decodes and resizes (exact, fast, and with the resize left to the GPU), a whole run of
 the cache, and a plain loop, Pillow in a DataLoader, with as many workers, which saves latents too. Both have the same
-encoder; the null one has its latents before it is asked, as a GPU would, so that it takes no time of these cores. Rates
+encoder; the null one has its latents before it is asked, as a GPU would, so that it takes no time of these cores, and
+what `--decode gpu` or `--resize gpu` leave to a GPU takes none either (nvJPEG's own work on the host neither). Rates
 are by the clock, whole and without the start (until the first images are there), and `cpu` is the CPU time of all
 processes, starting them included. Prints a line for each and appends them as JSON to bench/results/cache-<gpu>.jsonl.
 Needs the packages of the extra `cache`.
@@ -23,15 +24,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from functools import cache
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from ._null import null_encoder, null_gpu, null_latents, null_model
 from ._photos import SETS, PhotoSet
 
 NEEDS = {"PIL": "pillow", "pyarrow": "pyarrow", "xxhash": "xxhash"}
@@ -109,50 +110,6 @@ def one_core(files: Sequence[bytes], size: int, decode: str) -> float:
     return max(rates)
 
 
-def null_model() -> Any:
-    """A model of the published shape of latents that computes nothing."""
-    import dataclasses
-
-    from capacitor_rt import FullCapacitor, ModelConfig
-
-    from ._contenders import TINY
-
-    class NullCapacitor(FullCapacitor):
-        def encode(self, image: Tensor) -> Tensor:
-            batch, height, width, _ = image.shape
-            return image.new_zeros(batch, self.latent_channels, height // 16, width // 16, dtype=torch.float32)
-
-    model = NullCapacitor(dataclasses.replace(TINY, bottleneck_dim=ModelConfig().bottleneck_dim))
-    model.backend = "torch"
-    return model
-
-
-def null_latents(pixels: Tensor) -> Tensor:
-    """float16 latents for pixels `[B,H,W,3]` that are there before they are asked for."""
-    return _latents(*pixels.shape[:3])
-
-
-@cache
-def _latents(batch: int, height: int, width: int) -> Tensor:
-    return torch.zeros(batch, 128, height // 16, width // 16, dtype=torch.float16)
-
-
-def null_encoder() -> Any:
-    """A class of encoders that have the latents of their null model before they are asked for them."""
-    from capacitor_rt.cache.encoder import BatchEncoder, Encoded
-
-    class NullEncoder(BatchEncoder):
-        known: dict[Any, Encoded] = {}  # noqa: RUF012
-
-        def submit(self, pixels: Tensor) -> Encoded:
-            key = tuple(pixels.shape)
-            if key not in self.known:
-                self.known[key] = super().submit(pixels)
-            return self.known[key]
-
-    return NullEncoder
-
-
 def cache_run(folder: Path, out: Path, model: Any, size: int, args: argparse.Namespace) -> dict[str, Any]:
     """Cache every file of `folder` into `out`; the figures of the run."""
     import capacitor_rt.cache.run as run_module
@@ -160,11 +117,13 @@ def cache_run(folder: Path, out: Path, model: Any, size: int, args: argparse.Nam
     from capacitor_rt.cache.options import RunOptions
 
     reports = []
+    on_gpu = model.device.type == "cuda"
+    null = nullcontext() if on_gpu else null_gpu(args.decode, args.resize)
 
     def run() -> int:
         options = RunOptions(workers=args.workers, progress=False, resize=args.resize)
-        encoder = null_encoder() if model.device.type == "cpu" else run_module.BatchEncoder
-        with patch.object(run_module, "BatchEncoder", encoder):
+        encoder = run_module.BatchEncoder if on_gpu else null_encoder()
+        with null, patch.object(run_module, "BatchEncoder", encoder):
             report = cache_images(folder, out, model, CacheRequest(side=size, decode=args.decode), options=options)
         reports.append(report)
         return report.new_images
@@ -278,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--images", type=int, help="Write and cache this many files of each set.")
     parser.add_argument("--size", type=int, action="append", help="Cache at this many pixels per side; default 256.")
     parser.add_argument("--decode", choices=("exact", "fast", "gpu"), default="exact", help="How the cache decodes.")
-    parser.add_argument("--resize", choices=("cpu", "gpu"), default="cpu", help="Where the cache resizes.")
+    parser.add_argument("--resize", choices=("auto", "cpu", "gpu"), default="auto", help="Where the cache resizes.")
     parser.add_argument(
         "--folder", type=Path, help="Put files and latents below this folder, and remove them at the end."
     )

@@ -55,7 +55,7 @@ def write_cache(root: Path, rows: int, side: int, task_inputs: int = 8192) -> No
     from capacitor_rt.cache.sources.listing import Listing
     from capacitor_rt.cache.store import TaskData, TaskStore
 
-    from .cache import null_model
+    from ._null import null_model
 
     names = [b"%04d/image-%09d.jpg" % (i // 1000, i) for i in range(rows)]
     sizes = np.full(rows, 50_000, np.int64)

@@ -118,7 +118,7 @@ def cache(src: str, out: str, workers: str, side: str, update: str = "") -> dict
     from capacitor_rt.cache import CacheRequest, cache_images
     from capacitor_rt.cache.options import RunOptions
 
-    from .cache import null_encoder, null_model
+    from ._null import null_encoder, null_model
 
     torch.set_num_threads(1)
     # the same model in every process

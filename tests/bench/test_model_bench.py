@@ -365,9 +365,10 @@ def test_clocks_are_numbers_of_the_gpu_by_its_uuid(driver):
     assert device.clocks(torch.device("cuda")) == {"clock_mhz": 1755, "celsius": 41, "watts": 313}
 
 
-def test_caching_throughput(tmp_path, capsys):
+@pytest.mark.parametrize("left", [[], ["--resize", "gpu"], ["--decode", "gpu"]], ids=str)
+def test_caching_throughput(tmp_path, capsys, left):
     out = tmp_path / "cache.jsonl"
-    options = ["--set", "256", "--images", "3", "--workers", "0", "--out", str(out), "--folder", str(tmp_path)]
+    options = ["--set", "500", "--images", "3", "--workers", "0", "--out", str(out), "--folder", str(tmp_path), *left]
     assert cache.main(options) == 0
     (line,) = map(json.loads, out.read_text().splitlines())
     assert line["images"] == 3 and line["quarantined"] == 0 and line["images_per_s"] > 0
