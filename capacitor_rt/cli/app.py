@@ -5,8 +5,10 @@ Exit codes: 0 done; 3 finished, but some inputs failed; 2 usage; 1 failed; 130 i
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
+from collections.abc import Callable
 from typing import Annotated, Any, cast
 
 import typer
@@ -21,6 +23,7 @@ from .calibrate_fp8 import calibrate_fp8
 from .doctor import doctor
 from .export import export
 from .inspect_checkpoint import inspect
+from .interrupts import INTERRUPTED
 from .latent_files import decode, encode
 from .plan import plan
 from .probe import probe
@@ -37,12 +40,27 @@ app = typer.Typer(
     help="Fast runtime for the full_capacitor image autoencoder.",
 )
 
+
+def _told(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose interruption is a line on standard error, which typer ends without a word."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except KeyboardInterrupt:
+            note("interrupted")
+            raise typer.Exit(INTERRUPTED) from None
+
+    return run
+
+
 for command in (
     encode, decode, inspect, cache, verify, status, diff, gc, export, push, psnr, view, probe, plan, doctor, tune,
     calibrate,
 ):  # fmt: skip
-    app.command()(command)
-app.command("calibrate-fp8")(calibrate_fp8)
+    app.command()(_told(command))
+app.command("calibrate-fp8")(_told(calibrate_fp8))
 
 
 # the parser's own errors: bad options, bad values, missing arguments
@@ -84,7 +102,7 @@ def _run() -> int:
         return 1
     except KeyboardInterrupt:
         note("interrupted")
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:
         # the reader went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -106,7 +124,7 @@ def _print_usage_error(error: Any) -> int:
     if error.ctx is not None:
         note(error.ctx.get_usage())
         note(f"'{error.ctx.command_path} --help' explains the options")
-    note(f"error: {error.format_message()}")
+    note(f"error: {error.format_message().replace('Value error, ', '')}")
     return error.exit_code
 
 

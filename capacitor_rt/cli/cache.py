@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,6 +24,8 @@ from .options import (
     Revision,
     SquareSide,
     StoredDtype,
+    image_option,
+    model_option,
     parse_background,
     resolve_device,
     visible_gpus,
@@ -31,6 +34,11 @@ from .terminal import echo
 
 if TYPE_CHECKING:
     from ..cache.decoding import Helper
+
+_stored = partial(typer.Option, rich_help_panel="What is stored")
+_work = partial(typer.Option, rich_help_panel="Processes")
+_source = partial(typer.Option, rich_help_panel="Source, labels, captions")
+_again = partial(typer.Option, rich_help_panel="An existing cache")
 
 
 def cache(
@@ -47,78 +55,74 @@ def cache(
     area: AreaSide = None,
     view: Annotated[
         list[str] | None,
-        typer.Option(
+        image_option(
             "--view",
-            help="Several sizes from one decode, each a cache in a folder under OUT: SIDE[@OPTION+...], with commas "
+            help="Several sizes from one decode, each a cache in a folder under OUT: SIDE\\[@OPTION+...], with commas "
             "between; options are area, adm, posterior, flip, and a --dtype. As 256,512@flip.",
             metavar="VIEWS",
         ),
     ] = None,
     max_aspect: Annotated[
-        float, typer.Option(min=1, help="Largest ratio of a bucket's longer side to its shorter side.")
+        float, image_option(min=1, help="Largest ratio of a bucket's longer side to its shorter side.")
     ] = 4.0,
     background: Background = "ffffff",
     decode: Annotated[
         str,
-        typer.Option(
+        image_option(
             help="How JPEGs are decoded: exact; fast, which shrinks large ones on the way; or gpu, by nvJPEG, which "
-            "needs the extra [gpu-decode].",
+            "needs the extra \\[gpu-decode].",
             metavar="HOW",
         ),
     ] = "exact",
     icc: Annotated[
-        str, typer.Option(help="Colour profiles: srgb applies them, ignore passes them over.", metavar="HOW")
+        str, image_option(help="Colour profiles: srgb applies them, ignore passes them over.", metavar="HOW")
     ] = "srgb",
     crop: Annotated[
         str,
-        typer.Option(
+        image_option(
             help="What of an image fills a square: center, or adm (center_crop_arr of ADM, DiT, REPA, LightningDiT).",
             metavar="HOW",
         ),
     ] = "center",
     dtype: Annotated[
-        StoredDtype, typer.Option(help="Type that the latents are stored in; int8 has a scale per image and channel.")
+        StoredDtype, _stored(help="Type that the latents are stored in; int8 has a scale per image and channel.")
     ] = StoredDtype.bf16,
-    posterior: Annotated[
-        bool, typer.Option("--posterior", help="Store logsnr too, so that samples can be drawn.")
-    ] = False,
-    flip: Annotated[bool, typer.Option("--flip", help="Store the latents of the mirrored images too.")] = False,
-    batch: Annotated[int | None, typer.Option(min=1, help="Images per encode call (default: by size).")] = None,
+    posterior: Annotated[bool, _stored("--posterior", help="Store logsnr too, so that samples can be drawn.")] = False,
+    flip: Annotated[bool, _stored("--flip", help="Store the latents of the mirrored images too.")] = False,
+    batch: Annotated[int | None, _work(min=1, help="Images per encode call (default: by size).")] = None,
     task_inputs: Annotated[
         int | None,
-        typer.Option(
+        _stored(
             "--task-inputs", "--shard-rows", min=1, help="Most images per file of latents (default: 8192, or 512 MiB)."
         ),
     ] = None,
     workers: Annotated[
         int | None,
-        typer.Option(
-            min=0, help="Processes that read and decode (default: one per core, fewer for few images; 0: none)."
-        ),
+        _work(min=0, help="Processes that read and decode (default: one per core, fewer for few images; 0: none)."),
     ] = None,
     resize: Annotated[
         str,
-        typer.Option(help="Where images are resized: cpu, gpu, or auto (cpu). The bits are the same.", metavar="WHERE"),
+        image_option(help="Where images are resized: cpu, gpu, or auto (cpu). The bits are the same.", metavar="WHERE"),
     ] = "auto",
     image_timeout: Annotated[
-        float, typer.Option(min=0.1, help="Seconds that reading and decoding one image may take.")
+        float, _work(min=0.1, help="Seconds that reading and decoding one image may take.")
     ] = 60.0,
     pixel_budget: Annotated[
         float,
-        typer.Option(min=0.01, help="GiB that all workers together may take for files and images that they decode."),
+        _work(min=0.01, help="GiB that all workers together may take for files and images that they decode."),
     ] = 2.0,
     metrics: Annotated[
         Path | None,
-        typer.Option(help="Keep what the stages do in this file: JSON, or Prometheus text if it ends in .prom."),
+        _work(help="Keep what the stages do in this file: JSON, or Prometheus text if it ends in .prom."),
     ] = None,
     device: Device = "auto",
     gpus: Gpus = None,
     coordinators: Annotated[
-        int | None, typer.Option(min=1, help="Processes that encode on the device, or on each of --gpus.")
+        int | None, _work(min=1, help="Processes that encode on the device, or on each of --gpus.")
     ] = None,
     ray: Annotated[
         str | None,
-        typer.Option(
+        _work(
             help="Work by actors on a Ray cluster, a GPU each: its address, auto or local. --coordinators: how many.",
             metavar="ADDRESS",
         ),
@@ -127,58 +131,58 @@ def cache(
     backend: Backend = "auto",
     encode_precision: Annotated[
         str | None,
-        typer.Option("--encode-precision", help="Encode in fp8 (e4m3) by the scales of calibrate-fp8.", metavar="NAME"),
+        model_option("--encode-precision", help="Encode in fp8 (e4m3) by the scales of calibrate-fp8.", metavar="NAME"),
     ] = None,
     revision: Revision = None,
     source: Annotated[
-        str, typer.Option("--source", help="Kind of SRC: folder, list, tar or parquet (default: by its name).")
+        str, _source("--source", help="Kind of SRC: folder, list, tar or parquet (default: by its name).")
     ] = "auto",
     image_column: Annotated[
-        str | None, typer.Option(help="Column of the images in Parquet files (default: by name and type).")
+        str | None, _source(help="Column of the images in Parquet files (default: by name and type).")
     ] = None,
     labels: Annotated[
         str | None,
-        typer.Option(
+        _source(
             help="Labels: folder (the first folder of the path), a table (.csv, .jsonl, .json, .parquet), an extension "
             "beside the images in tar files, or a column of Parquet files."
         ),
     ] = None,
     captions: Annotated[
         str | None,
-        typer.Option(help="Captions: txt or json (files beside the images), a table, or a column of Parquet files."),
+        _source(help="Captions: txt or json (files beside the images), a table, or a column of Parquet files."),
     ] = None,
     keep: Annotated[
         list[str] | None,
-        typer.Option(help="Column to keep in the index, of a table, of the .json in tar files, or of Parquet files."),
+        _source(help="Column to keep in the index, of a table, of the .json in tar files, or of Parquet files."),
     ] = None,
     update: Annotated[
         bool,
-        typer.Option(
+        _again(
             "--update",
             help="If SRC has changed, make a new generation of the cache: rows of unchanged bytes are kept, "
             "and the old one stays whole until then.",
         ),
     ] = False,
     rehash: Annotated[
-        bool, typer.Option("--rehash", help="With --update: read every file, also one of unchanged size and time.")
+        bool, _again("--rehash", help="With --update: read every file, also one of unchanged size and time.")
     ] = False,
     dedupe: Annotated[
         bool,
-        typer.Option("--dedupe", help="Encode inputs of the same bytes once: the source is searched for them first."),
+        _stored("--dedupe", help="Encode inputs of the same bytes once: the source is searched for them first."),
     ] = False,
     retry_quarantined: Annotated[
-        bool, typer.Option("--retry-quarantined", help="Try quarantined inputs again, and cache those that can be now.")
+        bool, _again("--retry-quarantined", help="Try quarantined inputs again, and cache those that can be now.")
     ] = False,
     give_up: Annotated[
         bool,
-        typer.Option(
+        _again(
             "--give-up",
             help="Quarantine also what failed for now (I/O errors, timeouts), so that its task is finished.",
         ),
     ] = False,
     measure: Annotated[
         int | None,
-        typer.Option(
+        _stored(
             min=0,
             help="Images on which a new cache measures what each --dtype costs (default: 4 with int8, else none).",
         ),

@@ -77,7 +77,14 @@ def refuse_collisions(outputs: dict[Path, Path], verb: str) -> None:
 
 
 def refuse_existing(target: Path) -> None:
-    """A picture that is there may be the original: it is never overwritten."""
+    """What is there is never overwritten: it may be the original.
+
+    Raises:
+        InputError: it is there, or its folder can be none.
+    """
+    file = next((folder for folder in target.parents if folder.is_file()), None)
+    if file is not None:
+        raise InputError(f"{file} is a file: give a folder as --out")
     if target.exists():
         raise InputError(f"{target} exists: move it away, or give another --out")
 
@@ -115,6 +122,9 @@ def encode(
     # the whole name stays in the output's name: a.png and a.jpg are two images
     targets = {path: out / relative.with_name(relative.name + ".safetensors") for path, relative in found}
     refuse_collisions(targets, "encode")
+    for target in targets.values():
+        if len(os.fsencode(target.name)) <= FILE_NAME_BYTES:
+            refuse_existing(target)
     from ..errors import ImageError
     from ..images.frames import Framing, load_frames, to_batch
 

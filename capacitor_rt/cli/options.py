@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -153,28 +154,31 @@ def check_one_of(size: int | None, area: int | None) -> None:
         raise InputError(f"size {size} and area {area} exclude each other: give one of them")
 
 
-Model = Annotated[str, typer.Option("--model", "-m", help=f"Model to load: {CHECKPOINTS}.", callback=check_model)]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the model on the hub.")]
+model_option = partial(typer.Option, rich_help_panel="Model and device")
+image_option = partial(typer.Option, rich_help_panel="Images")
+
+Model = Annotated[str, model_option("--model", "-m", help=f"Model to load: {CHECKPOINTS}.", callback=check_model)]
+Revision = Annotated[str | None, model_option(help="Branch, tag or commit of the model on the hub.")]
 Device = Annotated[
     str,
-    typer.Option(
+    model_option(
         help="Device to run on: cpu, cuda, cuda:1; auto takes a GPU where there is one.", callback=check_device_name
     ),
 ]
-Backend = Annotated[str, typer.Option(help="Backend of the model: auto, torch or triton.", callback=check_backend)]
+Backend = Annotated[str, model_option(help="Backend of the model: auto, torch or triton.", callback=check_backend)]
 SquareSide = Annotated[
-    int | None, typer.Option(min=1, help="Resize and centre-crop images to N x N pixels.", callback=check_square)
+    int | None, image_option(min=1, help="Resize and centre-crop images to N x N pixels.", callback=check_square)
 ]
 AreaSide = Annotated[
     int | None,
-    typer.Option(min=1, help="Bring images to about N^2 pixels, in the bucket nearest in aspect.", callback=check_area),
+    image_option(min=1, help="Bring images to about N^2 pixels, in the bucket nearest in aspect.", callback=check_area),
 ]
 Background = Annotated[
-    str, typer.Option(help="Colour behind transparent pixels, as RRGGBB.", callback=check_background)
+    str, image_option(help="Colour behind transparent pixels, as RRGGBB.", callback=check_background)
 ]
 Gpus = Annotated[
     str | None,
-    typer.Option(
+    model_option(
         "--gpus",
         help="A process on each GPU, which share the work: all, or numbers such as 0,1,3.",
         metavar="LIST",
@@ -186,7 +190,7 @@ Seed = Annotated[int, typer.Option(help="Seed of the decoder's start noise.")]
 ImagePaths = Annotated[list[Path], typer.Argument(help="Image files, or folders of them.", show_default=False)]
 ComputeDtype = Annotated[
     Dtype | None,
-    typer.Option("--compute-dtype", help="Type of the convolutions (default: bf16 on a GPU, fp32 on a CPU)."),
+    model_option("--compute-dtype", help="Type of the convolutions (default: bf16 on a GPU, fp32 on a CPU)."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
