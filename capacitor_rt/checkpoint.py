@@ -27,6 +27,7 @@ from .conditioning import default_freqs
 from .config import MOST_CONFIG_BYTES, ModelConfig
 from .errors import CheckpointError, ConfigError
 from .hub_access import explained, unreachable
+from .printable import counted
 from .safetensors_header import read_safetensors_header, unreadable
 
 WEIGHTS_NAME = "model.safetensors"
@@ -312,7 +313,7 @@ def read(source: CheckpointSource, *, strict: bool = True) -> CheckpointContents
     tensors, value_problems = read_tensors(source, reading)
     problems = [*reading.problems, *(reading.leftovers if strict else []), *value_problems]
     if problems:
-        raise CheckpointError(f"{source.weights} does not fit ({len(problems)} problems):", problems)
+        raise CheckpointError(f"{source.weights} does not fit ({counted(len(problems), 'problem')}):", problems)
     for note in reading.notes:
         if note.startswith(str(source.config)):
             warnings.warn(note, stacklevel=3)

@@ -164,7 +164,7 @@ def test_a_block_that_cannot_be_is_left_over(checkpoint, index):
     folder, header, data = checkpoint
     entry = {"dtype": "F32", "shape": [1], "data_offsets": [len(data), len(data) + 4]}
     write(folder, {**header, f"encoder.blocks.{index}.dwconv.bias": entry}, data + bytes(4))
-    assert f"1 problems):\n  left over: encoder.blocks.{index}.dwconv.bias" in refusal(folder)
+    assert f"1 problem):\n  left over: encoder.blocks.{index}.dwconv.bias" in refusal(folder)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int32, torch.bool, torch.complex64])
@@ -173,7 +173,7 @@ def test_types_that_weights_have_not(checkpoint, dtype):
     tensors = load_file(folder / "model.safetensors")
     tensors["decoder.fuse_in.bias"] = tensors["decoder.fuse_in.bias"].to(dtype)
     save_file(tensors, folder / "model.safetensors")
-    assert "1 problems):\n  wrong type: decoder.fuse_in.bias is stored as" in refusal(folder)
+    assert "1 problem):\n  wrong type: decoder.fuse_in.bias is stored as" in refusal(folder)
 
 
 def test_float64_beyond_float32_is_not_finite_there(checkpoint):

@@ -17,6 +17,7 @@ from ..errors import CacheError, InputError
 from ..extras import require_extra
 from ..images.geometry import Size
 from ..images.scan import id_to_path
+from ..printable import counted
 from .carried import CarriedFile, load_carried
 from .commits import Commit, read_log
 from .folder import CacheFolder
@@ -134,8 +135,8 @@ class LatentDataset(Dataset[LatentRow]):
         if not allow_partial and (seen != total or len(commits) != self.plan.task_count or log.bad):
             damage = f"; {len(log.bad)} lines of commits.jsonl are damaged" if log.bad else ""
             raise CacheError(
-                f"{self.root} is not finished: {seen} of {total} inputs are done{damage}: run the cache command again, "
-                "or pass allow_partial=True"
+                f"{self.root} is not finished: {seen} of {counted(total, 'input')} done{damage}: run the cache command "
+                "again, or pass allow_partial=True"
             )
         self._commits: list[Commit] = commits
         self._is_partial = allow_partial
@@ -193,7 +194,8 @@ class LatentDataset(Dataset[LatentRow]):
         return int(self._stops[-1]) if len(self._stops) else 0
 
     def __repr__(self) -> str:
-        return f"LatentDataset({str(self.root)!r}, {len(self)} rows, {len(self.buckets)} buckets, {self.latent_space})"
+        held = f"{counted(len(self), 'row')}, {counted(len(self.buckets), 'bucket')}"
+        return f"LatentDataset({str(self.root)!r}, {held}, {self.latent_space})"
 
     def __getitem__(self, i: int) -> LatentRow:
         return self.__getitems__([i])[0]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..printable import counted
 
 STAGES = ("read", "decode", "fill", "encode", "write")
 WAITS = ("start", "decode", "encode", "write", "starved", "queued", "idle")
@@ -147,7 +148,7 @@ class Meters:
     def __str__(self) -> str:
         names = {GPU_DECODE: "GPU decode"}
         share = {stage: f"{names.get(stage, stage)} {value:.0%}" for stage, value in self.occupancy().items()}
-        share["decode"] += f" of {self.workers} workers" if self.workers else " in this process"
+        share["decode"] += f" of {counted(self.workers, 'worker')}" if self.workers else " in this process"
         where = f" in {self.processes} processes" if self.processes > 1 else ""
         return f"{', '.join(share.values())}{where}; {self.advice()}"
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import CacheError
 from ..extras import require_extra
+from ..printable import counted
 from .commits import COMMITS, Commit, Log, read_log
 from .folder import DAMAGED, GENERATIONS, INDEX, SUBFOLDERS, TASKS, TMP, CacheFolder
 from .generations import record_name, recorded
@@ -111,7 +112,8 @@ class _Check:
         for number, commit in sorted(log.commits.items()):
             if number >= plan.task_count:
                 self._problem(
-                    f"{folder.path / plan.log_name} has task {number}, and the plan has {plan.task_count} tasks"
+                    f"{folder.path / plan.log_name} has task {number}, and the plan has "
+                    f"{counted(plan.task_count, 'task')}"
                 )
                 found.bad_log = True
             else:
@@ -229,7 +231,7 @@ class _Check:
         for sub in (DAMAGED, GENERATIONS):
             names = [name for name in self.folder.names(sub) if f"{sub}/{name}" not in own]
             if names:
-                self.found.notes.append(f"{sub}/ holds {len(names)} files, which `capacitor-rt gc` removes")
+                self.found.notes.append(f"{sub}/ holds {counted(len(names), 'file')}, which `capacitor-rt gc` removes")
 
     def _generations(self, plan: CachePlan) -> set[str]:
         """Names of the files of updates under way and of earlier generations, whose being there is noted."""
@@ -245,7 +247,8 @@ class _Check:
                 continue
             if other.number > plan.number:
                 done = len(read_log(self.folder, other.log_name).commits)
-                what = f"an update to {other.count} inputs is under way, {done} of {other.task_count} tasks are done"
+                tasks = f"{done} of {counted(other.task_count, 'task')} done"
+                what = f"an update to {counted(other.count, 'input')} is under way, {tasks}"
             else:
                 what = f"generation {other.number}, an earlier one, is kept until `capacitor-rt gc`"
             self.found.notes.append(what)
@@ -333,4 +336,4 @@ def _damaged_rows(folder: CacheFolder, plan: CachePlan, data: str, placed: Any, 
     if not bad:
         return "its header or its commit line; all rows match their hashes"
     shown = ", ".join(bad[:3]) + (", ..." if len(bad) > 3 else "")
-    return f"{len(bad)} of {len(kept)} rows do not match their hashes: {shown}"
+    return f"{len(bad)} of {counted(len(kept), 'row')} with another hash: {shown}"

@@ -42,7 +42,7 @@ def print_dry_run(found: DryRun) -> None:
     tasks = f"{counted(found.tasks, 'task')} of at most {counted(found.inputs, 'image')}"
     echo(f"{tasks}, {bytes_text(found.nbytes)} of latents in all")
     sizes = ", ".join(f"{name} {bytes_text(nbytes)}" for name, nbytes in found.by_dtype.items())
-    echo(f"{found.files} files of latents and indexes; by --dtype: {sizes}")
+    echo(f"{counted(found.files, 'file')} of latents and indexes; by --dtype: {sizes}")
     echo(f"to be written: {counted(found.todo, 'task')}, {bytes_text(found.todo_nbytes)}")
 
 
@@ -77,8 +77,8 @@ def print_failures(report: Report, out: Path) -> None:
     if report.unfinished:
         reasons = ", ".join(f"{reason} {n}" for reason, n in sorted(report.failed.items()))
         note(
-            f"{report.unfinished} tasks are not finished, as inputs failed for now ({reasons}): run the same command "
-            "again, or add --give-up to quarantine them"
+            f"{counted(report.unfinished, 'task')} not finished, as inputs failed for now ({reasons}): run the same "
+            "command again, or add --give-up to quarantine them"
         )
         for line in report.examples:
             note(f"  {line}")

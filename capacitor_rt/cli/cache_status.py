@@ -46,7 +46,7 @@ def _is_unfinished(found: Status) -> bool:
 
 def _print_status(found: Status, root: Path) -> None:
     unfinished = _is_unfinished(found)
-    done = f"{found.done_inputs} of {found.inputs} inputs are done ({found.done_inputs / found.inputs:.1%})"
+    done = f"{found.done_inputs} of {counted(found.inputs, 'input')} done ({found.done_inputs / found.inputs:.1%})"
     echo(f"{done}, {found.done_tasks} of {counted(found.tasks, 'task')}")
     echo(f"{counted(found.rows, 'row')}, {bytes_text(found.nbytes)} of latents")
     for reason, count in found.quarantined.most_common():
@@ -58,7 +58,7 @@ def _print_status(found: Status, root: Path) -> None:
     for task, who in sorted(found.workers.items()):
         echo(f"task {task}: {who}")
     for update in found.updates:
-        done = f"{update.done_inputs} of {update.inputs} inputs are done"
+        done = f"{update.done_inputs} of {counted(update.inputs, 'input')} done"
         echo(f"an update is unfinished: {done}, {update.done_tasks} of {counted(update.tasks, 'task')}")
     if unfinished:
         _print_outlook(found.rate, found.left_seconds, found.left_nbytes, found.free_nbytes)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import InputError
+from ..printable import counted
 from .options import (
     AreaSide,
     Backend,
@@ -98,7 +99,7 @@ def calibrate(
 
 def _print(calibration: Flux2Calibration) -> None:
     counts = calibration.images
-    echo(f"{counts['fit']} images fitted, {counts['held_out']} scored")
+    echo(f"{counted(counts['fit'], 'image')} fitted, {counts['held_out']} scored")
     errors = calibration.side_error
     echo(
         f"as they are, the raw latents lie {calibration.side} FLUX.2's batch norm: {errors['before']:.3f} deviations "

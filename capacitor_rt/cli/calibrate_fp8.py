@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import InputError
+from ..printable import counted
 from .options import (
     CHECKPOINTS,
     AreaSide,
@@ -125,7 +126,7 @@ def _target(out: Path | None, model: FullCapacitor) -> Path:
 
 def _print(calibration: Fp8Calibration, half: str) -> None:
     r: dict[str, Any] = calibration.report
-    echo(f"{r['images']} images, against the model in float32:")
+    echo(f"{counted(r['images'], 'image')}, against the model in float32:")
     echo(f"latent error   {100 * r['latent_error']:.3f} %, in {half} alone {100 * r['latent_error_16_bits']:.3f} %")
     echo(f"cosine         {r['cosine']:.6f}")
     echo(f"PSNR           {r['psnr_float32']:.3f} -> {r['psnr']:.3f} dB")

@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
+from ..printable import counted
 from ..runtime import platform
 from .options import Dtype, resolve_device
 from .terminal import echo, echo_json, note
@@ -95,7 +96,7 @@ def _as_text(device: torch.device, dtype: torch.dtype, facts: dict[str, str]) ->
     wrong = sum(not row.ok for row in rows)
     verdict = "all within their bounds" if not wrong else f"{wrong} of them wrong"
     echo()
-    echo(f"{len(rows)} checks in {seconds:.1f} s, {verdict}")
+    echo(f"{counted(len(rows), 'check')} in {seconds:.1f} s, {verdict}")
     echo("```")
     if wrong:
         note("please report all of the above")

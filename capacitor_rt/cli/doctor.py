@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import typer
 
 from ..extras import install_hint, is_installed
+from ..printable import counted
 from ..runtime.platform import (
     INSTALL_TRITON,
     TORCH_LEAST,
@@ -181,7 +182,7 @@ def _gpus() -> Iterator[Finding]:
 
     if not torch.cuda.is_available():
         hint = "an NVIDIA GPU of compute capability 8.0 or later (A100, RTX 30 series and newer) runs the kernels"
-        yield Finding("GPU", MISSING, "none: the torch backend runs on the CPU in float32", hint)
+        yield Finding("GPU", MISSING, "no NVIDIA GPU, so the torch backend runs on the CPU in float32", hint)
         return
     busy = _nvidia_smi("utilization.gpu")
     for index in range(torch.cuda.device_count()):
@@ -240,7 +241,7 @@ def _tuned(index: int, cc: int) -> Finding:
     gpus = sorted({str(row.evidence.get("gpu")) for row in rows})
     other = [gpu for gpu in gpus if gpu != torch.cuda.get_device_name(index)]
     hint = "tuned on another GPU: capacitor-rt tune lets this one choose" if other else ""
-    found = f"{len(rows)} rows of yours in force ({ops}), measured on {', '.join(gpus)}, {newest}: {path}"
+    found = f"{counted(len(rows), 'row')} of yours in force ({ops}), measured on {', '.join(gpus)}, {newest}: {path}"
     return Finding(topic, OK, found, hint)
 
 

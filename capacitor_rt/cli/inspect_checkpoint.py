@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..printable import counted
 from .options import CHECKPOINTS, AsJson, Revision, check_model
 from .terminal import echo, echo_json
 
@@ -62,7 +63,7 @@ def _lines(source: CheckpointSource, reading: Reading, problems: list[str]) -> l
         "",
         f"{source.weights}",
         f"  sha256 {source.sha256}",
-        f"  {counts['total']:,} parameters in {len(reading.entries)} tensors: "
+        f"  {counts['total']:,} parameters in {counted(len(reading.entries), 'tensor')}: "
         f"encoder {counts['encoder']:,}, decoder {counts['decoder']:,}",
         f"  patch {config.patch_size}, width {config.model_dim}, hidden {config.hidden_dim}, "
         f"blocks {config.encoder_depth} + {config.decoder_depth} "
@@ -72,7 +73,7 @@ def _lines(source: CheckpointSource, reading: Reading, problems: list[str]) -> l
         f"  latent space {source.latent_space}",
         *(f"note: {line}" for line in reading.notes),
         *(f"problem: {line}" for line in problems),
-        f"{len(problems)} problems" if problems else "no problems",
+        counted(len(problems), "problem") if problems else "no problems",
     ]
 
 

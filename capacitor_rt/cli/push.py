@@ -61,5 +61,5 @@ def push(
         for bar in bars.values():
             bar.close()
     if pushed.unchanged:
-        note(f"{len(pushed.unchanged)} files were there already")
+        note(f"there already: {counted(len(pushed.unchanged), 'file')}")
     echo(f"{counted(len(pushed.uploaded), 'file')} pushed to {pushed.url}" + (f" ({revision})" if revision else ""))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigError, InputError
+from ..printable import counted
 from ..sizes import check_multiple
 from .options import ComputeDtype, Device, Dtype, Revision, check_model, resolve_device
 from .plan import read_architecture
@@ -194,10 +195,10 @@ def _settle(choices: list[Choice], path: Path, device: torch.device, dry_run: bo
     if not new:
         echo("the present configs stay: none was worthwhile to replace")
     elif dry_run:
-        echo(f"{len(new)} rows would go to {path}")
+        echo(f"{counted(len(new), 'row')} would go to {path}")
     else:
         _write(path, new, device)
-        echo(f"{len(new)} rows written to {path}")
+        echo(f"{counted(len(new), 'row')} written to {path}")
 
 
 def _user_file(cc: int) -> Path:
@@ -269,7 +270,9 @@ def _export(target: Path, device: str) -> None:
     if target.exists():
         raise InputError(f"{target} exists: give another --export")
     user_rows.write(target, cc, families)
-    note(f"{len(rows)} rows of sm_{cc} written to {target}: send it with the output of `capacitor-rt doctor`")
+    note(
+        f"{counted(len(rows), 'row')} of sm_{cc} written to {target}: send it with the output of `capacitor-rt doctor`"
+    )
 
 
 def _exported_cc(device: str) -> int:

@@ -104,7 +104,7 @@ def _verify(root: Path, workers: int, repair: bool, quiet: bool, name: str = "")
         note(f"damaged: {line}")
     if found.unfinished:
         note(f"unfinished: {counted(found.unfinished, 'task')} still to be written: run the cache command again")
-    state = f"{len(found.problems)} problems" if found.problems else "no damage"
+    state = counted(len(found.problems), "problem") if found.problems else "no damage"
     tasks = f"{counted(found.tasks, 'task')}, {bytes_text(found.nbytes)}"
     echo(f"{name}{counted(found.rows, 'row')} of {counted(found.inputs, 'input')}, {tasks}: {state}")
     return found

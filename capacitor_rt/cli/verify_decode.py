@@ -25,6 +25,7 @@ from ..images.frames import to_uint8
 from ..images.load import load_image
 from ..images.scan import id_to_path
 from ..model import FullCapacitor
+from ..printable import counted
 from .demo_run import DIFFERENCE_GAIN, sheet
 
 TOLERANCE = 1.0
@@ -68,8 +69,9 @@ class DecodedSample:
     def text(self) -> str:
         cached, anew = (summary([getattr(row, name) for row in self.compared]) for name in ("cached", "anew"))
         figures = f"median {cached['median']:.2f} dB, P5 {cached['p5']:.2f}, P95 {cached['p95']:.2f}"
-        of = f"{len(self.compared)} rows of {self.buckets} buckets and {self.tasks} tasks decoded"
-        return f"{of}: PSNR {figures}; encoded anew: median {anew['median']:.2f} dB"
+        of = f"{counted(self.buckets, 'bucket')} and {counted(self.tasks, 'task')}"
+        rows = f"{counted(len(self.compared), 'row')} of {of} decoded"
+        return f"{rows}: PSNR {figures}; encoded anew: median {anew['median']:.2f} dB"
 
 
 def decode_sample(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import InputError
+from ..printable import counted
 from .codecs import check_against
 from .options import (
     AreaSide,
@@ -121,8 +122,8 @@ def _print(report: PageReport) -> None:
         echo_table(report.psnr.render())
         echo()
     if report.left_out:
-        note(f"{report.left_out} inputs could not be shown: the page says why")
-    echo(f"{report.index}  {report.images} images, {report.nbytes / 1e6:.1f} MB: open it in a browser")
+        note(f"{counted(report.left_out, 'input')} could not be shown: the page says why")
+    echo(f"{report.index}  {counted(report.images, 'image')}, {report.nbytes / 1e6:.1f} MB: open it in a browser")
 
 
 def _serve(folder: Path, port: int) -> None:

@@ -20,6 +20,7 @@ from ..evaluation.view.pictures import glimpse
 from ..evaluation.view.writer import LeftOut, PageReport, PageWriter, Shown, ShownModel
 from ..images.frames import RGB, Framing
 from ..images.scan import path_to_id
+from ..printable import counted
 from .codecs import cosine_observer
 from .options import list_images
 from .terminal import bar, note
@@ -106,7 +107,7 @@ def fill(page: PageWriter, rows: Iterator[Shown | LeftOut], total: int, settings
     except KeyboardInterrupt:
         if not len(page):
             raise
-        note(f"interrupted: the page is made of the {len(page)} images that were done")
+        note(f"interrupted: the page is made of {counted(len(page), 'image')}, which were done")
         page.notes.append(f"Interrupted: {len(page)} of {total} images were done.")
         return False
     return True

@@ -17,6 +17,7 @@ from typing import Any
 from .. import checkpoint
 from ..errors import CacheError, CapacitorError, CheckpointError, InputError
 from ..hub_access import unreachable
+from ..printable import counted
 from ..version import __version__
 from .cards import cache_card, model_card
 
@@ -153,7 +154,7 @@ def _cache(root: Path, repo_id: str, revision: str | None, advance: Advance) -> 
     found = verify(root, advance=lambda done, total: advance("verify", done, total))
     if found.problems:
         count = len(found.problems)
-        raise CacheError(f"{root} is damaged, and is not pushed ({count} problems)", found.problems[:5])
+        raise CacheError(f"{root} is damaged, and is not pushed ({counted(count, 'problem')})", found.problems[:5])
     if found.unfinished:
         raise CacheError(
             f"{root} is not finished, and is not pushed: {found.unfinished} parts are missing; run the cache command "
@@ -170,7 +171,9 @@ def _model(root: Path, repo_id: str, revision: str | None) -> _Folder:
     source = checkpoint.resolve(root)
     reading, problems = checkpoint.problems_of(source)
     if problems:
-        raise CheckpointError(f"{root} does not fit together, and is not pushed ({len(problems)} problems):", problems)
+        raise CheckpointError(
+            f"{root} does not fit together, and is not pushed ({counted(len(problems), 'problem')}):", problems
+        )
     shapes = {entry.name: entry.shape for entry in reading.entries}
     adapter = None
     if (root / checkpoint.ADAPTER_NAME).is_file():

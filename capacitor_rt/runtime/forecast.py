@@ -14,6 +14,7 @@ from capacitor_kernels.launch import dtype_name
 
 from ..config import ModelConfig
 from ..errors import InputError
+from ..printable import counted
 from .batching import ARENA_BUDGET, cached_plan, micro_batch, parts
 from .plan import LaunchPlan, PlanKey, Step, Tensors
 
@@ -150,7 +151,7 @@ class Forecast:
         """For people."""
         r = self.key
         kind = dtype_name(r.dtype) + (" and fp8" if r.precision else "")
-        what = f"{r.direction}, {r.batch} images of {r.height}x{r.width}, {kind}, sm_{r.cc}"
+        what = f"{r.direction}, {counted(r.batch, 'image')} of {r.height}x{r.width}, {kind}, sm_{r.cc}"
         what += ", launches that start early" if r.dependent else ""
         runs = " + ".join(f"{n} x {size}" for size, n in Counter(self.runs).items())
         yield f"{what}: {runs} images, {sum(len(self.plans[n].steps) for n in self.runs)} ops"

@@ -265,7 +265,7 @@ def test_caches_that_are_none_or_not_finished_are_refused(cache, tmp_path):
         leases = Leases(folder, mutex, load_plan(folder).plan8)
         with mutex:
             assert leases.take(2)
-        with pytest.raises(CacheError, match=r"is being written, 8 of 9 inputs are done \(.*\): wait for it to end"):
+        with pytest.raises(CacheError, match=r"is being written, 8 of 9 inputs done \(.*\): wait for it to end"):
             export(tmp_path / "part", tmp_path / "out", "wds")
         leases.release(2)
     assert not (tmp_path / "out").exists()

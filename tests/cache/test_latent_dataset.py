@@ -172,7 +172,7 @@ def test_a_log_that_lost_a_line_is_not_a_finished_cache(cache, tmp_path):
     log = root / "commits.jsonl"
     lines = log.read_bytes().splitlines(keepends=True)
     log.write_bytes(b"".join(lines[:2] + lines[3:]))
-    with pytest.raises(CacheError, match=r"not finished: 20 of 24 inputs are done: run"):
+    with pytest.raises(CacheError, match=r"not finished: 20 of 24 inputs done: run"):
         LatentDataset(root)
     log.write_bytes(b"".join(lines[:2]) + b"x" + b"".join(lines[2:]))
     with pytest.raises(CacheError, match=r"1 lines of commits\.jsonl are damaged"):
@@ -185,7 +185,7 @@ def test_an_unfinished_cache_is_opened_only_when_asked(cache, tmp_path):
     shutil.copytree(cache, root)
     log = root / "commits.jsonl"
     log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:3]))
-    with pytest.raises(CacheError, match=r"not finished: \d+ of 24 inputs are done"):
+    with pytest.raises(CacheError, match=r"not finished: \d+ of 24 inputs done"):
         LatentDataset(root)
     assert 0 < len(LatentDataset(root, allow_partial=True)) < 23
 

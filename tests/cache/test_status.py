@@ -60,7 +60,7 @@ def test_status_of_a_finished_cache(made, run):
     assert (found.inputs, found.done_inputs, found.tasks, found.done_tasks, found.rows) == (8, 8, 3, 3, 7)
     assert found.quarantined == {"not_an_image": 1} and not found.workers and found.left_nbytes == 0
     code, out, _ = run("status", made / "out")
-    assert code == 0 and "8 of 8 inputs are done (100.0%), 3 of 3 tasks" in out and "not_an_image 1" in out
+    assert code == 0 and "8 of 8 inputs done (100.0%), 3 of 3 tasks" in out and "not_an_image 1" in out
     code, out, _ = run("status", made / "out", "--json")
     assert code == 0 and json.loads(out)["rows"] == 7
     assert stamps(made / "out") == before

@@ -47,7 +47,7 @@ def test_an_interrupted_update_leaves_the_old_cache_and_goes_on(src, out, tmp_pa
     found = verify(out)
     assert found.problems == [] and any("an update to 13 inputs is under way" in note for note in found.notes)
     _, text, _ = run("status", out)
-    assert "an update is unfinished: 13 of 13 inputs are done, 5 of 5 tasks" in text
+    assert "an update is unfinished: 13 of 13 inputs done, 5 of 5 tasks" in text
     # what it has done is no litter
     assert collect(out) == []
     reads["read"].clear()

@@ -67,7 +67,7 @@ def test_damaged_rows_are_named_with_the_way_out(cache):
         tensor = placed.tensors[0, kind]
         flip_byte(path, tensor.begin + row * tensor.row_nbytes + 5)
     (problem,) = verify(cache).problems
-    assert f"{path} is damaged: 2 of 4 rows do not match their hashes" in problem
+    assert f"{path} is damaged: 2 of 4 rows with another hash" in problem
     assert "0 of 32x32 ('004.png'), 2 of 32x32 ('006.png')" in problem
     assert problem.endswith(f"run `capacitor-rt verify --repair {cache}`, then the cache command again")
 

@@ -43,7 +43,7 @@ def test_caches_verifies_and_does_nothing_the_second_time(cli, tmp_path):
     first = cli("cache", *args, "--workers", 2)
     assert first.exit_code == 0, first.output
     assert "cached 6 of 6 images in 3 tasks" in first.stdout
-    for word in ("images/s", "read", "decode", "of 1 workers", "encode", "write", "too short a run"):
+    for word in ("images/s", "read", "decode", "of 1 worker,", "encode", "write", "too short a run"):
         assert word in first.stdout
     assert "img/s" in first.stderr or "6/6" in first.stderr
     rows = LatentDataset(tmp_path / "out", verify=True)

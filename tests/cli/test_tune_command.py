@@ -67,7 +67,7 @@ def test_rows_of_another_machine_are_exported(run, tmp_path):
     user_rows.write(tmp_path / "rows" / "sm_90.json", 90, {"expand": [ROW]})
     tuning.reload()
     code, _, err = run("--export", out)
-    assert code == 0 and f"1 rows of sm_90 written to {out}" in err
+    assert code == 0 and f"1 row of sm_90 written to {out}" in err
     (row,) = user_rows.read(out, 90)["expand"]
     assert row["evidence"] == ROW["evidence"] and row["config"].items() >= CONFIG.items()
     code, _, err = run("--export", out)

@@ -305,7 +305,7 @@ def test_the_command(hub, cache, monkeypatch):
     assert f"{count} files pushed to {hub.url}/datasets/{ME} (v1)" in result.stdout
     assert hub.repos["dataset", ME].private and hub.repos["dataset", ME].branches["main"] == {}
     result = run(cache, ME, "--revision", "v1")
-    assert f"{count - 1} files were there already" in result.stderr and "0 files pushed" in result.stdout
+    assert f"there already: {count - 1} files" in result.stderr and "0 files pushed" in result.stdout
     assert isinstance(run(cache, "nobody").exception, InputError)
 
 

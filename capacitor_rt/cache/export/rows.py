@@ -17,6 +17,7 @@ from torch import Tensor
 from ...errors import CacheError, CapacitorError, InputError
 from ...extras import require_extra
 from ...images.geometry import Size
+from ...printable import counted
 from ..dataset import Ids, LatentDataset
 from ..status import status
 from .columns import Labels, TextLatents, check_caption, read_captions, read_labels
@@ -50,7 +51,7 @@ def _say_unfinished(root: Path, error: CacheError) -> None:
         return
     if found.done_inputs == found.inputs and not found.is_interim:
         return
-    done = f"{found.done_inputs} of {found.inputs} inputs are done"
+    done = f"{found.done_inputs} of {counted(found.inputs, 'input')} done"
     who = next(iter(found.workers.values()), None)
     if who is not None:
         raise CacheError(f"{root} is being written, {done} ({who}): wait for it to end, and export then") from error

@@ -18,6 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from ...errors import InputError
+from ...printable import counted
 from ...version import __version__
 from ..metrics import SSIM_WINDOW, PsnrTable, Similarity, psnr, ssim, summary
 from . import pictures
@@ -261,7 +262,7 @@ class PageWriter:
 
     def _title(self) -> str:
         names = " and ".join(model.name for model in self.models)
-        return f"{names}: {len(self._items)} image{'' if len(self._items) == 1 else 's'}"
+        return f"{names}: {counted(len(self._items), 'image')}"
 
     def _colours(self) -> list[float]:
         """Pictures of the components, one basis for all models of as many channels; the shares of the variance."""

@@ -90,7 +90,7 @@ def test_what_wins_is_written_with_its_provenance_and_used(rows, trusted, gpu):
     assert before.split
     done = tune()
     assert done.exit_code == 0, done.output
-    assert f"1 rows written to {rows / 'sm_90.json'}" in done.output and "split=False" in done.output
+    assert f"1 row written to {rows / 'sm_90.json'}" in done.output and "split=False" in done.output
     (line,) = json.loads((rows / "sm_90.json").read_text())["families"]["grn"]
     assert line["config"]["split"] is False and line["shape"] == GRN
     evidence = line["evidence"]
@@ -113,7 +113,7 @@ def test_an_encoder_in_fp8_is_tuned(rows, trusted, monkeypatch):
     tuning.reload()
     assert tuning.lookup("project_fp8", 90, PROJECT, E4M3).split_k == 2
     done = CliRunner().invoke(app, ["tune", *IN_FP8], catch_exceptions=False)
-    assert done.exit_code == 0 and f"1 rows written to {rows / 'sm_90.json'}" in done.output, done.output
+    assert done.exit_code == 0 and f"1 row written to {rows / 'sm_90.json'}" in done.output, done.output
     (line,) = json.loads((rows / "sm_90.json").read_text())["families"]["project_fp8"]
     # slices of K take a second launch
     assert line["dtype"] == "e4m3" and line["shape"] == PROJECT and line["config"]["split_k"] == 1
@@ -144,7 +144,7 @@ def test_a_dry_run_and_shipped_rows_alone_write_nothing(rows, trusted, monkeypat
     two_launches(rows)
     text = (rows / "sm_90.json").read_text()
     done = tune("--dry-run")
-    assert done.exit_code == 0 and "1 rows would go to" in done.output
+    assert done.exit_code == 0 and "1 row would go to" in done.output
     assert (rows / "sm_90.json").read_text() == text
     monkeypatch.setenv(user_rows.VARIABLE, "shipped")
     with pytest.raises(Exception, match=r"no place for rows of yours: let CAPACITOR_CONFIGS name a folder"):
@@ -170,7 +170,7 @@ def test_an_interruption_keeps_what_was_measured(rows, trusted, monkeypatch):
 
     monkeypatch.setattr(tuner, "_subjects", grn_first)
     done = CliRunner().invoke(app, ["tune", *OPTIONS, "--op", "head"])
-    assert done.exit_code != 0 and "1 rows written" in done.output
+    assert done.exit_code != 0 and "1 row written" in done.output
     assert not present().split
 
 
@@ -179,7 +179,7 @@ def test_the_doctor_shows_what_is_in_force(rows, trusted):
     assert finding.status == "ok" and finding.found == f"no rows of yours in {rows / 'sm_90.json'}"
     two_launches(rows)
     (finding,) = [f for f in doctor._configs(0, 90) if f.topic == "tuned 0"]
-    assert "1 rows of yours in force (grn 1), measured on another" in finding.found and "another GPU" in finding.hint
+    assert "1 row of yours in force (grn 1), measured on another" in finding.found and "another GPU" in finding.hint
     tune()
     (finding,) = [f for f in doctor._configs(0, 90) if f.topic == "tuned 0"]
     assert "measured on fake GPU of compute capability 9.0, 2" in finding.found and finding.hint == ""
