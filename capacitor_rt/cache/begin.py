@@ -28,8 +28,9 @@ from .prepare import PreparedRun, outlook
 from .report import Report
 from .resizing import RECORD_BYTES
 from .retry import quarantined, reopen, try_again
-from .reuse import Reuse, check_file
+from .reuse import Reuse
 from .shared_files import SharedFiles
+from .soundness import Soundness
 from .store import TaskStore, repair_hint
 from .task_queue import remove_stale
 from .update import reuse_for
@@ -149,17 +150,21 @@ def _check(store: TaskStore, tasks: list[Task]) -> list[str]:
         )
     damaged: dict[int, str] = {}
     gone = []
-    shared = SharedFiles(store.folder, store.plan)
+    shared = SharedFiles(store.folder, store.plan, Soundness(store.folder, store.stamps))
     if shared.problem is not None:
         raise CacheError(shared.problem)
     for task in [task for task in tasks if task.number in store.commits]:
         if store.is_gone(task):
             gone.append(task.number)
-        elif problem := store.check(task, shared.add):
+        elif problem := store.check(task, shared):
             damaged[task.number] = problem
     for file in shared.used():
-        if problem := check_file(store.folder, file, store.plan, store.stamps):
+        if problem := shared.problem_of(file):
             damaged |= dict.fromkeys(shared.tasks[file.stem], problem)
+        else:
+            shared.sound.note(file)
+    # only now: rows that lie in a damaged file were not compared
+    store.vouch(number for number in store.commits if number not in damaged and number not in gone)
     if damaged and store.is_draft:
         gone += sorted(damaged)
         with store.mutex:

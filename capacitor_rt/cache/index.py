@@ -142,6 +142,17 @@ def is_own(table: Any) -> np.ndarray:
     return ok & table["file"].is_null().to_numpy() if "file" in table.column_names else ok
 
 
+def digests(column: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The halves of hashes of 128 bits as uint64 `[N,2]`, and which of them are there, bool `[N]`."""
+    pa = require_extra("pyarrow")
+    array = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+    valid = array.is_valid().to_numpy(zero_copy_only=False)
+    if not len(array):
+        return np.zeros((0, 2), np.uint64), valid
+    data = np.frombuffer(array.buffers()[1], np.uint64).reshape(-1, 2)[array.offset : array.offset + len(array)]
+    return data, valid
+
+
 def rows_within(bucket: np.ndarray) -> np.ndarray:
     """How many earlier ones are of the same bucket, int32 `[N]`: the number of the row in its bucket's tensors."""
     order = np.argsort(bucket, kind="stable")

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,12 +22,14 @@ from ..errors import CacheError
 from .folder import CacheFolder
 from .hashing import byte_view, xxh3
 from .plan import FORMAT, CachePlan
+from .quantization import bad_numbers
 
 ALIGN = 4096
 CODES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "int8": "I8"}
 PADDING = "padding"
 # of one system call; the kernel takes 1024
 _MOST_PIECES = 512
+_BLOCK = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -173,24 +175,60 @@ def has_padding(fd: int, placed: Layout) -> bool:
     return all(os.pread(fd, gap, tensor.end) == bytes(gap) for tensor, gap in placed.gaps())
 
 
-def disk_row_hashes(
-    folder: CacheFolder, name: str, plan: CachePlan, placed: Layout, block: int = 64
-) -> dict[int, list[bytes]]:
-    """Hash of every row of a file as it lies on disk, by bucket.
+class Hashes(NamedTuple):
+    """XXH3-128 of a file of latents as it lies on disk: of all its bytes, in hex, and of each row.
+
+    `rows`: by the number of their bucket, uint64 `[N,2]`.
+    """
+
+    file: str
+    rows: dict[int, np.ndarray]
+
+
+def file_hashes(folder: CacheFolder, name: str, placed: Layout) -> Hashes:
+    """What a file holds, read once from front to back. It is as long as its layout says.
 
     Raises:
         FileNotFoundError; CacheError: it cannot be read, or is cut short.
     """
-    hashes: dict[int, list[bytes]] = {}
+    whole, what = xxh3(), folder.path / name
+    rows: dict[int, list[Any]] = {}
     with folder.open(name) as file:
-        for number in dict.fromkeys(bucket for bucket, _ in placed.tensors):
-            tensors = [placed.tensors[number, part.name] for part in plan.parts]
-            hashes[number] = []
-            for start in range(0, tensors[0].rows, block):
-                count = min(block, tensors[0].rows - start)
-                rows = [read_rows(file.fileno(), t, start, count, folder.path / name) for t in tensors]
-                hashes[number] += row_hashes(rows)
-    return hashes
+        fd = file.fileno()
+        whole.update(_read(fd, 0, len(placed.header), what))
+        for tensor, gap in placed.gaps():
+            digests = rows.setdefault(tensor.bucket, [xxh3() for _ in range(tensor.rows)])
+            most = max(1, _BLOCK // tensor.row_nbytes)
+            buffer = memoryview(bytearray(min(most, tensor.rows) * tensor.row_nbytes))
+            for start in range(0, tensor.rows, most):
+                chosen = digests[start : start + most]
+                data = buffer[: len(chosen) * tensor.row_nbytes]
+                read_into(fd, tensor, start, [data], what)
+                whole.update(data)
+                for at, digest in enumerate(chosen):
+                    digest.update(data[at * tensor.row_nbytes : (at + 1) * tensor.row_nbytes])
+            whole.update(_read(fd, tensor.end, gap, what))
+    found = {bucket: b"".join(d.digest() for d in digests) for bucket, digests in rows.items()}
+    return Hashes(whole.hexdigest(), {b: np.frombuffer(data, np.uint64).reshape(-1, 2) for b, data in found.items()})
+
+
+def numbers_problem(folder: CacheFolder, name: str, plan: CachePlan, placed: Layout) -> str | None:
+    """What is wrong with the scales and offsets of a file, which no hash of theirs can tell."""
+    names = {part.name for part in plan.parts if part.per_channel}
+    with folder.open(name) as file:
+        for (number, part), tensor in placed.tensors.items():
+            if part in names:
+                numbers = read_rows(file.fileno(), tensor, 0, tensor.rows, folder.path / name)
+                if why := bad_numbers({part: numbers}):
+                    return f"in {plan.buckets[number]}, {why}"
+    return None
+
+
+def _read(fd: int, begin: int, size: int, what: object) -> bytes:
+    try:
+        return os.pread(fd, size, begin)
+    except OSError as e:
+        raise CacheError(f"{what} cannot be read: {e.strerror}") from e
 
 
 def index_hash_in_header(fd: int) -> str | None:
@@ -217,11 +255,3 @@ def read_header(fd: int) -> dict[str, Any] | None:
     except StrictJSONError:
         return None
     return header if isinstance(header, dict) else None
-
-
-def expected_hashes(bucket: np.ndarray, row_hash: list[bytes]) -> dict[int, list[bytes]]:
-    """The hashes that an index has of each bucket's rows, in their order."""
-    found: dict[int, list[bytes]] = {}
-    for number, digest in zip(bucket.tolist(), row_hash, strict=True):
-        found.setdefault(number, []).append(digest)
-    return dict(sorted(found.items()))

@@ -19,7 +19,6 @@ from .leases import Leases
 from .mutex import Mutex
 from .plan import PLAN, CachePlan, load_plan, parse_plan, plan_tasks
 from .quarantine import QUARANTINE, read_quarantine, write_quarantine
-from .shared_files import look_at_shared
 from .sources import load_listing
 from .store import TaskStore, strange_plan
 from .verify import Verification, verify
@@ -207,7 +206,7 @@ def _uncommitted(folder: CacheFolder, plan: CachePlan, mutex: Mutex, leases: Lea
         if task.number in store.commits or store.is_gone(task):
             continue
         try:
-            if store.recover(task, look_at_shared(store)):
+            if store.recover(task):
                 done.append(f"task {task.number}: its line of {plan.log_name} was lost and is written anew")
         except (CacheError, OSError):
             _set_aside(folder, plan, [task.number], done)

@@ -17,13 +17,14 @@ import numpy as np
 
 from ..errors import CacheError
 from ..extras import require_extra
-from .carried import Carried, CarriedFile, load_carried
+from .carried import Carried, CarriedFile
 from .commits import Commit, read_log
 from .failures import is_retryable
 from .folder import CacheFolder
-from .index import cached_counts, is_ok
-from .latent_files import has_header
+from .index import cached_rows, digests, is_ok
 from .plan import CachePlan
+from .shared_files import SharedFiles, own_file
+from .soundness import Soundness
 from .sources import Listing
 from .stamps import Stamps
 from .store import read_index
@@ -33,17 +34,8 @@ RACY_NS = 2_000_000_000
 TABLES = 64
 """Indexes that are kept at hand for their rows."""
 UNKNOWN = -1
-
-
-def digests(column: Any) -> tuple[np.ndarray, np.ndarray]:
-    """The halves of hashes of 128 bits as uint64 `[N,2]`, and which of them are there, bool `[N]`."""
-    pa = require_extra("pyarrow")
-    array = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
-    valid = array.is_valid().to_numpy(zero_copy_only=False)
-    if not len(array):
-        return np.zeros((0, 2), np.uint64), valid
-    data = np.frombuffer(array.buffers()[1], np.uint64).reshape(-1, 2)[array.offset : array.offset + len(array)]
-    return data, valid
+NO_FILE = 0
+"""Among the files of a survey that of rows that cannot be taken, since theirs is damaged."""
 
 
 @dataclass(frozen=True)
@@ -114,41 +106,34 @@ class Survey:
     files: dict[str, CarriedFile] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     _parts: list[_Part] = field(default_factory=list)
-    _stems: list[str] = field(default_factory=list)
+    _stems: list[str] = field(default_factory=lambda: [""])
+    _numbers: dict[str, int] = field(default_factory=dict)
     _tables: OrderedDict[int, Any] = field(default_factory=OrderedDict)
 
     def __len__(self) -> int:
         return self._parts[-1].base + len(self._parts[-1]) if self._parts else 0
 
-    def add(self, plan: CachePlan, stamps: Stamps) -> None:
+    def add(self, plan: CachePlan, sound: Soundness) -> None:
         """Look at what of a plan is committed. What is damaged is left out, and noted."""
-        try:
-            carried = load_carried(self.folder, plan)
-        except CacheError as e:
-            self.notes.append(f"nothing of plan {plan.plan8} can be reused: {e}")
+        shared = SharedFiles(self.folder, plan, sound)
+        if shared.problem is not None:
+            self.notes.append(f"nothing of plan {plan.plan8} can be reused: {shared.problem}")
             return
-        numbers = {stem: i for i, stem in enumerate(self._stems)}
         for _, commit in sorted(read_log(self.folder, plan.log_name).commits.items()):
             try:
                 table = read_index(self.folder, plan, commit)
+                own = own_file(plan, commit, table)
+                why = self._lie(table, own, commit, shared)
             except CacheError as e:
-                self.notes.append(f"nothing of task {commit.task} of plan {plan.plan8} can be reused: {e}")
+                why = str(e)
+            if why is not None:
+                self.notes.append(f"nothing of task {commit.task} of plan {plan.plan8} can be reused: {why}")
                 continue
-            ok, own = is_ok(table), plan.stem(commit.task)
+            ok = is_ok(table)
             stems = table["file"].to_pylist() if plan.is_update else [None] * len(table)
-            counts = cached_counts(table)
-            if counts:
-                sizes = (commit.index_xxh3, commit.data_bytes, commit.data_xxh3)
-                self._take(CarriedFile(plan.id, commit.task, *sizes, tuple(counts.items())), plan, stamps)
-            for stem in sorted({stem for stem in stems if stem is not None}):
-                if stem in carried:
-                    self._take(carried[stem], plan, stamps)
-            for stem in {own, *stems} - {None}:
-                if stem not in numbers:
-                    numbers[stem] = len(self._stems)
-                    self._stems.append(stem)
+            numbers = {stem: self._number(shared.files[stem] if stem else own, plan, sound) for stem in {*stems, None}}
             hashes, valid = digests(table["bytes_hash"])
-            number = np.array([numbers[stem or own] for stem in stems], np.int32)
+            number = np.array([numbers[stem] for stem in stems], np.int32)
             number[~ok] = UNKNOWN
             good = ok | np.array([r is not None and not is_retryable(r) for r in table["reason"].to_pylist()], bool)
             bucket, row = (table[n].fill_null(UNKNOWN).to_numpy().astype(np.int32) for n in ("bucket", "row"))
@@ -157,11 +142,30 @@ class Survey:
                 _Part(plan, commit, first, len(self), hashes.copy(), valid, number, bucket, row, good & valid)
             )
 
-    def _take(self, file: CarriedFile, plan: CachePlan, stamps: Stamps) -> None:
-        if file.stem not in self.files and (why := check_file(self.folder, file, plan, stamps)) is None:
-            self.files[file.stem] = file
-        elif file.stem not in self.files and (line := f"what lies in it is encoded anew: {why}") not in self.notes:
-            self.notes.append(line)
+    def _lie(self, table: Any, own: CarriedFile, commit: Commit, shared: SharedFiles) -> str | None:
+        """What shows that an index is not the one that was written with its task; None if nothing does."""
+        name = self.folder.path / shared.plan.index_name(commit.task)
+        if (table.num_rows, cached_rows(table)) != (commit.inputs, commit.rows):
+            return f"its commit line does not agree with {name}"
+        if shared.problem_of(own) is not None and shared.sound.disowns(own):
+            return f"{name} is damaged: it is not the index that {own.name} names"
+        if why := shared.look(table, own):
+            return f"{name} is damaged: {why}"
+        return None
+
+    def _number(self, file: CarriedFile, plan: CachePlan, sound: Soundness) -> int:
+        """Of a file among `stems`, that of none if it is damaged."""
+        if (why := sound.problem(file, plan)) is not None:
+            # that of a task without rows holds nothing that would be encoded anew
+            if file.rows and (line := f"what lies in it is encoded anew: {why}") not in self.notes:
+                self.notes.append(line)
+            return NO_FILE
+        sound.note(file)
+        self.files[file.stem] = file
+        if file.stem not in self._numbers:
+            self._numbers[file.stem] = len(self._stems)
+            self._stems.append(file.stem)
+        return self._numbers[file.stem]
 
     def carried(self, plans: Iterable[CachePlan]) -> Carried:
         """The files that rows of these plans lie in."""
@@ -230,7 +234,9 @@ class Reuse:
     def __init__(self, survey: Survey, carried: Carried, count: int):
         self.survey = survey
         rank = {stem: i for i, stem in enumerate(carried)}
-        places = np.array([rank.get(s, UNKNOWN) if s in survey.files else UNKNOWN for s in survey.stems()] + [UNKNOWN])
+        # one that was replaced since by another, however sound that is, is not the one that rows may lie in
+        known = [rank[s] if s in rank and survey.files.get(s) == carried[s] else UNKNOWN for s in survey.stems()]
+        places = np.array([*known, UNKNOWN])
         place = places[survey.column("stem").astype(np.int64)]
         usable = np.flatnonzero(place >= 0)
         self._hashes = survey.column("hashes").reshape(-1, 2).astype(np.uint64, copy=False)
@@ -293,24 +299,6 @@ def unchanged(planned: Listing, listed_ns: int | None, now: Listing) -> np.ndarr
     return old
 
 
-def check_file(folder: CacheFolder, file: CarriedFile, plan: CachePlan, stamps: Stamps) -> str | None:
-    """What is wrong with a file of latents that rows are to be taken from; None if it is sound."""
-    path = folder.path / file.name
-    try:
-        with folder.open(file.name) as opened:
-            if not has_header(opened.fileno(), file.layout(plan)):
-                return f"{path} is damaged: its header or its size is not that of its index"
-        if not stamps.vouch(file.name, file.data_xxh3):
-            if folder.hash(file.name) != file.data_xxh3:
-                return f"{path} is damaged: its hash is not that of its commit line"
-            stamps.add(file.name, file.data_xxh3)
-    except FileNotFoundError:
-        return f"{path} is missing"
-    except CacheError as e:
-        return str(e)
-    return None
-
-
 def survey(
     folder: CacheFolder,
     plans: Sequence[CachePlan],
@@ -318,8 +306,8 @@ def survey(
     stamps: Stamps | None = None,
 ) -> Survey:
     """Look at the committed tasks of `plans`."""
-    found, stamps = Survey(folder), stamps or Stamps(folder)
+    found, sound = Survey(folder), Soundness(folder, stamps or Stamps(folder))
     for number, plan in enumerate(plans):
-        found.add(plan, stamps)
+        found.add(plan, sound)
         told(number)
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -18,20 +18,13 @@ from .commits import Commit, LogFollower, append_commit, rewrite_log
 from .folder import INDEX, TASKS, CacheFolder, PendingFile
 from .generations import recorded_names
 from .hashing import xxh3
-from .index import INDEX_BYTES, bucket_counts, cached_counts, cached_rows, index_bytes, is_own, parse_index
-from .latent_files import (
-    disk_row_hashes,
-    expected_hashes,
-    file_chunks,
-    has_header,
-    has_padding,
-    index_hash_in_header,
-    layout,
-    row_hashes,
-)
+from .index import INDEX_BYTES, bucket_counts, cached_counts, cached_rows, index_bytes, parse_index
+from .latent_files import file_chunks, has_header, has_padding, index_hash_in_header, layout, row_hashes
 from .leases import Leases
 from .mutex import Mutex
 from .plan import CachePlan, Task
+from .shared_files import SharedFiles, own_file
+from .soundness import Soundness
 from .stamps import Stamps
 
 
@@ -101,39 +94,32 @@ class TaskStore:
             rewrite_log(self.folder, self.plan.log_name, kept)
             self.refresh()
 
-    def check(self, task: Task, look: Callable[[Any, int], str | None] = lambda table, task: None) -> str | None:
+    def check(self, task: Task, shared: SharedFiles) -> str | None:
         """What is wrong with a committed task, None if it is sound.
 
-        The index is hashed. So are the latents, unless they are, by inode, size and times, the file that this machine
-        has hashed or written before.
-
-        Args:
-            look: told the index and its task; what else is wrong with it.
+        The index is hashed, and the task's file of latents is compared with it: by its header and its size, and by its
+        hash and its rows unless it is, by inode, size and times, the file that this machine has compared or written
+        before. Damage of the files of earlier generations is not looked for here.
         """
-        commit = self.commits[task.number]
-        index, data = self.plan.index_name(task.number), self.plan.data_name(task.number)
+        commit, index = self.commits[task.number], self.plan.index_name(task.number)
         try:
             table = read_index(self.folder, self.plan, commit)
             if (table.num_rows, table["input"][0].as_py()) != (len(task), task.first) or commit.inputs != len(task):
                 return f"{self.folder.path / index} does not list the inputs of its task"
-            counts = cached_counts(table)
-            placed = layout(self.plan, task.number, counts, commit.index_xxh3)
-            if cached_rows(table) != commit.rows or commit.data_bytes != placed.nbytes:
+            own = own_file(self.plan, commit, table)
+            if cached_rows(table) != commit.rows or commit.data_bytes != own.layout(self.plan).nbytes:
                 return f"the commit line of task {task.number} does not agree with {self.folder.path / index}"
-            if why := look(table, task.number):
-                return f"{self.folder.path / index} is damaged: {why}"
-            with self.folder.open(data) as file:
-                if not has_header(file.fileno(), placed):
-                    return f"{self.folder.path / data} is damaged: its header or its size is not that of its index"
-            if not self.stamps.vouch(data, commit.data_xxh3):
-                if self.folder.hash(data) != commit.data_xxh3:
-                    return f"{self.folder.path / data} is damaged: its hash is not that of its commit line"
-                self.stamps.add(data, commit.data_xxh3)
-        except FileNotFoundError:
-            return f"{self.folder.path / data} is missing"
         except CacheError as e:
             return str(e)
-        return None
+        if (why := shared.problem_of(own)) is not None:
+            return why
+        why = shared.look(table, own)
+        return f"{self.folder.path / index} is damaged: {why}" if why else None
+
+    def vouch(self, tasks: Iterable[int]) -> None:
+        """Take note that committed tasks are sound."""
+        for number in tasks:
+            self.stamps.add(self.plan.data_name(number), self.commits[number].data_xxh3)
 
     def set_aside(self, tasks: Sequence[int]) -> None:
         """Move the files of tasks to `damaged/`. Under the mutex."""
@@ -146,13 +132,10 @@ class TaskStore:
         names = self.plan.index_name(task.number), self.plan.data_name(task.number)
         return all(self.folder.stat(name) is None for name in names)
 
-    def recover(self, task: Task, look: Callable[[Any, int], str | None]) -> bool:
+    def recover(self, task: Task) -> bool:
         """Commit a task whose files are whole but have no commit line: a crash came between, or the log was lost.
 
         An index without latents was published for latents that never were, and is removed. Under the task's lease.
-
-        Args:
-            look: told the index and its task; what is wrong with rows that lie elsewhere.
 
         Raises:
             CacheError: both are there and do not vouch for each other, or there are latents alone.
@@ -172,23 +155,19 @@ class TaskStore:
         if named is None or xxh3(body).hexdigest() != named:
             raise CacheError(problem + f"its index {index} is not the one that it names: {repair_hint(self.folder)}")
         table = parse_index(body, self.folder.path / index, self.plan, task.number)
-        counts = cached_counts(table)
-        placed = layout(self.plan, task.number, counts, named)
+        placed = layout(self.plan, task.number, cached_counts(table), named)
         with self.folder.open(data) as file:
             whole = has_header(file.fileno(), placed) and has_padding(file.fileno(), placed)
-        own = is_own(table)
-        wanted = expected_hashes(
-            table["bucket"].to_numpy(zero_copy_only=False)[own].astype(np.int64),
-            table.filter(own)["row_hash"].to_pylist(),
-        )
-        if (table.num_rows, table["input"][0].as_py()) != (len(task), task.first):
-            whole = False
-        if not whole or disk_row_hashes(self.folder, data, self.plan, placed) != wanted:
+        if not whole or (table.num_rows, table["input"][0].as_py()) != (len(task), task.first):
             raise CacheError(problem + f"does not match its index: {repair_hint(self.folder)}")
-        if why := look(table, task.number):
+        sizes = (len(body), named, placed.nbytes, self.folder.hash(data))
+        commit = Commit(task.number, len(task), cached_rows(table), *sizes)
+        shared = SharedFiles(self.folder, self.plan, Soundness(self.folder, self.stamps))
+        own = own_file(self.plan, commit, table)
+        if why := shared.problem or shared.problem_of(own) or shared.look(table, own):
+            raise CacheError(problem + f"does not match its index ({why}): {repair_hint(self.folder)}")
+        if why := next((why for file in shared.used() if (why := shared.problem_of(file))), None):
             raise CacheError(problem + f"rows of its index lie elsewhere: {why}: {repair_hint(self.folder)}")
-        rows, digest = cached_rows(table), self.folder.hash(data)
-        commit = Commit(task.number, len(task), rows, len(body), named, placed.nbytes, digest)
         with self.mutex:
             self._commit(commit)
         return True

@@ -9,7 +9,6 @@ from ..errors import CacheError
 from .folder import TMP, CacheFolder
 from .leases import Leases
 from .plan import Task
-from .shared_files import look_at_shared
 from .store import TaskStore
 
 
@@ -24,7 +23,6 @@ class TaskQueue:
         self.store = store
         self.order = tasks[start:] + tasks[:start]
         self.given_up: set[int] = set()
-        self.look = look_at_shared(store)
 
     def __iter__(self) -> Iterator[Task]:
         for task in self.order:
@@ -41,7 +39,7 @@ class TaskQueue:
             if task.number in store.commits or not store.leases.take(task.number):
                 return False
         try:
-            if not store.recover(task, self.look):
+            if not store.recover(task):
                 return True
         except CacheError:
             if store.is_draft:

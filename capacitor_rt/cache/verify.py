@@ -16,14 +16,14 @@ from ..printable import counted
 from .commits import COMMITS, Commit, Log, read_log
 from .folder import DAMAGED, GENERATIONS, INDEX, SUBFOLDERS, TASKS, TMP, CacheFolder
 from .generations import record_name, recorded
-from .index import cached_counts, cached_rows, is_own
-from .latent_files import Layout, has_header, layout, read_rows, row_hashes
+from .index import cached_rows, is_own
+from .latent_files import has_header, read_rows, row_hashes
 from .mutex import HELD, LOCK
 from .plan import PLAN, CachePlan, OtherFormat, Task, load_plan, plan_tasks
-from .quantization import bad_numbers
 from .quarantine import QUARANTINE, quarantine_bytes, read_quarantine
 from .rows import ROWS
-from .shared_files import SharedFiles
+from .shared_files import SharedFiles, own_file
+from .soundness import Soundness
 from .sources.listing import SOURCE, Listing, load_listing
 from .stamps import STAMPS
 from .store import known_plans, read_index, repair_hint, strange_plan
@@ -118,7 +118,7 @@ class _Check:
                 found.bad_log = True
             else:
                 commits.append(commit)
-        shared = SharedFiles(folder, plan)
+        shared = SharedFiles(folder, plan, Soundness(folder))
         with ThreadPoolExecutor(max(1, workers)) as pool:
             checks = pool.map(lambda c: _task_problems(folder, plan, c, tasks, listing, shared), commits)
             for done, (commit, problems) in enumerate(zip(commits, checks, strict=True), 1):
@@ -194,11 +194,12 @@ class _Check:
         if shared.problem is not None:
             self._problem(shared.problem)
         files = shared.used()
-        for file, problem in zip(files, pool.map(shared.check, files), strict=True):
+        for file, problem in zip(files, pool.map(shared.problem_of, files), strict=True):
             found.nbytes += file.data_bytes
             self._names.append(file.name)
             if problem:
-                self._problem(problem)
+                where = f"rows of {len(shared.tasks[file.stem])} tasks lie in it"
+                self._problem(f"{problem}: {where}: {repair_hint(self.folder)}")
                 found.damaged_files.append(file.name)
                 found.damaged = sorted(shared.tasks[file.stem] | set(found.damaged))
 
@@ -274,14 +275,14 @@ def _task_problems(
         table = read_index(folder, plan, commit)
     except CacheError as e:
         return [f"index {e}: {hint}"]
-    counts = cached_counts(table)
-    placed = layout(plan, commit.task, counts, commit.index_xxh3)
+    own = own_file(plan, commit, table)
+    placed = own.layout(plan)
     problems = []
     if (table.num_rows, cached_rows(table), placed.nbytes) != (commit.inputs, commit.rows, commit.data_bytes):
         problems.append(
             f"{plan.log_name} is damaged: its line of task {commit.task} does not agree with {index}: {hint}"
         )
-    if why := shared.add(table, commit.task):
+    if why := shared.look(table, own):
         problems.append(f"index {folder.path / index} is damaged: {why}: {hint}")
     if tasks is not None and listing is not None:
         task = tasks[commit.task]
@@ -290,33 +291,20 @@ def _task_problems(
             problems.append(
                 f"index {folder.path / index} does not list the inputs that the plan gives its task: {hint}"
             )
+    if (why := shared.problem_of(own)) is None:
+        return problems
     try:
         with folder.open(data) as file:
             size, whole = os.fstat(file.fileno()).st_size, has_header(file.fileno(), placed)
         # a file may be said to have any size: it is not read to the end then
         if size == commit.data_bytes and folder.hash(data) == commit.data_xxh3:
-            if not whole:
-                problems.append(f"{folder.path / data} is damaged: its header is not that of its index: {hint}")
-            elif why := _bad_numbers(folder, plan, data, placed):
-                problems.append(f"{folder.path / data} is damaged: {why}: {hint}")
-            return problems
+            why = why if whole else f"{folder.path / data} is damaged: its header is not that of its index"
+            return [*problems, f"{why}: {hint}"]
     except FileNotFoundError:
         return [*problems, f"{folder.path / data} cannot be read (No such file or directory): {hint}"]
     except CacheError as e:
         return [*problems, f"{e}: {hint}"]
     return [*problems, f"{folder.path / data} is damaged: {_damaged_rows(folder, plan, data, placed, table)}: {hint}"]
-
-
-def _bad_numbers(folder: CacheFolder, plan: CachePlan, data: str, placed: Layout) -> str | None:
-    """What is wrong with the scales and offsets of a file, which no hash of theirs can tell."""
-    names = {part.name for part in plan.parts if part.per_channel}
-    with folder.open(data) as file:
-        for (number, name), tensor in placed.tensors.items():
-            if name in names:
-                numbers = read_rows(file.fileno(), tensor, 0, tensor.rows, folder.path / data)
-                if why := bad_numbers({name: numbers}):
-                    return f"in {plan.buckets[number]}, {why}"
-    return None
 
 
 def _damaged_rows(folder: CacheFolder, plan: CachePlan, data: str, placed: Any, table: Any) -> str:

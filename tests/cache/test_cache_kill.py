@@ -19,7 +19,7 @@ from cache_cases import commits_of, snapshot, task_files, write_images
 from kill_driver import REQUEST, VIEWS
 from models import random_model
 
-from capacitor_rt.cache import CacheRequest, cache_images
+from capacitor_rt.cache import CacheRequest, cache_images, soundness
 from capacitor_rt.cache import folder as folder_module
 from capacitor_rt.cache.decoding import work
 from capacitor_rt.cache.decoding.reading import Ahead
@@ -182,8 +182,13 @@ def test_a_changed_byte_in_latents_is_found_before_work_starts(src, out, whole):
 
 def test_latents_are_hashed_once_by_a_machine(src, out, monkeypatch):
     hashed = []
-    original = CacheFolder.hash
-    monkeypatch.setattr(CacheFolder, "hash", lambda self, name: hashed.append(name) or original(self, name))
+    original = soundness.file_hashes
+
+    def counted(folder, name, placed):
+        hashed.append(name)
+        return original(folder, name, placed)
+
+    monkeypatch.setattr(soundness, "file_hashes", counted)
     run(src, out, random_model())
     assert len(hashed) == len(commits_of(out))
     hashed.clear()

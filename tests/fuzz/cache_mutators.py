@@ -235,8 +235,6 @@ def index_cells(cache: Path, rng: random.Random) -> str:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from capacitor_rt.cache.commits import Commit
-    from capacitor_rt.cache.hashing import xxh3
     from capacitor_rt.cache.parquet_files import parquet_bytes
 
     path = rng.choice(sorted((cache / "index").iterdir()))
@@ -266,16 +264,34 @@ def index_cells(cache: Path, rng: random.Random) -> str:
     body = bytes(parquet_bytes(table))
     path.write_bytes(body)
     if rng.random() < 0.5:
-        own = cache / f"commits-{path.stem[:8]}.jsonl"
-        log = own if own.exists() else cache / "commits.jsonl"
-        old = contents(log).splitlines(keepends=True)
-        number = int(path.stem[9:])
-        fields = json.loads(old[number])
-        del fields["sum"]
-        fields |= {"index_bytes": len(body), "index_xxh3": xxh3(body).hexdigest(), "inputs": len(table)}
-        old[number] = Commit(**fields).line()
-        log.write_bytes(b"".join(old))
+        refit(cache, path.stem, inputs=len(table))
     return f"index: {name}"
+
+
+def refit(cache: Path, stem: str, header: bool = False, **fields: Any) -> None:
+    """Make the commit line of a task agree with its files as they are, and with `header` its latents with its index.
+
+    Args:
+        fields: what else the line is to say.
+    """
+    from capacitor_rt.cache.commits import Commit
+    from capacitor_rt.cache.hashing import xxh3
+
+    own = cache / f"commits-{stem[:8]}.jsonl"
+    log = own if own.exists() else cache / "commits.jsonl"
+    old = contents(log).splitlines(keepends=True)
+    at = next(at for at, line in enumerate(old) if json.loads(line)["task"] == int(stem[9:]))
+    before = json.loads(old[at])
+    del before["sum"]
+    body = contents(cache / "index" / f"{stem}.parquet")
+    fields |= {"index_bytes": len(body), "index_xxh3": xxh3(body).hexdigest()}
+    if header:
+        path = cache / "tasks" / f"{stem}.safetensors"
+        data = contents(path).replace(before["index_xxh3"].encode(), fields["index_xxh3"].encode(), 1)
+        path.write_bytes(data)
+        fields |= {"data_bytes": len(data), "data_xxh3": xxh3(data).hexdigest()}
+    old[at] = Commit(**{**before, **fields}).line()
+    log.write_bytes(b"".join(old))
 
 
 def row_table(cache: Path, rng: random.Random) -> str:
