@@ -1,3 +1,3 @@
-"""The version, as pyproject.toml has it."""
+"""The version. pyproject.toml reads it here, so the package's metadata have the same."""
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from setuptools.dist import Distribution
 
 import capacitor_kernels
 import capacitor_rt
@@ -27,8 +28,17 @@ def test_every_package_is_listed():
     assert set(re.findall(r'"([\w.]+)"', listed)) == expected
 
 
-def test_versions_agree():
-    assert metadata.version("capacitor-rt") == capacitor_rt.__version__
+def test_a_package_that_is_built_has_the_version_of_the_code(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    built = Distribution()
+    built.parse_config_files([str(ROOT / "pyproject.toml")])
+    assert built.get_version() == capacitor_rt.__version__
+
+
+def test_the_changelog_has_the_version():
+    first = re.search(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.M)[1]
+    assert re.fullmatch(r"(\S+) - \d{4}-\d\d-\d\d|Unreleased: \S+", first)
+    assert first.startswith((f"{capacitor_rt.__version__} - ", "Unreleased: "))
 
 
 def test_importing_is_light():

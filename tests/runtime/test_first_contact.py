@@ -102,7 +102,7 @@ def test_a_wrong_result_is_told_and_remembered_until_a_version_changes(contact, 
     assert first_contact(PLACE, DTYPE) == reason and contact.checks == 1
     real = module.describe
     with monkeypatch.context() as patch:
-        patch.setattr(module, "describe", lambda device: real(device) | {"capacitor_rt": "0.3.0"})
+        patch.setattr(module, "describe", lambda device: real(device) | {"capacitor_rt": "0.0.1"})
         assert first_contact(PLACE, DTYPE) is None and contact.checks == 2
     # a longer check that finds nothing wrong is believed
     module.record(PLACE, DTYPE, module.check_model(PLACE, DTYPE))
