@@ -18,9 +18,8 @@ from ..errors import ImageError
 from . import deferred, gpu_jpeg, jpeg
 from .decode import open_image
 from .deferred import UNIT
-from .geometry import Size, assign, stored_window
+from .geometry import Size, stored_window
 from .load import FILTER, LoadedImage, View
-from .reasons import TOO_LARGE
 
 RECORD_BYTES = 4 << 20
 """Room that a record is sure to find enough."""
@@ -74,12 +73,9 @@ def load_encoded(
     size = Size(header.height, header.width)
     shape = (size.height, size.width) if orientation < 5 else (size.width, size.height)
     begins, heads, found, at = list[int](), list[list[int]](), list[LoadedImage | ImageError](), 0
-    for policy, buckets in views:
-        bucket = assign(size, buckets)
+    for view in views:
         try:
-            if size.area > policy.max_pixels:
-                raise ImageError(TOO_LARGE, f"{name}: {size} is more than {policy.max_pixels} pixels")
-            placement = policy.place(size, bucket)
+            number, placement = view.place(size, name)
         except ImageError as e:
             found.append(e)
             continue
@@ -88,7 +84,7 @@ def load_encoded(
         filter = "box" if shape == (window.height, window.width) else FILTER
         rows, columns = deferred.needed(shape, window, filter)
         nbytes = deferred.write_table(shape, window, orientation, filter, out[at + _HEAD_BYTES :])
-        found.append(LoadedImage(header, buckets.index(bucket), placement, out[at:], at))
+        found.append(LoadedImage(header, number, placement, out[at:], at))
         heads.append([-len(stream), *shape, rows.start, rows.stop, columns.start, columns.stop, nbytes])
         begins.append(at)
         at += _HEAD_BYTES + nbytes

@@ -157,6 +157,17 @@ class View(NamedTuple):
         """Bytes of the pixels of the largest bucket."""
         return 3 * max(bucket.area for bucket in self.buckets)
 
+    def place(self, size: Size, name: str) -> tuple[int, Placement]:
+        """The number of the bucket that an image of `size` is brought to, and how it lies there.
+
+        Raises:
+            ImageError: it is too large or too small for the policy; `name` is what the message calls it.
+        """
+        if size.area > self.policy.max_pixels:
+            raise ImageError(TOO_LARGE, f"{name}: {size} is more than {self.policy.max_pixels} pixels")
+        bucket = assign(size, self.buckets)
+        return self.buckets.index(bucket), self.policy.place(size, bucket)
+
 
 class _Plan(NamedTuple):
     shrink: int
@@ -198,18 +209,16 @@ def load_views(
     found: list[LoadedImage | ImageError] = []
     plans: list[_Plan] = []
     needed = 0
-    for number, (policy, buckets) in enumerate(views):
-        bucket = assign(size, buckets)
+    for number, view in enumerate(views):
+        policy = view.policy
         try:
-            if size.area > policy.max_pixels:
-                raise ImageError(TOO_LARGE, f"{name}: {size} is more than {policy.max_pixels} pixels")
-            placement = policy.place(size, bucket)
+            bucket, placement = view.place(size, name)
         except ImageError as e:
             found.append(e)
             continue
         shrink = _shrink(image.header, placement) if policy.decode == "fast" and image.shrinks else 0
-        found.append(LoadedImage(image.header, buckets.index(bucket), placement, _NO_PIXELS))
-        plans.append(_Plan(shrink, number, buckets.index(bucket), placement))
+        found.append(LoadedImage(image.header, bucket, placement, _NO_PIXELS))
+        plans.append(_Plan(shrink, number, bucket, placement))
         resizing = adm.memory(size, placement) if policy.crop == "adm" else _resizing_memory(size, placement)
         needed = max(needed, resizing)
     if plans:

@@ -112,7 +112,7 @@ def test_caption_files_that_are_missing_or_no_text_are_named(tmp_path):
     with pytest.raises(InputError, match=r"1 of 2 rows have no .txt file beside them .* \('bee/2.png'\)"):
         read_captions("txt", IDS, tmp_path)
     (tmp_path / "bee" / "2.txt").write_text("x" * 10 * MOST_CAPTION_BYTES)
-    with pytest.raises(InputError, match=r"1.txt cannot be read: 'utf-8' codec"):
+    with pytest.raises(InputError, match=r"1.txt is not UTF-8: 'utf-8' codec"):
         read_captions("txt", IDS, tmp_path)
     (tmp_path / "ant" / "1.txt").write_text("ant")
     with pytest.raises(InputError, match=r"caption of 'bee/2.png' has \d+ bytes"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,9 @@ from torch import Tensor
 
 from ...errors import CacheError, InputError
 from ...images.scan import id_to_path
-from ..sources.tables import CAPTIONS, LABELS, Table, some
+from ...strict_json import open_regular
+from ..sources.columns import caption_text
+from ..sources.tables import CAPTIONS, LABELS, MAX_CAPTION, Table, some
 
 MOST_CAPTION_BYTES = 64 * 1024
 """Of one caption in UTF-8; text encoders take a few thousand tokens at most."""
@@ -131,21 +132,18 @@ def _beside(images: Path, id: str, extension: str) -> Path:
     return source_path(images, id).with_suffix(f".{extension}")
 
 
-def _caption_file(path: Path) -> Any:
+def _caption_file(path: Path) -> str:
+    """The caption in a file beside an image, read as `cache --captions` reads it."""
     try:
-        # read no more of a wrong file than shows that it is one
-        with open(path, encoding="utf-8-sig") as f:
-            text = f.read(4 * MOST_CAPTION_BYTES)
-        if path.suffix != ".json":
-            return text.rstrip("\r\n")
-        document = json.loads(text)
-        return next(document[name] for name in CAPTIONS if name in document)
+        with open_regular(path) as file:
+            caption = caption_text(file.read(MAX_CAPTION + 1), path.suffix[1:], str(path))
     except OSError as e:
-        raise InputError(f"{path} cannot be read: {e.strerror}") from e
-    except (ValueError, TypeError) as e:
-        raise InputError(f"{path} cannot be read: {e}") from e
-    except StopIteration:
-        raise InputError(f"{path} has no caption: it is an object with one of {', '.join(CAPTIONS)}") from None
+        raise InputError(f"caption {path} cannot be read: {e.strerror or 'no regular file'}") from e
+    except CacheError as e:
+        raise InputError(str(e)) from e
+    if caption is None:
+        raise InputError(f"{path} has no caption: it is an object with one of {', '.join(CAPTIONS)}")
+    return caption
 
 
 def _file(source: str, option: str, else_use: str) -> Path:
