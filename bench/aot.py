@@ -90,6 +90,11 @@ SPILLED_BEFORE = (
     Size(80, "bf16", (16, 16), "latency", ("unpatchify",)),
     Size(80, "bf16", (32, 32), "latency", ("unpatchify",)),
     Size(120, "bf16", (8, 8), "latency", ("project",)),
+    *(Size(89, dtype, (8, 8), "latency", ("project",)) for dtype in ("bf16", "fp16")),
+    *(Size(80, dtype, (8, 8), "latency", ("expand",)) for dtype in ("bf16", "fp16")),
+    *(Size(80, dtype, (15, 17), "throughput", ("expand", "project")) for dtype in ("bf16", "fp16")),
+    Size(80, "fp16", (15, 17), "latency", ("project",)),
+    Size(100, "fp16", (16, 16), "throughput", ("project",)),
 )
 # rows in e4m3 are those of products alone; masked tiles, few tokens and one image are by default
 IN_FP8 = ("dwconv", "expand_fp8", "grn", "project_fp8")

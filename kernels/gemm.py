@@ -94,6 +94,9 @@ def gemm_default(cc: int, tokens_per_image: int, n: int, k: int, dtype: torch.dt
     block_k = min(block_k, max(16, next_power_of_2(k)))
     warps = 8 if big and cc in (90, 100) else 4
     config = GemmConfig(block_m, block_n, block_k, group_m=8, num_warps=warps, num_stages=2)
+    if cc == 80 and big and k >= 64 and tokens_per_image % block_m:
+        # by steps of 32 a masked tile spills
+        return replace(config, block_k=64, num_stages=3)
     return replace(config, num_stages=_deepest(config, cc, itemsize, 4))
 
 

@@ -49,6 +49,7 @@ def lookup(
 
     It follows from the shape of one image, so that many images fill the GPU. With `images`, so few that they do not are
     launched by narrower tiles of the same bit class (`Family.bits`): an image's bits stay what they are in any batch.
+    For latency, too, where what serves throughput stands in.
 
     Args:
         cc: compute capability, e.g. 90.
@@ -60,11 +61,11 @@ def lookup(
     Raises:
         ValueError: unknown family or use, or a shape that lacks one of the family's keys.
     """
-    config, row = _cached_lookup(family, cc, tuple(sorted(shape.items())), dtype, use)
+    config, row, answered = _cached_lookup(family, cc, tuple(sorted(shape.items())), dtype, use)
     known = get_family(family)
     if known.choose is not None:
         config = known.choose(config, base_cc(cc), shape, dtype, use)
-    if images is not None and known.few is not None and use == "throughput":
+    if images is not None and known.few is not None and answered == "throughput":
         few = known.few(config, base_cc(cc), shape, dtype, images)
         config = few if known.same_bits(few, config, cc, dtype) else config
     if family in _forced:
@@ -81,7 +82,8 @@ def lookup(
 @lru_cache(maxsize=4096)
 def _cached_lookup(
     name: str, cc: int, items: tuple[tuple[str, int], ...], dtype: torch.dtype, use: str
-) -> tuple[Any, ConfigRow | None]:
+) -> tuple[Any, ConfigRow | None, str]:
+    """The config, its row where it has one, and the use that it is for."""
     family, shape = get_family(name), dict(items)
     if use not in USES:
         raise ValueError(f"use is {use!r}, expected one of {USES}")
@@ -100,12 +102,12 @@ def _cached_lookup(
     if candidates:
         best = min(candidates, key=lambda row: _distance(family, row, shape))
         if _distance(family, best, shape) <= REACH_OCTAVES[use]:
-            return best.config, best
+            return best.config, best, use
     config = family.default(base_cc(cc), shape, dtype, use)
     if use == "latency" and config == family.default(base_cc(cc), shape, dtype, "throughput"):
-        # one image of this size fills a GPU as well as many do
+        # one image of this size fills a GPU as well as many do, or by narrower tiles
         return _cached_lookup(name, cc, items, dtype, "throughput")
-    return config, None
+    return config, None, use
 
 
 @contextmanager

@@ -21,7 +21,7 @@ class Builder:
     """Collects steps; a buffer lives from the first to the last step that names it."""
 
     narrows = True
-    """Whether few images may take narrower tiles: their bits must not hang on more than `tuning.lookup` knows."""
+    """Whether few images may take narrower tiles of the bits of many, which then hang on what `tuning.lookup` knows."""
 
     def __init__(self, config: ModelConfig, key: PlanKey):
         self.config, self.key = config, key
@@ -241,7 +241,9 @@ class Builder:
 
     def config_for(self, family: str, shape: dict[str, int], dtype: torch.dtype) -> Any:
         """The config of a step whose rows are of `dtype`."""
-        images = self.key.batch if self.key.narrow and self.narrows else None
+        # one image for latency has bits of its own in any case
+        narrows = self.narrows or self.key.use == "latency"
+        images = self.key.batch if self.key.narrow and narrows else None
         return tuning.lookup(family, self.key.cc, shape, dtype, self.key.use, images)
 
     def weight(self, name: str) -> str:

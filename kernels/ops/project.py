@@ -388,15 +388,21 @@ def _default(cc: int, shape: Shape, dtype: torch.dtype, use: str) -> GemmConfig:
             config = replace(config, maxnreg=128)
     if cc == 100 and config.num_warps == 8:
         config = replace(config, block_k=min(config.block_k, 32), num_warps=4, num_stages=4)
+        if hidden <= dim:
+            # 128 columns and two sums of squares spill
+            config = replace(config, block_n=64, block_k=2 * config.block_k, num_stages=3)
     if cc == 89 and config.num_warps == 4 and tokens_per_image % config.block_m and config.block_n == 128:
         # masked tiles of 128 x 128 spill
         config = replace(config, block_n=64, block_k=min(64, 2 * config.block_k), num_stages=3)
     if cc == 80 and _is_masked_square(config, shape):
         config = replace(config, block_n=min(config.block_n, 64))
+        if config.block_m == 128:
+            config = replace(config, block_k=min(config.block_k, 32), num_stages=4)
     if use == "throughput":
         return config
-    if cc == 120 and config.block_m == 64 and config.block_n == 128:
-        # slices of 64 x 128 spill
+    spills = config.block_m == 64 if cc in (89, 120) else cc == 80 and tokens_per_image % config.block_m
+    if spills and config.block_n == 128:
+        # slices by so many columns do
         config = replace(config, block_n=64, num_stages=4)
     programs = cdiv(tokens_per_image, config.block_m) * cdiv(dim, config.block_n)
     most = max(1, hidden // (4 * config.block_k))

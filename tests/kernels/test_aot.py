@@ -72,6 +72,11 @@ def test_sizes_that_spilled_before_are_compiled(compiled):
         ("project_kernel", 90, "bf16", 128),
         ("project_kernel", 89, "bf16", 15),
         ("unpatchify_kernel", 80, "bf16", 16),
+        ("expand_kernel", 80, "fp16", 8),
+        ("expand_kernel", 80, "bf16", 15),
+        ("project_kernel", 80, "fp16", 15),
+        ("project_kernel", 89, "bf16", 8),
+        ("project_kernel", 100, "fp16", 16),
     }
 
 

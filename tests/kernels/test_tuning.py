@@ -77,6 +77,28 @@ def test_latency_default_splits_k_until_the_gpu_is_full():
     assert many.split_k == 1
 
 
+@pytest.mark.parametrize("cc", COMPUTE_CAPABILITIES)
+@pytest.mark.parametrize("tokens", [64, 255, 4096])
+def test_one_image_for_latency_has_narrow_tiles_where_throughput_stands_in(cc, tokens):
+    shape = SHAPE | {"tokens_per_image": tokens}
+    for family in ("expand", "project"):
+        own = tuning.lookup(family, cc, shape, BF16, use="latency")
+        one = tuning.lookup(family, cc, shape, BF16, use="latency", images=1)
+        stands_in = own == tuning.lookup(family, cc, shape, BF16)
+        assert one == (tuning.lookup(family, cc, shape, BF16, images=1) if stands_in else own)
+    if tokens == 64:
+        wide, narrow = (tuning.lookup("expand", cc, shape, BF16, use="latency", images=n) for n in (None, 1))
+        assert narrow.block_n < wide.block_n
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+def test_masked_tiles_of_project_on_sm_80_keep_their_columns_but_for_latency(dtype):
+    shape = {"tokens_per_image": 255, "dim": 1024, "hidden": 4096}
+    many, one = (tuning.lookup("project", 80, shape, dtype, use=use) for use in config_rows.USES)
+    assert (many.block_n, many.block_k, many.split_k) == (128, 64, 1)
+    assert one.block_n == 64 and one.split_k > 1
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -163,7 +185,8 @@ def test_default_fits_every_gpu(cc, tokens, n, k, dtype):
         assert size >= 16 and size & (size - 1) == 0
     assert config.block_n < 2 * max(n, 9) and config.block_k < 2 * max(k, 9)
     itemsize = torch.finfo(dtype).bits // 8
-    smem = gemm.gemm_smem(config, itemsize, buffers=config.num_stages)
+    # what the products of mma are done with is one stage less
+    smem = gemm.gemm_smem(config, itemsize, buffers=config.num_stages - (cc == 80))
     assert smem <= gpu_limits.LIMITS[cc].smem_per_cta
     assert smem + gpu_limits.SMEM_RESERVED_PER_CTA <= gpu_limits.LIMITS[cc].smem_per_sm // 2, "two CTAs on an SM"
     # the accumulator alone may take half of the registers
