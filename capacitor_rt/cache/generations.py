@@ -81,11 +81,6 @@ def unfinished(folder: CacheFolder, current: CachePlan) -> list[CachePlan]:
     return [plan for plan in recorded(folder) if plan.number > current.number]
 
 
-def superseded(folder: CacheFolder, current: CachePlan) -> list[CachePlan]:
-    """The plans of earlier generations."""
-    return [plan for plan in recorded(folder) if plan.number <= current.number and plan.id != current.id]
-
-
 def make_current(folder: CacheFolder, old: CachePlan, new: CachePlan) -> None:
     """Put a finished update in the place of the current generation, whose plan is kept. Under the mutex."""
     record(folder, old)

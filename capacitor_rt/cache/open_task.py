@@ -52,7 +52,6 @@ class OpenTask:
         )
         self.chunks: list[Any] = []
         self.waiting: dict[int, Waiting] = {}
-        self.retryable: list[dict[str, Any]] = []
         self.status = np.full(len(task), False)
         self.bucket = np.full(len(task), -1, np.int32)
         self.statistics = np.zeros((len(task), 4), np.float32)

@@ -43,7 +43,7 @@ class Verification:
         notes: files that do not belong to the cache, one line per file.
         damaged: numbers of the damaged tasks.
         damaged_files: of an update, damaged files of latents of earlier generations.
-        bad_log, bad_plan, bad_list: whether the log, the plan or the list of inputs is damaged.
+        bad_log, bad_plan: whether the log or the plan is damaged.
     """
 
     inputs: int = 0
@@ -58,7 +58,6 @@ class Verification:
     damaged_files: list[str] = field(default_factory=list)
     bad_log: bool = False
     bad_plan: bool = False
-    bad_list: bool = False
 
 
 def verify(
@@ -164,7 +163,6 @@ class _Check:
             return listing
         except CacheError as e:
             self._problem(str(e))
-            self.found.bad_list = True
             return None
 
     def _log(self, name: str) -> Log:

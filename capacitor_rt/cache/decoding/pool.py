@@ -206,7 +206,6 @@ class DecodePool:
         self.chunks = self.ready_count = 0
         if record_bytes % UNIT:
             raise InputError(f"record_bytes {record_bytes} is not a multiple of {UNIT}")
-        self.deferring = record_bytes > 0
         self._job = Job(
             source,
             policy,
