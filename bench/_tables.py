@@ -31,6 +31,12 @@ LONG = (
     "peak MiB",
     "published memory, % of FLUX.2's",
 )
+MODELLED_GPU = "RTX 5090"
+"""That of the published figures."""
+EXPECTED_NOTE = (
+    "Modelled: predicted launch by launch from the compiled machine code, by `python -m bench sass`; expect a GPU to",
+    "take up to a quarter longer. Other GPUs, sizes and the assumptions are in [model.md](bench/results/model.md).",
+)
 LOW_LATENCY = "ours, low_latency"
 FACTS = {
     "torch": "torch",
@@ -103,6 +109,32 @@ def published_alone() -> list[str]:
     for name, (mine, theirs, share) in PUBLISHED.items():
         rows.append([name, f"{mine:.2f}", f"{theirs:.2f}" if theirs else "-", f"{share:.1f}" if share else "-"])
     return [*table(header, rows), "", f"Published: {PUBLISHED_SOURCE}."]
+
+
+def modelled(path: Path, gpu: str) -> dict[str, tuple[str, str]]:
+    """Milliseconds, and the floor by arithmetic, of each call on a GPU that `model.md` lists: "encode 128x256² fp8"."""
+    if not path.is_file():
+        return {}
+    text = path.read_text(encoding="utf-8")
+    rows = re.findall(rf"^\| {gpu} \| ([^|]+) \| ([\d.]+) \|[^|]*\|[^|]*\| ([\d.]+) \|", text, re.M)
+    return {call: (number(float(ms)), number(float(floor))) for call, ms, floor in rows}
+
+
+def expected(folder: Path) -> list[str]:
+    """What is published beside what is modelled, where nothing is measured; empty without a modelled page."""
+    found = modelled(folder / "model.md", MODELLED_GPU)
+    if not found:
+        return []
+    header = [f"{MODELLED_GPU}, ms", "FLUX.2's VAE, published", "full_capacitor in eager torch, published"]
+    header += ["here, modelled", "here in fp8, modelled", "floor, computed"]
+    rows = []
+    for direction, batch, size, name in NAMED:
+        mine, theirs, _ = PUBLISHED[name]
+        call = f"{direction} {batch}x{size}²"
+        ours, floor = found.get(call, ("-", "-"))
+        fp8, _ = found.get(f"{call} fp8", ("-", "-"))
+        rows.append([call, f"{theirs:.2f}" if theirs else "-", f"{mine:.2f}", f"**{ours}**", fp8, floor])
+    return [*table(header, rows), "", f"Published: {PUBLISHED_SOURCE}.", *EXPECTED_NOTE]
 
 
 def published_rows(results: Results, gpu: str, brief: bool = False) -> list[str]:

@@ -25,6 +25,7 @@ from ._tables import (
     Results,
     cache_rows,
     compiled_rows,
+    expected,
     kernel_rows,
     psnr_rows,
     published_alone,
@@ -43,10 +44,10 @@ FORMS = (
 )
 
 
-def summary(results: Results) -> str:
+def summary(results: Results, folder: Path) -> str:
     """The block of README.md."""
     if not results.gpus:
-        return "\n".join([NOTHING_ON_A_GPU, "", *published_alone()])
+        return "\n".join([*(expected(folder) or published_alone()), "", NOTHING_ON_A_GPU])
     parts = []
     for gpu in results.gpus:
         parts += [f"**{gpu}** (bfloat16; x is speed-up)", "", *published_rows(results, gpu, brief=True), ""]
@@ -121,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         wanted = {args.results / "README.md": page(results, args.results, drawn)}
         if args.readme.is_file():
             text = args.readme.read_text(encoding="utf-8")
-            wanted[args.readme] = replaced(text, summary(results), args.readme.name)
+            wanted[args.readme] = replaced(text, summary(results, args.results), args.readme.name)
     except RecordError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -65,6 +65,23 @@ def test_nothing_measured_is_said_once(project):
     assert page.split("## Reconstruction")[1].split("##")[0].count(_tables.NOTHING) == 1
 
 
+def test_what_is_modelled_stands_beside_what_is_published_until_something_is_measured(project):
+    folder, options = project
+    (folder / "results" / "model.md").write_text(
+        "| RTX 5090 | encode 128x256² | 18.367 | 18.323 | 0.044 | 16.470 | 90% | 18.361 | +0.0% |\n"
+        "| RTX 5090 | encode 128x256² fp8 | 5.670 | 5.625 | 0.044 | 4.415 | 78% | - | - |\n"
+        "| H200 | decode 1x512² | 0.359 | 0.303 | 0.056 | 0.142 | 40% | 0.488 | -26.5% |\n"
+    )
+    assert report.main(options) == 0
+    text = (folder / "README.md").read_text()
+    assert row_of(text, "encode 128x256²")[1:] == ["383.41", "42.56", "**18.4**", "5.67", "16.5"]
+    assert row_of(text, "decode 1x512²")[1:] == ["-", "7.34", "**-**", "-", "-"]
+    assert text.count("Nothing has been measured on a GPU yet") == 1
+    write(folder / "results" / "model.jsonl", *lines())
+    assert report.main(options) == 0
+    assert "modelled" not in (folder / "README.md").read_text()
+
+
 def test_numbers_are_those_of_the_files(project):
     folder, options = project
     write(folder / "results" / "nested" / "model.jsonl", *lines())
