@@ -105,7 +105,7 @@ def resolve(
             return _in_folder(folder, str(folder.resolve()), None)
         if path.is_file():
             return CheckpointSource(str(path.resolve()), None, path, _config_in(path.parent))
-    # a name that is too long, a folder that may not be entered, the home of nobody, a circle of links
+    # a name that is too long, a folder that may not be entered, the home of an unknown user, a circle of links
     except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{name[:200]!r} cannot be looked up: {error}") from error
     if path.suffix == ".safetensors" or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
@@ -342,7 +342,7 @@ def save(folder: str | os.PathLike[str], config: ModelConfig, state: Mapping[str
 
 
 def tensors_sha256(state: Mapping[str, Tensor]) -> str:
-    """Hash of tensors with their names, types and shapes, hex: what a model that was built in memory is known by."""
+    """Hash of tensors with their names, types and shapes, hex: what identifies a model that was built in memory."""
     digest = hashlib.sha256()
     for name, t in sorted(state.items()):
         digest.update(f"{name} {t.dtype} {list(t.shape)}".encode())

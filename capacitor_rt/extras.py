@@ -47,6 +47,6 @@ def require_extra(module: str, extra: str = "cache") -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         name = {"PIL": "Pillow"}.get(package := module.split(".")[0], package)
-        # the way to its absence is of no interest, unlike that to what is broken inside it
+        # how its absence was found is of no interest, unlike what is broken inside it
         absent = isinstance(error, ModuleNotFoundError) and error.name == package
         raise MissingExtraError(f"{name} is not installed: {install_hint(extra)}") from (None if absent else error)

@@ -58,7 +58,8 @@ class Fp8Calibration:
         """A parsed file.
 
         Raises:
-            InputError: another format, a missing field, a number that is none, or values that do not match their hash.
+            InputError: another format, a missing field, a value that is not a number, or values that do not match their
+                hash.
         """
         again = "make it anew by `capacitor-rt calibrate-fp8`"
         if not isinstance(values, Mapping) or values.get("format") != FORMAT:

@@ -25,7 +25,7 @@ PRECISIONS = (None, "fp8")
 
 
 def check_precision(name: str | None) -> None:
-    """Refuse a precision of the encoder that there is not."""
+    """Refuse a precision of the encoder that does not exist."""
     if name not in PRECISIONS:
         raise InputError(f"encode_precision {name!r} is unknown: use None (that of dtype) or 'fp8'")
 
@@ -56,7 +56,7 @@ def find_calibration(source: CheckpointSource, path: str | os.PathLike[str] | No
 
 
 def encoding_name(calibration: Fp8Calibration) -> str:
-    """What latents of a calibration are called by, beside their weights: another one gives others."""
+    """What names latents of a calibration beside their weights, as another calibration gives other latents."""
     return f"fp8-{calibration.sha256[:8]}"
 
 

@@ -1,4 +1,4 @@
-"""The begin of a run: what is there is checked, what is to be done is said, and how many processes will decode."""
+"""The beginning of a run: what is there is checked, what is to be done is said, and how many processes will decode."""
 
 from __future__ import annotations
 

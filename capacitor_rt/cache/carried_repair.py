@@ -1,8 +1,8 @@
 """Restoring the list of files that an update has taken over, whose hash is in the plan, from what else tells of them.
 
-Each file of latents names its plan, its task and its index in its header, which its rows follow from too; its hash is
-had by reading it. Which files the list had is told by what is left of it, by the indexes of the update and by those of
-the generation before. The hash in the plan says whether what came of that is the list.
+The header of each file of latents names its plan, its task and its index, and tells its rows; its hash is computed by
+reading it. Which files the list had is learnt from what is left of it, from the indexes of the update and from those of
+the generation before. The list's hash in the plan tells whether the result is right.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def compare(old: str | os.PathLike[str], new: str | os.PathLike[str]) -> Differe
     """What differs between two caches, as far as they are committed.
 
     Raises:
-        CacheError: one of them is none, or an index is damaged.
+        CacheError: one of them is no cache, or an index is damaged.
     """
     for extra in ("pyarrow", "xxhash"):
         require_extra(extra)

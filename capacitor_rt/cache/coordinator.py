@@ -1,7 +1,7 @@
 """One of several coordinators that a command starts: a run in a process of its own, which tells what it does.
 
 Messages are pairs of a word and what belongs to it. A coordinator makes its plan, or waits to be told to go on while
-another does, and ends when whoever started it is gone.
+another does, and ends when the process that started it is gone.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def coordinate(setup: Setup, tell: Tell, teller: Teller | None = None) -> None:
     request, watch = setup.request, teller or Teller(tell)
 
     def note(line: str) -> None:
-        # from any thread; that nobody is there any more is another's to see
+        # from any thread; that the command is gone is noticed elsewhere
         with suppress(OSError):
             tell(NOTE, line)
 
@@ -113,7 +113,7 @@ def coordinate(setup: Setup, tell: Tell, teller: Teller | None = None) -> None:
 
 
 def main(fd: int) -> None:
-    """Serve whoever holds the other end of a socket."""
+    """Serve the process at the other end of a socket."""
     lock = threading.Lock()
     connection = Connection(fd)
 
@@ -132,7 +132,7 @@ def main(fd: int) -> None:
         threading.Thread(target=_end_with, args=(connection,), name="parent", daemon=True).start()
         coordinate(setup, tell)
     except KeyboardInterrupt:
-        # nobody may be there to hear it
+        # the command may be gone by now
         with suppress(OSError):
             tell(STOPPED, None)
         sys.exit(128 + signal.SIGTERM)

@@ -40,7 +40,7 @@ class _Process:
     def go(self) -> None:
         if self.connection is not None and not self.went:
             self.went = True
-            # who is gone will be seen to be
+            # that one is gone is noticed when it is listened to
             with suppress(OSError):
                 self.connection.send(GO)
 
@@ -181,7 +181,9 @@ def _hear(processes: list[_Process], gathering: Gathering) -> None:
 
 
 def _next(processes: list[_Process], gathering: Gathering) -> None:
-    """Whoever was to make the plan is gone: the next does, unless the first was refused, as all would be."""
+    """The coordinator that was to make the plan is gone: the next one makes it, unless the first was refused, as all
+    would be.
+    """
     refused = gathering.has_failed()
     for number, one in enumerate(processes):
         if one.connection is None:

@@ -45,7 +45,7 @@ class LatentRow(_Row, total=False):
     `latents` is `[C,h,w]` in the stored dtype, float32 where that is int8; `logsnr`, `latents_flip` and `logsnr_flip`
     have the same shape and are there where the cache has them. `id` is the input's locator as text, `height` and
     `width` are the bucket's in pixels. A cache with labels, captions or other columns gives them under their names; a
-    missing caption is "", any other missing value is left out of no row: it is -1, NaN, "" or False.
+    missing caption is "", any other missing value becomes -1, NaN, "" or False, so that rows collate.
     """
 
     logsnr: Tensor
@@ -185,8 +185,9 @@ class LatentDataset(Dataset[LatentRow]):
         self._open_files()
 
     def close(self) -> None:
-        """Let go of descriptors and of memory that is shared with workers, which must have ended; both are had again
-        when they are needed. What was read stays."""
+        """Close descriptors and free the memory shared with workers, which must have ended. Both come back when they
+        are needed; what was read stays.
+        """
         self._open_files()
         self._shared = shared_batches()
 

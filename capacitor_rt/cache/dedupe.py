@@ -1,10 +1,10 @@
 """`cache --dedupe`: inputs of the same bytes are encoded once.
 
-Before the work the source is looked through for equal files: by their sizes, then by 4 KiB of those that share one,
-then by the hash of what still agrees. The plan that is worked on first has one input for each content, and is interim:
-an update then adds the others, whose rows are found by the hash of their bytes like those of any update. So a task
-needs no other, and what the search says, which is a moment's truth, decides what is encoded first and never what a row
-is.
+Before the work the source is searched for equal files: by their sizes, then by 4 KiB of those that share one, then by
+the hash of what still agrees. The plan that is worked on first has one input for each content, and is interim: an
+update then adds the others, whose rows are found by the hash of their bytes like those of any update. So no task
+depends on another, and the search, whose result may be outdated a moment later, decides only what is encoded first,
+never what a row holds.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from .quantization import stored_as, values_of
 from .request import DTYPES
 from .sources import Source
 
-# inputs that are tried for each image: some may be none
+# inputs that are tried for each image: some may not be images
 _TRIES = 4
 
 

@@ -325,7 +325,7 @@ class PendingFile:
             raise write_error(self.folder.path / self.name, e) from e
         self.discard()
         try:
-            # also of one that was there: whoever linked it may have died before
+            # also of one that was there: the process that linked it may have died before it did so
             self.folder.sync(self.name)
         except OSError as e:
             raise write_error(self.folder.path / self.name, e) from e

@@ -104,7 +104,7 @@ def collect(
 ) -> list[tuple[str, int]]:
     """Remove what no run and no reader needs; names and bytes.
 
-    Whoever still reads an earlier generation needs it: end such readers first.
+    Programs that still read an earlier generation need it: end them first.
 
     Args:
         dry_run: only name it.

@@ -1,8 +1,8 @@
 """Generations: `cache --update` writes a new plan beside the current one, and makes it current once it is complete.
 
 All that belongs to a generation has names that follow from its plan, and `plan.json` is the current one: so one rename
-makes a finished update current, and until then, and for whoever has opened the old one, nothing has changed. The plans
-of updates under way and of earlier generations lie in `generations/`.
+makes a finished update current, and until then, and for readers of the old one, nothing changes. The plans of updates
+under way and of earlier generations lie in `generations/`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Ctrl-C and SIGTERM, held back where an exception between two lines would leave a lock held and nobody to drop it."""
+"""Ctrl-C and SIGTERM, held back where an exception between two lines would leave a lock held that no code would
+drop.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The latents of a task: a safetensors file with a tensor per bucket and kind, data on 4 KiB boundaries.
 
-The header follows from the plan, the number of rows of each bucket, and the hash of the index: whoever knows these
-compares bytes and parses nothing.
+The header follows from the plan, the number of rows of each bucket, and the hash of the index: a reader that knows
+    these compares bytes and parses nothing.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from .interrupts import Interrupts
 
 LOCK, HELD = ".lock", ".lock.held"
 PATIENCE = 2.0
-"""Seconds after which whoever waits is told for whom."""
+"""Seconds after which a process that waits is told which one it waits for."""
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
 
 
@@ -78,14 +78,14 @@ def _start(pid: int) -> int | None:
 class Mutex:
     """One holder at a time among all threads and processes: a lock on OUT/.lock that the kernel drops with its process.
 
-    A second lock on the same file by one process would wait for the first for ever. So none is left open by an
-    interrupt: those of the main thread wait from `acquire` to `release`, but for the time that one has to wait.
+    A second lock on the same file by one process would wait for the first for ever. So no interrupt may leave one
+    behind: those of the main thread are held back from `acquire` to `release`, except while it waits for the lock.
 
     The file is gone when no run is going on. On a file system without locks a file `.lock.held` that names its holder
     takes the lock's place: it is taken over if its holder ran on this host and is dead.
 
     Args:
-        note: told for whom one waits, after a while.
+        note: told, after a while, which process holds the lock.
     """
 
     def __init__(self, folder: CacheFolder, note: Callable[[str], None] = lambda line: None):
@@ -109,7 +109,7 @@ class Mutex:
         """Take the lock, again where this thread has it. Until it is released, interrupts of the main thread wait.
 
         Args:
-            blocking: wait for whoever has it, which an interrupt ends.
+            blocking: wait until it is free; an interrupt ends the wait.
 
         Returns:
             Whether it is held now.
@@ -155,7 +155,7 @@ class Mutex:
             self._interrupts.release()
 
     def interruptible(self) -> AbstractContextManager[None]:
-        """A block, while the lock is held, that an interrupt ends: one that takes more than moments."""
+        """A block under the lock that an interrupt may end: for work that takes more than a moment."""
         return self._interrupts.allowed()
 
     def remove(self) -> None:
@@ -174,7 +174,7 @@ class Mutex:
         patience.start()
         try:
             while True:
-                # in the kernel's queue: who asks again and again would wait for ever on a busy holder
+                # in the kernel's queue: by asking again and again one might wait for ever beside a busy holder
                 file = self._try(wait=True)
                 if file is not None:
                     return file
@@ -214,7 +214,7 @@ class Mutex:
         if now is None or not os.path.samestat(now, os.fstat(file.fileno())):
             file.close()
             return None
-        # on a full disk the lock still holds; who holds it is only for messages
+        # on a full disk the lock still holds; its holder's name is only for messages
         with suppress(OSError):
             os.ftruncate(file.fileno(), 0)
             os.pwrite(file.fileno(), owner_bytes(me()), 0)

@@ -43,7 +43,7 @@ _MOST_ERROR = 12
 
 
 class Refused(Exception):
-    """nvJPEG does not decode a stream, which is a matter of the stream."""
+    """nvJPEG refuses a stream, as it would in every run."""
 
 
 class JpegDecoder:
@@ -85,7 +85,7 @@ class JpegDecoder:
         return list(pictures)
 
     def works(self) -> bool:
-        """Whether a picture that is in order is decoded, now."""
+        """Whether a sound picture can be decoded just now."""
         return self._why_not() is None
 
     def _why_not(self) -> str | None:

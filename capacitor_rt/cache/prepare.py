@@ -254,7 +254,7 @@ def committed_hashes(folder: CacheFolder, plan: CachePlan, ordinals: list[int]) 
         try:
             table = read_index(folder, plan, commit)
         except CacheError:
-            # whoever builds on it will say so
+            # what builds on it reports that
             continue
         for ordinal, digest in zip(table["input"].to_pylist(), table["bytes_hash"].to_pylist(), strict=True):
             if ordinal in wanted and digest is not None:

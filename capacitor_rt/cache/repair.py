@@ -56,7 +56,7 @@ def repair(root: str | os.PathLike[str], found: Verification) -> list[str]:
                 f"{root} is being written by {next(iter(living.values()))}: wait for it to end, and run this again"
             )
         if found.bad_plan or done:
-            # what hangs on the plan could not be looked at before
+            # what depends on the plan could not be checked before
             found = verify(root)
         _set_aside(folder, plan, found.damaged, done)
         for name in found.damaged_files:

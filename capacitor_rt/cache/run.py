@@ -128,7 +128,7 @@ def planned(
     inputs: Source | None = None,
     search: Search = distinct,
 ) -> PreparedRun:
-    """The plan that is there, or a new one: whoever comes first makes it, and the others wait for it.
+    """The plan that is there, or a new one: the first process makes it, and the others wait for it.
 
     Args:
         inputs: the source, where it was opened already.
@@ -177,7 +177,7 @@ def _write_tasks(
     note: Callable[[str], None],
     watch: Watch,
 ) -> Pipeline | None:
-    """Write what is to be done, together with whoever else is at it. None if there was nothing to encode."""
+    """Write what is to be done, together with other processes at work on it. None if there was nothing to encode."""
     prepared, store, todo = run.prepared, run.store, run.todo
     plan = prepared.plan
     rank, size = options.place()

@@ -5,7 +5,7 @@ both processes, which takes longer than reading a batch. Here one mapping serves
 its units: a worker takes the run and fills it, what goes through the loader's queue is where it is, and it is free
 again when the last tensor of it is gone in the process that got it. Where all units are taken the batch goes torch's
 way. The memory is anonymous, is made when the first worker is, takes what was in use at most at a time, and ends with
-the last process that has it: who reads without workers has neither addresses nor a descriptor of it.
+the last process that has it: reading without workers takes neither addresses nor a descriptor.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def parse_views(texts: Sequence[str], request: CacheRequest) -> dict[str, CacheR
         request: what holds for all of them.
 
     Raises:
-        InputError: a view that is none, is there twice, or is out of range.
+        InputError: a text that is no view, a view that is there twice, or one out of range.
     """
     views: dict[str, CacheRequest] = {}
     for text in (part.strip() for several in texts for part in several.split(",")):

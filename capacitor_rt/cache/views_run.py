@@ -273,7 +273,7 @@ def _tell_common(prepared: Sequence[PreparedRun], note: Callable[[str], None]) -
 def _write(
     runs: Sequence[Begun], source: ModelSource, options: RunOptions, note: Callable[[str], None], watch: Watch
 ) -> ViewsPipeline | None:
-    """Write what is to be done, together with whoever else is at it. None if there was nothing to encode."""
+    """Write what is to be done, together with other processes at work on it. None if there was nothing to encode."""
     queues = [TaskQueue(run.store, run.todo) for run in runs]
     queue = SpanQueue(queues, [run.prepared.tasks for run in runs], *options.place())
     spans = iter(queue)

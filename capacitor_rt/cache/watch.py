@@ -1,4 +1,4 @@
-"""Who is told how far a run is: a bar on the terminal, or whoever started this process as one of several."""
+"""Progress of a run: a bar on the terminal, or messages to the process that started this one as one of several."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Watch(Protocol):
         """So many more inputs are done, and so many of these are quarantined; `measure` gives the meters as of now."""
 
     def end(self, meters: Meters | None) -> None:
-        """The work has ended; None: not by its own will."""
+        """The work has ended; None: it was cut short."""
 
 
 class Bar:

@@ -1,4 +1,4 @@
-"""What `capacitor-rt cache` says in the end, of one cache and of several views."""
+"""What `capacitor-rt cache` says at the end, of one cache and of several views."""
 
 from __future__ import annotations
 

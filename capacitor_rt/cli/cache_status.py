@@ -1,4 +1,4 @@
-"""`capacitor-rt status`, `diff` and `gc`: looking at caches, and clearing them of what nobody needs."""
+"""`capacitor-rt status`, `diff` and `gc`: looking at caches, and removing what is no longer needed."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def refuse_existing(target: Path) -> None:
     """What is there is never overwritten: it may be the original.
 
     Raises:
-        InputError: it is there, or its folder can be none.
+        InputError: it is there, or a file is in the place of its folder.
     """
     file = next((folder for folder in target.parents if folder.is_file()), None)
     if file is not None:
@@ -90,7 +90,7 @@ def refuse_existing(target: Path) -> None:
 
 
 def refuse_long_name(target: Path) -> None:
-    """One name that the file system does not take is the fault of one input."""
+    """Refuse a name that the file system does not take: it costs one input alone."""
     length = len(os.fsencode(target.name))
     if length > FILE_NAME_BYTES:
         raise InputError(

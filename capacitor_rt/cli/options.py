@@ -86,7 +86,7 @@ def parse_gpus(wanted: str) -> list[int]:
     """Numbers of GPUs in a list such as "0,1,3".
 
     Raises:
-        InputError: it is none, or names one twice.
+        InputError: it is no such list, or names a GPU twice.
     """
     parts = [part.strip() for part in wanted.split(",")]
     if not all(part.isdecimal() and part.isascii() for part in parts):
@@ -98,7 +98,7 @@ def parse_gpus(wanted: str) -> list[int]:
 
 
 def check_gpus(wanted: str | None) -> str | None:
-    """A list of GPUs as it is; InputError for what is none."""
+    """A list of GPUs as it is; InputError for anything else."""
     if wanted is not None and wanted != "all":
         parse_gpus(wanted)
     return wanted
@@ -118,7 +118,7 @@ def parse_background(text: str) -> tuple[int, int, int]:
 
 
 def check_background(text: str) -> str:
-    """A colour's text as it is; InputError for what is none."""
+    """A colour's text as it is; InputError for anything else."""
     parse_background(text)
     return text
 

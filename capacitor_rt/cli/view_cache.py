@@ -47,7 +47,7 @@ def view_cache(
         notes: a few words by the name of a row.
 
     Raises:
-        CapacitorError: no cache or none of the first model's shapes, or a place for the page that is none.
+        CapacitorError: no cache, one of other shapes than the first model's, or no page can be written there.
     """
     dataset = LatentDataset(root, verify=True, allow_partial=True)
     first = next(iter(models))

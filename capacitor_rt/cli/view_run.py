@@ -60,7 +60,7 @@ def view_images(
     """A page of image files.
 
     Raises:
-        CapacitorError: no image, or a place for the page that is none.
+        CapacitorError: no image, or no page can be written there.
     """
     found = _without_page(list_images(list(sources)), settings.out)
     chosen = spread(found, settings.limit)
@@ -97,7 +97,7 @@ def view_images(
 
 
 def fill(page: PageWriter, rows: Iterator[Shown | LeftOut], total: int, settings: Settings) -> bool:
-    """Add rows until they end or somebody interrupts; whether they ended."""
+    """Add rows until they end or the run is interrupted; whether they ended."""
     try:
         for row in bar(rows, total, "image") if settings.progress else rows:
             if isinstance(row, LeftOut):

@@ -68,7 +68,7 @@ def calibrate(
         watch: wraps what is gone through, for a progress bar.
 
     Raises:
-        InputError: no image could be decoded, or the model is no checkpoint's.
+        InputError: no image could be decoded, or the model is not as a checkpoint has it.
     """
     source = model.source
     if source is None or not model.is_as_loaded:

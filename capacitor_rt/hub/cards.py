@@ -164,7 +164,7 @@ def _sizing(geometry: dict[str, Any]) -> str:
 
 
 def _model_name(model: dict[str, Any]) -> str:
-    """The hub id with its commit; of a local model the last part of its path, which is nobody else's business."""
+    """The hub id with its commit; of a local model only the last part of its path: the rest is private."""
     name = str(model["id"])
     if re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
         return f"[{name}](https://huggingface.co/{name})" + (f" at `{model['revision']}`" if model["revision"] else "")

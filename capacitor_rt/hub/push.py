@@ -1,8 +1,8 @@
 """`push_to_hub`: a finished cache as a dataset, a saved model as a model, in commits that can be gone on with.
 
 Files go up in groups, a commit each, and what says that a folder is whole goes up last: a reader of a push that was cut
-short finds no `plan.json`. The same push again uploads what is missing. A file that is there with other contents is
-somebody's: it is refused unless it is to be replaced, and then stays in the repository's history.
+short finds no `plan.json`. The same push again uploads what is missing. A file that is there with other contents is not
+ours: it is refused unless it is to be replaced, and then stays in the repository's history.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Pictures that are decoded and not resized yet, each with all that resizing it takes, as one run of bytes.
 
 A record is a row of `capacitor_kernels.pictures.Field` in int32, the weights of both axes, and the pixels that the
-wanted window reads, each part on a multiple of 16 bytes, places counted from the record's begin. Whoever holds the
-bytes can resize: `capacitor_kernels.ops.resize` on a GPU, with the bits that `resample` gives. Records of several
+wanted window reads, each part on a multiple of 16 bytes, places counted from the beginning of the record. The bytes are
+enough to resize it: `capacitor_kernels.ops.resize` on a GPU, with the bits that `resample` gives. Records of several
 windows of a picture share its pixels, which lie behind the last of them.
 """
 
@@ -47,7 +47,7 @@ def record_bytes(shape: tuple[int, ...], windows: Sequence[Window], filter: str)
 def write_records(
     pixels: np.ndarray, windows: Sequence[Window], orientation: int, filter: str, out: np.ndarray
 ) -> tuple[list[int], int]:
-    """Write the records of uint8 `[H,W,3]` pixels to the begin of `out`, uint8 `[N]` on a multiple of 16.
+    """Write the records of uint8 `[H,W,3]` pixels to the beginning of `out`, uint8 `[N]` on a multiple of 16.
 
     Args:
         windows: what is wanted of the picture resized, as it is stored.

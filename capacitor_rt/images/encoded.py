@@ -52,7 +52,7 @@ class Encoded(NamedTuple):
 def load_encoded(
     data: bytes, views: Sequence[View], out: np.ndarray, *, name: str = "image"
 ) -> list[LoadedImage | ImageError] | None:
-    """The records of an image that a GPU decodes, for each view, or why it is none of that; the stream is shared.
+    """The records of an image that a GPU decodes, for each view, or why a view has none; the stream is shared.
 
     Args:
         views: that decode and treat profiles alike.
@@ -99,7 +99,7 @@ def read_encoded(record: np.ndarray) -> Encoded | None:
     """What a record says, in views of it; None if it is one of `deferred`.
 
     Args:
-        record: uint8, from its begin on.
+        record: uint8, from its beginning on.
     """
     head = record[:_HEAD_BYTES].view(np.int32).tolist()
     if head[0] >= 0:

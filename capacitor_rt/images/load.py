@@ -128,7 +128,7 @@ def load_image(
     Args:
         data: the file's bytes.
         buckets: to choose from.
-        out: uint8 `[N]`, contiguous, with room for the pixels of any of them; `pixels` is then a view of its begin.
+        out: uint8 `[N]`, contiguous, with room for the pixels of any of them; `pixels` is then a view of its beginning.
         name: what messages call the image.
         buffer: gives memory of so many bytes that the decoded picture may lie in, to be used again.
         record_bytes: leave the resizing to others: `out` takes a record (see `deferred`) of so many bytes at most. An

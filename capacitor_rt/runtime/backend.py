@@ -168,7 +168,7 @@ class ServedAutoencoder(Autoencoder):
         return self._runtime
 
     def release(self) -> None:
-        """Free CUDA graphs, arenas and packed weights, which lie outside of a trainer's sight; a call makes them anew.
+        """Free CUDA graphs, arenas and packed weights, which a trainer cannot see; the next call makes them anew.
 
         The memory goes back to torch's allocator. Weights that a graph of the caller's reads stay with the model.
         """
@@ -193,7 +193,9 @@ class ServedAutoencoder(Autoencoder):
         self._as_loaded = AsLoaded(self, tensors)
 
     def to_fold(self) -> Autoencoder:
-        """What packed weights are folded from: the tensors as loaded, or this model once they are not its values."""
+        """What packed weights are folded from: the tensors as loaded, or this model once its values differ from
+        them.
+        """
         loaded = self._intact()
         return self if loaded is None else loaded.model(self.config)
 
@@ -331,7 +333,7 @@ class ServedAutoencoder(Autoencoder):
             warnings.warn(f"image {odd} (said once per model)", stacklevel=4)
 
     def _why_differentiable(self, part: str, given: Tensor) -> str | None:
-        """Why a call has to be differentiable, with the way out; None where nobody asks for gradients."""
+        """Why a call has to be differentiable, with the way out; None where no gradient is asked for."""
         if not torch.is_grad_enabled():
             return None
         if given.requires_grad:

@@ -1,4 +1,4 @@
-"""Which configs of a user's own calls are launched by, as data for a plan that must compute the same bits later.
+"""The user's own configs by which calls are launched, as data for a plan that must compute the same bits later.
 
 `capacitor-rt tune` may choose another tile for a launch, and sums in another order differ in their last bits. So a
 cache records the user's rows that its encode calls are launched by, and takes them again when it goes on.

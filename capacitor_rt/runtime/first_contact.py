@@ -36,9 +36,8 @@ _met: dict[str, str | None] = {}
 def first_contact(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the Triton backend is not to be trusted with `device` and `dtype`, in one line; None where it may serve.
 
-    Takes about a second, and compilation, when a combination is new to this machine; else it looks it up. Neither
-    inside of a capture nor in code that torch traces anything is run, and None returned. CAPACITOR_SELF_CHECK=0 turns
-    it off.
+    Takes about a second, and compilation, when a combination is new to this machine; else it looks it up. Inside a
+    capture, and in code that torch traces, nothing is run and None is returned. CAPACITOR_SELF_CHECK=0 turns it off.
     """
     if os.environ.get(SWITCH) == "0" or not _may_run(device):
         return None
@@ -57,8 +56,8 @@ def fp8_contact(device: torch.device, dtype: torch.dtype) -> str | None:
 def few_images(device: torch.device, dtype: torch.dtype, ask: bool = True, fp8: bool = False) -> str | None:
     """Why few images are to be run by the tiles of many, in one line; None where narrower ones leave the same bits.
 
-    Asked and remembered as `first_contact` is; without `ask` nothing is run, and None returned where nothing is known.
-    With `fp8` it is about encoding in e4m3.
+    Asked and remembered as `first_contact` is; without `ask` nothing is run, and None is returned where nothing is
+    known. With `fp8` it is about encoding in e4m3.
     """
     if os.environ.get(SWITCH) == "0" or INTERPRETED or not _may_run(device):
         return None

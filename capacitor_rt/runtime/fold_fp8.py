@@ -94,7 +94,7 @@ def fold_fp8(folded: PackedEncoder, ranges: Ranges) -> PackedEncoder:
 
 
 def ranges_of_shapes(folded: PackedEncoder) -> Ranges:
-    """Ranges on the meta device, for who asks for shapes alone."""
+    """Ranges on the meta device, where only shapes are asked for."""
     blocks = cast("tuple[PackedBlock, ...]", folded.blocks)
     return tuple(BlockRange(torch.empty((), device="meta"), block.gamma, block.gamma) for block in blocks)
 

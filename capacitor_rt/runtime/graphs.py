@@ -155,7 +155,7 @@ class BoundCache:
     def add(self, bound: Bound) -> None:
         """Capture a plan and keep it; the least recently used ones go until the rest is within the budget.
 
-        A plan that cannot be captured is kept all the same, and launched without a graph.
+        A plan that cannot be captured is kept nevertheless, and launched without a graph.
 
         Raises:
             RuntimeError: memory ran out, or a kernel could not be built.

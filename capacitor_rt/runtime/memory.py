@@ -41,7 +41,7 @@ def retire(tensors: Iterable[Tensor], stream: torch.cuda.Stream | None = None) -
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """What an allocation could get now, torch's own cached blocks included; None where nobody says."""
+    """What an allocation could get now, torch's own cached blocks included; None where it is not known."""
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return None
     torch.cuda.empty_cache()

@@ -2,7 +2,7 @@
 
 A model is known to its operators by a number, held weakly; the number means nothing in another process, where an
 exported program that was saved cannot find its model. Inductor keeps these operators out of the CUDA graphs that it
-captures itself: they replay their own, whose memory is none of its pool's.
+captures itself: they replay graphs of their own, whose memory is outside its pool.
 """
 
 from __future__ import annotations

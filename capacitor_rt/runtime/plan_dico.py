@@ -1,8 +1,8 @@
 """Builds plans of the siblings with channel attention.
 
 A block is six steps: the first 1x1 behind its norm, the depthwise convolution with SiLU and sums over each image, the
-attention, the second 1x1 times the attention, and the MLP's two. Norms are row scales of the products, so whoever
-writes the residual leaves its sums of squares; where nobody did, a pass of `rmsnorm` takes them.
+attention, the second 1x1 times the attention, and the MLP's two. Norms are row scales of the products, so the step that
+writes the residual leaves its sums of squares; where none did, a pass of `rmsnorm` takes them.
 """
 
 from __future__ import annotations

@@ -154,7 +154,7 @@ def shipped_triton(torch_version: str) -> str | None:
 
 @functools.cache
 def driver_version() -> str:
-    """Version of the NVIDIA driver, "unknown" where nobody says."""
+    """Version of the NVIDIA driver, "unknown" where it cannot be found out."""
     proc = Path("/proc/driver/nvidia/version")
     if proc.is_file() and (found := re.search(r"Module\s.*?(\d+\.\d+(?:\.\d+)?)", proc.read_text())):
         return found[1]

@@ -51,7 +51,7 @@ class Runtime:
 
     Attributes:
         stats: counters.
-        narrow: whether few images are run by narrower tiles; whoever made it may turn it off before the first call.
+        narrow: whether few images are run by narrower tiles; it may be turned off before the first call.
 
     Raises:
         InputError: a model, device or dtype that the launches do not take.
@@ -375,13 +375,13 @@ class _LastStream:
 
 
 def _end(cache: BoundCache, packed: weights.PackedWeights, last: _LastStream) -> None:
-    """When a runtime goes, possibly on another stream than its last call's: that one may still be at work."""
+    """When a runtime is freed, perhaps on another stream than its last call's, which may still be at work."""
     if last.stream is not None:
         retire([*cache.arenas(), *packed.tensors()], last.stream)
 
 
 def _forget(cache: BoundCache, time: weights.Time) -> None:
-    """Free the plans of weights that went: their graphs hold the addresses."""
+    """Free the plans of weights that were freed: their graphs hold the addresses."""
     cache.drop(lambda plan: time in plan.times)
 
 

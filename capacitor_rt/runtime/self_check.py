@@ -130,7 +130,7 @@ def compare(name: str, results: Sequence[tuple[Tensor, Tensor, Tensor]], dtype: 
     """The row of a check's outputs, each `(result, truth, eager torch's)`, where eager's errors set the bounds."""
     worst, elsewhere = (0.0, FLOORS[dtype]), ""
     for outputs in results:
-        # on the CPU: whoever is in question does not judge
+        # on the CPU: the device in question is no judge of itself
         got, truth, eager = (t.cpu().double() for t in outputs)
         scale = max(_rms(truth), 1e-30)
         error, base = got - truth, eager - truth
@@ -262,7 +262,7 @@ def _fp8_bit_rows(device: torch.device, dtype: torch.dtype, draw: torch.Generato
 def _few_among_many(what: str, size: tuple[int, ...], call: Callable[[int], Tensor]) -> Iterator[CheckRow]:
     """Whether the first images have the bits that they have among many; `call` is told how many there are."""
     height, width = size
-    # on the CPU: whoever is in question does not judge
+    # on the CPU: the device in question is no judge of itself
     many = call(MANY).cpu()
     for n in FEW:
         same = (call(n).cpu() == many[:n]).flatten(1).all(1)

@@ -2,7 +2,7 @@
 
 Each variant is captured in a graph of many calls that walk over copies of its inputs, together larger than three times
 the L2 cache, so that neither launch gaps nor a warm cache flatter it. Variants are replayed in turn and compared by
-medians, since clocks and temperature drift. On the CPU plain calls are timed, which only serves to try things out.
+medians, since clocks and temperature drift. On the CPU plain calls are timed, which serves only for trying things out.
 """
 
 from __future__ import annotations

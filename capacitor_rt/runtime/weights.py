@@ -49,7 +49,7 @@ class PackedWeights:
     Args:
         model: whose parameters are watched, held weakly.
         to_fold: from `model` to the one whose tensors are folded.
-        evicted: called with the `(t, image_scale)` of a decoder that went, whose plans are to go too.
+        evicted: called with the `(t, image_scale)` of a decoder that was dropped, whose plans must be freed too.
         lent: where weights are kept that a caller's graph reads.
         ranges: of a calibration, for an encoder in e4m3.
     """

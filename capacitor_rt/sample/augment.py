@@ -72,6 +72,6 @@ class CropSampler:
 
 
 def crop_pca(sampler: CropSampler, count: int, size: int, patch: int) -> PatchPCA:
-    """PCA of `count` crops: it generalises better than that of the photographs themselves, whose scales are few."""
+    """PCA of `count` crops: it generalises better than a PCA of the photographs themselves, whose scales are few."""
     crops = ((sampler.batch(1, size)[0].permute(1, 2, 0).numpy() + 1) * 127.5 for _ in range(count))
     return fit(crops, patch)

@@ -1,4 +1,6 @@
-"""Memory that the workers of a pool share, counted in bytes: nobody gives out more, and nobody waits for ever."""
+"""Memory that the workers of a pool share, counted in bytes: no more than there is is handed out, and no worker waits
+for ever.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,10 @@ _PAUSE_SECONDS = 0.002
 
 @dataclass
 class Allowance:
-    """Half of `total` is shared out, and who keeps to its share asks nobody. The other half is for whoever asks first.
-
-    Whoever waits lets nobody past, and gets more than all of that when no other has any of it. What a process has is in
-    its slot; that of a dead one is to be set to 0. There is no deadlock as long as nobody waits who has something, and
-    whoever has something gives it back without waiting for more.
+    """Half of `total` is shared out: a process that keeps to its share need not ask. The other half is handed out in
+    the order of asking: a process that waits lets none past, and gets more than all of that half once no other has any
+    of it. What a process has taken is in its slot; the slot of a dead process must be set to 0. There is no deadlock as
+    long as no process waits while it has something, and each gives back what it has without waiting for more.
 
     Args:
         slots: int64 `[processes]` in memory that they share: what each has of the common half.

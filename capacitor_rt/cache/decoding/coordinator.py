@@ -26,7 +26,7 @@ from .ring import Allocator, SharedMemory, Span, pin, unpin
 from .server import BROKEN, DIED, FORK, KILL, MESSAGE_BYTES, READY, Done, Failure, Setup, Task
 from .work import Job, Meter, chunk_schema, to_batch
 
-# workers that an image may take with it: the first may have been ended by someone else
+# workers that die at an image before it is blamed: the first may have been killed by something else
 _DEATHS = 3
 # of workers or helpers in a row, with nothing decoded between and no image to blame
 _MOST_DEATHS = 8
@@ -38,7 +38,7 @@ class Coordinator:
     """Starts helper and workers, and a thread that looks after them.
 
     Attributes:
-        ready: chunks that are decoded and that nobody has waited for yet.
+        ready: chunks that are decoded and have not been waited for yet.
 
     Raises:
         CacheError: no shared memory; the source cannot be sent to the workers.
@@ -91,7 +91,7 @@ class Coordinator:
                 if self._containers is not None:
                     order.container = int(self._containers[ordinals[0]])
                 self._queue.append(order)
-                # else whoever is free next takes it, and nobody need be woken
+                # otherwise the next worker that is free takes it, and the thread need not be woken
                 is_awaited = any(seat.takes(order) for seat in self._seats)
             else:
                 is_awaited = False
@@ -123,7 +123,7 @@ class Coordinator:
             order.span = Span(0, 0)
 
     def abandon(self, order: Order) -> None:
-        """Nobody will wait for it."""
+        """Drop a chunk that will not be waited for."""
         with self._changed:
             order.is_abandoned = True
             self.ready -= order.result is not None
@@ -211,7 +211,7 @@ class Coordinator:
                 seat.orders.append(order)
                 span, careful = order.span, order.is_suspect
                 task = Task(order.number, order.ordinals, span.begin, span.end, order.failed, careful, order.views)
-                # who is dead will be seen to be
+                # that a worker is dead is noticed when its connection is read
                 with suppress(OSError):
                     assert seat.connection is not None
                     seat.connection.send_bytes(pickle.dumps(task))
@@ -348,7 +348,7 @@ class Coordinator:
             self.release(order)
 
     def _replace_helper(self) -> None:
-        """Whoever ended the helper has ended its workers."""
+        """Start a new helper: the workers have died with the old one."""
         self._helper.end()
         self._is_ready = False
         self._count_in_vain(f"the helper {_ended(self._helper.returncode)}")

@@ -81,7 +81,7 @@ class Helper:
                 except (pickle.PicklingError, AttributeError, TypeError) as e:
                     raise CacheError(f"the source cannot be sent to the workers: {e}: define it in a module") from e
             os.lseek(fd, 0, os.SEEK_SET)
-            # one that is gone will be seen to be
+            # that it is gone is noticed when it is listened to
             with suppress(OSError):
                 socket.send_fds(self.control, [pickle.dumps((SETUP, 0))], [fd, ring_fd])
         finally:

@@ -57,7 +57,7 @@ class Order:
 
 @dataclass
 class Seat:
-    """A worker's place: who dies is replaced in it."""
+    """A worker's place, in which another follows one that has died."""
 
     connection: Connection | None = None
     orders: list[Order] = field(default_factory=list)
@@ -67,7 +67,9 @@ class Seat:
     container: int = -1
 
     def takes(self, order: Order) -> bool:
-        """Whether its worker may have the chunk: those that killed one, and those in doubt, alone."""
+        """Whether its worker may have the chunk. One that a worker died of, or perhaps did, is decoded beside no
+        other.
+        """
         if self.connection is None or len(self.orders) >= DEPTH:
             return False
         return not self.orders or not (order.is_suspect or self.orders[0].is_suspect)

@@ -1,4 +1,4 @@
-"""Workers that decode chunks of inputs side by side, and whoever reads the chunks in order."""
+"""Workers that decode chunks of inputs side by side; the chunks are read in order."""
 
 from __future__ import annotations
 
@@ -146,7 +146,6 @@ class DecodePool:
 
     Attributes:
         chunk: how long ranges are best.
-        deferring: whether chunks have records of images that are to be resized.
         meter: what all chunks took so far.
         started: seconds that the first chunk was waited for, while the workers started.
         waited: seconds that `decode` waited for the others.
@@ -159,8 +158,8 @@ class DecodePool:
         workers: processes; 0 decodes in this one, without a limit of time and without its safety.
         image_timeout: seconds that reading and decoding one image may take.
         pixel_budget: bytes that all workers together may take: an eighth for files that they have read, the rest to
-            decode them. Half of either is shared out, half for whoever needs more than its share; one file or image at
-            a time, that needs more than all of that, gets it.
+            decode them. Half of either is shared out; the other half is for workers that need more than their share. A
+            file or an image that needs more than all of that half has it alone.
         ring_bytes: of shared memory for pixels; more where `workers` could not be kept busy otherwise.
         readers: threads per worker that read ahead.
         record_bytes: set aside for the record of each image that is resized elsewhere (see `images.deferred`); 0: the

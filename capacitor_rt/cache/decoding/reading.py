@@ -90,7 +90,7 @@ class Ahead:
             if len(self._ahead) + count > 4 * self._readers and self._ahead:
                 return
             sizes = [self._size(self._waiting[i]) for i in range(count)]
-            # who waits has nothing, so that all who have something can go on
+            # a worker that waits holds nothing, so that those that hold something can go on
             if not self._hold(sum(sizes), wait=is_next and not self._ahead):
                 return
             group = [(self._waiting.popleft(), nbytes, Future[FileRead]()) for nbytes in sizes]

@@ -52,7 +52,7 @@ class Setup(NamedTuple):
 class Task(NamedTuple):
     """A chunk for a worker: inputs, their part of the ring, those that are known to fail, and which views are wanted.
 
-    With `careful`, each is read only when its turn has come, so that whoever dies or hangs dies of it.
+    With `careful`, each is read only when its turn has come, so that a worker that dies or hangs does so because of it.
     """
 
     number: int

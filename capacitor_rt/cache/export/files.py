@@ -168,7 +168,7 @@ def _write_error(path: Path, e: OSError) -> CacheError:
 
 
 def files_hash(paths: Iterable[Path]) -> str:
-    """What `publish` has said of these files, if they still have those bytes."""
+    """What `publish` returned for these files, if they still have the same bytes."""
     digest = xxh3()
     for path in paths:
         with open(path, "rb", buffering=0) as f:

@@ -2,7 +2,7 @@
 
 A shard is `uint32 n`, `uint32 offsets[n + 1]`, the JSON of its columns, then the samples; a sample is the uint32 sizes
 of its columns without a fixed size, then the columns in the order of their names. It is written here because
-streaming's writer can neither resume nor be had without the clients of five clouds.
+streaming's writer can neither resume nor be installed without the clients of five clouds.
 """
 
 from __future__ import annotations

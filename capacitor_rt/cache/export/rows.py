@@ -32,7 +32,7 @@ def open_cache(root: Path) -> LatentDataset:
     """A finished cache, each row of which is compared with its hash as it is read.
 
     Raises:
-        CacheError: it is none, of another tool, damaged, unfinished, or being written.
+        CacheError: it is no cache, of another tool, damaged, unfinished, or being written.
     """
     if not root.is_dir():
         raise CacheError(f"{str(root)!r} is not a folder: give the folder of a cache")
@@ -44,7 +44,7 @@ def open_cache(root: Path) -> LatentDataset:
 
 
 def _say_unfinished(root: Path, error: CacheError) -> None:
-    """Raise CacheError for a cache that is not finished: whoever is at it is to be waited for."""
+    """Raise CacheError for a cache that is not finished; the message says whether a process is at work on it."""
     try:
         found = status(root)
     except CapacitorError:
@@ -267,7 +267,7 @@ class Rows:
         return {c["name"]: (c["type"], self.column(c["name"])) for c in columns}
 
     def digest(self) -> dict[str, str | None]:
-        """Hashes of what decides the bytes of an export beside plan and request; None of what there is not."""
+        """Hashes of what decides the bytes of an export beside plan and request; None for what it does not use."""
         found: dict[str, str | None] = {"ids": _digest(self.ids), "labels": None, "captions": None}
         for name in ("calibration", "text_latents"):
             path = getattr(self.request, name)

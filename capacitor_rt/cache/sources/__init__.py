@@ -35,7 +35,7 @@ class Reader(Protocol):
 
 @runtime_checkable
 class Expecting(Protocol):
-    """A reader to which it is of use to know what comes."""
+    """A reader that makes use of knowing what will be read."""
 
     def expect(self, ordinals: Iterable[int]) -> None:
         """These will be read soon, mostly in this order."""
@@ -51,7 +51,9 @@ class Fetching(Protocol):
 
 @runtime_checkable
 class Streaming(Protocol):
-    """A source that may read its containers from their begin on, so that who has begun one should go on with it."""
+    """A source that may read its containers from the beginning, so that the worker that began one should go on with
+    it.
+    """
 
     @property
     def is_streaming(self) -> bool:

@@ -79,7 +79,7 @@ class Columns:
     read: Callable[[int, int], dict[str, list[Any]]] = field(default=_nothing, compare=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # the values stay with whoever listed the inputs: workers that decode need none
+        # the values stay in the process that listed the inputs: workers that decode need none
         return Columns, (self.columns, self.label_names)
 
     def fields(self) -> list[dict[str, str]]:

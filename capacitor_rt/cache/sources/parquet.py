@@ -60,9 +60,9 @@ class ParquetReader:
     """Reads images of Parquet rows. Threads may share it.
 
     A row group is streamed, a few rows at a time, from its first row to the last that is wanted: rows that are passed
-    are kept if they are expected. So whoever reads in order reads a group once, whatever its size, and holds the rows
-    that it expects, `BATCH_ROWS` more (fewer if they are large), and a page of the file. Workers share the groups out,
-    not the rows of one, as far as their ring holds more groups than they are.
+    are kept if they are expected. So reading in order reads a group once, whatever its size, and holds the rows that it
+    expects, `BATCH_ROWS` more (fewer if they are large), and a page of the file. Workers share the groups out, not the
+    rows of one, as far as their ring holds more groups than they are.
     """
 
     def __init__(self, source: ParquetSource):

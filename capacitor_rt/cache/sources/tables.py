@@ -190,7 +190,7 @@ def parse_json(text: str | bytes) -> Any:
     """What a JSON text of a user says, NaN included, which tools write for what is missing.
 
     Raises:
-        ValueError: it is none, or nested too deep.
+        ValueError: it is no JSON, or nested too deep.
     """
     try:
         return json.loads(text)
