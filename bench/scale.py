@@ -3,6 +3,7 @@
     python -m bench scale                       a hundred thousand rows, and 16 workers with images of 160 megapixels
     python -m bench scale --case rows --rows 1000000 --folder /data/tmp
     python -m bench scale --case pixels --workers 16
+    python -m bench scale --case update --rows 1000000
 
 `rows`: Parquet files of tiny images, of which a few repeat, cached with an encoder that computes nothing. The memory of
 the coordinator and of its workers is looked at each second; what counts is what they have more of at the end than after
@@ -10,6 +11,7 @@ a fifth of the run, and the peak per row. Then what begins anew on the finished 
 same command, `status`, `verify`, opening a `LatentDataset` and updating by a file. `pixels`: each worker has images of
 160 megapixels at a time (JPEG, progressive JPEG, PNG), a strip of 2x1300 that its bucket enlarges to 170 megapixels,
 and headers of pictures that nobody could hold; the peak of all processes together is compared with the pixel budget.
+`update`: a cache of files that were never decoded (a kilobyte of disk for each), updated by a hundred.
 Memory is PSS: what processes share counts once. Prints lines and appends them to bench/results/scale-<gpu>.jsonl.
 """
 
@@ -231,6 +233,24 @@ def rows_case(root: Path, rows: int, workers: int) -> dict[str, Any]:
     return line
 
 
+def update_case(root: Path, rows: int) -> dict[str, Any]:
+    """An update of a cache of many files by a hundred."""
+    import torch
+
+    from ._synthetic_cache import write_cache, write_names
+    from .cache import null_model
+
+    torch.manual_seed(0)
+    write_names(root / "src", rows)
+    write_cache(root / "src", root / "out", null_model())
+    write_names(root / "src" / "z", 100)
+    found = step("cache", root / "src", root / "out", 1, SIDE, "update")
+    del found["samples"]
+    _print_step("update by 100", found, rows)
+    assert found["result"]["new"] == 100
+    return {"case": "update", "rows": rows, "update": found}
+
+
 def _print_step(name: str, found: dict[str, Any], rows: int) -> None:
     print(
         f"  {name:14s} {found['step_seconds']:6.2f} s, {found['step_cpu']:6.2f} of CPU time; "
@@ -274,6 +294,8 @@ def run(args: argparse.Namespace) -> int:
         with ending_on_sigterm(), tempfile.TemporaryDirectory(dir=args.folder, prefix="capacitor-bench-") as name:
             if case == "rows":
                 line = rows_case(Path(name), args.rows, args.row_workers)
+            elif case == "update":
+                line = update_case(Path(name), args.rows)
             else:
                 line = pixels_case(Path(name), args.workers, args.pixels)
         sound &= line.get("is_flat") is not False and line.get("is_within", True)
@@ -287,7 +309,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given[:1] == ["--step"]:
         return _step(*given[1:])
     parser = argparse.ArgumentParser(prog="python -m bench scale", description=__doc__.splitlines()[0])
-    parser.add_argument("--case", action="append", choices=("rows", "pixels"), help="What to measure; default both.")
+    parser.add_argument(
+        "--case", action="append", choices=("rows", "pixels", "update"), help="What to measure; default the first two."
+    )
     parser.add_argument("--rows", type=int, default=100_000, help="Rows of the cache of many.")
     parser.add_argument("--row-workers", type=int, default=1, help="Decode the many rows in this many processes.")
     parser.add_argument("--workers", type=int, default=16, help="Decode the large images in this many processes.")

@@ -21,8 +21,8 @@ from .folder import TASKS, CacheFolder
 from .generations import recorded
 from .latent_files import has_header, read_header
 from .plan import CachePlan
-from .reuse import survey
 from .store import read_index
+from .survey import survey
 
 _NAME = re.compile(r"([0-9a-f]{8}-\d{6,12})\.safetensors")
 
@@ -114,7 +114,7 @@ def _guesses(
     for stems in ({*listed, *named}, {*listed, *found}, named | {*found}, named):
         yield {stem: known[stem] for stem in stems if stem in known}
     earlier = [p for p in recorded(folder) if p.id != plan.id and p.number < plan.number]
-    looked = survey(folder, earlier)
+    looked = survey(folder, earlier, has_rows=False)
     for plans in ([p for p in earlier if p.id == plan.fields["generation"]["of"]], earlier):
         yield dict(looked.carried(plans))
 

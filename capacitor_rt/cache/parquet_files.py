@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from ..errors import CacheError
 from ..extras import require_extra
-from .folder import CacheFolder
 
 MOST_BYTES = 8 << 30
 
@@ -25,20 +26,42 @@ def parse_table(data: bytes, what: object, schema: Any) -> Any:
     Raises:
         CacheError: they are no such table; `what` is the file's name in the message.
     """
+    with _parsing(what):
+        return _read(_opened(data, what, schema), None)
+
+
+def parse_columns(data: bytes, what: object, schema: Any) -> Iterator[Any]:
+    """The columns of such a table, one after the other, so that memory is needed for one. As `parse_table`."""
+    with _parsing(what):
+        file = _opened(data, what, schema)
+    for name in schema.names:
+        with _parsing(what):
+            column = _read(file, [name])[name]
+        yield column
+        del column
+        # what one column took serves the next
+        require_extra("pyarrow").default_memory_pool().release_unused()
+
+
+def _opened(data: bytes, what: object, schema: Any) -> Any:
     pa, pq = require_extra("pyarrow"), require_extra("pyarrow.parquet")
-    try:
-        file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True, pre_buffer=False)
-        found = file.schema_arrow
-        if found.names != schema.names or found.types != schema.types:
-            raise CacheError(f"{what} is damaged: its columns are not those of the format")
-        # in this thread: one of Arrow's that still held `data` when the interpreter ends would abort the process
-        table = file.read(use_threads=False)
-        table.validate(full=True)
-    except (OSError, pa.ArrowException, ValueError, MemoryError) as e:
-        raise CacheError(f"{what} is damaged: {str(e)[:200]}") from e
+    file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True, pre_buffer=False)
+    found = file.schema_arrow
+    if found.names != schema.names or found.types != schema.types:
+        raise CacheError(f"{what} is damaged: its columns are not those of the format")
+    return file
+
+
+def _read(file: Any, columns: Sequence[str] | None) -> Any:
+    # in this thread: one of Arrow's that still held `data` when the interpreter ends would abort the process
+    table = file.read(columns=columns, use_threads=False)
+    table.validate(full=True)
     return table
 
 
-def read_table(folder: CacheFolder, name: str, schema: Any) -> Any:
-    """A table of the cache. Raises FileNotFoundError; otherwise as `parse_table`."""
-    return parse_table(folder.read(name, MOST_BYTES), folder.path / name, schema)
+@contextmanager
+def _parsing(what: object) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, require_extra("pyarrow").ArrowException, ValueError, MemoryError) as e:
+        raise CacheError(f"{what} is damaged: {str(e)[:200]}") from e

@@ -30,13 +30,14 @@ from .prepare import (
 )
 from .request import CacheRequest
 from .resizing import by_device
-from .reuse import Reuse, Survey, survey, unchanged
+from .reuse import Reuse, unchanged
 from .sources import Listing, Source, load_listing
 from .sources.changes import changed_inputs
 from .sources.open import open_source
 from .sources.stable_labels import with_stable_labels
 from .stamps import Stamps
 from .store import repair_hint, strange_plan
+from .survey import Survey, survey
 
 
 def prepare_update(
@@ -77,7 +78,7 @@ def prepare_update(
         raise CacheError(f"{folder.path / PLAN} is not that of the cache ({why}): {repair_hint(folder)}")
     found = _under_way(folder, current, source, rehash)
     if found is None:
-        looked = survey(folder, [current, *unfinished(folder, current)])
+        looked = survey(folder, [current, *unfinished(folder, current)], has_rows=False)
         part, distinct_of = source, None
         if request.dedupe and after is None and part is not None:
             part, distinct_of = without_copies(source, _unseen(folder, current, source), notes, search)
@@ -273,9 +274,14 @@ def reuse_for(folder: CacheFolder, prepared: PreparedRun) -> tuple[Reuse, list[s
     """The rows that a generation need not encode again, and what is to be said of those that it must."""
     plan, now = prepared.plan, prepared.source.listing
     current = load_plan(folder)
-    plans = {p.id: p for p in ([current] if current else []) + list(reversed(recorded(folder)))}
-    looked = survey(folder, list(plans.values()))
-    reuse = Reuse(looked, load_carried(folder, plan), len(now))
+    others = [*([current] if current else []), *reversed(recorded(folder))]
+    first = next((p.number for p in others if p.id == plan.fields["generation"]["of"]), plan.number)
+    plans = {p.id: p for p in others if p.number >= first}
+    carried = load_carried(folder, plan)
+    # of earlier ones what they alone know
+    earlier = [other for other in others if other.id not in plans]
+    looked = survey(folder, list(plans.values()), earlier=earlier, wanted=carried)
+    reuse = Reuse(looked, carried, len(now))
     if not prepared.rehash:
         _by_time(reuse, folder, plans.values(), now, prepared.just_listed)
     return reuse, looked.notes

@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import re
 import stat
+from array import array
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
 from ..errors import CacheError
+from .packed_names import Names
 
 # formats that cannot be decoded here are listed too: they are quarantined by name rather than passed over
 EXTENSIONS = frozenset(
@@ -42,7 +45,7 @@ class Scan:
     """
 
     root: bytes
-    paths: list[bytes]
+    paths: Sequence[bytes]
     sizes: np.ndarray
     mtimes: np.ndarray
     errors: dict[bytes, str] = field(default_factory=dict)
@@ -73,84 +76,113 @@ def scan(src: str | Path, skip: Path | None = None) -> Scan:
         raise CacheError(f"cannot read {os.fsdecode(root)!r}: {e.strerror}") from e
     walk = _Walk(root if stat.S_ISDIR(mode) else os.path.dirname(root) or b".", skip)
     if stat.S_ISDIR(mode):
-        walk.folders()
+        paths = Names(walk.folders())
     else:
-        walk.add(os.path.basename(root), lambda: os.stat(root))
-    if not walk.found:
+        paths = Names([walk.note(*walk.look(os.path.basename(root), lambda: os.stat(root)))])
+    if not paths:
         ignored = ", ".join(f"{n} {ext or 'without extension'}" for ext, n in walk.ignored.most_common(5))
         raise CacheError(
             f"no images in {os.fsdecode(root)!r}"
             + (f" (other files: {ignored})" if ignored else "")
             + f": known extensions are {' '.join(sorted(e.decode() for e in EXTENSIONS))}"
         )
-    return walk.result()
+    return walk.result(paths)
 
 
 class _Walk:
     def __init__(self, root: bytes, skip: Path | None):
         self.root = root
         self.skip = _identity(os.fsencode(skip)) if skip is not None else None
-        self.found: list[tuple[bytes, int, int]] = []
+        self.numbers = array("q")
         self.errors: dict[bytes, str] = {}
         self.loops: list[bytes] = []
         self.ignored: Counter[str] = Counter()
 
-    def folders(self) -> None:
-        pending: list[tuple[bytes, frozenset[tuple[int, int] | None]]] = [(b"", frozenset())]
-        while pending:
-            folder, above = pending.pop()
-            where = os.path.join(self.root, folder)
-            identity = _identity(where)
-            if identity in above:
-                self.loops.append(folder)
-                continue
-            if identity is not None and identity == self.skip:
-                continue
-            try:
-                with os.scandir(where) as entries:
-                    subfolders = [path for e in entries if (path := self.entry(folder, e)) is not None]
-            except OSError as e:
-                # what lies below is not known, so it cannot be left out in silence
-                self.fail(folder, f"folder cannot be listed: {e.strerror}")
-                continue
-            pending += [(path, above | {identity}) for path in subfolders]
+    def folders(self) -> Iterator[bytes]:
+        """Paths of files below the root, in order but for folders that cannot be listed."""
+        # a stack of what is left of each folder: nothing grows with all files but their names
+        open_ones = [self.entries(b"", frozenset())]
+        while open_ones:
+            found = next(open_ones[-1], None)
+            if found is None:
+                open_ones.pop()
+            elif isinstance(found, bytes):
+                yield found
+            else:
+                open_ones.append(self.entries(*found))
 
-    def entry(self, folder: bytes, entry: os.DirEntry[bytes]) -> bytes | None:
-        """Take note of a directory entry; its path if it is a folder."""
+    def entries(
+        self, folder: bytes, above: frozenset[_Identity]
+    ) -> Iterator[bytes | tuple[bytes, frozenset[_Identity]]]:
+        """Paths of the files of a folder, and of its folders with those above them, in the order of all below."""
+        where = os.path.join(self.root, folder)
+        identity = _identity(where)
+        if identity in above:
+            self.loops.append(folder)
+            return
+        if identity is not None and identity == self.skip:
+            return
+        files: list[tuple[bytes, int, int]] = []
+        try:
+            with os.scandir(where) as entries:
+                for e in entries:
+                    files += self.entry(folder, e)
+        except OSError as e:
+            # what lies below is not known, so it cannot be left out in silence
+            yield self.note(*self.failed(folder, f"folder cannot be listed: {e.strerror}"))
+            return
+        # a folder comes where its slash puts what is below
+        files.sort()
+        for path, size, mtime in files:
+            if path.endswith(b"/"):
+                yield path[:-1], above | {identity}
+            else:
+                yield self.note(path, size, mtime)
+
+    def entry(self, folder: bytes, entry: os.DirEntry[bytes]) -> list[tuple[bytes, int, int]]:
+        """A directory entry's path, size and time, if it is an image; of a folder the path with a slash."""
         path = folder + b"/" + entry.name if folder else entry.name
         try:
             if entry.is_dir():
-                return path
+                return [(path + b"/", MISSING, MISSING)]
         except OSError:
             pass
         extension = os.path.splitext(entry.name)[1].lower()
         # what macOS keeps beside a file of another file system has that file's extension and no picture
         if extension in EXTENSIONS and not entry.name.startswith(b"._"):
-            self.add(path, entry.stat)
-        else:
-            self.ignored[os.fsdecode(extension)] += 1
-        return None
+            return [self.look(path, entry.stat)]
+        self.ignored[os.fsdecode(extension)] += 1
+        return []
 
-    def add(self, path: bytes, look: Callable[[], os.stat_result]) -> None:
+    def look(self, path: bytes, look: Callable[[], os.stat_result]) -> tuple[bytes, int, int]:
+        """A file's path, size and time."""
         try:
             info = look()
         except OSError as e:
-            self.fail(path, e.strerror or str(e))
-            return
+            return self.failed(path, e.strerror or str(e))
         if not stat.S_ISREG(info.st_mode):
-            self.fail(path, "not a regular file")
-            return
-        self.found.append((path, info.st_size, info.st_mtime_ns))
+            return self.failed(path, "not a regular file")
+        return path, info.st_size, info.st_mtime_ns
 
-    def fail(self, path: bytes, message: str) -> None:
-        self.found.append((path, MISSING, MISSING))
+    def failed(self, path: bytes, message: str) -> tuple[bytes, int, int]:
         self.errors[path] = message
+        return path, MISSING, MISSING
 
-    def result(self) -> Scan:
-        self.found.sort()
-        numbers = np.array([f[1:] for f in self.found], dtype=np.int64).reshape(-1, 2)
-        paths = [f[0] for f in self.found]
-        return Scan(self.root, paths, numbers[:, 0], numbers[:, 1], self.errors, sorted(self.loops), self.ignored)
+    def note(self, path: bytes, size: int, mtime: int) -> bytes:
+        self.numbers.extend((size, mtime))
+        return path
+
+    def result(self, paths: Sequence[bytes]) -> Scan:
+        numbers = np.frombuffer(self.numbers, np.int64).reshape(-1, 2)
+        sizes, mtimes = numbers[:, 0].copy(), numbers[:, 1].copy()
+        if self.errors and any(a > b for a, b in pairwise(paths)):
+            # a folder that cannot be listed stands where it would if it could
+            order = sorted(range(len(paths)), key=paths.__getitem__)
+            paths, sizes, mtimes = Names(paths[i] for i in order), sizes[order], mtimes[order]
+        return Scan(self.root, paths, sizes, mtimes, self.errors, sorted(self.loops), self.ignored)
+
+
+_Identity = tuple[int, int] | None
 
 
 def _identity(path: bytes) -> tuple[int, int] | None:

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pytest
 
 from capacitor_rt.cache.folder import CacheFolder
-from capacitor_rt.cache.sources import names as module
 from capacitor_rt.cache.sources.listing import Listing, load_listing
-from capacitor_rt.cache.sources.names import Names
+from capacitor_rt.images import packed_names as module
+from capacitor_rt.images.packed_names import Names
 
 LISTS = ([], [b""], [b"", b"a", b"\xff\0b", b""], [b"%d/x" % i for i in range(50)])
 

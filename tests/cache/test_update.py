@@ -81,8 +81,8 @@ def test_deleted_changed_renamed_and_restored_files(src, out, tmp_path, reads):
     reads["decoded"].clear()
     reads["read"].clear()
     report = update(src, out)
-    # its row still lies there, and the generation that says so
-    assert report.generation == 2 and len(reads["read"]) == 1 and reads["decoded"] == []
+    # its row still lies there, and the generation that says so: it is read, as is the copy, which is too young
+    assert report.generation == 2 and len(reads["read"]) == 2 and reads["decoded"] == []
     assert_as_fresh(src, out, tmp_path)
 
 
@@ -269,7 +269,6 @@ def test_known_contents():
     known = KnownContents(keys[:, 0].copy(), keys[:, 1].copy())
     assert [known.find(key.tobytes()) for key in keys] == list(range(50))
     others = keys ^ np.uint64(1)
-    assert known.find_all(np.concatenate([keys, others])).tolist() == list(range(50)) + [-1] * 50
-    assert known.find(others[3].tobytes()) == -1
+    assert [known.find(key.tobytes()) for key in others] == [-1] * 50
     empty = KnownContents(keys[:0, 0], keys[:0, 1])
-    assert empty.find(keys[0].tobytes()) == -1 and empty.find_all(keys).tolist() == [-1] * 50
+    assert empty.find(keys[0].tobytes()) == -1

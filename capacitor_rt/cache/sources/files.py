@@ -143,7 +143,9 @@ def folder_source(src: Path, out: Path, request: ColumnsRequest) -> FileSource:
         CacheError: `src` cannot be listed, or holds no image.
     """
     found = scan(src, skip=out)
-    errors = {i: found.errors[path] for i, path in enumerate(found.paths) if path in found.errors}
+    errors = (
+        {i: found.errors[path] for i, path in enumerate(found.paths) if path in found.errors} if found.errors else {}
+    )
     listing = Listing.of_files(found.paths, found.sizes, found.mtimes, errors)
     columns = file_columns(found.root, listing, request)
     return FileSource("folder", found.root, listing, columns, _identity(found.root), _scan_notes(found))

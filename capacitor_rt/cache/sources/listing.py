@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,10 +11,10 @@ import numpy as np
 
 from ...errors import CacheError
 from ...extras import require_extra
+from ...images.packed_names import Names
 from ...images.scan import path_to_id
 from ..folder import CacheFolder, PendingFile
-from ..parquet_files import parquet_bytes, read_table
-from .names import Names
+from ..parquet_files import MOST_BYTES, parquet_bytes, parse_columns
 
 SOURCE = "source.parquet"
 MISSING = -1
@@ -117,8 +117,7 @@ def load_listing(folder: CacheFolder, name: str, sha256: str) -> Listing:
     path = folder.path / name
     way_out = "the cache command writes it anew from the same inputs"
     try:
-        table = read_table(folder, name, _schema())
-        listing = _listing(table)
+        listing = _listing(parse_columns(folder.read(name, MOST_BYTES), path, _schema()))
     except (CacheError, OSError, ValueError) as e:
         why = "it is missing" if isinstance(e, FileNotFoundError) else str(e)
         raise CacheError(f"{path} is damaged ({why}): {way_out}") from e
@@ -133,24 +132,29 @@ def _schema() -> Any:
     return pa.schema([pa.field(name, kind) for name, kind in zip(_NAMES, types, strict=True)])
 
 
-def _listing(table: Any) -> Listing:
-    if any(table[name].null_count for name in ("locator", "size", "mtime_ns", "offset")):
-        raise ValueError("a value is missing")
-    # in the order of their first use
-    containers = table["container"].dictionary_encode().unify_dictionaries().chunks
-    numbers = [chunk.indices.fill_null(-1).to_numpy() for chunk in containers]
+def _listing(columns: Iterable[Any]) -> Listing:
+    """Of the columns of the file, in their order, none of which is kept longer than it takes."""
+    made: dict[str, Any] = {}
+    container_names: list[bytes] = []
     errors: dict[int, str] = {}
-    if table["error"].null_count < len(table):
-        errors = {i: text for i, text in enumerate(table["error"].to_pylist()) if text is not None}
-    return Listing(
-        Names.of_arrow(table["locator"]),
-        table["size"].to_numpy(),
-        table["mtime_ns"].to_numpy(),
-        table["offset"].to_numpy(),
-        np.concatenate([np.zeros(0, np.int32), *numbers]).astype(np.int32),
-        containers[0].dictionary.to_pylist() if containers else [],
-        errors,
-    )
+    for name, column in zip(_NAMES, columns, strict=True):
+        if name not in ("container", "error") and column.null_count:
+            raise ValueError("a value is missing")
+        if name == "locator":
+            made[name] = Names.of_arrow(column)
+        elif name == "container":
+            # in the order of their first use
+            containers = column.dictionary_encode().unify_dictionaries().chunks
+            numbers = [chunk.indices.fill_null(-1).to_numpy() for chunk in containers]
+            made[name] = np.concatenate([np.zeros(0, np.int32), *numbers]).astype(np.int32)
+            container_names = containers[0].dictionary.to_pylist() if containers else []
+        elif name == "error":
+            if column.null_count < len(column):
+                errors = {i: text for i, text in enumerate(column.to_pylist()) if text is not None}
+        else:
+            made[name] = column.to_numpy()
+    names, sizes, mtimes, offsets, numbers = (made[name] for name in _NAMES[:5])
+    return Listing(names, sizes, mtimes, offsets, numbers, container_names, errors)
 
 
 def examples(kind: str, names: Sequence[str]) -> list[str]:

@@ -14,10 +14,10 @@ import numpy as np
 
 from ...errors import CacheError, ImageError, InputError
 from ...extras import require_extra
+from ...images.packed_names import Names
 from ...images.reasons import EMPTY, UNREADABLE
 from .columns import Columns, ColumnsRequest
 from .listing import MISSING, Listing
-from .names import Names
 from .parquet_columns import ParquetColumns, wanted_columns
 from .parquet_groups import RowGroup
 from .parquet_opening import open_parquet, reading
