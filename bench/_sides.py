@@ -74,7 +74,9 @@ class Side:
         self._turn = itertools.count()
 
     def ready(self) -> None:
-        """Answer when the device has been set up for this process, so that nobody else's memory is weighed with it."""
+        """Answer when the device has been set up for this process, so that no other process's memory is counted with
+        it.
+        """
         torch.zeros(1, device=self.setting.device)
 
     def prepare(self, shape: Shape, reference: Path) -> dict[str, Any]:
@@ -115,7 +117,7 @@ class Side:
 
         us = elapsed_us(work, device) / count
         if device.type == "cuda":
-            # what nobody uses between turns is there for the others
+            # what is not used between turns is free for the others
             torch.cuda.empty_cache()
         return us
 

@@ -115,7 +115,7 @@ def ended(code: int) -> str:
 
 
 def _serve(pipe: Connection, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    """Answer until nobody asks any more."""
+    """Answer until nothing is asked any more."""
     # the parent ends its workers itself
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     held = None

@@ -1,7 +1,7 @@
 """Config rows: the families of launch parameters, and the rows of JSON files, shipped and of a user.
 
 The module of an op defines its config dataclass and default and calls `register`; a family of launch parameters has
-its op's name, and whoever asks for it imports that module. Rows live in `configs/sm_XX.json`, by family:
+its op's name, and asking for it imports that module. Rows live in `configs/sm_XX.json`, by family:
 
     {"compute_capability": 90, "families": {"expand": [
         {"shape": {"tokens_per_image": 256, "dim": 896, "hidden": 3584}, "dtype": "bf16", "use": "throughput",
@@ -43,7 +43,7 @@ class Family:
             with equal ones, a bit class, leave the same. Without it every config is a class of its own.
         few: (config that was found, compute capability, shape, dtype, images) -> the one for so few images; it is taken
             where it is of the same bit class.
-        forms: configs of other forms of the op, for who measures; not every GPU and shape has them.
+        forms: configs of other forms of the op, to be measured; not every GPU and shape has them.
     """
 
     name: str

@@ -135,7 +135,7 @@ def product_bits(config: GemmConfig, cc: int, dtype: torch.dtype) -> Hashable:
     element; how many elements share an instruction, a loop or a warp changes nothing. What does change sums: the kind
     of instruction (`mma`, `wgmma`, `tcgen05`), which operand is which, and slices of K. That instructions of one kind
     but another width add alike is certain of `mma`, of which Triton uses one width; of wgmma and tcgen05 it is
-    expected, and documented nowhere, so the GPU at hand is asked by who must know.
+    expected, and documented nowhere, so what depends on it compares on the GPU at hand.
 
     Products in float32 are no such instructions: every config is a class of its own.
     """

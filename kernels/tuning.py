@@ -26,11 +26,11 @@ from .gpu_limits import base_cc
 from .launch import dtype_name
 
 # rows further away than this, in octaves summed over the near keys, lose to the analytical default. What suits one
-# image at a time hangs on how few programs there are: of 1024 tokens' rows four times as many would be 20 % slower.
+# image at a time depends on how few programs there are: of 1024 tokens' rows four times as many would be 20 % slower.
 REACH_OCTAVES = {"throughput": 4.0, "latency": 1.0}
 
 _forced: dict[str, tuple[Any, list[dict[str, int]]]] = {}
-# compute capability -> rows in the place of the user's file; and who wants to know which of the user's rows answered
+# compute capability -> rows in the place of the user's file; and who is told which of the user's rows answered
 _kept: dict[int, tuple[ConfigRow, ...]] = {}
 _watchers: list[list[ConfigRow]] = []
 _listeners: list[list[tuple[str, dict[str, int], torch.dtype]]] = []
@@ -185,7 +185,7 @@ def reload() -> None:
 
 
 def generation() -> int:
-    """Grows whenever lookups may answer otherwise than before; for whoever remembers their answers."""
+    """Grows whenever lookups may answer otherwise than before; for callers that remember the answers."""
     return _generation
 
 

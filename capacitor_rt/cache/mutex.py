@@ -159,7 +159,7 @@ class Mutex:
         return self._interrupts.allowed()
 
     def remove(self) -> None:
-        """Remove the file, while it is held: whoever waits on it sees that the name is gone and starts over."""
+        """Remove the file, while it is held: a process that waits for it sees that the name is gone and starts over."""
         assert self._depth
         with suppress(OSError):
             self.folder.unlink(LOCK)

@@ -269,7 +269,7 @@ def encoder_of(
 
 
 def clear(folder: CacheFolder, mutex: Mutex) -> None:
-    """Remove the lock's file, unless others are at work, as whoever has the lock is."""
+    """Remove the lock's file, unless other processes are at work, as one that has the lock is."""
     with suppress(CacheError, OSError):
         if mutex.acquire(blocking=False):
             try:

@@ -76,7 +76,7 @@ class SharedBatches:
 
     def open(self) -> bool:
         """Make the memory, before there is a process that could share it; whether it is there."""
-        # a worker has what it was given, or its batches would lie where nobody else can read them
+        # a worker has what it was given, or its batches would lie where no other process can read them
         if not self.is_open and os.getpid() == self._pid:
             with suppress(OSError), self._lock:
                 if not self.is_open:
@@ -168,7 +168,7 @@ class SharedBatches:
             self._free(handle)
 
     def _free(self, handle: Handle) -> None:
-        # no lock: whoever looks for room takes what is free, and this is the only one to free it
+        # no lock: only free units are taken, and only this process frees its own
         self._states[handle.first : handle.first + handle.units] = 0
 
     def _room(self, count: int) -> int | None:

@@ -65,7 +65,8 @@ class TaskStore:
 
     Attributes:
         commits: of the tasks that are part of the cache, as far as this process knows.
-        is_draft: whether it is of an update under way, on which nobody builds yet: what is damaged of it is done again.
+        is_draft: whether it is of an update under way, on which nothing builds yet: what is damaged of it is done
+            again.
     """
 
     is_draft = False
@@ -203,7 +204,7 @@ class TaskStore:
                 self.refresh()
                 if task.number in self.commits or not self.leases.holds(task.number):
                     return
-                # the index first: latents without one would be rows that nobody can name
+                # the index first: latents without one would be rows without names
                 index.publish()
                 data.publish()
                 sizes = (index.size, index.digest, data.size, data.digest)
@@ -244,7 +245,7 @@ def read_index(folder: CacheFolder, plan: CachePlan, commit: Commit) -> Any:
 
 
 def strange_plan(folder: CacheFolder, plan: CachePlan) -> str | None:
-    """What tells that files of tasks are of a plan that nobody knows; None if nothing does.
+    """What shows that files of tasks belong to an unknown plan; None if nothing does.
 
     Raises:
         CacheError: the list of carried files, which knows of some, is damaged.
@@ -265,7 +266,7 @@ def strange_plan(folder: CacheFolder, plan: CachePlan) -> str | None:
 
 def known_plans(folder: CacheFolder, plan: CachePlan) -> set[str]:
     """First digits of the plans, beside this one, whose files may lie in the folder; as far as they can be read."""
-    # by their names: one that is damaged is said to be so by whoever reads it
+    # by their names: a damaged one is reported when it is read
     known = recorded_names(folder)
     with suppress(CacheError):
         known |= {file.plan[:8] for file in load_carried(folder, plan).values()}

@@ -21,7 +21,9 @@ class Builder:
     """Collects steps; a buffer lives from the first to the last step that names it."""
 
     narrows = True
-    """Whether few images may take narrower tiles of the bits of many, which then hang on what `tuning.lookup` knows."""
+    """Whether few images may take narrower tiles of the bits of many, which then depend on what `tuning.lookup`
+    knows.
+    """
 
     def __init__(self, config: ModelConfig, key: PlanKey):
         self.config, self.key = config, key

@@ -49,7 +49,7 @@ CONFIG = ModelConfig(
 )
 # the layers that carry the PCA
 LINEAR_LAYERS = re.compile(r"patchify|to_bottleneck|latent_up|fuse_in|fuse_skip|out_proj")
-# tensors that a float16 file still stores in float32: a few hundred bytes that everything else hangs on
+# tensors that a float16 file still stores in float32: a few hundred bytes that everything else depends on
 FLOAT32_TENSORS = ("latent_norm_running_mean", "latent_norm_running_var", "decoder.time_embed.freqs")
 
 

@@ -52,7 +52,7 @@ class Allowance:
         if nbytes <= self._mine:
             self.have(nbytes)
             return True
-        # nobody else takes any between the look and the note
+        # no other process takes any between the look and the note
         if not self._lock(wait):
             return False
         try:

@@ -264,7 +264,7 @@ def locked(out: Path) -> Iterator[None]:
             if e.errno not in _NO_LOCKS:
                 raise _write_error(path, e) from e
         yield
-        # while it is held, so that nobody else's is removed
+        # while it is held, so that no other process's is removed
         with suppress(OSError):
             path.unlink()
     finally:

@@ -108,7 +108,7 @@ def batch_rows(file: Any, handle: Any, group: int, column: str) -> int:
     """How many rows of a group are read at a time: as many as `BATCH_BYTES` may be expected to hold.
 
     Args:
-        handle: of the file, which nobody reads meanwhile.
+        handle: of the file, which must not be read meanwhile.
     """
     found = file.metadata.row_group(group)
     chunks = [found.column(number) for number in range(found.num_columns)]

@@ -116,7 +116,7 @@ class RemoteSpans:
         return data
 
     def _early(self, span: _Span) -> None:
-        """Fetch a span before it is asked for; whoever asks for it tries again if that fails."""
+        """Fetch a span before it is asked for; if that fails, it is tried again when it is asked for."""
         with self._lock:
             if self._held >= self.most:
                 return
