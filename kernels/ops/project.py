@@ -19,13 +19,14 @@ take h as it is; and they leave sums of squares of each row of out, or of out ti
 Few tokens (one image): `split_k` > 1 gives each slice of K its own programs, which leave float32 sums in a workspace; a
 second launch adds them in order, with bias and residual. What was tried besides is in kernels/NOTES.md.
 
+`_project_configs.py` has the launch parameters of each GPU.
+
 FLOPs 2*T*F*D; bytes (T*F + F*D + 2*T*D + B*F) * itemsize + D * itemsize(b2), and 8*split_k*T*D for the workspace, which
 is written and read.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -34,8 +35,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..config_rows import Family, Shape, register
-from ..gemm import LATENCY_PROGRAMS, GemmConfig, gemm_default, narrowed, product_bits, suits_image
+from ..config_rows import register
+from ..gemm import GemmConfig
 from ..jit import grouped_tile, image_tile, load_tile, release_next, scaled, wait_for_previous
 from ..launch import (
     FLOATS,
@@ -55,10 +56,9 @@ from ..launch import (
     run_launches,
 )
 from ..tuning import lookup
+from ._project_configs import FAMILY
 
 REDUCE_BLOCK = 1024
-# rows of the transposed form's tile where images are whole tiles of it
-WIDE_ROWS = 256
 
 
 @triton.jit(do_not_specialize=["tiles_m"])
@@ -374,86 +374,4 @@ def work(
     return Work(2 * h.shape[0] * prod(w2.shape), nbytes)
 
 
-def _default(cc: int, shape: Shape, dtype: torch.dtype, use: str) -> GemmConfig:
-    tokens_per_image, hidden, dim = shape["tokens_per_image"], shape["hidden"], shape["dim"]
-    config = gemm_default(cc, tokens_per_image, dim, hidden, dtype)
-    if cc == 90 and config.num_warps == 8:
-        # rows of 16 bytes are what tensor descriptors need
-        if dim % 8 == 0 and hidden % 8 == 0:
-            wide = tokens_per_image % WIDE_ROWS == 0 and (use == "throughput" or tokens_per_image >= 4096)
-            rows = WIDE_ROWS if wide else config.block_m
-            config = replace(config, block_m=rows, num_stages=3, tma=True, transposed=True)
-        else:
-            # for two CTAs on an SM
-            config = replace(config, maxnreg=128)
-    if cc == 100 and config.num_warps == 8:
-        config = replace(config, block_k=min(config.block_k, 32), num_warps=4, num_stages=4)
-        if hidden <= dim:
-            # 128 columns and two sums of squares spill
-            config = replace(config, block_n=64, block_k=2 * config.block_k, num_stages=3)
-    if cc == 89 and config.num_warps == 4 and tokens_per_image % config.block_m and config.block_n == 128:
-        # masked tiles of 128 x 128 spill
-        config = replace(config, block_n=64, block_k=min(64, 2 * config.block_k), num_stages=3)
-    if cc == 80 and _is_masked_square(config, shape):
-        config = replace(config, block_n=min(config.block_n, 64))
-        if config.block_m == 128:
-            config = replace(config, block_k=min(config.block_k, 32), num_stages=4)
-    if use == "throughput":
-        return config
-    spills = config.block_m == 64 if cc in (89, 120) else cc == 80 and tokens_per_image % config.block_m
-    if spills and config.block_n == 128:
-        # slices by so many columns do
-        config = replace(config, block_n=64, num_stages=4)
-    programs = cdiv(tokens_per_image, config.block_m) * cdiv(dim, config.block_n)
-    most = max(1, hidden // (4 * config.block_k))
-    return replace(config, split_k=min(8, most, max(1, LATENCY_PROGRAMS // programs)))
-
-
-def _is_masked_square(config: GemmConfig, shape: Shape) -> bool:
-    """Whether D -> D, the product by a factor, masks its last tile: 128 columns spill 24 bytes on sm_80 there."""
-    return shape["hidden"] <= shape["dim"] and shape["tokens_per_image"] % config.block_m != 0
-
-
-def _suits(config: GemmConfig, shape: Shape) -> bool:
-    """Whether a row pads images of this shape little enough; tiles of 256 rows are for images that fill them."""
-    if not config.transposed and _is_masked_square(config, shape):
-        return False
-    masked = shape["tokens_per_image"] % config.block_m != 0
-    return suits_image(config, shape) and not (config.block_m >= WIDE_ROWS and masked)
-
-
-_FORMS = tuple(GemmConfig(rows, 128, 64, 8, 8, 3, tma=True, transposed=True) for rows in (WIDE_ROWS, 128))
-
-
-def _choose(config: GemmConfig, cc: int, shape: Shape, dtype: torch.dtype, use: str) -> GemmConfig:
-    """The found config, but with half the columns on sm_100 where the last tile is masked: four warps spill there."""
-    masked = shape["tokens_per_image"] % config.block_m != 0
-    if cc == 100 and masked and config.num_warps == 4 and config.block_m * config.block_n >= 128 * 128:
-        return replace(config, block_n=64, block_k=64, num_stages=3)
-    return config
-
-
-def _few(config: GemmConfig, cc: int, shape: Shape, dtype: torch.dtype, images: int) -> GemmConfig:
-    def programs(rows: int, columns: int) -> int:
-        return images * cdiv(shape["tokens_per_image"], rows) * cdiv(shape["dim"], columns)
-
-    def keeps(tile: GemmConfig) -> bool:
-        return product_bits(tile, cc, dtype) == product_bits(config, cc, dtype)
-
-    return narrowed(config, cc, shape["hidden"], dtype.itemsize, programs, keeps)
-
-
-register(
-    Family(
-        "project",
-        GemmConfig,
-        exact=("hidden", "dim"),
-        near=("tokens_per_image",),
-        default=_default,
-        accepts=_suits,
-        choose=_choose,
-        bits=product_bits,
-        few=_few,
-        forms=_FORMS,
-    )
-)
+register(FAMILY)

@@ -13,8 +13,7 @@ each has its own gain row.
 Few tokens (one image): `split_k` > 1 gives each slice of K its own programs, which leave float32 sums, scaled, in a
 workspace; a second launch, that of `project`, adds them in order, with bias and residual.
 
-FLOPs 2*T*F*D; bytes T*F + 2*F*D + 2*B*F + 2*T*D*itemsize + 8*D, and 8*split_k*T*D for the workspace, which is written
-and read.
+FLOPs 2*T*F*D; bytes T*F + 2*F*D + 2*B*F + 2*T*D*itemsize + 8*D, and 8*split_k*T*D for the workspace, there and back.
 """
 
 from __future__ import annotations
@@ -52,7 +51,8 @@ from ..launch import (
     run_launches,
 )
 from ..tuning import lookup
-from .project import REDUCE_BLOCK, WIDE_ROWS, project_reduce_kernel, project_workspace_shape
+from ._project_configs import WIDE_ROWS
+from .project import REDUCE_BLOCK, project_reduce_kernel, project_workspace_shape
 
 
 @triton.jit(do_not_specialize=["tiles_m"])

@@ -17,7 +17,7 @@ from once import once
 from bench import _compile, _row_launches, aot
 from capacitor_kernels import config_rows, gpu_limits
 from capacitor_kernels.launch import Launch
-from capacitor_kernels.ops.project import WIDE_ROWS
+from capacitor_kernels.ops._project_configs import WIDE_ROWS
 
 ROOT = Path(__file__).parents[2]
 # (kernel, compute capability) -> bytes of stack that are accepted, at most 16, with the reason in a comment
