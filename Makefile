@@ -53,8 +53,8 @@ test-ray: $(VENV)/.test
 	$(TEST_ENV) $(RUN) -m pytest -q tests/cache/test_ray.py
 
 # the suites that lean on torch and Triton, on every pair TORCH/TRITON: gigabytes each, so that `make test` leaves them out
-PAIRS      ?= 2.10.0/3.6.0 2.12.1/3.7.1 2.13.0/3.9.0 2.14.1/3.8.0
-PAIR_TESTS := tests/kernels tests/ptx tests/runtime tests/test_gradients.py tests/test_model.py tests/test_reference.py
+PAIRS      ?= 2.10.0/3.6.0 2.11.0/3.6.0 2.12.1/3.7.1 2.13.0/3.9.0 2.14.1/3.8.0
+PAIR_TESTS := tests/kernels tests/ptx tests/launcher tests/runtime tests/test_gradients.py tests/test_model.py tests/test_reference.py
 
 test-pairs:
 	set -e; for pair in $(PAIRS); do torch=$${pair%/*} triton=$${pair#*/}; \

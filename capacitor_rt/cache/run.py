@@ -199,7 +199,7 @@ def _write_tasks(
                 IdleEncoder() if is_idle else encoder_of(prepared, source, note, is_deferring, pixel_budget=budget)
             )
             if encoder.on_gpu:
-                decoder.pin()
+                decoder.pin(encoder.model.device)
             pipeline = Pipeline(
                 store,
                 prepared.source,

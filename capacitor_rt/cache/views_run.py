@@ -293,8 +293,8 @@ def _write(
         # the workers get ready while the model does
         with pool_of(runs[0].prepared, workers, options, reuse, is_deferring=is_deferring, also=also) as decoder:
             encoders = _encoders(runs, are_idle, source, note, is_deferring, options.pixel_budget)
-            if any(encoder.on_gpu for encoder in encoders):
-                decoder.pin()
+            if on_gpu := [encoder.model.device for encoder in encoders if encoder.on_gpu]:
+                decoder.pin(on_gpu[0])
             pipelines = [
                 Pipeline(
                     run.store,

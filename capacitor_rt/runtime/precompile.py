@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from triton.runtime import driver
 
 from capacitor_kernels.launch import Launch
 
@@ -28,28 +31,55 @@ def precompile(plans: Iterable[LaunchPlan], stats: Stats) -> None:
     launches = {identity(launch): launch for plan in plans for _, queued in trace(plan) for launch in queued}
     if not launches:
         return
-    compile_launches(list(launches.values()))
+    compile_launches(launches.values())
     seconds = time.perf_counter() - begin
     stats.compile_seconds += seconds
     _log.info("%d kernels made ready in %.1f s", len(launches), seconds)
 
 
-def compile_launches(launches: Sequence[Launch]) -> None:
-    """Compile launches side by side, for the current CUDA device."""
+def compile_launches(launches: Iterable[Launch]) -> None:
+    """Compile launches side by side, for the current CUDA device; of equal ones the first.
+
+    What fails is left out: it fails again, with its reason, when it is launched.
+    """
+    distinct = list({identity(launch): launch for launch in launches}.values())
     # ptxas is a process of its own, and most of the rest runs without Python's lock
-    threads = max(1, min(MOST_THREADS, os.cpu_count() or 1, len(launches)))
-    with ThreadPoolExecutor(threads) as pool, _side_by_side(pool):
-        for launch in launches:
-            launch.kernel.warmup(grid=launch.grid, **launch.args, **launch.options)
+    threads = max(1, min(MOST_THREADS, os.cpu_count() or 1, len(distinct)))
+    made = []
+    with ThreadPoolExecutor(threads) as pool:
+        with _side_by_side(pool):
+            for launch in distinct:
+                with suppress(Exception):
+                    made.append(launch.kernel.warmup(grid=launch.grid, **launch.args, **launch.options))
+        _build_launchers(pool, made)
 
 
-def _side_by_side(pool: ThreadPoolExecutor) -> AbstractContextManager[object]:
-    """Triton's mode in which a compilation is left to a pool; one after another where this Triton has none."""
+@contextmanager
+def _side_by_side(pool: Executor) -> Iterator[None]:
+    """Triton's mode in which compilations are left to a pool, whose errors stay there."""
     try:
-        from triton.runtime._async_compile import AsyncCompileMode
+        from triton.runtime._async_compile import AsyncCompileMode, active_mode
     except ImportError:
-        return nullcontext()
-    return AsyncCompileMode(pool)
+        # one after another
+        yield
+        return
+    try:
+        with AsyncCompileMode(pool, ignore_errors=True):
+            yield
+    finally:
+        # where anything is raised, Triton before 3.8 leaves it on, with a pool that is gone
+        active_mode.set(None)
+
+
+def _build_launchers(pool: Executor, made: Iterable[Any]) -> None:
+    """What Triton 3.6 builds by the C compiler before a first launch, which then finds it in the cache."""
+    kernels = [kernel.result(ignore_errors=True) if hasattr(kernel, "result") else kernel for kernel in made]
+    # by what their source depends on
+    distinct = {
+        (*k.src.signature.values(), repr(getattr(k.metadata, "tensordesc_meta", None))): k for k in kernels if k
+    }
+    for built in [pool.submit(driver.active.launcher_cls, k.src, k.metadata) for k in distinct.values()]:
+        built.exception()
 
 
 def identity(launch: Launch) -> tuple[object, ...]:

@@ -91,6 +91,8 @@ class Runtime:
         self._limits = Limits(self.config, self._arena_budget)
         # keys of plans that ran: their kernels are compiled and loaded
         self._ran: set[PlanKey] = set()
+        # of plans most of whose kernels are those of others that ran
+        self._kinds: set[tuple[Any, ...]] = set()
         self._lock = threading.RLock() if self._cuda else _interpreter
         self._done = torch.cuda.Event() if self._cuda else None
         self._last = _LastStream()
@@ -271,6 +273,7 @@ class Runtime:
         plan, count = self._plan(key)
         if capturing:
             return self._bound_for_caller(key, plan, count)
+        self._precompile(key, plan)
         try:
             packed = self._weights.of(plan)
         except DeviceMemoryError:
@@ -293,6 +296,13 @@ class Runtime:
         self._ran.add(key)
         self.stats.capture_seconds += time.perf_counter() - started
         return bound
+
+    def _precompile(self, key: PlanKey, plan: LaunchPlan) -> None:
+        """The first plan of its kind has many kernels to compile, which its launches would do one after another."""
+        kind = (key.direction, key.image_dtype, key.layout, key.use, key.batch == 1)
+        if self._cuda and kind not in self._kinds:
+            self._kinds.add(kind)
+            precompile([plan], self.stats)
 
     def _plan(self, key: PlanKey) -> tuple[LaunchPlan, int]:
         """The plan of each branch of a run, and how many there are."""

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from capacitor_kernels.launch import compute_capability
+from capacitor_kernels.launch import INTERPRETED, compute_capability
 
 from ..conditioning import default_freqs
 from ..config import FullCapacitorInferenceConfig, ModelConfig
@@ -24,6 +24,7 @@ from .fold_fp8 import BlockRange, Ranges
 from .fp8 import Fp8Encoder
 from .launch_cases import Tensors, cases, sizes
 from .platform import one_line
+from .precompile import compile_launches
 from .runtime import Runtime
 
 RATIO, LARGEST_RATIO = 2.0, 4.0
@@ -71,7 +72,12 @@ def checks(device: torch.device, dtype: torch.dtype, seed: int = 0) -> Iterator[
         dtype: of weights and activations.
         seed: of the random weights and inputs, which are drawn on the CPU.
     """
-    for case in cases(sizes(), dtype, compute_capability(device)):
+    cc = compute_capability(device)
+    wanted = list(cases(sizes(), dtype, cc))
+    if not INTERPRETED:
+        with undisturbed(device):
+            compile_launches(launch for case in wanted for launch in case.launches(cc))
+    for case in wanted:
         with undisturbed(device):
             try:
                 row = compare(case.name, case.run(device, torch.Generator("cpu").manual_seed(seed)), dtype)

@@ -9,16 +9,17 @@ import subprocess
 import sys
 import textwrap
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import image_files as files
 import numpy as np
 import pytest
+import torch
 from decode_sources import Images, contents, mixed, ranges
 
-from capacitor_rt.cache.decoding import DecodePool, chunk_schema
+from capacitor_rt.cache.decoding import DecodePool, chunk_schema, ring
 from capacitor_rt.cache.decoding.ring import Allocator, Span
 from capacitor_rt.errors import CacheError, InputError
 from capacitor_rt.images import together
@@ -472,3 +473,49 @@ def test_a_source_that_cannot_be_pickled_is_refused_in_words():
 def test_a_closed_pool_is_refused():
     with pytest.raises(InputError, match="with statement"):
         next(pool(Images(DATA)).decode([range(1)]))
+
+
+class Cudart:
+    """CUDA's runtime as torch gives it: memory is registered for the current device, unless it is to be for all."""
+
+    def __init__(self, monkeypatch, code: int = 0):
+        self.code, self.calls, self.current, self.cleared = code, [], [], []
+        monkeypatch.setattr(torch.cuda, "cudart", lambda: self)
+        monkeypatch.setattr(torch.cuda, "device", self._device)
+        monkeypatch.setattr(torch, "empty", self._empty)
+
+    @contextmanager
+    def _device(self, device):
+        self.current.append(str(device))
+        yield
+        self.current.append("cuda:0")
+
+    def _empty(self, *_, device=None):
+        # the next kernel's launch is told of the error, once
+        self.cleared.append(str(device))
+        raise RuntimeError("CUDA error: operation not supported")
+
+    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
+        assert all(isinstance(n, int) for n in (address, nbytes, flags))
+        self.calls.append((address, nbytes, flags, self.current[-1]))
+        return self.code
+
+    def cudaHostUnregister(self, address: int) -> int:
+        self.calls.append(("unregister", address))
+        return 0
+
+
+def test_a_ring_is_page_locked_for_every_gpu_and_no_other_gets_a_context(monkeypatch):
+    cudart, memory = Cudart(monkeypatch), np.zeros(8192, np.uint8)
+    assert ring.pin(memory, torch.device("cuda:1"))
+    ring.unpin(memory)
+    assert cudart.calls == [(memory.ctypes.data, 8192, 1, "cuda:1"), ("unregister", memory.ctypes.data)]
+    assert cudart.cleared == []
+
+
+def test_memory_that_the_driver_does_not_lock_is_used_as_it_is(monkeypatch, caplog):
+    """As in some containers: a run goes on, and the error is not left for the next kernel."""
+    cudart = Cudart(monkeypatch, code=801)
+    assert not ring.pin(np.zeros(1 << 20, np.uint8), torch.device("cuda:0"))
+    assert cudart.cleared == ["cuda:0"]
+    assert caplog.messages == ["1 MiB cannot be page-locked (CUDA error 801): copies to the GPU go through the host"]

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,6 +26,9 @@ from .orders import Order, Result, Seat
 from .ring import Allocator, SharedMemory, Span, pin, unpin
 from .server import BROKEN, DIED, FORK, KILL, MESSAGE_BYTES, READY, Done, Failure, Setup, Task
 from .work import Job, Meter, chunk_schema, to_batch
+
+if TYPE_CHECKING:
+    import torch
 
 # workers that die at an image before it is blamed: the first may have been killed by something else
 _DEATHS = 3
@@ -134,9 +138,9 @@ class Coordinator:
                 return
         self.release(order)
 
-    def pin(self) -> None:
-        """Page-lock the ring, so that a GPU reads it directly; nothing where there is no GPU."""
-        self._pinned = self._pinned or pin(self._memory.ring)
+    def pin(self, device: torch.device) -> None:
+        """Page-lock the ring, so that a GPU reads it directly."""
+        self._pinned = self._pinned or pin(self._memory.ring, device)
 
     def close(self) -> None:
         """End helper and workers."""

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -20,6 +20,9 @@ from ..statuses import DECODED
 from .coordinator import Coordinator, Order
 from .helper import Helper
 from .work import BACKOFF_SECONDS, Contents, Job, Meter, Row, Worker, fail, to_batch
+
+if TYPE_CHECKING:
+    import torch
 
 CHUNK = 32
 """Inputs of a chunk, if their pixels are few."""
@@ -240,14 +243,10 @@ class DecodePool:
             self._coordinator.close()
         self._here = self._coordinator = None
 
-    def pin(self) -> None:
-        """Page-lock the ring, so that a GPU reads pixels from it directly.
-
-        Raises:
-            CacheError: the driver refuses.
-        """
+    def pin(self, device: torch.device) -> None:
+        """Page-lock the ring, so that a GPU reads pixels from it directly; a warning is logged where that fails."""
         if self._coordinator is not None:
-            self._coordinator.pin()
+            self._coordinator.pin(device)
 
     def decode(self, ordinals: Iterable[Sequence[int] | Wanted], ahead: int | None = None) -> Iterator[DecodedChunk]:
         """A chunk for each range or list of inputs, in the order given, whichever worker is done first. Where

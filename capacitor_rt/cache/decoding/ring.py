@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import mmap
 import os
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ...errors import CacheError
 
+if TYPE_CHECKING:
+    import torch
+
+_log = logging.getLogger("capacitor_rt")
 _PAGE = 4096
+# cudaHostRegisterPortable
+_PORTABLE = 1
 # one worker's marks: input (int64; -1 is none), since (float64, CLOCK_MONOTONIC; 0 while it waits for its turn), and
 # what it has of the memory in common for pixels, and for files (int64, bytes)
 _MARK_BYTES = 64
@@ -98,21 +106,23 @@ class Allocator:
         self._free = joined
 
 
-def pin(memory: np.ndarray) -> bool:
-    """Page-lock memory, so that a GPU reads it directly; False where there is no GPU.
-
-    Raises:
-        CacheError: the driver refuses.
-    """
+def pin(memory: np.ndarray, device: torch.device) -> bool:
+    """Page-lock memory, so that GPUs read it directly; False where the driver refuses, and copies take longer."""
     import torch
 
-    if not torch.cuda.is_available():
-        return False
     cudart: Any = torch.cuda.cudart()
-    code = int(cudart.cudaHostRegister(memory.ctypes.data, memory.nbytes, 0))
-    if code:
-        raise CacheError(f"{memory.nbytes} bytes cannot be page-locked (CUDA error {code}): use a smaller ring")
-    return True
+    # without it the first GPU would get a context, and the memory be locked for no other
+    with torch.cuda.device(device):
+        code = int(cudart.cudaHostRegister(memory.ctypes.data, memory.nbytes, _PORTABLE))
+        if not code:
+            return True
+        # CUDA keeps the error for whoever launches a kernel next
+        with suppress(RuntimeError):
+            torch.empty(1, device=device).fill_(0)
+    _log.warning(
+        "%d MiB cannot be page-locked (CUDA error %d): copies to the GPU go through the host", memory.nbytes >> 20, code
+    )
+    return False
 
 
 def unpin(memory: np.ndarray) -> None:
