@@ -17,6 +17,9 @@ import torch
 from fake_gpu import gpu
 from fake_streams import DEFAULT, CUDAGraph, Event, Stream, current_stream, handles, set_stream, use_stream
 
+REAL: dict[str, Any] = {}
+"""What torch has under the names that were taken."""
+
 
 def empty_cache() -> None:
     gpu.refuse("giving memory back to the driver")
@@ -65,6 +68,7 @@ def install(cc: int = 90) -> None:
         "empty_cache": empty_cache,
     }
     for name, value in put.items():
+        REAL.setdefault(name, getattr(torch.cuda, name))
         setattr(torch.cuda, name, value)
     # `torch.cuda.graph` empties that of pinned memory by itself
     torch._C._host_emptyCache = gpu.host_pools.empty

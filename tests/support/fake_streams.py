@@ -1,7 +1,8 @@
-"""Streams, events and graphs of the fake GPU, as `torch.cuda` has them. Read from the sources of PyTorch 2.13."""
+"""Streams, events and graphs of the fake GPU, as `torch.cuda` has them. Read from the sources of 2.10 to 2.14."""
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import threading
 from collections import Counter
@@ -14,6 +15,7 @@ import torch
 from fake_gpu import LEGACY, Clock, Memory, gpu
 
 POOLED = 32
+_capture_begin = inspect.signature(torch.cuda.CUDAGraph.capture_begin)
 _numbers, handles = itertools.count(), itertools.count(1)
 _held: WeakValueDictionary[int, Stream] = WeakValueDictionary()
 
@@ -52,7 +54,10 @@ class Stream:
 class Event:
     """A place in a stream's work, or in a graph under capture."""
 
-    def __init__(self, *_: Any, **__: Any):
+    def __init__(
+        self, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False, external: bool = False
+    ):
+        self.timing, self.recorded = enable_timing, False
         self.clock: Clock = {}
         self.spent = 0
         self.capture: CUDAGraph | None = None
@@ -60,6 +65,7 @@ class Event:
 
     def record(self, stream: Stream | None = None) -> None:
         number = (stream or current_stream()).cuda_stream
+        self.recorded = True
         with gpu.lock:
             self.capture, self.clock = gpu.captures.get(number), dict(gpu.clocks[number])
             self.spent = gpu.spent[number]
@@ -71,7 +77,7 @@ class Event:
         with gpu.lock:
             here = gpu.captures.get(number)
             if self.capture is not None and self.capture in gpu.captures.values():
-                self.capture.join(self.place, number)
+                self.capture._join(self.place, number)
                 gpu.captures[number] = self.capture
             elif self.capture is not None or (here is not None and self.clock):
                 # cudaErrorCapturedEvent, cudaErrorStreamCaptureIsolation
@@ -83,9 +89,15 @@ class Event:
         gpu.refuse("a synchronization")
         gpu.wait(self.clock)
 
-    def elapsed_time(self, end: Event) -> float:
+    def elapsed_time(self, end_event: Event) -> float:
         """A tenth of a millisecond for every work that the stream was given in between."""
-        return 0.1 * (end.spent - self.spent)
+        if not (self.timing and end_event.timing):
+            raise ValueError("Both events must be created with argument 'enable_timing=True'.")
+        if not (self.recorded and end_event.recorded):
+            raise ValueError("Both events must be recorded before calculating elapsed time.")
+        if not (self.query() and end_event.query()):
+            raise torch.AcceleratorError("CUDA error: device not ready")
+        return 0.1 * (end_event.spent - self.spent)
 
     def query(self) -> bool:
         return all(gpu.host.get(stream, 0) >= n for stream, n in self.clock.items())
@@ -102,7 +114,7 @@ class CUDAGraph:
         # by stream: what was put into the graph from it, and how much of that others have waited for
         self.nodes, self.joined = Counter[int](), Counter[int]()
 
-    def join(self, place: tuple[int, int], stream: int) -> None:
+    def _join(self, place: tuple[int, int], stream: int) -> None:
         """A stream waits for a place in another one's part of the capture, and becomes part of it if it was not."""
         other, n = place
         if stream != other:
@@ -110,7 +122,11 @@ class CUDAGraph:
         if stream not in gpu.captures:
             self.nodes[stream] += 1
 
-    def capture_begin(self, pool: Hashable = None, capture_error_mode: str = "global", **_: Any) -> None:
+    def capture_begin(self, pool: Hashable = None, capture_error_mode: str = "global", **more: Any) -> None:
+        # releases differ in what else they take
+        _capture_begin.bind(self, pool, capture_error_mode, **more)
+        if capture_error_mode not in ("global", "thread_local", "relaxed"):
+            raise RuntimeError(f"Unknown capture error mode, got {capture_error_mode}")
         stream = current_stream()
         if stream.cuda_stream == LEGACY:
             raise RuntimeError("CUDA graphs must be captured on a non-default stream.")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 from collections.abc import Callable
 
+import fake_cuda
 import pytest
 import torch
 import triton
@@ -49,6 +51,52 @@ def test_tensors_hold_their_values(faults):
     assert torch.equal(torch.cat([t, t]).cpu(), torch.cat([t.cpu(), t.cpu()]))
     assert x.pin_memory().is_pinned() and not x.is_pinned()
     assert torch.tensor([1.0, 2.0], device="cuda")[1].item() == 2
+
+
+@pytest.mark.parametrize("name", sorted(fake_cuda.REAL))
+def test_it_takes_no_argument_that_torch_does_not(name):
+    real, ours = fake_cuda.REAL[name], getattr(torch.cuda, name)
+    pairs = [(real, ours)]
+    if isinstance(ours, type) and ours.__module__ == "fake_streams":
+        public = [method for method in vars(ours) if not method.startswith("_")]
+        pairs += [(getattr(real, method), getattr(ours, method)) for method in public]
+    elif isinstance(ours, type):
+        # a context of Python's own, which is given one argument
+        return
+    for theirs, mine in pairs:
+        known = inspect.signature(theirs).parameters
+        takes = [p for p in inspect.signature(mine).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+        assert [p.name for p in takes] == [*known][: len(takes)], (theirs, mine)
+        for p in takes:
+            assert p.default == known[p.name].default or {p.default, known[p.name].default} <= {None, p.empty}, p
+
+
+def test_a_capture_is_begun_as_this_torch_lets_it(gpu):
+    torch.cuda.set_stream(torch.cuda.Stream())
+    with pytest.raises(TypeError, match="no_such_option"):
+        torch.cuda.CUDAGraph().capture_begin(no_such_option=True)
+    with pytest.raises(RuntimeError, match="Unknown capture error mode"):
+        torch.cuda.CUDAGraph().capture_begin(capture_error_mode="thread-local")
+    assert not gpu.captures
+
+
+def test_events_tell_the_time_between_works_that_are_done():
+    first, second, plain = (torch.cuda.Event(enable_timing=timing) for timing in (True, True, False))
+    with pytest.raises(ValueError, match="must be recorded"):
+        first.elapsed_time(second)
+    x = on_cuda()
+    first.record()
+    x.add_(1)
+    second.record()
+    plain.record()
+    with pytest.raises(RuntimeError, match="not ready"):
+        first.elapsed_time(second)
+    second.synchronize()
+    assert first.elapsed_time(second) > 0
+    with pytest.raises(ValueError, match="enable_timing"):
+        first.elapsed_time(plain)
+    with pytest.raises(TypeError, match="timing"):
+        torch.cuda.Event(timing=True)
 
 
 def test_a_launch_that_starts_early_has_to_wait(faults):
