@@ -246,12 +246,14 @@ def _tuned(index: int, cc: int) -> Finding:
 
 
 def _nvjpeg() -> Iterator[Finding]:
-    wheels = [path for base in sys.path for path in glob.glob(f"{base}/nvidia/*/lib/libnvjpeg.so*")]
+    # torchvision's wheel has one of its own, those of NVIDIA are for whoever builds with it
+    folders = ("torchvision.libs/libnvjpeg.*", "nvidia/*/lib/libnvjpeg.so*")
+    wheels = [path for folder in folders for base in sys.path for path in glob.glob(f"{base}/{folder}")]
     system = glob.glob("/usr/local/cuda*/lib64/libnvjpeg.so*") + glob.glob("/usr/lib/*/libnvjpeg.so*")
     libraries = wheels or system
     where = f"found ({Path(libraries[0]).name})" if libraries else "not found"
     # files are decoded by libjpeg-turbo, whose bytes are the same on every machine
-    yield Finding("nvJPEG", OK, f"{where}; not needed: JPEG files are decoded on the CPU")
+    yield Finding("nvJPEG", OK, f"{where}; only `cache --decode gpu` uses it")
 
 
 def _packages() -> Iterator[Finding]:

@@ -45,6 +45,15 @@ def test_a_machine_without_a_gpu_is_no_problem(run, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_nvjpeg_of_torchvision_comes_before_others(run, tmp_path, monkeypatch):
+    for name in ("nvidia/nvjpeg/lib/libnvjpeg.so.12", "torchvision.libs/libnvjpeg.36e11081.so.13"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True)
+        path.touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert run()[1]["nvJPEG"]["found"].startswith("found (libnvjpeg.36e11081.so.13)")
+
+
 def test_text_has_one_line_per_finding(tmp_path):
     app = typer.Typer()
     app.command()(module.doctor)
