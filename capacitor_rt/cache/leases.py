@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import time
@@ -18,6 +19,9 @@ HEARTBEAT_SECONDS = 10.0
 CLOCK = ".clock"
 STALE_SECONDS = 90.0
 """A lease that has not been touched for so long is dead: nine heartbeats, by the file server's clock."""
+_mine: set[str] = set()
+"""Tokens of the leases that this process has, in whichever run: one of its own that is none of them was given back, on
+a disk that could not remove it."""
 
 
 class Leases:
@@ -42,6 +46,7 @@ class Leases:
         self.heartbeat = heartbeat
         self.stale = stale
         self._held: dict[int, FileIO] = {}
+        self._tokens: dict[int, str] = {}
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
@@ -62,6 +67,11 @@ class Leases:
                 if base != CLOCK and self._is_dead(f"{LEASES}/{base}"):
                     self.folder.unlink(f"{LEASES}/{base}")
             self.folder.remove_folder(LEASES)
+        # of those that could not be given back
+        for file in self._held.values():
+            file.close()
+        self._held.clear()
+        _mine.difference_update(self._tokens.values())
 
     def name(self, task: int) -> str:
         return f"{LEASES}/{self.plan8}-{task:06d}"
@@ -78,11 +88,13 @@ class Leases:
                 return False
             self.folder.unlink(name)
         file = self.folder.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        token = uuid.uuid4().hex
+        _mine.add(token)
         with suppress(OSError):
             # without its contents, on a full disk, a lease is dead when it is stale
-            os.pwrite(file.fileno(), canonical_json({**me()._asdict(), "token": uuid.uuid4().hex}) + b"\n", 0)
+            os.pwrite(file.fileno(), canonical_json({**me()._asdict(), "token": token}) + b"\n", 0)
         with self._lock:
-            self._held[task] = file
+            self._held[task], self._tokens[task] = file, token
         return True
 
     def holds(self, task: int) -> bool:
@@ -96,6 +108,7 @@ class Leases:
         mine = self.holds(task)
         with self._lock:
             file = self._held.pop(task, None)
+            _mine.discard(self._tokens.pop(task, ""))
         if file is not None:
             file.close()
         if mine:
@@ -125,20 +138,24 @@ class Leases:
         bases = [base for base in self.folder.names(LEASES) if base != CLOCK]
         return {base for base in bases if not self._is_dead(f"{LEASES}/{base}", touch)}
 
-    def _owner(self, name: str) -> Owner | None:
+    def _read(self, name: str) -> bytes:
         try:
-            return parse_owner(self.folder.read(name, 4096))
+            return self.folder.read(name, 4096)
         except OSError:
-            return None
+            return b""
+
+    def _owner(self, name: str) -> Owner | None:
+        return parse_owner(self._read(name))
 
     def _is_dead(self, name: str, touch: bool = True) -> bool:
         info = self.folder.stat(name)
         if info is None:
             return True
-        owner = self._owner(name)
-        return (owner is not None and owner.is_dead()) or (
-            self._now() if touch else time.time()
-        ) - info.st_mtime > self.stale
+        data = self._read(name)
+        owner = parse_owner(data)
+        if owner is not None and (owner.is_dead() or (owner == me() and _token(data) not in (None, *_mine))):
+            return True
+        return (self._now() if touch else time.time()) - info.st_mtime > self.stale
 
     def _now(self) -> float:
         """The file server's clock: the clocks of two machines differ."""
@@ -157,3 +174,9 @@ class Leases:
                     # by descriptor: a lease that was taken over is another file
                     with suppress(OSError):
                         os.utime(file.fileno())
+
+
+def _token(data: bytes) -> str | None:
+    """Of the lease of a process that is known, which of its leases it is."""
+    token = json.loads(data).get("token")
+    return token if isinstance(token, str) else None

@@ -144,6 +144,18 @@ def test_an_untouched_lease_is_taken_over_and_its_holder_knows(leases, tmp_path)
     assert other.holds(3)
 
 
+def test_a_lease_that_this_process_gave_back_and_could_not_remove_is_taken_at_once(leases, tmp_path, monkeypatch):
+    assert leases.take(3)
+    with monkeypatch.context() as patch:
+        patch.setattr(CacheFolder, "unlink", lambda self, name: (_ for _ in ()).throw(OSError(30, "read-only")))
+        leases.release(3)
+    assert (tmp_path / leases.name(3)).exists()
+    other = another(leases)
+    assert other.take(3) and other.holds(3)
+    # one that another run of this process has is its own
+    assert not leases.take(3)
+
+
 def test_leases_are_seen_although_their_folder_was_removed_meanwhile(leases, tmp_path):
     """A process that has nothing more to do removes the folder; another may begin again while a third looks on."""
     assert leases.take(3)
