@@ -51,7 +51,7 @@ class DtypeCost:
         picture = "the same pictures" if math.isinf(self.psnr) else f"pictures {self.psnr:.1f} dB from unrounded ones"
         return (
             f"{self.dtype}: {self.row_nbytes / 1e3:.4g} kB an image, latents off by {self.error:.2%} (cosine "
-            f"{self.cosine:.6f}), {picture}, {self.loss:.3f} dB lost"
+            f"{self.cosine:.6f}), {picture}, {round(self.loss, 3) + 0.0:.3f} dB lost"
         )
 
 

@@ -24,7 +24,8 @@ def print_dry_run(found: DryRun) -> None:
             f"an update to {counted(changes.inputs, 'input')}{before}: {changes.new} new, {changes.changed} changed, "
             f"{gone}, {changes.reused} reused ({changes.moved} under another name)"
         )
-    echo("bucket (height x width)    images")
+    if found.buckets or found.quarantined:
+        echo("bucket (height x width)    images")
     for bucket, count in found.buckets.items():
         echo(f"{bucket!s:>23}  {count:>8}")
     for reason, count in sorted(found.quarantined.items()):

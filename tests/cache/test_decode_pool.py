@@ -519,3 +519,9 @@ def test_memory_that_the_driver_does_not_lock_is_used_as_it_is(monkeypatch, capl
     assert not ring.pin(np.zeros(1 << 20, np.uint8), torch.device("cuda:0"))
     assert cudart.cleared == ["cuda:0"]
     assert caplog.messages == ["1 MiB cannot be page-locked (CUDA error 801): copies to the GPU go through the host"]
+
+
+def test_a_pool_that_ends_before_its_helper_is_ready_says_nothing(capfd):
+    with pool(Images(DATA), 1):
+        pass
+    assert capfd.readouterr().err == ""

@@ -99,8 +99,10 @@ def main(control_fd: int) -> None:
         with suppress(OSError):
             control.send(pickle.dumps((BROKEN, 0, traceback.format_exc()[-4000:])))
         return
-    control.send(pickle.dumps((READY, 0, None)))
     try:
+        # a coordinator that found nothing to do is gone, which the forker notices
+        with suppress(BrokenPipeError):
+            control.send(pickle.dumps((READY, 0, None)))
         _Forker(control, setup, memory, parent).serve()
     finally:
         # there is nothing to finalize, which with torch takes longer than all else at the end
