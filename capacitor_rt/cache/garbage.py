@@ -11,6 +11,7 @@ from ..errors import CacheError
 from ..extras import require_extra
 from .carried import load_carried
 from .commits import read_log
+from .compaction import FileUse, usage
 from .folder import DAMAGED, GENERATIONS, INDEX, LEASES, TASKS, CacheFolder
 from .generations import record_name, recorded
 from .leases import Leases
@@ -131,6 +132,18 @@ def collect(
             if not living:
                 mutex.remove()
     return found
+
+
+def used_in_part(root: str | os.PathLike[str]) -> list[FileUse]:
+    """Files of earlier generations that inputs need some rows of, and not all, the least needed first.
+
+    Raises:
+        CacheError: there is no cache, or one that is damaged.
+    """
+    with CacheFolder(root) as folder:
+        if (plan := load_plan(folder)) is None:
+            raise CacheError(no_cache(folder.path))
+        return [use for use in usage(folder, plan) if use.live < 1]
 
 
 def living_stems(folder: CacheFolder, plan: CachePlan) -> set[str]:

@@ -102,15 +102,37 @@ def gc(
     drop_updates: Annotated[
         bool, typer.Option("--drop-updates", help="Give up unfinished updates, and remove what they have written.")
     ] = False,
+    compact: Annotated[
+        bool,
+        typer.Option(
+            "--compact", help="First copy the rows of files that updates have left hardly needed, so that they go, too."
+        ),
+    ] = False,
+    min_live: Annotated[
+        float, typer.Option(min=0.01, max=1, help="With --compact: files of which less than this is needed.")
+    ] = 0.5,
 ) -> None:
     """Remove what a repaired or retried cache has moved away, what killed runs have left, and earlier generations.
 
     Programs that still read an earlier generation need it: end them first.
     """
-    from ..cache.garbage import collect
+    from ..cache.compaction import compact as copy_rows
+    from ..cache.garbage import collect, used_in_part
     from ..cache.views import views_in
 
     several = views_in(root)
+    for place in several or [root]:
+        if compact and not dry_run:
+            copy_rows(place, min_live, note)
+        uses = used_in_part(place)
+        for use in uses:
+            note(f"{use.name}: {use.needed} of {counted(use.rows, 'row')} needed ({use.live:.0%})")
+        if wanting := [use for use in uses if use.live < min_live]:
+            dead = sum(int(use.nbytes * (1 - use.live)) for use in wanting)
+            files = counted(len(wanting), "file")
+            echo(
+                f"{place}: {bytes_text(dead)} of {files} are of no use: `gc --compact` copies the rest and removes them"
+            )
     found = [
         (f"{place.name}/{name}" if several else name, size)
         for place in several or [root]

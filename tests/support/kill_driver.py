@@ -6,6 +6,7 @@ itself. Prints how far the cache was (committed tasks) when each died.
 `share SRC OUT COUNT KILLS SEED` caches SRC into OUT in COUNT children at once, kills some of them, and prints how much
 each has read and their exit codes. `share-update` does the same by `--update`.
 Both have forms `-views`, of several views, whose tasks are counted together, and `-dedupe`, as in `kill-views-update`.
+`kill-update-compact` copies the rows of hardly needed files instead.
 `signal SRC MODEL OUT NUMBER [OUT NUMBER ...]` runs the command in a child for each OUT, sends it a signal after its
 first task, and prints the exit codes.
 """
@@ -27,6 +28,7 @@ from models import random_model
 
 from capacitor_rt import FullCapacitor
 from capacitor_rt.cache import CacheRequest, LatentDataset, RunOptions, cache_images, cache_views, parse_views
+from capacitor_rt.cache.compaction import compact
 from capacitor_rt.cache.report import Report
 from capacitor_rt.cli.cache import cache
 from capacitor_rt.cli.verify import verify
@@ -79,6 +81,9 @@ def cache_all(src: Path, out: Path, model: FullCapacitor, how: frozenset[str]) -
 def cache_at_leisure(src: Path, out: Path, model: FullCapacitor, how: frozenset[str]) -> int:
     """Exit code of a run that leaves the processor to whoever is to strike it."""
     os.nice(10)
+    if "compact" in how:
+        compact(out)
+        return 3
     return cache_all(src, out, model, how).exit_code
 
 
