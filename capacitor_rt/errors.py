@@ -11,7 +11,8 @@ class CapacitorError(Exception):
 
     def __init__(self, message: str, problems: Iterable[str] = ()):
         self.problems = list(problems)
-        super().__init__("\n  ".join([message, *self.problems]))
+        # of a name that is no text the bytes are shown: a message can be written anywhere
+        super().__init__("\n  ".join([message, *self.problems]).encode("utf-8", "backslashreplace").decode())
 
     def __reduce__(self) -> tuple[Any, ...]:
         # as it is: the arguments of a subclass are not those of an exception

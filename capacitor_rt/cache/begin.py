@@ -106,7 +106,7 @@ def begun(
             remove_stale(folder, leases)
             if prepared.restore_listing:
                 prepared.source.listing.save(folder, prepared.plan.source_name)
-        store = TaskStore(folder, plan, mutex, leases)
+        store = TaskStore(folder, plan, mutex, leases, prepared.source.listing)
         store.is_draft = not is_current(folder, plan)
         for line in prepared.notes + _check(store, tasks):
             note(line)

@@ -81,7 +81,7 @@ def parse_index(data: bytes, what: object, plan: CachePlan, task: int) -> Any:
     Raises:
         CacheError: it is damaged, or another plan's or task's.
     """
-    table = parse_table(data, what, index_schema(plan.columns, plan.is_update))
+    table = parse_table(data, what, index_schema(plan.columns, plan.is_update), plan.task_inputs)
     metadata = table.schema.metadata or {}
     if metadata.get(b"format") != FORMAT.encode() or metadata.get(b"task") != str(task).encode():
         raise CacheError(f"{what} is damaged: it is not the index of task {task}")

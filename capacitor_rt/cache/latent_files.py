@@ -170,19 +170,15 @@ def has_header(fd: int, placed: Layout) -> bool:
     return os.pread(fd, len(placed.header), 0) == placed.header
 
 
-def has_padding(fd: int, placed: Layout) -> bool:
-    """Whether all that lies between the tensors of a file is zero."""
-    return all(os.pread(fd, gap, tensor.end) == bytes(gap) for tensor, gap in placed.gaps())
-
-
 class Hashes(NamedTuple):
     """XXH3-128 of a file of latents as it lies on disk: of all its bytes, in hex, and of each row.
 
-    `rows`: by the number of their bucket, uint64 `[N,2]`.
+    `rows`: by the number of their bucket, uint64 `[N,2]`. `is_padded`: whether all that lies between tensors is zero.
     """
 
     file: str
     rows: dict[int, np.ndarray]
+    is_padded: bool
 
 
 def file_hashes(folder: CacheFolder, name: str, placed: Layout) -> Hashes:
@@ -191,7 +187,7 @@ def file_hashes(folder: CacheFolder, name: str, placed: Layout) -> Hashes:
     Raises:
         FileNotFoundError; CacheError: it cannot be read, or is cut short.
     """
-    whole, what = xxh3(), folder.path / name
+    whole, what, is_padded = xxh3(), folder.path / name, True
     rows: dict[int, list[Any]] = {}
     with folder.open(name) as file:
         fd = file.fileno()
@@ -207,9 +203,12 @@ def file_hashes(folder: CacheFolder, name: str, placed: Layout) -> Hashes:
                 whole.update(data)
                 for at, digest in enumerate(chosen):
                     digest.update(data[at * tensor.row_nbytes : (at + 1) * tensor.row_nbytes])
-            whole.update(_read(fd, tensor.end, gap, what))
+            padding = _read(fd, tensor.end, gap, what)
+            is_padded &= padding == bytes(gap)
+            whole.update(padding)
     found = {bucket: b"".join(d.digest() for d in digests) for bucket, digests in rows.items()}
-    return Hashes(whole.hexdigest(), {b: np.frombuffer(data, np.uint64).reshape(-1, 2) for b, data in found.items()})
+    halves = {bucket: np.frombuffer(data, np.uint64).reshape(-1, 2) for bucket, data in found.items()}
+    return Hashes(whole.hexdigest(), halves, is_padded)
 
 
 def numbers_problem(folder: CacheFolder, name: str, plan: CachePlan, placed: Layout) -> str | None:

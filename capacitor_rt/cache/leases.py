@@ -155,7 +155,8 @@ class Leases:
         owner = parse_owner(data)
         if owner is not None and (owner.is_dead() or (owner == me() and _token(data) not in (None, *_mine))):
             return True
-        return (self._now() if touch else time.time()) - info.st_mtime > self.stale
+        # of the same clock: no living process has touched one in the future either
+        return abs((self._now() if touch else time.time()) - info.st_mtime) > self.stale
 
     def _now(self) -> float:
         """The file server's clock: the clocks of two machines differ."""

@@ -51,7 +51,7 @@ def parse_owner(data: bytes) -> Owner | None:
     try:
         fields = json.loads(data)
         return Owner(str(fields["host"]), int(fields["pid"]), int(fields["start"]))
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
         return None
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import CacheError
 from ..extras import require_extra
 
 MOST_BYTES = 8 << 30
+LEAST_ROOM, ROW_ROOM = 64 << 20, 256 << 10
+"""Bytes that a table may take in memory: in any case, and for each row. A few kB on disk can say gigabytes."""
+_MANY, _PATH = 1 << 16, 4096
 
 
 def parquet_bytes(table: Any) -> memoryview:
@@ -20,14 +23,17 @@ def parquet_bytes(table: Any) -> memoryview:
     return memoryview(sink.getvalue())
 
 
-def parse_table(data: bytes, what: object, schema: Any) -> Any:
+def parse_table(data: bytes, what: object, schema: Any, most: int | None = None) -> Any:
     """The table that these bytes are, whose columns have the names and types of `schema`, in its order.
+
+    Args:
+        most: rows that it may have.
 
     Raises:
         CacheError: they are no such table; `what` is the file's name in the message.
     """
     with _parsing(what):
-        return _read(_opened(data, what, schema), None)
+        return _read(_opened(data, what, schema, most), schema.names)
 
 
 def parse_columns(data: bytes, what: object, schema: Any) -> Iterator[Any]:
@@ -43,20 +49,68 @@ def parse_columns(data: bytes, what: object, schema: Any) -> Iterator[Any]:
         require_extra("pyarrow").default_memory_pool().release_unused()
 
 
-def _opened(data: bytes, what: object, schema: Any) -> Any:
+class _Opened(NamedTuple):
+    """A file whose columns are those of the schema.
+
+    Attributes:
+        room: bytes that a column may take in memory.
+        texts: columns that might take more. They are read as dictionaries, in which a text of many rows is there once.
+    """
+
+    file: Any
+    what: object
+    schema: Any
+    room: int
+    texts: list[str]
+
+
+def _opened(data: bytes, what: object, schema: Any, most: int | None = None) -> _Opened:
     pa, pq = require_extra("pyarrow"), require_extra("pyarrow.parquet")
-    file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True, pre_buffer=False)
-    found = file.schema_arrow
+    options = {"page_checksum_verification": True, "pre_buffer": False}
+    file = pq.ParquetFile(pa.BufferReader(data), **options)
+    found, about = file.schema_arrow, file.metadata
     if found.names != schema.names or found.types != schema.types:
         raise CacheError(f"{what} is damaged: its columns are not those of the format")
-    return file
+    if most is not None and about.num_rows > most:
+        raise CacheError(f"{what} is damaged: it has {about.num_rows} rows, and {most} is the most")
+    room = LEAST_ROOM + ROW_ROOM * about.num_rows
+    if sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups)) > room:
+        raise CacheError(f"{what} is damaged: it takes more than {room} bytes")
+    texts = [name for i, name in enumerate(schema.names) if _may_take(about, i, schema.types[i]) > room]
+    if texts:
+        file = pq.ParquetFile(pa.BufferReader(data), **options, read_dictionary=texts)
+    return _Opened(file, what, schema, room, texts)
 
 
-def _read(file: Any, columns: Sequence[str] | None) -> Any:
+def _may_take(about: Any, column: int, kind: Any) -> int:
+    """Bytes that the texts of a column can be at most, each of which lies in the file once."""
+    pa = require_extra("pyarrow")
+    if kind not in (pa.string(), pa.binary()):
+        return 0
+    chunks = [about.row_group(i).column(column) for i in range(about.num_row_groups)]
+    # of many names, of which none is longer than a path on the average, the dictionary would be all there is
+    chunks = [c for c in chunks if c.num_values <= _MANY or c.total_uncompressed_size > _PATH * c.num_values]
+    return sum(c.num_values * c.total_uncompressed_size for c in chunks)
+
+
+def _read(opened: _Opened, columns: Sequence[str]) -> Any:
     # in this thread: one of Arrow's that still held `data` when the interpreter ends would abort the process
-    table = file.read(columns=columns, use_threads=False)
+    table = opened.file.read(columns=columns, use_threads=False)
     table.validate(full=True)
+    texts = [name for name in opened.texts if name in columns]
+    if sum(_text_bytes(table[name]) for name in texts) > opened.room:
+        raise CacheError(f"{opened.what} is damaged: it takes more than {opened.room} bytes")
+    for name in texts:
+        at = table.schema.get_field_index(name)
+        table = table.set_column(at, opened.schema.field(name), table[name].cast(opened.schema.field(name).type))
     return table
+
+
+def _text_bytes(column: Any) -> int:
+    """Bytes of the texts of a column of dictionaries, each as often as it occurs."""
+    pc = require_extra("pyarrow.compute")
+    lengths = [pc.binary_length(chunk.dictionary).take(chunk.indices) for chunk in column.chunks]
+    return sum(pc.sum(chunk).as_py() or 0 for chunk in lengths)
 
 
 @contextmanager

@@ -83,8 +83,11 @@ def _plan(folder: CacheFolder, done: list[str]) -> CachePlan:
     except CacheError:
         plan = None
     with suppress(CacheError):
-        if plan is not None and strange_plan(folder, plan) is None and not _is_forged(folder, plan):
-            return plan
+        if plan is not None:
+            # a log that cannot be read tells nothing of the plan
+            _is_regular(folder, plan.log_name)
+            if strange_plan(folder, plan) is None:
+                return plan
     plan = _plan_of_an_index(folder)
     folder.set_aside(PLAN)
     plan.save(folder)
@@ -97,17 +100,6 @@ def _carried_list(folder: CacheFolder, done: list[str]) -> None:
     plan = load_plan(folder)
     if plan is not None and plan.is_update and restore_carried(folder, plan):
         done.append(f"{plan.carried_name}: restored from the files of latents")
-
-
-def _is_forged(folder: CacheFolder, plan: CachePlan) -> bool:
-    """Whether an index that the log vouches for holds another plan of the same identity, with another model's name."""
-    log = plan.log_name
-    for commit in read_log(folder, log).commits.values() if _is_regular(folder, log) else ():
-        with suppress(OSError, CacheError):
-            body = folder.read(plan.index_name(commit.task), INDEX_BYTES)
-            if xxh3(body).hexdigest() == commit.index_xxh3:
-                return plan_in_index(body) not in (None, plan.text())
-    return False
 
 
 def _records(folder: CacheFolder, done: list[str]) -> None:
@@ -201,7 +193,7 @@ def _uncommitted(folder: CacheFolder, plan: CachePlan, mutex: Mutex, leases: Lea
         listing = load_listing(folder, plan.source_name, plan.fields["source"]["sha256"])
     except CacheError:
         return
-    store = TaskStore(folder, plan, mutex, leases)
+    store = TaskStore(folder, plan, mutex, leases, listing)
     for task in plan_tasks(plan, listing.tasks(plan.task_inputs)):
         if task.number in store.commits or store.is_gone(task):
             continue

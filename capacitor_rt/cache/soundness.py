@@ -94,6 +94,8 @@ class Soundness:
             hashes = file_hashes(self.folder, file.name, placed)
             if hashes.file != file.data_xxh3:
                 return f"{path} is damaged: its hash is not that of its commit line"
+            if not hashes.is_padded:
+                return f"{path} is damaged: what lies between its tensors is not zero"
             if why := numbers_problem(self.folder, file.name, plan, placed):
                 return f"{path} is damaged: {why}"
         except FileNotFoundError:

@@ -14,17 +14,18 @@ from torch import Tensor
 
 from ..errors import CacheError
 from .carried import load_carried
-from .commits import Commit, LogFollower, append_commit, rewrite_log
+from .commits import Commit, LogFollower, append_commit, read_log, rewrite_log
 from .folder import INDEX, TASKS, CacheFolder, PendingFile
 from .generations import recorded_names
 from .hashing import xxh3
-from .index import INDEX_BYTES, bucket_counts, cached_counts, cached_rows, index_bytes, parse_index
-from .latent_files import file_chunks, has_header, has_padding, index_hash_in_header, layout, row_hashes
+from .index import INDEX_BYTES, bucket_counts, cached_counts, cached_rows, index_bytes, parse_index, plan_in_index
+from .latent_files import file_chunks, has_header, index_hash_in_header, layout, row_hashes
 from .leases import Leases
 from .mutex import Mutex
 from .plan import CachePlan, Task
 from .shared_files import SharedFiles, own_file
 from .soundness import Soundness
+from .sources import Listing
 from .stamps import Stamps
 
 
@@ -63,6 +64,9 @@ class TaskData:
 class TaskStore:
     """The tasks of a cache on disk, for a run that writes.
 
+    Args:
+        listing: the inputs of the plan, which indexes that this machine does not know have to name.
+
     Attributes:
         commits: of the tasks that are part of the cache, as far as this process knows.
         is_draft: whether it is of an update under way, on which nothing builds yet: what is damaged of it is done
@@ -71,11 +75,12 @@ class TaskStore:
 
     is_draft = False
 
-    def __init__(self, folder: CacheFolder, plan: CachePlan, mutex: Mutex, leases: Leases):
+    def __init__(self, folder: CacheFolder, plan: CachePlan, mutex: Mutex, leases: Leases, listing: Listing):
         self.folder = folder
         self.plan = plan
         self.mutex = mutex
         self.leases = leases
+        self.listing = listing
         self.stamps = Stamps(folder)
         self._log = LogFollower(folder, plan.log_name)
 
@@ -105,9 +110,9 @@ class TaskStore:
         commit, index = self.commits[task.number], self.plan.index_name(task.number)
         try:
             table = read_index(self.folder, self.plan, commit)
-            if (table.num_rows, table["input"][0].as_py()) != (len(task), task.first) or commit.inputs != len(task):
-                return f"{self.folder.path / index} does not list the inputs of its task"
             own = own_file(self.plan, commit, table)
+            if commit.inputs != len(task) or not self._lists(table, task, shared.sound.is_known(own)):
+                return f"{self.folder.path / index} does not list the inputs of its task"
             if cached_rows(table) != commit.rows or commit.data_bytes != own.layout(self.plan).nbytes:
                 return f"the commit line of task {task.number} does not agree with {self.folder.path / index}"
         except CacheError as e:
@@ -116,6 +121,12 @@ class TaskStore:
             return why
         why = shared.look(table, own)
         return f"{self.folder.path / index} is damaged: {why}" if why else None
+
+    def _lists(self, table: Any, task: Task, is_known: bool = False) -> bool:
+        """Whether an index lists the inputs of its task. `is_known`: their names were compared before."""
+        if (table.num_rows, table["input"][0].as_py()) != (len(task), task.first):
+            return False
+        return is_known or table["id"].to_pylist() == [self.listing.id(i) for i in range(task.first, task.stop)]
 
     def vouch(self, tasks: Iterable[int]) -> None:
         """Take note that committed tasks are sound."""
@@ -158,8 +169,8 @@ class TaskStore:
         table = parse_index(body, self.folder.path / index, self.plan, task.number)
         placed = layout(self.plan, task.number, cached_counts(table), named)
         with self.folder.open(data) as file:
-            whole = has_header(file.fileno(), placed) and has_padding(file.fileno(), placed)
-        if not whole or (table.num_rows, table["input"][0].as_py()) != (len(task), task.first):
+            whole = has_header(file.fileno(), placed)
+        if not whole or not self._lists(table, task):
             raise CacheError(problem + f"does not match its index: {repair_hint(self.folder)}")
         sizes = (len(body), named, placed.nbytes, self.folder.hash(data))
         commit = Commit(task.number, len(task), cached_rows(table), *sizes)
@@ -244,12 +255,24 @@ def read_index(folder: CacheFolder, plan: CachePlan, commit: Commit) -> Any:
     return parse_index(body, folder.path / name, plan, commit.task)
 
 
+def is_forged(folder: CacheFolder, plan: CachePlan) -> bool:
+    """Whether an index that the log vouches for holds another plan of the same identity, with another model's name."""
+    for commit in read_log(folder, plan.log_name).commits.values():
+        with suppress(OSError, CacheError):
+            body = folder.read(plan.index_name(commit.task), INDEX_BYTES)
+            if xxh3(body).hexdigest() == commit.index_xxh3:
+                return plan_in_index(body) not in (None, plan.text())
+    return False
+
+
 def strange_plan(folder: CacheFolder, plan: CachePlan) -> str | None:
     """What shows that files of tasks belong to an unknown plan; None if nothing does.
 
     Raises:
         CacheError: the list of carried files, which knows of some, is damaged.
     """
+    if is_forged(folder, plan):
+        return "its index holds another one of the same identity"
     known: set[str] | None = None
     for sub in (TASKS, INDEX):
         for base in folder.names(sub):

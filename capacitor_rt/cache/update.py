@@ -220,7 +220,7 @@ def _under_way(
 ) -> tuple[CachePlan, Source] | None:
     """The latest update of the current plan to these inputs that was begun, and its inputs."""
     plans = [p for p in reversed(unfinished(folder, current)) if p.fields["generation"]["of"] == current.id]
-    plans = [plan for plan in plans if _has_carried(folder, plan)]
+    plans = [plan for plan in plans if _has_carried(folder, plan) and _settings(plan) == _settings(current)]
     for plan in plans:
         if not plan.is_interim and is_of(folder, plan, source, rehash):
             return plan, source
@@ -228,6 +228,12 @@ def _under_way(
         if not _is_complete(folder, plan) and (part := _interim(folder, plan, source)) is not None:
             return plan, part
     return None
+
+
+def _settings(plan: CachePlan) -> dict[str, Any]:
+    """What an update has of the plan that it is of, also outside the identity: names that files are written under."""
+    own = ("source", "columns", "label_names", "code", "generation")
+    return {name: value for name, value in plan.fields.items() if name not in own}
 
 
 def _has_carried(folder: CacheFolder, plan: CachePlan) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import CacheError
 from ..extras import require_extra
-from ..printable import counted
+from ..printable import counted, printable
 from .commits import COMMITS, Commit, Log, read_log
 from .folder import DAMAGED, GENERATIONS, INDEX, SUBFOLDERS, TASKS, TMP, CacheFolder
 from .generations import record_name, recorded
@@ -224,7 +224,7 @@ class _Check:
                 self.found.bad_plan = True
         for name in strangers[:5]:
             kind = "left by a killed run, the next run removes it" if TMP in name else "not committed, or foreign"
-            self.found.notes.append(f"{name}: {kind}")
+            self.found.notes.append(f"{printable(name)}: {kind}")
         if len(strangers) > 5:
             self.found.notes.append(f"{len(strangers) - 5} more files that are not of the cache")
         for sub in (DAMAGED, GENERATIONS):

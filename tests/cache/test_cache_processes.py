@@ -156,6 +156,18 @@ def test_a_lease_that_this_process_gave_back_and_could_not_remove_is_taken_at_on
     assert not leases.take(3)
 
 
+@pytest.mark.parametrize("seconds", [10, -60, 60])
+def test_a_lease_is_alive_by_its_time_whatever_it_holds(leases, tmp_path, seconds):
+    """One of the future, which no living process touches, would be waited for until then."""
+    (tmp_path / "leases").mkdir()
+    lease = tmp_path / leases.name(3)
+    lease.write_text('{"host": "elsewhere", "pid": 1e999, "start": 1}')
+    now = time.time()
+    os.utime(lease, (now + seconds, now + seconds))
+    with leases, leases.mutex:
+        assert leases.take(3) == (abs(seconds) > 30)
+
+
 def test_leases_are_seen_although_their_folder_was_removed_meanwhile(leases, tmp_path):
     """A process that has nothing more to do removes the folder; another may begin again while a third looks on."""
     assert leases.take(3)

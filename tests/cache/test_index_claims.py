@@ -5,6 +5,9 @@ An index is vouched for by its commit line and by the header of its task's laten
 
 from __future__ import annotations
 
+import hashlib
+import json
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -12,7 +15,8 @@ from cache_cases import commits_of
 from fuzz.cache_mutators import refit
 from update_cases import assert_as_fresh, cache, image, out, rows_of, src, update
 
-from capacitor_rt.cache import soundness
+from capacitor_rt.cache import accounts, soundness
+from capacitor_rt.cache.hashing import canonical_json
 from capacitor_rt.cache.parquet_files import parquet_bytes
 from capacitor_rt.cache.repair import repair
 from capacitor_rt.cache.verify import verify
@@ -139,3 +143,63 @@ def test_a_copy_is_read_once(src, out, monkeypatch):
     verify(out)
     assert len(read) == len(set(read)) == len(list(out.glob("tasks/*")))
     assert rows_of(out).keys() == wanted.keys() and commits_of(out)
+
+
+def test_a_run_goes_on_with_no_index_that_names_other_inputs(src, out):
+    claim(out, 1, "another.png", "id", header=True)
+    with pytest.raises(CacheError, match=r"000001\.parquet does not list the inputs of its task"):
+        cache(src, out)
+
+
+def test_padding_belongs_to_a_file(src, out):
+    path = sorted((out / "tasks").iterdir())[1]
+    data = bytearray(path.read_bytes())
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    begin, _ = next(v["data_offsets"] for k, v in header.items() if k.startswith("padding/"))
+    data[8 + int.from_bytes(data[:8], "little") + begin] = 1
+    path.write_bytes(data)
+    refit(out, path.stem, header=True)
+    assert "what lies between its tensors is not zero" in verify(out).problems[0]
+    with pytest.raises(CacheError, match="between its tensors"):
+        cache(src, out)
+
+
+def test_an_index_of_a_few_bytes_that_says_gigabytes_is_refused(out):
+    path = sorted((out / "index").iterdir())[0]
+    table = pq.read_table(path)
+    text = pa.chunked_array([pa.array(["x" * (40 << 20)])] * len(table))
+    field = table.schema.get_field_index("message")
+    path.write_bytes(parquet_bytes(table.set_column(field, table.schema.field(field), text)))
+    assert path.stat().st_size < 1 << 16
+    refit(out, path.stem)
+    assert "it takes more than" in verify(out).problems[0]
+
+
+def test_an_update_goes_on_with_no_plan_that_names_another_latent_space(src, out, tmp_path, monkeypatch):
+    image(src / "zz.png", 51)
+    monkeypatch.setattr(accounts, "_make_current", lambda *_: pytest.fail("planned"))
+    with pytest.raises(pytest.fail.Exception):
+        update(src, out)
+    monkeypatch.undo()
+    (record,) = (out / "generations").iterdir()
+    fields = json.loads(record.read_bytes())
+    del fields["sha256"]
+    fields["model"]["latent_space"] = "another"
+    record.write_text(json.dumps({**fields, "sha256": hashlib.sha256(canonical_json(fields)).hexdigest()}))
+    update(src, out)
+    assert_as_fresh(src, out, tmp_path)
+
+
+def test_an_update_of_a_plan_that_names_another_latent_space_is_refused(src, out):
+    image(src / "zz.png", 51)
+    fields = json.loads((out / "plan.json").read_bytes())
+    del fields["sha256"]
+    fields["model"]["latent_space"] = "another"
+    text = json.dumps(
+        {**fields, "sha256": hashlib.sha256(canonical_json(fields)).hexdigest()}, indent=1, sort_keys=True
+    )
+    (out / "plan.json").write_text(text)
+    with pytest.raises(CacheError, match=r"plan\.json is not that of the cache"):
+        update(src, out)
+    repair(out, verify(out))
+    assert not verify(out).problems

@@ -365,27 +365,3 @@ MUTATORS: dict[str, Callable[[Path, random.Random], str]] = {
     )
 }  # fmt: skip
 WEIGHTS = (20, 14, 6, 4, 1, 4, 4, 10, 4, 10, 8, 10, 5, 10, 6, 3)
-
-
-def draw(rng: random.Random, seed: str) -> list[list[str]]:
-    """Names and seeds of the mutators of one mutant: one, or sometimes a few."""
-    names = list(MUTATORS)
-    if rng.random() < 0.93:
-        return [[*rng.choices(names, WEIGHTS), seed]]
-    names.remove("linked")
-    return [[rng.choice(names), f"{seed}:{k}"] for k in range(rng.choice((2, 3)))]
-
-
-def mutate(cache: Path, steps: list[list[str]]) -> str:
-    """Apply mutators by name and seed; what they did, in words."""
-    done = []
-    for name, seed in steps:
-        try:
-            done.append(MUTATORS[name](cache, random.Random(seed)))
-        except NothingToDo:
-            continue
-        except Exception:
-            # the ones before may have left no such part, or nonsense in its place
-            if not done:
-                raise
-    return "; ".join(done)

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from .cache_mutators import draw, mutate
+from .cache_mutants import draw, mutate
 from .checkpoints import GOLDEN
 from .forked import Surface, scratch
 

@@ -1,0 +1,36 @@
+"""The mutants of a finished cache: which mutators there are, and how they are drawn and applied."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+from .cache_forgeries import FORGERIES
+from .cache_forgeries import WEIGHTS as FORGERY_WEIGHTS
+from .cache_mutators import MUTATORS, WEIGHTS, NothingToDo
+
+ALL = MUTATORS | FORGERIES
+
+
+def draw(rng: random.Random, seed: str) -> list[list[str]]:
+    """Names and seeds of the mutators of one mutant: one, or sometimes a few."""
+    names = list(ALL)
+    if rng.random() < 0.93:
+        return [[*rng.choices(names, WEIGHTS + FORGERY_WEIGHTS), seed]]
+    names.remove("linked")
+    return [[rng.choice(names), f"{seed}:{k}"] for k in range(rng.choice((2, 3)))]
+
+
+def mutate(cache: Path, steps: list[list[str]]) -> str:
+    """Apply mutators by name and seed; what they did, in words."""
+    done = []
+    for name, seed in steps:
+        try:
+            done.append(ALL[name](cache, random.Random(seed)))
+        except NothingToDo:
+            continue
+        except Exception:
+            # the ones before may have left no such part, or nonsense in its place
+            if not done:
+                raise
+    return "; ".join(done)
