@@ -176,12 +176,12 @@ def _write(
     plan: CachePlan,
     left: Carried,
 ) -> None:
-    store = TaskStore(folder, plan, mutex, leases)
+    listing = load_listing(folder, plan.source_name, plan.fields["source"]["sha256"])
+    store = TaskStore(folder, plan, mutex, leases, listing)
     store.is_draft = True
     with mutex:
         remove_stale(folder, leases)
     commits = read_log(folder, current.log_name).commits
-    listing = load_listing(folder, plan.source_name, plan.fields["source"]["sha256"])
     tasks = plan_tasks(plan, listing.tasks(plan.task_inputs))
     for task in TaskQueue(store, tasks):
         table = read_index(folder, current, commits[task.number])
