@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from types import ModuleType
 
 from .errors import CacheError
@@ -30,9 +31,9 @@ def is_installed(module: str) -> bool:
 
 
 def what_is_missing(error: ModuleNotFoundError) -> str | None:
-    """In one line, the package that an import did not find, and how to get it; None for a part of this project."""
+    """In one line, the package that an import did not find and how to get it; None for our own parts and Python's."""
     package = (error.name or "").partition(".")[0]
-    if not package or package in _OWN:
+    if not package or package in _OWN or package in sys.stdlib_module_names:
         return None
     return f"{package} is not installed: pip install {package}"
 

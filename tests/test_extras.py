@@ -11,7 +11,7 @@ import pytest
 from golden_cases import GOLDEN
 
 from capacitor_rt.errors import CacheError
-from capacitor_rt.extras import MissingExtraError, is_installed, require_extra
+from capacitor_rt.extras import MissingExtraError, is_installed, require_extra, what_is_missing
 
 PHOTO = Path(__file__).parents[1] / "capacitor_rt" / "sample" / "photos" / "chelsea.png"
 P16 = str(GOLDEN / "p16")
@@ -141,3 +141,8 @@ def test_is_installed_does_not_import_and_never_fails(monkeypatch):
     assert is_installed("PIL") and not is_installed("no_such_package") and not is_installed("no_such_package.part")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert not is_installed("pyarrow")
+
+
+def test_a_part_of_python_is_not_said_to_be_a_package():
+    assert what_is_missing(ModuleNotFoundError(name="zoneinfo._tzpath")) is None
+    assert what_is_missing(ModuleNotFoundError(name="typer")) == "typer is not installed: pip install typer"
