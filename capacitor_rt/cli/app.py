@@ -108,7 +108,9 @@ def _run() -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        note_error(error)
+        # without its number
+        named = error.filename is not None and error.strerror is not None
+        note(f"error: {os.fsdecode(error.filename)}: {error.strerror}" if named else f"error: {error}")
         return 1
     except ModuleNotFoundError as error:
         if (missing := what_is_missing(error)) is None:

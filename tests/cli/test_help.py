@@ -1,4 +1,4 @@
-"""What `--help` shows, and what an interruption says."""
+"""What `--help` shows, and what interruptions and errors of the system say."""
 
 from __future__ import annotations
 
@@ -50,3 +50,14 @@ def test_encode_overwrites_nothing(tmp_path, monkeypatch, capsys):
             main()
         assert end.value.code == 2 and said in capsys.readouterr().err
     assert there.read_bytes() == b"latents"
+
+
+def test_an_error_of_the_system_is_told_without_its_number(monkeypatch, capsys):
+    def failing(_):
+        raise PermissionError(13, "Permission denied", b"out/\xff")
+
+    monkeypatch.setattr(latent_files, "list_images", failing)
+    monkeypatch.setattr(sys, "argv", ["capacitor-rt", "encode", "a.png", "-o", "x"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert (end.value.code, capsys.readouterr().err) == (1, "error: out/\\xff: Permission denied\n")
