@@ -109,7 +109,7 @@ def _run() -> int:
         return 0
     except OSError as error:
         # without its number
-        named = error.filename is not None and error.strerror is not None
+        named = isinstance(error.filename, str | bytes) and error.strerror
         note(f"error: {os.fsdecode(error.filename)}: {error.strerror}" if named else f"error: {error}")
         return 1
     except ModuleNotFoundError as error:
