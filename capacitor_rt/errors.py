@@ -11,12 +11,20 @@ class CapacitorError(Exception):
 
     def __init__(self, message: str, problems: Iterable[str] = ()):
         self.problems = list(problems)
-        # of a name that is no text the bytes are shown: a message can be written anywhere
-        super().__init__("\n  ".join([message, *self.problems]).encode("utf-8", "backslashreplace").decode())
+        super().__init__(_writable("\n  ".join([message, *self.problems])))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # as it is: the arguments of a subclass are not those of an exception
         return _restored, (type(self), self.args, self.__dict__)
+
+
+def _writable(text: str) -> str:
+    """A text that can be written anywhere: of names that are no text the bytes are shown, as `\\xff`."""
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:
+        # other halves of surrogate pairs stand for no byte
+        return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _restored(kind: type[CapacitorError], args: tuple[Any, ...], state: dict[str, Any]) -> CapacitorError:
