@@ -13,6 +13,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from .checkpoint_forms import FORMS, beside, json_form
 from .forked import Surface
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -236,7 +237,7 @@ def edit_config(c: Checkpoint, rng: random.Random) -> str:
 
 EDITS: tuple[Callable[[Checkpoint, random.Random], str], ...] = (
     edit_field, edit_field, edit_field, edit_consistently, edit_consistently, rename, drop, add, add_many, swap_offsets,
-    metadata, nest, tail, scale, edit_config, edit_config, edit_config,
+    metadata, nest, tail, scale, edit_config, edit_config, edit_config, *FORMS,
 )  # fmt: skip
 
 
@@ -318,15 +319,24 @@ class Checkpoints(Surface):
             data, what = damage(weights.read_bytes(), rng)
             weights.write_bytes(data)
             done.append(f"weights: {what}")
-        elif 0.8 <= kind < 0.9:
+        elif 0.8 <= kind < 0.84:
+            config.write_bytes(json_form(config.read_text(), rng).encode("utf-8", "surrogatepass"))
+            done.append("config.json in another form")
+        elif 0.84 <= kind < 0.87:
+            header = json_form(dump(checkpoint.header), rng).encode()
+            weights.write_bytes(struct.pack("<Q", len(header)) + header + checkpoint.data)
+            done.append("header in another form")
+        elif 0.87 <= kind < 0.9:
             data, what = damage(config.read_bytes(), rng)
             config.write_bytes(data)
             done.append(f"config.json: {what}")
         elif 0.9 <= kind < 0.96:
             weights.write_bytes(length(weights.read_bytes(), rng))
             done.append("header length")
-        elif kind >= 0.96:
+        elif 0.96 <= kind < 0.98:
             done.append(special(rng.choice((weights, config)), rng))
+        elif kind >= 0.98:
+            done.append(beside(folder, rng))
         if rng.random() < 0.1 and config.is_file():
             config.unlink()
             done.append("no config.json")

@@ -27,6 +27,7 @@ from capacitor_rt.images.geometry import bucket_table
 from capacitor_rt.images.load import PixelPolicy, View, load_image
 
 from .forked import Surface
+from .image_segments import add_packed, edit_segments
 
 CORPUS = Path(__file__).parent / "corpus" / "images"
 # smaller than the default, so that a mutant with room for more is quickly judged
@@ -196,7 +197,8 @@ def _png_sums(data: bytearray) -> None:
 
 
 MUTATIONS: tuple[Callable[[bytearray, random.Random], str], ...] = (
-    _flip, _flip, _flip, _cut, _remove, _repeat, _number, _number, _splice, _noise, _tiff_entry, _tiff_entry
+    _flip, _flip, _flip, _cut, _remove, _repeat, _number, _number, _splice, _noise, _tiff_entry, _tiff_entry,
+    edit_segments, edit_segments, add_packed,
 )  # fmt: skip
 
 
