@@ -74,6 +74,7 @@ def examine(folder: Path, results: Path) -> list[Finding]:
         _gpus,
         _nvjpeg,
         _packages,
+        _resizing,
         lambda: _disk(folder),
         _jpeg,
         lambda: _expected(results),
@@ -291,6 +292,20 @@ def _disk(folder: Path) -> Iterator[Finding]:
                 pass
         read = PROBE_BYTES / (time.perf_counter() - begin)
     yield Finding("disk", OK, f"writes {wrote / 1e6:.0f} MB/s, reads {read / 1e6:.0f} MB/s in {folder.absolute()}")
+
+
+def _resizing() -> Iterator[Finding]:
+    """Who resizes by the filter that is the default."""
+    if not is_installed("PIL"):
+        return
+    from ..images.resample import torch_agrees
+
+    if torch_agrees("lanczos"):
+        yield Finding("resizing", OK, "by torch")
+    else:
+        # bytes are the same
+        hint = "pip install 'torch>=2.12', or on a GPU cache --resize gpu"
+        yield Finding("resizing", OK, "by matrix products, ten times as long: this torch has no Lanczos", hint)
 
 
 def _jpeg() -> Iterator[Finding]:

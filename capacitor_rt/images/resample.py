@@ -7,7 +7,7 @@ first, its sums are rounded to uint8, and then the other. Pillow's weights have 
 1, and hardly one by 2.
 
 `torch.nn.functional.interpolate(antialias=True)` does the same arithmetic on uint8, and is the fastest where it has the
-filter (Lanczos came after torch 2.10): it is taken if it gives the same bytes for a small picture. Otherwise, and where
+filter (Lanczos came with torch 2.12): it is taken if it gives the same bytes for a small picture. Otherwise, and where
 little of the resized picture is wanted, matrix products give the sums exactly.
 """
 
@@ -29,6 +29,8 @@ _MOST_PRECISION = 22
 _BLOCK = 16
 # so that float32 sums pixels times a byte of the weights, 255 * 128 * taps, without rounding
 _MOST_TAPS = 512
+# of a large picture, that are turned at a time, and that are in floating point at a time
+_MOST_BYTES, _MOST_NUMBERS = 1 << 20, 1 << 17
 MOST_WASTE = 8
 """torch resizes all of a picture, ten times as fast as matrix products the part that is wanted."""
 # of the rows, that leaving the others out is worth a copy
@@ -245,8 +247,9 @@ def _along_height(pixels: np.ndarray, weights: AxisWeights, start: int) -> np.nd
     flat = pixels.reshape(length, width * 3)
     out = np.empty((len(weights.first), width * 3), np.uint8)
     for rows, inputs, high, low in _blocks(weights, start, length):
-        part = flat[inputs].astype(high.dtype)
-        out[rows] = _rounded(high @ part, low @ part, weights.precision)
+        for strip in _strips(width * 3, inputs.stop - inputs.start, _MOST_NUMBERS):
+            part = flat[inputs, strip].astype(high.dtype)
+            out[rows, strip] = _rounded(high @ part, low @ part, weights.precision)
     return out.reshape(-1, width, 3)
 
 
@@ -254,10 +257,17 @@ def _along_width(pixels: np.ndarray, weights: AxisWeights, start: int) -> np.nda
     """uint8 `[H,L,3]`, whose first column is column `start` of the input, to `[H,N,3]`."""
     height, length = pixels.shape[:2]
     out = np.empty((height, len(weights.first), 3), np.uint8)
-    for columns, inputs, high, low in _blocks(weights, start, length):
-        part = pixels[:, inputs].astype(high.dtype)
-        out[:, columns] = _rounded(high @ part, low @ part, weights.precision)
+    for strip in _strips(height, length * 3, _MOST_BYTES):
+        # one product of many rows, where each row's own would be of three columns
+        columns = np.ascontiguousarray(pixels[strip].transpose(1, 0, 2))
+        out[strip] = _along_height(columns, weights, start).transpose(1, 0, 2)
     return out
+
+
+def _strips(length: int, each: int, most: int) -> Iterator[slice]:
+    """Parts of an axis whose places hold `each`, at most so much together if it is not one place's."""
+    step = max(1, most // each)
+    return (slice(begin, min(begin + step, length)) for begin in range(0, length, step))
 
 
 def _blocks(weights: AxisWeights, start: int, length: int) -> Iterator[tuple[slice, slice, np.ndarray, np.ndarray]]:
@@ -280,5 +290,11 @@ def _blocks(weights: AxisWeights, start: int, length: int) -> Iterator[tuple[sli
 
 
 def _rounded(high: np.ndarray, low: np.ndarray, precision: int) -> np.ndarray:
-    sums = (high.astype(np.int64) << 8) + low.astype(np.int64) + (1 << precision >> 1)
-    return np.clip(sums >> precision, 0, 255).astype(np.uint8)
+    # 255 times the sizes of the weights, which add up to less than 2 at 22 bits: below 2^31
+    sums = high.astype(np.int32)
+    sums <<= 8
+    sums += low.astype(np.int32)
+    sums += 1 << precision >> 1
+    sums >>= precision
+    np.clip(sums, 0, 255, out=sums)
+    return sums.astype(np.uint8)

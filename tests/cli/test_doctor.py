@@ -14,6 +14,8 @@ from bench_lines import GPU, caching, call, write
 from typer.testing import CliRunner
 
 from capacitor_rt.cli import doctor as module
+from capacitor_rt.images import resample
+from capacitor_rt.images.resample import torch_agrees
 
 CPU_ONLY = pytest.mark.skipif(torch.cuda.is_available(), reason="speaks of a machine without a GPU")
 ROW = "card: encode 256x256, batch 128"
@@ -52,6 +54,13 @@ def test_the_nvjpeg_of_torchvision_comes_before_others(run, tmp_path, monkeypatc
         path.touch()
     monkeypatch.syspath_prepend(str(tmp_path))
     assert run()[1]["nvJPEG"]["found"].startswith("found (libnvjpeg.36e11081.so.13)")
+
+
+def test_a_torch_without_lanczos_is_told(run, monkeypatch):
+    assert run()[1]["resizing"]["found"].startswith("by torch" if torch_agrees("lanczos") else "by matrix products")
+    monkeypatch.setattr(resample, "torch_agrees", lambda filter: False)
+    code, found = run()
+    assert code == 0 and "torch>=2.12" in found["resizing"]["hint"] and "--resize gpu" in found["resizing"]["hint"]
 
 
 def test_text_has_one_line_per_finding(tmp_path):

@@ -20,6 +20,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from pathlib import Path
 
 import torch
@@ -56,7 +57,10 @@ def wait_for_commits(out: Path, count: int, child: int) -> None:
 
 def in_child(function) -> int:
     """Fork, call `function` in the child and end it with what that returns; the child's process id."""
-    child = os.fork()
+    with warnings.catch_warnings():
+        # Python 3.12 warns of threads, which torch has and no child goes on with
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
     if child:
         return child
     code = 70
