@@ -74,23 +74,24 @@ def _opened(data: bytes, what: object, schema: Any, most: int | None = None) -> 
     if most is not None and about.num_rows > most:
         raise CacheError(f"{what} is damaged: it has {about.num_rows} rows, and {most} is the most")
     room = LEAST_ROOM + ROW_ROOM * about.num_rows
-    if sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups)) > room:
+    groups = [about.row_group(i) for i in range(about.num_row_groups)]
+    if sum(group.total_byte_size for group in groups) > room:
         raise CacheError(f"{what} is damaged: it takes more than {room} bytes")
-    texts = [name for i, name in enumerate(schema.names) if _may_take(about, i, schema.types[i]) > room]
+    texts = [
+        field.name
+        for i, field in enumerate(schema)
+        if field.type in (pa.string(), pa.binary()) and _may_take([group.column(i) for group in groups]) > room
+    ]
     if texts:
         file = pq.ParquetFile(pa.BufferReader(data), **options, read_dictionary=texts)
     return _Opened(file, what, schema, room, texts)
 
 
-def _may_take(about: Any, column: int, kind: Any) -> int:
+def _may_take(chunks: Sequence[Any]) -> int:
     """Bytes that the texts of a column can be at most, each of which lies in the file once."""
-    pa = require_extra("pyarrow")
-    if kind not in (pa.string(), pa.binary()):
-        return 0
-    chunks = [about.row_group(i).column(column) for i in range(about.num_row_groups)]
     # of many names, of which none is longer than a path on the average, the dictionary would be all there is
-    chunks = [c for c in chunks if c.num_values <= _MANY or c.total_uncompressed_size > _PATH * c.num_values]
-    return sum(c.num_values * c.total_uncompressed_size for c in chunks)
+    sizes = [(c.num_values, c.total_uncompressed_size) for c in chunks]
+    return sum(count * nbytes for count, nbytes in sizes if count <= _MANY or nbytes > _PATH * count)
 
 
 def _read(opened: _Opened, columns: Sequence[str]) -> Any:

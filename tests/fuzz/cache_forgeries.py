@@ -132,7 +132,7 @@ def bomb(cache: Path, rng: random.Random) -> str:
         name = rng.choice(texts)
         field = table.schema.get_field_index(name)
         kind = table.schema.field(field).type
-        one = pa.array([b"x" * (60 << 20)]).cast(kind)
+        one = pa.array([b"x" * (24 << 20)]).cast(kind)
         column = pa.chunked_array([one] * len(table))
         table = table.set_column(field, table.schema.field(field), column)
         pq.write_table(table, sink, compression="zstd", write_statistics=False)

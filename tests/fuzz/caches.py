@@ -150,12 +150,14 @@ class Caches(Surface):
         options = replace(options, update=True)
         cache_images(self.home / "src2", updated, self.model, self.second, options=options)
 
-    def go_on(self, out: Path, base: str = "whole") -> Any:
+    def go_on(self, out: Path, base: str = "whole", retry: bool = False) -> Any:
         from capacitor_rt.cache import RunOptions, cache_images, cache_views
 
         assert self.home is not None
         is_update = base in ("updated", "underway", "views-underway")
-        options = RunOptions(workers=0, progress=False, backoff=(0.0,), update=is_update)
+        options = RunOptions(
+            workers=0, progress=False, backoff=(0.0,), update=is_update, retry_quarantined=retry and not is_update
+        )
         if base in VIEWS:
             views = {"cache": self.request, "other": self.second}
             return cache_views(self.home / BASES[base], out.parent, self.model, views, note=str, options=options)
@@ -211,6 +213,7 @@ class Caches(Surface):
         steps.append(self.resume)
         steps += [self.collect] if every or rng.random() < 0.1 else []
         steps += [self.mend] if every or rng.random() < 0.2 else []
+        self.is_retrying = rng.random() < 0.15
         for step in steps:
             try:
                 step(cache)
@@ -333,7 +336,7 @@ class Caches(Surface):
         """A run that ends well has left what an undisturbed one has."""
         from capacitor_rt.errors import CacheError
 
-        report = self.go_on(cache, self.base)
+        report = self.go_on(cache, self.base, self.is_retrying)
         if report.exit_code == 1:
             raise CacheError("tasks are not finished")
         # where rows lie in files of earlier generations, a task whose files are gone may be encoded anew
