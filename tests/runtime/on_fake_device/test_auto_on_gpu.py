@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import threading
 import warnings
 
 import pytest
 import torch
+import triton
 from models import TINY, randomise
 
 from capacitor_rt import FullCapacitor
@@ -29,6 +31,25 @@ def small(monkeypatch, tmp_path):
 
 def model(backend: str) -> FullCapacitor:
     return randomise(FullCapacitor(TINY, backend=backend, strict_size=False)).to(GPU, torch.bfloat16)
+
+
+def test_a_first_call_makes_its_kernels_side_by_side(gpu, monkeypatch):
+    """And further ones make no more of them, nor look for them again."""
+    monkeypatch.setenv(first_contact.SWITCH, "0")
+    makers, compiled = set(), triton.compiler.compile
+
+    def noting(*args, **kwargs):
+        makers.add(threading.current_thread())
+        return compiled(*args, **kwargs)
+
+    monkeypatch.setattr(triton.compiler, "compile", noting)
+    ours, image = model("triton"), IMAGE.to(GPU)
+    ours.encode(image)
+    seconds, count = ours.stats().compile_seconds, gpu.counts["compile"]
+    assert seconds > 0 and count > 3 and makers and threading.current_thread() not in makers
+    ours.encode(image)
+    ours.encode(IMAGE[:, :, :, :8].repeat(1, 1, 1, 4).to(GPU))
+    assert ours.stats().compile_seconds == seconds
 
 
 def test_auto_serves_by_torch_where_launches_are_wrong(small, gpu):
