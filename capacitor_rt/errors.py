@@ -64,3 +64,7 @@ class ImageError(CapacitorError):
 
 class CacheError(CapacitorError):
     """A latent cache that cannot be written, continued or read as asked."""
+
+
+class HungError(CacheError):
+    """A call of a library does not come back, and cannot be ended but with the process, by `os._exit` if need be."""

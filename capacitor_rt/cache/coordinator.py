@@ -17,7 +17,7 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
-from ..errors import CacheError, CapacitorError
+from ..errors import CacheError, CapacitorError, HungError
 from .meters import Meters
 from .model_source import ModelSource
 from .options import RunOptions
@@ -120,6 +120,9 @@ def main(fd: int) -> None:
     def tell(word: str, what: Any) -> None:
         with lock:
             connection.send((word, what))
+        if word == ERROR and isinstance(what, HungError):
+            # nothing more is to be waited for
+            os._exit(1)
 
     signal.signal(signal.SIGTERM, _stop)
     try:

@@ -6,16 +6,21 @@ left but the pixels that will be encoded. Pieces are as large as the memory that
 
 What fails is judged: what nvJPEG refuses is decoded by the CPU, in every run, as it is a matter of the file. A lack of
 memory, or a decoder that fails with some file and goes on with others, is no property of the file: the input fails for
-now. A decoder that is broken ends the run, which the next one goes on with.
+now. A decoder that is broken ends the run, which the next one goes on with. So does one that does not come back: who
+decodes a file is a matter of the file alone, so that nothing else may take over what it is at.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as NotDone
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from queue import Empty, SimpleQueue
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +29,7 @@ from torch import Tensor
 
 from capacitor_kernels.pictures import UNIT, Field
 
-from ..errors import CacheError, ImageError
+from ..errors import CacheError, HungError, ImageError
 from ..images.encoded import Encoded, exact_pixels, read_encoded
 from .decoding import DecodedChunk
 from .failures import CRASHED, OUT_OF_MEMORY
@@ -34,6 +39,7 @@ from .resizing import Resizer, end_of, rows_of
 # chunks that are decoded, or being decoded, while one is encoded
 _AHEAD = 1
 _GO_ON = "what is committed is safe, run the same command again"
+_LOOK_SECONDS = 0.25
 Failures = dict[int, tuple[str, str]]
 """Reason and message of pictures that have no pixels, by their source."""
 
@@ -76,23 +82,37 @@ class GpuDecoder(Resizer):
     Args:
         decode: on `device`.
         piece_bytes: of decoded pictures that are held at a time, unless one alone is larger; twice as much is taken.
+        timeout: seconds that a call of the decoder may take, or the device to be done with a chunk.
+        name: of an input by its ordinal, for messages.
     """
 
-    def __init__(self, device: torch.device, decode: JpegDecoder, piece_bytes: int):
+    def __init__(
+        self,
+        device: torch.device,
+        decode: JpegDecoder,
+        piece_bytes: int,
+        timeout: float = 60.0,
+        name: Callable[[int], str] = "input {}".format,
+    ):
         super().__init__(device)
+        self._timeout, self._name = timeout, name
+        # when the call began that is under way, and the rows of the chunk that it is for
+        self._since: float | None = None
+        self._rows: list[int] = []
+        self._is_hung = False
         self.seconds = self.waited = 0.0
         self._decode = decode
         self._piece_bytes = piece_bytes
-        self._thread: ThreadPoolExecutor | None = None
+        self._thread: _Thread | None = None
         self._taken = _Finished({}, {})
 
     def ahead(self, chunks: Iterable[DecodedChunk]) -> Iterator[DecodedChunk]:
         """The chunks as they may be taken, in order; those that follow are decoded meanwhile.
 
         Raises:
-            CacheError: the decoder is broken.
+            CacheError: the decoder is broken; HungError: it does not come back.
         """
-        thread = self._thread = ThreadPoolExecutor(1, thread_name_prefix="gpu-decode")
+        thread = self._thread = _Thread("gpu-decode")
         under_way: deque[tuple[DecodedChunk, Future[_Finished]]] = deque()
         for chunk in chunks:
             under_way.append((chunk, thread.submit(self._finish, chunk)))
@@ -121,22 +141,51 @@ class GpuDecoder(Resizer):
         return self.seconds, self.waited
 
     def finish(self) -> None:
-        """Release all chunks, and end the thread."""
+        """Release all chunks, and end the thread; nothing of one that hangs."""
         if self._thread is not None:
-            self._thread.shutdown(wait=True, cancel_futures=True)
+            self._thread.end(wait=not self._is_hung)
+        if self._is_hung:
+            return
         self._thread, self._taken = None, _Finished({}, {})
         super().finish()
 
     def _next(self, chunk: DecodedChunk, future: Future[_Finished]) -> DecodedChunk:
         begin = time.perf_counter()
         try:
-            self._taken = future.result()
+            self._taken = self._result(chunk, future)
         except torch.OutOfMemoryError as e:
             raise CacheError("not enough GPU memory to decode images: use a smaller batch or pixel budget") from e
         except RuntimeError as e:
             raise CacheError(f"the GPU failed at decoding ({e}): {_GO_ON}") from e
         self.waited += time.perf_counter() - begin
         return chunk
+
+    def _result(self, chunk: DecodedChunk, future: Future[_Finished]) -> _Finished:
+        while True:
+            try:
+                return future.result(_LOOK_SECONDS)
+            except NotDone:
+                since = self._since
+                if since is None or time.monotonic() - since < self._timeout:
+                    continue
+            self._is_hung = True
+            inputs = chunk.columns["input"].to_pylist()
+            names = [self._name(inputs[row]) for row in self._rows]
+            some = f"{names[0]} to {names[-1]}, {len(names)} images" if len(names) > 1 else f"{names[0]}"
+            raise HungError(
+                f"the GPU does not come back from decoding ({some}) after {self._timeout:g} s: {_GO_ON}; if it happens "
+                "at the same images again leave them out, or cache into a new OUT with --decode exact"
+            )
+
+    @contextmanager
+    def _watched(self, pictures: Sequence[_Picture]) -> Iterator[None]:
+        """A call that may hang, for these pictures."""
+        self._rows = [p.row for p in pictures] or self._rows
+        self._since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._since = None
 
     @torch.no_grad()
     def _finish(self, chunk: DecodedChunk) -> _Finished:
@@ -159,7 +208,8 @@ class GpuDecoder(Resizer):
                 failed |= self._piece(piece, finished)
             if self._stream is not None:
                 # the ring's bytes are read until then
-                self._stream.synchronize()
+                with self._watched(pictures):
+                    self._stream.synchronize()
         for number, part in enumerate(chunk.parts()):
             part.fail({p.row: failed[p.source] for p in pictures if p.part == number and p.source in failed})
         chunk.release()
@@ -192,7 +242,8 @@ class GpuDecoder(Resizer):
             return {}
         streams = [p.encoded.stream for p in pictures if p.encoded]
         try:
-            decoded = self._decode(streams)
+            with self._watched(pictures):
+                decoded = self._decode(streams)
         except torch.OutOfMemoryError:
             raise
         except (Refused, RuntimeError) as e:
@@ -262,16 +313,60 @@ class GpuDecoder(Resizer):
             self._resize(records, table[chosen], finished.pixels[key])
 
 
-def resizer_of(decode: str, device: torch.device, budget: int) -> Resizer:
+class _Thread:
+    """Does one call after another. The interpreter does not wait for it, as for a pool's, at its end: it may hang."""
+
+    def __init__(self, name: str):
+        self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def submit(self, function: Callable[[DecodedChunk], _Finished], chunk: DecodedChunk) -> Future[_Finished]:
+        future: Future[_Finished] = Future()
+
+        def call() -> None:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function(chunk))
+                except BaseException as e:
+                    future.set_exception(e)
+
+        self._calls.put(call)
+        return future
+
+    def end(self, wait: bool) -> None:
+        """Finish the call that is under way, and none after it. `wait`: until it is finished."""
+        with suppress(Empty):
+            while True:
+                self._calls.get_nowait()
+        self._calls.put(None)
+        if wait:
+            self._thread.join()
+
+    def _run(self) -> None:
+        while (call := self._calls.get()) is not None:
+            call()
+            # what it holds goes before the next one comes
+            del call
+
+
+def resizer_of(
+    decode: str,
+    device: torch.device,
+    budget: int,
+    timeout: float = 60.0,
+    name: Callable[[int], str] = "input {}".format,
+) -> Resizer:
     """What resizes on the device in a run, and decodes there where that is how the plan decodes.
 
     Args:
         budget: the run's `pixel_budget`.
+        timeout, name: as those of `GpuDecoder`.
     """
     if decode != "gpu":
         return Resizer(device)
     # half of the budget is the ring; a piece takes twice its size
-    return GpuDecoder(device, JpegDecoder(device), budget // 4)
+    return GpuDecoder(device, JpegDecoder(device), budget // 4, timeout, name)
 
 
 def _picture(part: int, row: int, offset: int, records: np.ndarray) -> _Picture:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import CacheError
+from ..errors import CacheError, HungError
 from ..images.geometry import Size
 from .decoding import DecodedChunk, DecodePool, usable_cores
 from .encoder import BatchEncoder, Encoded
@@ -125,6 +125,10 @@ class Pipeline:
         try:
             yield
             self._wait_for_writer()
+        except HungError:
+            # the driver would wait for what hangs
+            self.decoder.leave_pinned()
+            raise
         finally:
             if self.encoder.uploader is not None:
                 self.encoder.uploader.finish()

@@ -196,7 +196,11 @@ def _write_tasks(
         with decoder:
             budget = options.pixel_budget
             encoder = (
-                IdleEncoder() if is_idle else encoder_of(prepared, source, note, is_deferring, pixel_budget=budget)
+                IdleEncoder()
+                if is_idle
+                else encoder_of(
+                    prepared, source, note, is_deferring, pixel_budget=budget, image_timeout=options.image_timeout
+                )
             )
             if encoder.on_gpu:
                 decoder.pin(encoder.model.device)
@@ -248,18 +252,20 @@ def encoder_of(
     is_deferring: bool = False,
     resizer: Resizer | None = None,
     pixel_budget: int = 2 << 30,
+    image_timeout: float = 60.0,
 ) -> BatchEncoder:
     """What encodes for a run, its kernels made ready.
 
     Args:
-        is_deferring: whether the device resizes: by `resizer`, or one of its own that keeps to `pixel_budget`.
+        is_deferring: whether the device resizes: by `resizer`, or one of its own that keeps to `pixel_budget` and to
+            `image_timeout`.
     """
     plan = prepared.plan
     model: Autoencoder = prepared.model or source.load(source.identity(plan.fields["model"]["compute_dtype"]))
     if not is_deferring:
         resizer = None
     elif resizer is None:
-        resizer = resizer_of(plan.policy.decode, model.device, pixel_budget)
+        resizer = resizer_of(plan.policy.decode, model.device, pixel_budget, image_timeout, prepared.source.listing.id)
     encoder = BatchEncoder(model, plan.tensors, plan.dtype, resizer)
     sizes = {(bucket.height, bucket.width, min(plan.batch, plan.count)) for bucket in plan.buckets}
     seconds = encoder.warmup(sorted(sizes))

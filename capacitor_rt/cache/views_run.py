@@ -292,7 +292,7 @@ def _write(
     try:
         # the workers get ready while the model does
         with pool_of(runs[0].prepared, workers, options, reuse, is_deferring=is_deferring, also=also) as decoder:
-            encoders = _encoders(runs, are_idle, source, note, is_deferring, options.pixel_budget)
+            encoders = _encoders(runs, are_idle, source, note, is_deferring, options)
             if on_gpu := [encoder.model.device for encoder in encoders if encoder.on_gpu]:
                 decoder.pin(on_gpu[0])
             pipelines = [
@@ -333,13 +333,17 @@ def _encoders(
     source: ModelSource,
     note: Callable[[str], None],
     is_deferring: bool,
-    pixel_budget: int,
+    options: RunOptions,
 ) -> list[BatchEncoder]:
     encoders: list[BatchEncoder] = []
     resizer: Resizer | None = None
     for run, is_idle in zip(runs, are_idle, strict=True):
         encoder = (
-            IdleEncoder() if is_idle else encoder_of(run.prepared, source, note, is_deferring, resizer, pixel_budget)
+            IdleEncoder()
+            if is_idle
+            else encoder_of(
+                run.prepared, source, note, is_deferring, resizer, options.pixel_budget, options.image_timeout
+            )
         )
         # one for all, as pictures go up once
         resizer = resizer or encoder.resizer

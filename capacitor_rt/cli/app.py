@@ -13,7 +13,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from ..errors import CapacitorError, CheckpointError, InputError
+from ..errors import CapacitorError, CheckpointError, HungError, InputError
 from ..extras import what_is_missing
 from ..version import __version__
 from .cache import cache
@@ -92,6 +92,12 @@ def _run() -> int:
     """Run the command that the arguments name; its exit code."""
     try:
         return app(prog_name="capacitor-rt", standalone_mode=False) or 0
+    except HungError as error:
+        note_error(error)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # an orderly end would wait for what hangs
+        os._exit(1)
     except CapacitorError as error:
         note_error(error)
         return 2 if isinstance(error, InputError) and not isinstance(error, CheckpointError) else 1

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
 import os
 import shutil
 import signal
+import threading
+import time
 from pathlib import Path
 
 import image_files as files
@@ -23,7 +26,7 @@ from capacitor_kernels.launch import INTERPRETED
 from capacitor_kernels.ops.resize import ResizeConfig
 from capacitor_kernels.tuning import using
 from capacitor_rt import CacheError, InputError
-from capacitor_rt.cache import CacheRequest, LatentDataset, begin, cache_images, gpu_decoding, resizing
+from capacitor_rt.cache import CacheRequest, LatentDataset, begin, cache_images, coordinator, gpu_decoding, resizing
 from capacitor_rt.cache.decoding import DecodePool
 from capacitor_rt.cache.gpu_decoding import GpuDecoder
 from capacitor_rt.cache.nvjpeg import JpegDecoder
@@ -34,6 +37,8 @@ from capacitor_rt.cache.sources import ColumnsRequest
 from capacitor_rt.cache.sources.files import folder_source
 from capacitor_rt.cache.views import parse_views
 from capacitor_rt.cache.views_run import cache_views
+from capacitor_rt.cli import app
+from capacitor_rt.errors import HungError
 from capacitor_rt.images import gpu_jpeg
 from capacitor_rt.images.encoded import RECORD_BYTES
 from capacitor_rt.images.geometry import Size
@@ -219,6 +224,65 @@ def test_a_broken_decoder_ends_the_run_and_quarantines_nothing(few, tmp_path, nv
     nvjpeg.before, nvjpeg.broken = lambda: None, False
     run(few, tmp_path / "out", request)
     assert snapshot(tmp_path / "out") == snapshot(tmp_path / "whole")
+
+
+def test_a_decoder_that_hangs_ends_the_run_and_nothing_else_decodes_for_it(few, tmp_path, nvjpeg):
+    request = CacheRequest(32, batch=2, task_inputs=2, decode="gpu", dtype="fp32")
+    run(few, tmp_path / "whole", request)
+    let_go, calls = threading.Event(), []
+
+    def hang() -> None:
+        calls.append(0)
+        if len(calls) == 3:
+            let_go.wait(60)
+            # the process would have ended
+            raise SystemExit
+
+    nvjpeg.before = hang
+    begin = time.monotonic()
+    try:
+        message = (
+            r"does not come back from decoding \(00\d.jpg.*\) after 0.5 s: what is committed is safe.*--decode exact"
+        )
+        with pytest.raises(HungError, match=message):
+            run(few, tmp_path / "out", request, image_timeout=0.5)
+        assert time.monotonic() - begin < 30
+    finally:
+        let_go.set()
+        for thread in threading.enumerate():
+            if thread.name == "gpu-decode":
+                thread.join(30)
+    assert not (tmp_path / "out" / "leases").exists() and snapshot(tmp_path / "out") != snapshot(tmp_path / "whole")
+    nvjpeg.before = lambda: None
+    run(few, tmp_path / "out", request)
+    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "whole")
+
+
+def test_the_command_and_coordinators_end_although_a_thread_hangs(monkeypatch, capsys):
+    """As of a driver's call, for which an orderly end of a process waits."""
+    ended = []
+    monkeypatch.setattr(os, "_exit", lambda code: ended.append(code) or (_ for _ in ()).throw(SystemExit(code)))
+    monkeypatch.setattr(app, "app", lambda **options: (_ for _ in ()).throw(HungError("the GPU does not come back")))
+    with pytest.raises(SystemExit):
+        app._run()
+    assert ended == [1] and "does not come back" in capsys.readouterr().err
+
+    monkeypatch.undo()
+    ours, theirs = multiprocessing.Pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            ours.close()
+            coordinator.coordinate = lambda setup, tell: tell(coordinator.ERROR, HungError("it does not come back"))
+            coordinator.main(os.dup(theirs.fileno()))
+        finally:
+            os._exit(70)
+    theirs.close()
+    ours.send("setup")
+    ours.send(coordinator.GO)
+    word, error = ours.recv()
+    assert word == coordinator.ERROR and isinstance(error, HungError)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
 
 
 def test_what_neither_decodes_is_damaged(tmp_path, nvjpeg, monkeypatch):

@@ -142,6 +142,10 @@ class Coordinator:
         """Page-lock the ring, so that a GPU reads it directly."""
         self._pinned = self._pinned or pin(self._memory.ring, device)
 
+    def leave_pinned(self) -> None:
+        """Do not undo `pin` at the end."""
+        self._pinned = False
+
     def close(self) -> None:
         """End helper and workers."""
         self._closing = True

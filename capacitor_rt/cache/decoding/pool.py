@@ -248,6 +248,11 @@ class DecodePool:
         if self._coordinator is not None:
             self._coordinator.pin(device)
 
+    def leave_pinned(self) -> None:
+        """The memory goes with the process, which a driver that hangs does not keep from ending."""
+        if self._coordinator is not None:
+            self._coordinator.leave_pinned()
+
     def decode(self, ordinals: Iterable[Sequence[int] | Wanted], ahead: int | None = None) -> Iterator[DecodedChunk]:
         """A chunk for each range or list of inputs, in the order given, whichever worker is done first. Where
         one does not say which views are wanted, it is the first.
