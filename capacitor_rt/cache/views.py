@@ -52,7 +52,7 @@ def _parse(text: str) -> tuple[str, dict[str, Any]]:
     side, _, tail = text.partition("@")
     options = tail.split("+") if tail else []
     if not (side.isascii() and side.isdecimal()) or len(side) > 6 or text.endswith("@"):
-        raise InputError(f"view {text!r} is none: use {SYNTAX}")
+        raise InputError(f"view {text!r} is not one: use {SYNTAX}")
     for option in options:
         if option not in OPTIONS:
             raise InputError(f"view {text!r} has an unknown option {option!r}: use {', '.join(OPTIONS)}")

@@ -74,10 +74,10 @@ class TestSpecification:
     @pytest.mark.parametrize(
         ("texts", "said"),
         [
-            (["x"], "view 'x' is none: use SIDE"),
-            ([""], "view '' is none"),
-            (["64@"], "view '64@' is none"),
-            (["../64"], "is none"),
+            (["x"], "view 'x' is not one: use SIDE"),
+            ([""], "view '' is not one"),
+            (["64@"], "view '64@' is not one"),
+            (["../64"], "is not one"),
             (["64@flop"], "unknown option 'flop': use area, adm, posterior, flip, bf16"),
             (["64@flip+flip"], "an option twice"),
             (["64@bf16+int8"], "an option twice"),
