@@ -72,7 +72,8 @@ def _in_slices(config: GemmConfig, cc: int, shape: Shape) -> GemmConfig:
     """K cut into slices for one image, until there is a program for most SMs."""
     spills = config.block_m == 64 if cc in (89, 120) else cc == 80 and _is_masked(config, shape)
     if spills and config.block_n == 128:
-        config = replace(config, block_n=64, num_stages=4)
+        # left to itself, ptxas makes room for CTAs that shared memory has none for, and with Triton 3.7.1 spills
+        config = replace(config, block_n=64, num_stages=4, maxnreg=None if cc == 80 else 128)
     programs = cdiv(shape["tokens_per_image"], config.block_m) * cdiv(shape["dim"], config.block_n)
     most = max(1, shape["hidden"] // (4 * config.block_k))
     return replace(config, split_k=min(8, most, max(1, LATENCY_PROGRAMS // programs)))
