@@ -15,12 +15,15 @@ import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import CacheError, CapacitorError, HungError
+from .decoding.helper import Helper
 from .meters import Meters
 from .model_source import ModelSource
 from .options import RunOptions
+from .plan import PLAN
 from .request import CacheRequest
 
 NOTE, BEGIN, ADVANCE, REPORT, ERROR, STOPPED = "note", "begin", "advance", "report", "error", "stopped"
@@ -86,8 +89,12 @@ class Teller:
         self._told = time.monotonic()
 
 
-def coordinate(setup: Setup, tell: Tell, teller: Teller | None = None) -> None:
-    """Do a run and tell how it goes and ends. Raises nothing but KeyboardInterrupt."""
+def coordinate(setup: Setup, tell: Tell, teller: Teller | None = None, helper: Helper | None = None) -> None:
+    """Do a run and tell how it goes and ends. Raises nothing but KeyboardInterrupt.
+
+    Args:
+        helper: what its decoding workers are forked from, where it was started before.
+    """
     from .run import cache_images
     from .views_run import cache_views
 
@@ -101,9 +108,9 @@ def coordinate(setup: Setup, tell: Tell, teller: Teller | None = None) -> None:
     try:
         where, options = (setup.src, setup.out, setup.model), setup.options
         if isinstance(request, CacheRequest):
-            report = cache_images(*where, request, note=note, options=options, watch=watch)
+            report = cache_images(*where, request, note=note, options=options, watch=watch, helper=helper)
         else:
-            report = cache_views(*where, request, note=note, options=options, watch=watch)
+            report = cache_views(*where, request, note=note, options=options, watch=watch, helper=helper)
         tell(REPORT, report)
     except CapacitorError as e:
         tell(ERROR, e)
@@ -125,15 +132,19 @@ def main(fd: int) -> None:
             os._exit(1)
 
     signal.signal(signal.SIGTERM, _stop)
+    helper: Helper | None = None
     try:
         setup: Setup = connection.recv()
+        if setup.options.workers != 0 and is_new(setup.out, setup.request):
+            # it imports while this process does, and while another makes the plan
+            helper = Helper()
         # what takes seconds comes before the word to go on
         from . import run  # noqa: F401
 
         if connection.recv() != GO:
             return
         threading.Thread(target=_end_with, args=(connection,), name="parent", daemon=True).start()
-        coordinate(setup, tell)
+        coordinate(setup, tell, helper=helper)
     except KeyboardInterrupt:
         # the command may be gone by now
         with suppress(OSError):
@@ -141,6 +152,15 @@ def main(fd: int) -> None:
         sys.exit(128 + signal.SIGTERM)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         sys.exit(1)
+    finally:
+        if helper is not None:
+            helper.end()
+
+
+def is_new(out: str | os.PathLike[str], request: CacheRequest | Mapping[str, CacheRequest]) -> bool:
+    """Whether nothing is planned yet, so that there is much to be planned and decoded."""
+    folders = [Path(out)] if isinstance(request, CacheRequest) else [Path(out, name) for name in request]
+    return not any((folder / PLAN).exists() for folder in folders)
 
 
 def _stop(*_: object) -> None:

@@ -15,6 +15,7 @@ from ..images.load import View
 from ..model import FullCapacitor
 from ..reference import Autoencoder
 from .begin import Begun, accounted, begun, pool_of, unknown_inputs, workers_for
+from .decoding import Helper
 from .dedupe import searched_once
 from .dtype_costs import as_json
 from .encoder import BatchEncoder, IdleEncoder
@@ -54,6 +55,7 @@ def cache_views(
     note: Callable[[str], None],
     options: RunOptions | None = None,
     watch: Watch | None = None,
+    helper: Helper | None = None,
 ) -> Report:
     """Encode every image of `src` into a cache per view, each image read and decoded once, or go on with that.
 
@@ -62,7 +64,7 @@ def cache_views(
 
     Args:
         views: requests by the names of their folders, as `views.parse_views` makes them.
-        src, model, note, options, watch: as those of `cache_images`.
+        src, model, note, options, watch, helper: as those of `cache_images`.
 
     Returns:
         A report of all, whose `views` are those of each.
@@ -81,6 +83,8 @@ def cache_views(
     check_views(out, views)
     inputs, known = _checked(src, out, source, views, chosen)
     with ExitStack() as stack:
+        if helper is not None:
+            stack.callback(helper.end)
         stack.enter_context(_parent(out))
         search = searched_once()
         every: list[_One] = []
@@ -91,6 +95,9 @@ def cache_views(
             is_planned = known[name] or planned(os.fspath(src), folder, mutex, source, request, chosen, inputs, search)
             every.append(_One(name, request, folder, mutex, is_planned))
         _tell_common([one.prepared for one in every], note)
+        first = next((one for one in every if one.prepared.plan.is_interim), every[0])
+        # of those that run first the first: theirs is the pool
+        first.prepared.helper = helper
         models = [*source.loaded, model if isinstance(model, FullCapacitor) else None]
         plans = [one.prepared.plan for one in every]
         stack.enter_context(kept_together(plans, every[0].prepared.cc, models))

@@ -207,7 +207,7 @@ def cache(
     if ray is not None and gpus is not None:
         raise InputError("--ray and --gpus exclude each other: on a cluster --coordinators says how many GPUs")
     # which of them decode, and whether, is not known before it is planned
-    is_alone = ray is None and gpus is None and coordinators is None and not view and not dry_run
+    is_alone = ray is None and gpus is None and coordinators is None and not dry_run
     with interruptible(), _helper(out) if is_alone and workers != 0 else nullcontext() as helper:
         from ..cache.model_source import Checkpoint
         from ..cache.options import RunOptions
@@ -271,7 +271,7 @@ def cache(
 
             report = cache_on(devices, src, out, checkpoint, asked, note=remark, options=options)
         elif views is not None:
-            report = cache_views(src, out, checkpoint, views, note=remark, options=options)
+            report = cache_views(src, out, checkpoint, views, note=remark, options=options, helper=helper)
         else:
             report = cache_images(src, out, checkpoint, request, note=remark, options=options, helper=helper)
     if report.views:
@@ -284,7 +284,7 @@ def cache(
 
 def _helper(out: Path) -> AbstractContextManager[Helper | None]:
     """What decoding workers are forked from, for a new cache: it imports torch while this process does."""
-    if (out / "plan.json").exists():
+    if (out / "plan.json").exists() or any(out.glob("*/plan.json")):
         return nullcontext()
     from ..cache.decoding.helper import Helper
 

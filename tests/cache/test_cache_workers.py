@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from cache_cases import snapshot
 from models import random_model
 
 from capacitor_rt import CapacitorError
-from capacitor_rt.cache import CacheRequest, begin, cache_images
+from capacitor_rt.cache import CacheRequest, begin, cache_images, coordinator
 from capacitor_rt.cache import run as run_module
 from capacitor_rt.cache.options import RunOptions
 from capacitor_rt.cache.plan import Task
@@ -117,6 +118,32 @@ def test_the_helper_starts_before_the_plan_and_serves_the_run(src, alone, tmp_pa
     cache_images(src, tmp_path / "out", random_model(), REQUEST, options=RunOptions(1, progress=False))
     assert len(started) == 1
     assert not Path(f"/proc/{started[0]}").exists()
+
+
+@pytest.mark.parametrize(("workers", "is_there"), [(1, False), (0, False), (1, True)])
+def test_a_coordinator_starts_the_helper_before_it_is_told_to_go_on(tmp_path, workers, is_there):
+    """So that it imports while another makes the plan; where there is a plan, or no worker, there is none."""
+    if is_there:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "plan.json").write_text("{}")
+    ours, theirs = multiprocessing.Pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            ours.close()
+            coordinator.coordinate = lambda setup, tell, helper: tell("helper", None if helper is None else helper.pid)
+            coordinator.main(os.dup(theirs.fileno()))
+        finally:
+            os._exit(0)
+    theirs.close()
+    options = RunOptions(workers, progress=False)
+    ours.send(coordinator.Setup("src", str(tmp_path / "out"), None, REQUEST, options))
+    ours.send(coordinator.GO)
+    word, pid = ours.recv()
+    assert word == "helper" and (pid is not None) == (workers == 1 and not is_there)
+    os.waitpid(child, 0)
+    # it has ended with its coordinator
+    assert pid is None or not Path(f"/proc/{pid}").exists()
 
 
 def test_a_helper_that_is_not_needed_is_gone_at_once(tmp_path, monkeypatch):

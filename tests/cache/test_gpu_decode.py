@@ -273,12 +273,12 @@ def test_the_command_and_coordinators_end_although_a_thread_hangs(monkeypatch, c
     if child == 0:
         try:
             ours.close()
-            coordinator.coordinate = lambda setup, tell: tell(coordinator.ERROR, HungError("it does not come back"))
+            coordinator.coordinate = lambda setup, tell, helper: tell(coordinator.ERROR, HungError("it hangs"))
             coordinator.main(os.dup(theirs.fileno()))
         finally:
             os._exit(70)
     theirs.close()
-    ours.send("setup")
+    ours.send(coordinator.Setup("src", "out", random_model(), REQUEST, RunOptions(workers=0)))
     ours.send(coordinator.GO)
     word, error = ours.recv()
     assert word == coordinator.ERROR and isinstance(error, HungError)

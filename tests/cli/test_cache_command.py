@@ -189,7 +189,8 @@ class TestViews:
         assert isinstance(result.exception, InputError) and said in str(result.exception)
 
 
-def test_workers_get_ready_while_the_command_imports(cli, tmp_path, monkeypatch):
+@pytest.mark.parametrize("what", [("--size", 32), ("--view", "32,64")])
+def test_workers_get_ready_while_the_command_imports(cli, tmp_path, monkeypatch, what):
     from capacitor_rt.cache.decoding import helper as module
 
     started = []
@@ -202,7 +203,7 @@ def test_workers_get_ready_while_the_command_imports(cli, tmp_path, monkeypatch)
     monkeypatch.setattr(module, "Helper", Counted)
     for where in ("capacitor_rt.cache.run.Helper", "capacitor_rt.cache.decoding.coordinator.Helper"):
         monkeypatch.setattr(where, lambda: pytest.fail("another was started"))
-    args = options(tmp_path, "--size", 32)
+    args = options(tmp_path, *what)
     assert cli("cache", *args, "--dry-run").exit_code == 0 and not started
     assert cli("cache", *args).exit_code == 0 and len(started) == 1
     # it has served the run, and ended with it
