@@ -60,6 +60,8 @@ def rows_exchanged(cache: Path, rng: random.Random) -> str:
     from capacitor_rt.cache.parquet_files import parquet_bytes
 
     path, table = another_index(cache, rng)
+    if len(table) < 2:
+        raise NothingToDo("one row")
     a, b = rng.sample(range(len(table)), 2)
     names = rng.choice((["row_hash"], ["bytes_hash"], ["row", "row_hash", "bucket"], table.column_names[3:], ["id"]))
     for name in names:
@@ -98,6 +100,8 @@ def another_schema(cache: Path, rng: random.Random) -> str:
         kind = rng.choice(kinds[field.type])
         table = table.set_column(at, pa.field(name, kind), pa.nulls(len(table), kind))
     elif what == 3:
+        if table[name].null_count == len(table):
+            raise NothingToDo("nothing in it")
         table = table.set_column(at, name, pa.nulls(len(table), field.type))
     elif what == 4:
         table = pa.concat_tables([table] * rng.choice((2, 3, 2000)))
@@ -306,7 +310,10 @@ def strange_names(cache: Path, rng: random.Random) -> str:
 
 def times(cache: Path, rng: random.Random) -> str:
     """Times of files before the epoch, or beyond what 64 bits of nanoseconds hold."""
-    chosen = rng.sample(files(cache), 3)
+    found = files(cache)
+    if not found:
+        raise NothingToDo("no files")
+    chosen = rng.choices(found, k=3)
     second = rng.choice((-1, -(2**31), 0, 2**31, 2**33, 2**34, 9_223_372_036, 9_223_372_037, 2**40))
     for path in {*chosen, *(p for p in chosen[:1] for p in cache.glob("source*"))}:
         with suppress(OSError):
