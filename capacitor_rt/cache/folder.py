@@ -20,6 +20,8 @@ from types import TracebackType
 from ..errors import CacheError
 from .hashing import xxh3
 
+# at opening a file in a subfolder that others remove
+_TRIES = 100
 TASKS, INDEX, LEASES, GENERATIONS, DAMAGED = "tasks", "index", "leases", "generations", "damaged"
 SUBFOLDERS = (TASKS, INDEX, LEASES, GENERATIONS, DAMAGED)
 TMP = ".tmp-"
@@ -128,6 +130,14 @@ class CacheFolder:
 
     def open(self, name: str, flags: int = _READ, mode: int = 0o644) -> FileIO:
         """An unbuffered regular file."""
+        if flags & os.O_CREAT:
+            for _ in range(_TRIES):
+                # whoever finds a subfolder empty may remove it before there is a file in it
+                with suppress(FileNotFoundError):
+                    return self._open(name, flags, mode)
+        return self._open(name, flags, mode)
+
+    def _open(self, name: str, flags: int, mode: int) -> FileIO:
         writing = flags & os.O_ACCMODE != os.O_RDONLY
         folder, base = self.at(name, make=bool(flags & os.O_CREAT))
         try:

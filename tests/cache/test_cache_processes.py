@@ -130,6 +130,25 @@ def test_a_lease_is_one_process_s_while_it_is_touched(leases, tmp_path):
         assert other.take(3) and other.holds(3) and not leases.holds(3)
 
 
+def test_a_folder_that_another_removes_before_there_is_a_file_in_it(tmp_path):
+    """The clock of leases is asked without the mutex, and whoever gives its last lease back removes the folder."""
+    (tmp_path / "out").mkdir()
+    with CacheFolder(tmp_path / "out") as folder, CacheFolder(tmp_path / "out") as other:
+        mutex, end = Mutex(folder), time.monotonic() + 1.0
+        leases = Leases(folder, mutex, "0" * 8)
+
+        def remove() -> None:
+            while time.monotonic() < end:
+                other.remove_folder(LEASES)
+                time.sleep(0.0002)
+
+        thread = threading.Thread(target=remove)
+        thread.start()
+        while time.monotonic() < end:
+            assert abs(leases._now() - time.time()) < 60
+        thread.join()
+
+
 def test_an_untouched_lease_is_taken_over_and_its_holder_knows(leases, tmp_path):
     assert leases.take(3)
     elsewhere = me()._replace(host="elsewhere")
