@@ -70,7 +70,7 @@ def null_gpu(decode: str, resize: str) -> Iterator[None]:
     from capacitor_rt.cache.gpu_decoding import GpuDecoder
 
     class NullDecoder(GpuDecoder):
-        def __init__(self, decode: str, device: torch.device, budget: int):
+        def __init__(self, budget: int):
             super().__init__(torch.device("meta"), None, budget // 4)  # type: ignore[arg-type]
 
         def _decoded(self, pictures: Sequence[Any], failed: Any) -> dict[int, Tensor]:
@@ -90,8 +90,8 @@ def null_gpu(decode: str, resize: str) -> Iterator[None]:
         def _resize(self, records: Tensor, table: np.ndarray, batch: Tensor) -> None:
             pass
 
-    def resizer_of(decode: str, device: torch.device, budget: int) -> resizing.Resizer:
-        return NullDecoder(decode, device, budget) if decode == "gpu" else NullResizer(device)
+    def resizer_of(decode: str, device: torch.device, budget: int, *_: object) -> resizing.Resizer:
+        return NullDecoder(budget) if decode == "gpu" else NullResizer(device)
 
     facts = {"torchvision": "0", "nvjpeg": "0", "decoded_by": "engine", "compute_capability": 90}
     with ExitStack() as stack:

@@ -16,7 +16,18 @@ _MANY, _PATH = 1 << 16, 4096
 
 
 def parquet_bytes(table: Any) -> memoryview:
-    """A table as Parquet with page checksums."""
+    """A table as Parquet with page checksums.
+
+    Raises:
+        CacheError: it takes more memory than a table may that is read back.
+    """
+    # what Parquet adds to the columns is far less than the sixteenth
+    if table.nbytes > (room := (LEAST_ROOM + ROW_ROOM * table.num_rows) // 16 * 15):
+        largest = max(table.column_names, key=lambda name: table[name].nbytes)
+        raise CacheError(
+            f"{table.num_rows} rows take {table.nbytes} bytes, most of them {largest!r}, and {room} is the most that "
+            "can be read back: leave captions or columns of such a size out"
+        )
     pa, pq = require_extra("pyarrow"), require_extra("pyarrow.parquet")
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True)

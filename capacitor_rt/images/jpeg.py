@@ -74,6 +74,9 @@ def read_header(data: bytes) -> JpegHeader | None:
                 return None
         elif marker == 0xE2:
             if data.startswith(_ICC, body):
+                if frame is not None:
+                    # Pillow puts the profile together when it meets the frame
+                    return None
                 profiles.append(data[body + len(_ICC) : at])
             elif data.startswith(_MPF, body):
                 return None

@@ -11,7 +11,7 @@ from image_files import pixels_of
 from PIL import Image, ImageCms
 
 from capacitor_rt.images.color import to_srgb
-from capacitor_rt.images.decode import decode_image
+from capacitor_rt.images.decode import decode_image, probe
 from capacitor_rt.images.geometry import Size
 from capacitor_rt.images.load import PixelPolicy, load_image
 
@@ -76,3 +76,27 @@ def test_grey(mode):
 def test_orientation_and_profile_together():
     data = files.encoded(files.stored(PICTURE, 6), "PNG", icc_profile=P3, exif=files.exif(6))
     np.testing.assert_array_equal(pixels_of(data), by_lcms(PICTURE, P3))
+
+
+@pytest.mark.parametrize("at", ["before", "behind", "split"])
+def test_a_profile_counts_where_pillow_finds_it(at):
+    """Behind the frame it finds none, and of one that lies on both sides of it none either."""
+    data = files.encoded(PICTURE, "JPEG", icc_profile=P3)
+    begin = data.index(b"\xff\xe2")
+    end = begin + 2 + int.from_bytes(data[begin + 2 : begin + 4], "big")
+    profile, rest = data[begin:end], data[:begin] + data[end:]
+    frame = rest.index(b"\xff\xc0")
+    behind = frame + 2 + int.from_bytes(rest[frame + 2 : frame + 4], "big")
+    if at == "split":
+        body, half = profile[18:], len(profile) // 2
+        parts = [
+            b"\xff\xe2" + (16 + len(part)).to_bytes(2, "big") + b"ICC_PROFILE\0" + bytes((number, 2)) + part
+            for number, part in ((1, body[:half]), (2, body[half:]))
+        ]
+        moved = rest[:frame] + parts[0] + rest[frame:behind] + parts[1] + rest[behind:]
+    else:
+        moved = rest[:frame] + profile + rest[frame:] if at == "before" else rest[:behind] + profile + rest[behind:]
+    decoded = decode_image(moved)
+    assert probe(moved) == decoded.header and decoded.header.icc == (at == "before")
+    expected = decode_image(data if at == "before" else rest)
+    np.testing.assert_array_equal(decoded.pixels, expected.pixels)
