@@ -128,6 +128,11 @@ class OpenedImage:
         return to_srgb(self._profile, "GRAY" if self._grey else "RGB")
 
     @property
+    def is_usual_jpeg(self) -> bool:
+        """Whether it is a JPEG that is read without Pillow."""
+        return self._jpeg is not None
+
+    @property
     def shrinks(self) -> bool:
         """Whether `stored_pixels` can decode a smaller picture."""
         return self.header.format in _SHRUNK

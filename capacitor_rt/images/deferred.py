@@ -18,6 +18,7 @@ from capacitor_kernels.pictures import UNIT, Field
 
 from .resample import Window, axis_weights, span
 
+_FIELDS = tuple(Field)
 _ROW_BYTES = -(-4 * len(Field) // UNIT) * UNIT
 
 
@@ -105,7 +106,7 @@ def _write(
     if orientation >= 5:
         # what is turned by 90 degrees is resampled along its height first
         a, b, steps = b, a, steps[::-1]
-    row = dict.fromkeys(Field, 0) | place
+    row = dict.fromkeys(_FIELDS, 0) | place
     row |= {Field.STEP_A: steps[0], Field.STEP_B: steps[1]}
     row |= {Field.LENGTH_A: a.end - a.begin, Field.LENGTH_B: b.end - b.begin}
     row |= {Field.COUNT_A: a.pixels, Field.COUNT_B: b.pixels, Field.TAPS_A: a.taps, Field.TAPS_B: b.taps}
@@ -118,7 +119,7 @@ def _write(
     if orientation in (3, 4, 7, 8):
         row[Field.OUT], step_b = row[Field.OUT] + step_b * (b.pixels - 1), -step_b
     row |= {Field.OUT_A: step_a, Field.OUT_B: step_b}
-    out[: 4 * len(Field)].view(np.int32)[:] = [row[field] for field in Field]
+    out[: 4 * len(_FIELDS)].view(np.int32)[:] = [row[field] for field in _FIELDS]
     out[_ROW_BYTES:].view(np.int32)[:] = np.concatenate((a.table, b.table))
 
 

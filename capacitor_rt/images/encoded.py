@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import ImageError
-from . import deferred, gpu_jpeg, jpeg
+from . import deferred, gpu_jpeg
 from .decode import open_image
 from .deferred import UNIT
 from .geometry import Size, stored_window
@@ -61,13 +61,13 @@ def load_encoded(
     Returns:
         None if the CPU decodes the image, which is a matter of the file and of the policy alone.
     """
-    if views[0].policy.decode != "gpu" or jpeg.read_header(data) is None:
+    if views[0].policy.decode != "gpu":
         return None
     stream = gpu_jpeg.stream_of(data)
     if stream is None or len(stream) > STREAM_BYTES:
         return None
     image = open_image(data, name=name, max_pixels=max(view.policy.max_pixels for view in views))
-    if image.color_map(views[0].policy.icc) is not None:
+    if not image.is_usual_jpeg or image.color_map(views[0].policy.icc) is not None:
         return None
     header, orientation = image.header, image.header.orientation
     size = Size(header.height, header.width)

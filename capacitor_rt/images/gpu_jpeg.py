@@ -12,6 +12,7 @@ The GPU is given tables, frame and scan. Metadata, and what lies behind the pict
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -26,6 +27,8 @@ _COMPONENTS = (1, 2, 3)
 # codes have ones among them: so many bytes of zeros are a part of the file that never arrived
 _HOLE = bytes(512)
 _ADOBE_YCBCR = 1
+# bytes of Huffman tables; those of the standard have 420
+_MOST_CACHED = 1024
 
 
 @dataclass
@@ -47,7 +50,7 @@ def stream_of(data: bytes) -> bytes | None:
         return None
     frame: _Frame | None = None
     interval, at = 0, 2
-    codes: dict[tuple[int, int], int] = {}
+    codes = dict[tuple[int, int], int]()
     quantizers: set[int] = set()
     parts = [_SOI]
     while True:
@@ -61,8 +64,9 @@ def stream_of(data: bytes) -> bytes | None:
             if frame is not None or (frame := _frame(body)) is None:
                 return None
         elif marker == _HUFFMAN:
-            if not _read_codes(body, codes):
+            if (tables := _standard_codes(body) if len(body) <= _MOST_CACHED else _read_codes(body)) is None:
                 return None
+            codes |= tables
         elif marker == _QUANTIZATION:
             if not _read_quantizers(body, quantizers):
                 return None
@@ -102,21 +106,25 @@ def _frame(body: bytes) -> _Frame | None:
     return _Frame(width, height, (h, v), tuple(body[8::3]))
 
 
-def _read_codes(body: bytes, codes: dict[tuple[int, int], int]) -> bool:
-    """Add the bits of the shortest code of each table, by class and number. Whether all is as it should be."""
-    at = 0
+def _read_codes(body: bytes) -> dict[tuple[int, int], int] | None:
+    """Bits of the shortest code of each table, by class and number; None if not all is as it should be."""
+    codes, at = dict[tuple[int, int], int](), 0
     while at < len(body):
         counts = body[at + 1 : at + 17]
         end = at + 17 + sum(counts)
         kind, number = body[at] >> 4, body[at] & 15
         if len(counts) < 16 or end > len(body) or kind > 1 or number > 1 or not any(counts):
-            return False
+            return None
         # no more codes than the tree has room for
         if sum(count << (15 - i) for i, count in enumerate(counts)) > 1 << 16:
-            return False
+            return None
         codes[kind, number] = next(i + 1 for i, count in enumerate(counts) if count)
         at = end
-    return True
+    return codes
+
+
+# most files have the tables of the standard
+_standard_codes = lru_cache(maxsize=64)(_read_codes)
 
 
 def _read_quantizers(body: bytes, numbers: set[int]) -> bool:
