@@ -16,6 +16,9 @@ from .statuses import DECODED, OK, QUARANTINED
 STORED = ("row", "row_hash", "min", "max", "mean", "std")
 """Columns of inputs with latents alone."""
 
+# of the message of an input that could not be cached: none that is written comes near
+_MOST_MESSAGE = 1 << 20
+
 
 def index_schema(columns: Sequence[dict[str, str]] = (), is_update: bool = False) -> Any:
     """Columns of `index/*.parquet`.
@@ -116,6 +119,10 @@ def _problem(table: Any, plan: CachePlan) -> str | None:
     for name, wanted in (("reason", ~ok), ("row", ok), ("row_hash", ok)):
         if (table[name].is_valid().to_numpy() != wanted).any():
             return f"{name} and status do not agree"
+    if table["message"].is_valid().to_numpy()[ok].any():
+        return "message and status do not agree"
+    if (pc.max(pc.binary_length(table["message"])).as_py() or 0) > _MOST_MESSAGE:
+        return f"a message has more than {_MOST_MESSAGE} bytes"
     kept = table.filter(ok)
     if any(kept[name].null_count for name in (*DECODED, *STORED)):
         return "a cached row is not described"

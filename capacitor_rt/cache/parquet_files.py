@@ -88,20 +88,21 @@ def _opened(data: bytes, what: object, schema: Any, most: int | None = None) -> 
     groups = [about.row_group(i) for i in range(about.num_row_groups)]
     if sum(group.total_byte_size for group in groups) > room:
         raise CacheError(f"{what} is damaged: it takes more than {room} bytes")
-    texts = [
-        field.name
-        for i, field in enumerate(schema)
-        if field.type in (pa.string(), pa.binary()) and _may_take([group.column(i) for group in groups]) > room
-    ]
+    texts = list[str]()
+    if _may_take(groups) > room:
+        texts = [field.name for field in schema if field.type in (pa.string(), pa.binary())]
     if texts:
         file = pq.ParquetFile(pa.BufferReader(data), **options, read_dictionary=texts)
     return _Opened(file, what, schema, room, texts)
 
 
-def _may_take(chunks: Sequence[Any]) -> int:
-    """Bytes that the texts of a column can be at most, each of which lies in the file once."""
+def _may_take(groups: Sequence[Any]) -> int:
+    """Bytes that the texts of a column can be at most, each of which lies in the file once.
+
+    By what is said of whole groups: where what is said of a column is damaged, asking Arrow for it ends the process.
+    """
     # of many names, of which none is longer than a path on the average, the dictionary would be all there is
-    sizes = [(c.num_values, c.total_uncompressed_size) for c in chunks]
+    sizes = [(group.num_rows, group.total_byte_size) for group in groups]
     return sum(count * nbytes for count, nbytes in sizes if count <= _MANY or nbytes > _PATH * count)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,7 +18,7 @@ from update_cases import assert_as_fresh, cache, image, out, rows_of, src, updat
 
 from capacitor_rt.cache import accounts, soundness
 from capacitor_rt.cache.hashing import canonical_json
-from capacitor_rt.cache.parquet_files import parquet_bytes
+from capacitor_rt.cache.parquet_files import parquet_bytes, parse_table
 from capacitor_rt.cache.repair import repair
 from capacitor_rt.cache.verify import verify
 from capacitor_rt.errors import CacheError
@@ -206,3 +207,35 @@ def test_an_update_of_a_plan_that_names_another_latent_space_is_refused(src, out
         update(src, out)
     repair(out, verify(out))
     assert not verify(out).problems
+
+
+def test_a_message_belongs_to_an_input_that_failed(out):
+    path = sorted((out / "index").iterdir())[0]
+    table = pq.read_table(path)
+    field = table.schema.get_field_index("message")
+    text = pa.array(["x"] * len(table), pa.string())
+    path.write_bytes(parquet_bytes(table.set_column(field, table.schema.field(field), text)))
+    refit(out, path.stem, header=True)
+    assert "message and status do not agree" in verify(out).problems[0]
+
+
+def test_no_damage_of_what_a_footer_says_ends_the_process():
+    """Of a column's size statistics a bit is enough: asked for the column, Arrow throws where nobody catches."""
+    table = pa.table({"id": [f"{i:03}.png" for i in range(20)], "size": range(20)})
+    data = bytes(parquet_bytes(table))
+    begin, children = len(data) - 8 - int.from_bytes(data[-8:-4], "little"), 0
+    # in steps: all of them take a minute
+    for bit in range(8 * begin, 8 * (len(data) - 8), 17):
+        child = os.fork()
+        if child == 0:
+            try:
+                damaged = bytearray(data)
+                damaged[bit // 8] ^= 1 << bit % 8
+                parse_table(bytes(damaged), "an index", table.schema)
+            except CacheError:
+                os._exit(0)
+            os._exit(0)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert code == 0, f"bit {bit} of {8 * len(data)}: ended with {code}"
+        children += 1
+    assert children > 200

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import threading
 
 import numpy as np
@@ -13,7 +14,7 @@ from http_files import serving
 
 from capacitor_rt.cache.sources.containers import LocalFiles
 from capacitor_rt.cache.sources.open import open_source
-from capacitor_rt.cache.sources.parquet_groups import BATCH_BYTES, batch_rows
+from capacitor_rt.cache.sources.parquet_groups import BATCH_BYTES, BUFFER_BYTES, batch_rows
 from capacitor_rt.errors import ImageError
 
 ROWS, GROUP, NBYTES = 1200, 600, 20_000
@@ -80,7 +81,9 @@ def test_workers_read_a_group_once_each_and_hold_little(file, tmp_path, counted)
                 thread.join()
             assert all(found[i] == image(i) for i in chunk)
             peak = max(peak, pa.total_allocated_bytes() - before)
-        assert sum(counted) < 1.1 * file.stat().st_size
+        # and the begin of each group once more, to see whether what the footer says of it is damaged
+        begins = pq.read_metadata(file).num_row_groups * BUFFER_BYTES
+        assert sum(counted) - begins < 1.1 * file.stat().st_size
         assert not reader._expected and not any(stream._kept for stream in reader._streams.values())
         # two streams of some batches, a page and a buffer each
         assert peak < 5_000_000 < GROUP * NBYTES / 2
@@ -144,6 +147,31 @@ def test_batches_of_large_images_are_short(tmp_path, nbytes, rows):
     for i in (0, 1, 5):
         assert reader.read(i) == images[i]
         assert pa.total_allocated_bytes() - before < max(4 * nbytes, 2 * BATCH_BYTES)
+
+
+def test_no_damage_of_what_a_footer_says_ends_the_process(tmp_path):
+    """Of a column's size statistics a bit is enough: asked for the column, Arrow throws where nobody catches."""
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"image": [{"bytes": b"x" * 50, "path": "a"}] * 20, "label": range(20)}), sink)
+    data = sink.getvalue()
+    begin = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    children = 0
+    # in steps: all of them take half a minute
+    for bit in range(8 * begin, 8 * (len(data) - 8), 11):
+        child = os.fork()
+        if child == 0:
+            try:
+                damaged = bytearray(data)
+                damaged[bit // 8] ^= 1 << bit % 8
+                handle = io.BytesIO(damaged)
+                batch_rows(pq.ParquetFile(handle, pre_buffer=False), handle, 0, "image")
+            except Exception:
+                os._exit(1)
+            os._exit(0)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert code >= 0, f"bit {bit} of {8 * len(data)}: killed by {-code}"
+        children += 1
+    assert children > 500
 
 
 def test_a_dictionary_whose_header_is_odd_is_taken_for_a_large_one(tmp_path):

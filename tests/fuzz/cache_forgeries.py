@@ -125,7 +125,7 @@ def bomb(cache: Path, rng: random.Random) -> str:
 
     path = rng.choice([*sorted((cache / "index").iterdir()), *sorted(cache.glob("source*.parquet"))])
     table = pq.read_table(pa.BufferReader(contents(path)))
-    sink = pa.BufferOutputStream()
+    sink, what = pa.BufferOutputStream(), "rows"
     if rng.random() < 0.5:
         many = pa.concat_tables([table.slice(0, 1)] * 1000).combine_chunks()
         with pq.ParquetWriter(sink, table.schema, compression="zstd") as writer:
@@ -133,8 +133,8 @@ def bomb(cache: Path, rng: random.Random) -> str:
                 writer.write_table(many)
     else:
         texts = [n for n in table.column_names if table.schema.field(n).type in (pa.string(), pa.binary())]
-        name = rng.choice(texts)
-        field = table.schema.get_field_index(name)
+        what = rng.choice(texts)
+        field = table.schema.get_field_index(what)
         kind = table.schema.field(field).type
         one = pa.array([b"x" * (24 << 20)]).cast(kind)
         column = pa.chunked_array([one] * len(table))
@@ -143,7 +143,7 @@ def bomb(cache: Path, rng: random.Random) -> str:
     path.write_bytes(sink.getvalue())
     if path.parent.name == "index":
         refit(cache, path.stem, header=rng.random() < 0.5)
-    return f"{path.name}: a bomb of {path.stat().st_size} bytes"
+    return f"{path.name}: a bomb of {path.stat().st_size} bytes, {what} of {len(table)} rows"
 
 
 def of_another(cache: Path, rng: random.Random) -> str:

@@ -110,9 +110,10 @@ def batch_rows(file: Any, handle: Any, group: int, column: str) -> int:
     Args:
         handle: of the file, which must not be read meanwhile.
     """
-    found = file.metadata.row_group(group)
-    chunks = [found.column(number) for number in range(found.num_columns)]
-    chunks = [chunk for chunk in chunks if chunk.path_in_schema.partition(".")[0] == column]
+    # it raises where what is said of the column is damaged; asked for that, Arrow would end the process
+    next(file.iter_batches(1, row_groups=[group], columns=[column], use_threads=False), None)
+    found, schema = file.metadata.row_group(group), file.schema
+    chunks = [found.column(i) for i in range(found.num_columns) if schema.column(i).path.partition(".")[0] == column]
     mean = sum(max(chunk.total_uncompressed_size, 0) for chunk in chunks) / max(found.num_rows, 1)
     # what all rows repeat is stored once, so that a small file becomes a large batch
     most = max([mean, 1, *(_dictionary_bytes(handle, chunk) for chunk in chunks)])
