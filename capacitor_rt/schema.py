@@ -132,4 +132,4 @@ class Record:
             self.fields[key].check(f"{path}.{key}".lstrip("."), item)
 
 
-HEX16, HEX32, HEX64 = Text("[0-9a-f]{16}"), Text("[0-9a-f]{32}"), Text("[0-9a-f]{64}")
+HEX32, HEX64 = Text("[0-9a-f]{32}"), Text("[0-9a-f]{64}")

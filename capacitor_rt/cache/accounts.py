@@ -21,7 +21,7 @@ def account(store: TaskStore, tasks: int) -> Report:
     """Put the log in order if all is done, make an update current, write the quarantine anew, and count."""
     folder, plan = store.folder, store.plan
     with store.mutex:
-        log = read_log(folder, plan.log_name)
+        log = read_log(folder, plan)
         commits = log.commits
         if len(commits) == tasks:
             # of those that were killed while others went on

@@ -138,7 +138,7 @@ def _measure(prepared: PreparedRun, options: RunOptions, note: Callable[[str], N
 
 def _check(store: TaskStore, tasks: list[Task]) -> list[str]:
     """Refuse to build on damage; forget what is committed and gone. Notes for the user."""
-    log = read_log(store.folder, store.plan.log_name)
+    log = read_log(store.folder, store.plan)
     notes = []
     if log.bad:
         lines = ", ".join(map(str, log.bad[:5]))

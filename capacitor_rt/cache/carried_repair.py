@@ -66,7 +66,7 @@ def _listed(folder: CacheFolder, plan: CachePlan) -> dict[str, CarriedFile]:
 def _named(folder: CacheFolder, plan: CachePlan) -> set[str]:
     """The files that the plan's own indexes name."""
     stems: set[str | None] = set()
-    for commit in read_log(folder, plan.log_name).commits.values():
+    for commit in read_log(folder, plan).commits.values():
         with suppress(CacheError):
             stems |= set(read_index(folder, plan, commit)["file"].unique().to_pylist())
     return {stem for stem in stems if stem is not None}

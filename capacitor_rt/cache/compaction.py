@@ -63,7 +63,7 @@ def usage(folder: CacheFolder, plan: CachePlan) -> list[FileUse]:
     needed: Counter[str] = Counter()
     if not plan.is_update:
         return []
-    for commit in read_log(folder, plan.log_name).commits.values():
+    for commit in read_log(folder, plan).commits.values():
         table = read_index(folder, plan, commit)
         for count in table["file"].drop_null().value_counts().to_pylist():
             needed[count["values"]] += count["counts"]
@@ -130,7 +130,7 @@ def _check(folder: CacheFolder, mutex: Mutex, current: CachePlan) -> None:
         living = Leases(folder, mutex, current.plan8).living_stems() if folder.names(LEASES) else set()
     if living:
         raise CacheError(f"{folder.path} is being written: wait for the run to end")
-    if current.is_interim or len(read_log(folder, current.log_name).commits) < current.task_count:
+    if current.is_interim or len(read_log(folder, current).commits) < current.task_count:
         raise CacheError(f"{folder.path} is not finished: run the cache command again first")
 
 
@@ -181,7 +181,7 @@ def _write(
     store.is_draft = True
     with mutex:
         remove_stale(folder, leases)
-    commits = read_log(folder, current.log_name).commits
+    commits = read_log(folder, current).commits
     tasks = plan_tasks(plan, listing.tasks(plan.task_inputs))
     for task in TaskQueue(store, tasks):
         table = read_index(folder, current, commits[task.number])

@@ -80,7 +80,7 @@ def _rows(root: str | os.PathLike[str]) -> tuple[CachePlan, dict[str, tuple[Any,
         if plan is None:
             raise CacheError(no_cache(folder.path))
         rows: dict[str, tuple[Any, Any]] = {}
-        for _, commit in sorted(read_log(folder, plan.log_name).commits.items()):
+        for _, commit in sorted(read_log(folder, plan).commits.items()):
             table = read_index(folder, plan, commit)
             columns = (table[name].to_pylist() for name in ("id", "bytes_hash", "row_hash"))
             rows |= {id: (content, row) for id, content, row in zip(*columns, strict=True)}

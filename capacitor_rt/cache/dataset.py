@@ -124,7 +124,7 @@ class LatentDataset(Dataset[LatentRow]):
             self._load_index(folder, allow_partial)
 
     def _load_index(self, folder: CacheFolder, allow_partial: bool) -> None:
-        log = read_log(folder, self.plan.log_name)
+        log = read_log(folder, self.plan)
         commits = [commit for _, commit in sorted(log.commits.items())]
         seen, total = sum(c.inputs for c in commits), self.plan.count
         if self.plan.is_interim and not allow_partial:

@@ -91,7 +91,7 @@ def _is_stale(folder: CacheFolder, name: str, living: set[str]) -> bool:
 def _stems_in_use(folder: CacheFolder, plan: CachePlan) -> set[str]:
     """The files of latents, other than those of its tasks, that a plan's rows lie in or may come to lie in."""
     carried = load_carried(folder, plan)
-    commits = read_log(folder, plan.log_name).commits
+    commits = read_log(folder, plan).commits
     if len(commits) < plan.task_count or not plan.is_update:
         return set(carried)
     stems: set[str] = set()

@@ -116,11 +116,9 @@ def _problem(table: Any, plan: CachePlan) -> str | None:
     ok = is_ok(table)
     if not (ok | pc.equal(table["status"], QUARANTINED).to_numpy()).all():
         return f"a status is neither {OK} nor {QUARANTINED}"
-    for name, wanted in (("reason", ~ok), ("row", ok), ("row_hash", ok)):
+    for name, wanted in (("reason", ~ok), ("message", ~ok), ("row", ok), ("row_hash", ok)):
         if (table[name].is_valid().to_numpy() != wanted).any():
             return f"{name} and status do not agree"
-    if table["message"].is_valid().to_numpy()[ok].any():
-        return "message and status do not agree"
     if (pc.max(pc.binary_length(table["message"])).as_py() or 0) > _MOST_MESSAGE:
         return f"a message has more than {_MOST_MESSAGE} bytes"
     kept = table.filter(ok)

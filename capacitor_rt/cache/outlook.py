@@ -51,7 +51,7 @@ def dry_run(
                 return outlook_of(preview, out, threads, request.dedupe)
             notes = ["the inputs are those of the cache: there is nothing to update"]
         prepared = prepare(os.fspath(src), out, folder, as_source(model), request, chosen, load=False)
-        committed = read_log(folder, prepared.plan.log_name).commits if folder else {}
+        committed = read_log(folder, prepared.plan).commits if folder else {}
     finally:
         if folder:
             folder.close()

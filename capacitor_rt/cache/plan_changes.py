@@ -20,7 +20,7 @@ def check_plan(old: CachePlan, request: CacheRequest, model: ModelIdentity, fold
     """
     changes = plan_changes(old, request, model)
     if changes:
-        started = any(commit.rows for commit in read_log(folder, old.log_name).commits.values())
+        started = any(commit.rows for commit in read_log(folder, old).commits.values())
         raise CacheError(
             f"{folder.path} was planned otherwise, and a cache is never mixed: use the old settings, or "
             + ("cache into a new OUT" if started else f"delete {folder.path}, which holds no latents yet"),

@@ -250,7 +250,7 @@ def _check_files(folder: CacheFolder, plan: CachePlan, source: Source) -> None:
 def committed_hashes(folder: CacheFolder, plan: CachePlan, ordinals: list[int]) -> dict[int, bytes]:
     """`bytes_hash` of those of the inputs that have been read for what is committed."""
     wanted, hashes = set(ordinals), {}
-    for commit in read_log(folder, plan.log_name).commits.values():
+    for commit in read_log(folder, plan).commits.values():
         try:
             table = read_index(folder, plan, commit)
         except CacheError:

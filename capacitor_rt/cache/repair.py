@@ -9,7 +9,7 @@ from contextlib import suppress
 from ..errors import CacheError
 from .carried import load_carried
 from .carried_repair import restore_carried
-from .commits import COMMITS, Commit, read_log, rewrite_log
+from .commits import COMMITS, Commit, read_log, read_log_named, rewrite_log
 from .folder import INDEX, TASKS, CacheFolder
 from .generations import damaged_records, record, recorded
 from .hashing import xxh3
@@ -62,7 +62,7 @@ def repair(root: str | os.PathLike[str], found: Verification) -> list[str]:
         for name in found.damaged_files:
             if (moved := folder.set_aside(name)) is not None:
                 done.append(f"{name}: moved to {moved}")
-        log = read_log(folder, plan.log_name) if _is_regular(folder, plan.log_name) else None
+        log = read_log(folder, plan) if _is_readable(folder, plan.log_name, plan.task_count) else None
         commits = dict(log.commits) if log else {}
         sound = {n: c for n, c in commits.items() if n not in found.damaged and n < plan.task_count}
         if found.bad_log or sound.keys() != commits.keys():
@@ -72,7 +72,7 @@ def repair(root: str | os.PathLike[str], found: Verification) -> list[str]:
         with suppress(OSError):
             if read_quarantine(folder) is None and folder.stat(QUARANTINE) is not None:
                 folder.set_aside(QUARANTINE)
-            write_quarantine(folder, plan, read_log(folder, plan.log_name).commits)
+            write_quarantine(folder, plan, read_log(folder, plan).commits)
         mutex.remove()
     return done
 
@@ -85,7 +85,7 @@ def _plan(folder: CacheFolder, done: list[str]) -> CachePlan:
     with suppress(CacheError):
         if plan is not None:
             # a log that cannot be read tells nothing of the plan
-            _is_regular(folder, plan.log_name)
+            _is_readable(folder, plan.log_name, plan.task_count)
             if strange_plan(folder, plan) is None:
                 return plan
     plan = _plan_of_an_index(folder)
@@ -146,8 +146,8 @@ def _plan_of_an_index(folder: CacheFolder, plan8: str | None = None) -> CachePla
         base = named[0]
         commits: dict[int, Commit] = {}
         for log in (COMMITS, f"commits-{named[1]}.jsonl"):
-            if _is_regular(folder, log):
-                commits |= read_log(folder, log).commits
+            if _is_readable(folder, log, len(names)):
+                commits |= read_log_named(folder, log, len(names)).commits
         with suppress(OSError, CacheError):
             body = folder.read(f"{INDEX}/{base}", INDEX_BYTES)
             commit = commits.get(int(named[2]))
@@ -169,10 +169,10 @@ def _named_by_latents(folder: CacheFolder, base: str) -> str | None:
     return None
 
 
-def _is_regular(folder: CacheFolder, name: str) -> bool:
+def _is_readable(folder: CacheFolder, name: str, tasks: int) -> bool:
     """Whether the log can be read; something else under its name is moved away."""
     try:
-        read_log(folder, name)
+        read_log_named(folder, name, tasks)
     except CacheError:
         folder.set_aside(name)
         return False

@@ -93,7 +93,7 @@ def status(root: str | os.PathLike[str]) -> Status:
         found = Status(plan.count, plan.task_count, free_nbytes=shutil.disk_usage(folder.path).free)
         found.generation, found.is_interim = plan.number, plan.is_interim
         found.updates = _updates(folder, plan)
-        commits = {n: c for n, c in read_log(folder, plan.log_name).commits.items() if n < plan.task_count}
+        commits = {n: c for n, c in read_log(folder, plan).commits.items() if n < plan.task_count}
         found.done_inputs = sum(c.inputs for c in commits.values())
         found.done_tasks, found.rows = len(commits), sum(c.rows for c in commits.values())
         found.nbytes = sum(c.data_bytes for c in commits.values())
@@ -115,7 +115,7 @@ def status(root: str | os.PathLike[str]) -> Status:
 def _updates(folder: CacheFolder, plan: CachePlan) -> list[Update]:
     found = []
     for other in unfinished(folder, plan):
-        commits = read_log(folder, other.log_name).commits.values()
+        commits = read_log(folder, other).commits.values()
         found.append(Update(other.count, other.task_count, sum(c.inputs for c in commits), len(commits)))
     return found
 

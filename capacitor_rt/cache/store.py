@@ -82,7 +82,7 @@ class TaskStore:
         self.leases = leases
         self.listing = listing
         self.stamps = Stamps(folder)
-        self._log = LogFollower(folder, plan.log_name)
+        self._log = LogFollower(folder, plan)
 
     @property
     def commits(self) -> dict[int, Commit]:
@@ -257,7 +257,7 @@ def read_index(folder: CacheFolder, plan: CachePlan, commit: Commit) -> Any:
 
 def is_forged(folder: CacheFolder, plan: CachePlan) -> bool:
     """Whether an index that the log vouches for holds another plan of the same identity, with another model's name."""
-    for commit in read_log(folder, plan.log_name).commits.values():
+    for commit in read_log(folder, plan).commits.values():
         with suppress(OSError, CacheError):
             body = folder.read(plan.index_name(commit.task), INDEX_BYTES)
             if xxh3(body).hexdigest() == commit.index_xxh3:

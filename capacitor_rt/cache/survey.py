@@ -87,7 +87,7 @@ class Survey:
         if shared.problem is not None:
             self.notes.append(f"nothing of plan {plan.plan8} can be reused: {shared.problem}")
             return
-        commits = read_log(self.folder, plan.log_name).commits
+        commits = read_log(self.folder, plan).commits
         self._reserve(sum(commit.inputs for commit in commits.values()))
         for _, commit in sorted(commits.items()):
             if (table := self._checked(commit, shared)) is not None:
@@ -102,7 +102,7 @@ class Survey:
         alive = {task: found for task, file in files.items() if not (found := self.alive(file)).all()}
         if not alive:
             return
-        shared, commits = SharedFiles(self.folder, plan, sound), read_log(self.folder, plan.log_name).commits
+        shared, commits = SharedFiles(self.folder, plan, sound), read_log(self.folder, plan).commits
         for task in sorted(alive.keys() & commits.keys()):
             if (table := self._checked(commits[task], shared)) is None:
                 continue

@@ -162,7 +162,7 @@ def preview_update(
         _by_time(reuse, folder, [current, *reversed(unfinished(folder, current))], source.listing, None)
     todo, found = tasks_of(plan, source), _under_way(folder, current, source, options.rehash)
     if found is not None and not found[0].is_interim:
-        done = read_log(folder, found[0].log_name).commits
+        done = read_log(folder, found[0]).commits
         plan, todo = found[0], [task for task in todo if task.number not in done]
     before = planned_listing(folder, current)
     return Preview(plan, source, todo, reuse, before, source.notes + version_notes(current) + looked.notes)
@@ -184,7 +184,7 @@ def _is_listed(folder: CacheFolder, plan: CachePlan) -> bool:
 
 
 def _is_complete(folder: CacheFolder, plan: CachePlan) -> bool:
-    return len(read_log(folder, plan.log_name).commits) >= plan.task_count
+    return len(read_log(folder, plan).commits) >= plan.task_count
 
 
 def _unseen(folder: CacheFolder, current: CachePlan, source: Source) -> np.ndarray:

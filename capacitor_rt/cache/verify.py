@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import CacheError
 from ..extras import require_extra
 from ..printable import counted, printable
-from .commits import COMMITS, Commit, Log, read_log
+from .commits import COMMITS, Commit, Log, read_log, read_log_named
 from .folder import DAMAGED, GENERATIONS, INDEX, SUBFOLDERS, TASKS, TMP, CacheFolder
 from .generations import record_name, recorded
 from .index import cached_rows, is_own
@@ -98,7 +98,7 @@ class _Check:
         found, folder = self.found, self.folder
         plan = self._plan()
         listing = self._listing(plan) if plan else None
-        log = self._log(plan.log_name if plan else COMMITS)
+        log = self._log(plan)
         found.rows = sum(c.rows for c in log.commits.values())
         found.tasks = len(log.commits)
         found.nbytes = sum(c.data_bytes for c in log.commits.values())
@@ -165,10 +165,13 @@ class _Check:
             self._problem(str(e))
             return None
 
-    def _log(self, name: str) -> Log:
-        path = self.folder.path / name
+    def _log(self, plan: CachePlan | None) -> Log:
+        path = self.folder.path / (plan.log_name if plan else COMMITS)
         try:
-            log = read_log(self.folder, name)
+            if plan:
+                log = read_log(self.folder, plan)
+            else:
+                log = read_log_named(self.folder, COMMITS, len(self.folder.names(INDEX)))
         except CacheError as e:
             self._problem(str(e))
             self.found.bad_log = True
@@ -245,7 +248,7 @@ class _Check:
             if other.id == plan.id:
                 continue
             if other.number > plan.number:
-                done = len(read_log(self.folder, other.log_name).commits)
+                done = len(read_log(self.folder, other).commits)
                 tasks = f"{done} of {counted(other.task_count, 'task')} done"
                 what = f"an update to {counted(other.count, 'input')} is under way, {tasks}"
             else:

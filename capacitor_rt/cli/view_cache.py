@@ -182,7 +182,7 @@ def _quarantine(dataset: LatentDataset, page: PageWriter, images: Path | None) -
     """Add what the cache could not hold, by its index, to the page; numbers by reason."""
     reasons: Counter[str] = Counter()
     with CacheFolder(dataset.root) as folder:
-        commits = read_log(folder, dataset.plan.log_name).commits
+        commits = read_log(folder, dataset.plan).commits
         lines = quarantine_bytes(folder, dataset.plan, commits).splitlines()
     for entry in map(json.loads, lines):
         reasons[entry["reason"]] += 1

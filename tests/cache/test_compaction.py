@@ -203,4 +203,4 @@ def test_rows_that_inputs_share_and_rows_of_integers(tmp_path, dtype):
     assert same(rows_of(out), before) and not verify(out).problems
     with CacheFolder(out) as folder:
         plan = load_plan(folder)
-        assert sum(commit.rows for commit in read_log(folder, plan.log_name).commits.values()) == 3
+        assert sum(commit.rows for commit in read_log(folder, plan).commits.values()) == 3

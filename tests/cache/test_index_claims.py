@@ -210,11 +210,12 @@ def test_an_update_of_a_plan_that_names_another_latent_space_is_refused(src, out
     assert not verify(out).problems
 
 
-def test_a_message_belongs_to_an_input_that_failed(out):
-    path = sorted((out / "index").iterdir())[0]
-    table = pq.read_table(path)
+@pytest.mark.parametrize("message", ["x", None])
+def test_a_message_belongs_to_an_input_that_failed(out, message):
+    tables = [(path, pq.read_table(path)) for path in sorted((out / "index").iterdir())]
+    path, table = next((p, t) for p, t in tables if message or "quarantined" in t["status"].to_pylist())
     field = table.schema.get_field_index("message")
-    text = pa.array(["x"] * len(table), pa.string())
+    text = pa.array([message] * len(table), pa.string())
     path.write_bytes(parquet_bytes(table.set_column(field, table.schema.field(field), text)))
     refit(out, path.stem, header=True)
     assert "message and status do not agree" in verify(out).problems[0]

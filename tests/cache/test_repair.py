@@ -59,6 +59,11 @@ def flip_line(cache):
     flip_byte(cache / "commits.jsonl", 20)
 
 
+def lengthen_log(cache):
+    with (cache / "commits.jsonl").open("ab") as log:
+        log.write(b"\n" * (3 << 20))
+
+
 def link_log(cache):
     (cache / "commits.jsonl").rename(cache.parent / "elsewhere")
     (cache / "commits.jsonl").symlink_to(cache.parent / "elsewhere")
@@ -103,8 +108,8 @@ def drop_quarantine(cache):
 @pytest.mark.parametrize(
     ("damage", "again"),
     [
-        (flip_data, 4), (flip_index, 4), (lose_index, 4), (lose_data, 4), (flip_line, 0), (link_log, 0), (lose_plan, 0),
-        (lose_plan_and_log, 0), (another_plan, 0), (swap_tasks, 8), (foreign_task, 3), (drop_quarantine, 0),
+        (flip_data, 4), (flip_index, 4), (lose_index, 4), (lose_data, 4), (flip_line, 0), (lengthen_log, 0), (link_log, 0),
+        (lose_plan, 0), (lose_plan_and_log, 0), (another_plan, 0), (swap_tasks, 8), (foreign_task, 3), (drop_quarantine, 0),
     ],
 )  # fmt: skip
 def test_what_is_damaged_is_made_anew_and_nothing_else(made, cache, monkeypatch, damage, again):

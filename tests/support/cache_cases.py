@@ -86,7 +86,7 @@ def commits_of(out: Path) -> dict[int, Commit]:
         return {}
     with CacheFolder(out) as folder:
         plan = load_plan(folder)
-        return read_log(folder, plan.log_name).commits if plan else {}
+        return read_log(folder, plan).commits if plan else {}
 
 
 def task_files(out: Path, task: int) -> tuple[Path, Path]:
@@ -100,7 +100,7 @@ def index_rows(out: Path) -> list[dict[str, Any]]:
     """Every row of the index, in the order of the inputs."""
     folder, plan = open_cache(out)
     with folder:
-        commits = sorted(read_log(folder, plan.log_name).commits.items())
+        commits = sorted(read_log(folder, plan).commits.items())
         return [row for _, commit in commits for row in read_index(folder, plan, commit).to_pylist()]
 
 
@@ -108,7 +108,7 @@ def task_layout(out: Path, task: int) -> Layout:
     """Where everything lies in a task's file of latents."""
     folder, plan = open_cache(out)
     with folder:
-        commit = read_log(folder, plan.log_name).commits[task]
+        commit = read_log(folder, plan).commits[task]
         return layout(plan, task, cached_counts(read_index(folder, plan, commit)), commit.index_xxh3)
 
 
