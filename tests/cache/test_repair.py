@@ -109,8 +109,8 @@ def drop_quarantine(cache):
     ("damage", "again"),
     [
         (flip_data, 4), (flip_index, 4), (lose_index, 4), (lose_data, 4), (flip_line, 0),
-        (lengthen_log, 0), (link_log, 0), (lose_plan, 0), (lose_plan_and_log, 0), (another_plan, 0), (swap_tasks, 8), (foreign_task, 3),
-        (drop_quarantine, 0),
+        (lengthen_log, 0), (link_log, 0), (lose_plan, 0), (lose_plan_and_log, 0), (another_plan, 0),
+        (swap_tasks, 8), (foreign_task, 3), (drop_quarantine, 0),
     ],
 )  # fmt: skip
 def test_what_is_damaged_is_made_anew_and_nothing_else(made, cache, monkeypatch, damage, again):
