@@ -5,13 +5,12 @@ from __future__ import annotations
 import mmap
 import os
 import signal
-import threading
-import time
 from contextlib import nullcontext
 
 import numpy as np
 import pytest
 from decode_sources import Files
+from waiting import HANG_SECONDS, until
 
 from capacitor_rt.cache.decoding import DecodePool
 from capacitor_rt.cache.decoding.allowance import Allowance
@@ -39,7 +38,7 @@ def fork(work) -> int:
     if pid == 0:
         code = 1
         try:
-            signal.alarm(60)
+            signal.alarm(int(HANG_SECONDS))
             code = 0 if work() else 2
         finally:
             os._exit(code)
@@ -48,13 +47,6 @@ def fork(work) -> int:
 
 def code_of(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def until(true) -> None:
-    deadline = time.monotonic() + 30
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
 
 
 def test_processes_never_have_more_than_there_is(shared):
@@ -116,11 +108,12 @@ def test_time_stands_still_for_whoever_waits(shared):
     waited = []
 
     def waiting():
+        # only now does the other give back what it has
         waited.append(1)
+        slots[1] = 0
         return nullcontext()
 
     slots[1] = 900
-    threading.Timer(0.1, lambda: slots.__setitem__(1, 0)).start()
     mine = Allowance(2000, slots, 0, fd, 0, waiting)
     assert mine.take(50, wait=True) and not waited
     assert mine.take(500, wait=True) and waited == [1]

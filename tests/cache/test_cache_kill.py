@@ -18,6 +18,7 @@ import pytest
 from cache_cases import commits_of, snapshot, task_files, write_images
 from kill_driver import REQUEST, VIEWS
 from models import random_model
+from waiting import HANG_SECONDS
 
 from capacitor_rt.cache import CacheRequest, cache_images, soundness
 from capacitor_rt.cache import folder as folder_module
@@ -67,14 +68,14 @@ def out(tmp_path, whole):
 
 def drive(*args: object) -> subprocess.CompletedProcess:
     command = [sys.executable, str(HERE / "kill_driver.py"), *map(str, args)]
-    result = subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=120)
+    result = subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=2 * HANG_SECONDS)
     assert result.returncode == 0, result.stderr
     return result
 
 
 def test_killed_at_random_points_the_cache_ends_up_the_same_byte_for_byte(tmp_path, src, whole):
     kills = 0
-    # on a busy machine a run may be over before it was disturbed often enough
+    # near its end a run may be over before it was disturbed often enough
     for attempt in range(6):
         seed, out = random.randrange(1 << 30), tmp_path / f"out-{attempt}"
         died = [int(n) for n in drive("kill", src, out, 9, seed).stdout.split()]
@@ -236,7 +237,7 @@ def test_a_line_is_known_to_be_damaged_by_itself(out):
 
 HOLD = (
     "import sys, time; from capacitor_rt.cache.folder import CacheFolder; from capacitor_rt.cache.mutex import Mutex\n"
-    "with Mutex(CacheFolder(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    f"with Mutex(CacheFolder(sys.argv[1])): print('held', flush=True); time.sleep({HANG_SECONDS})"
 )
 
 

@@ -12,9 +12,11 @@ import time
 from pathlib import Path
 
 import pytest
-from cache_cases import commits_of, snapshot, task_files, write_images
+from cache_cases import commits_of, snapshot, write_images
+from held import last_task
 from kill_driver import REQUEST
 from models import random_model
+from waiting import HANG_SECONDS, until
 
 from capacitor_rt.cache import LatentDataset, RunOptions, cache_images
 from capacitor_rt.cache.folder import LEASES, CacheFolder
@@ -43,7 +45,7 @@ def whole(src):
 def share(src, out, count, kills, seed):
     """How much each process has read that ended by itself, and all exit codes."""
     args = [sys.executable, HERE / "kill_driver.py", "share", src, out, count, kills, seed]
-    done = subprocess.run([str(a) for a in args], capture_output=True, text=True, env=ENV, timeout=120)
+    done = subprocess.run([str(a) for a in args], capture_output=True, text=True, env=ENV, timeout=2 * HANG_SECONDS)
     assert done.returncode == 0 and not done.stderr, done.stderr
     codes = [int(code) for code in done.stdout.partition("codes ")[2].split()]
     return [int(n) for n in re.findall(r"read (\d+)", done.stdout)], codes
@@ -52,7 +54,7 @@ def share(src, out, count, kills, seed):
 def test_two_processes_share_the_work_and_leave_the_bytes_of_one(tmp_path, src, whole):
     read, codes = share(src, tmp_path / "out", 2, 0, 0)
     assert codes == [3, 3]
-    # nothing is done twice, and both have worked
+    # nothing is done twice, and both have worked, as each has a task before one goes on
     assert sum(read) == 91 and min(read) > 0
     assert snapshot(tmp_path / "out") == snapshot(whole)
 
@@ -84,7 +86,7 @@ print(*[os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children
 def test_of_two_that_want_different_things_of_one_place_one_is_refused(tmp_path, src, whole):
     """Whichever planned first: its cache is whole, and nothing of the other's is in it."""
     command = [sys.executable, "-c", RIVALS, str(src), str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=2 * HANG_SECONDS)
     codes = [int(code) for code in done.stdout.split()]
     assert sorted(codes) == [1, 3] and not done.stderr, done
     found = verify(tmp_path / "out")
@@ -104,14 +106,18 @@ def test_the_living_take_over_the_tasks_of_the_killed(tmp_path, src, whole):
     assert verify(tmp_path / "out").problems == []
 
 
+# no test takes so long
+STALE = 3600
+
+
 @pytest.fixture
 def leases(tmp_path):
     with CacheFolder(tmp_path) as folder:
-        yield Leases(folder, Mutex(folder), "01234567", heartbeat=0.05, stale=30)
+        yield Leases(folder, Mutex(folder), "01234567", heartbeat=0.05, stale=STALE)
 
 
 def another(leases):
-    return Leases(leases.folder, Mutex(leases.folder), leases.plan8, heartbeat=0.05, stale=30)
+    return Leases(leases.folder, Mutex(leases.folder), leases.plan8, heartbeat=0.05, stale=STALE)
 
 
 def test_a_lease_is_one_process_s_while_it_is_touched(leases, tmp_path):
@@ -121,10 +127,7 @@ def test_a_lease_is_one_process_s_while_it_is_touched(leases, tmp_path):
         assert not other.take(3) and other.take(4)
         # one that has not been touched for so long is another's, had it not been touched
         os.utime(tmp_path / leases.name(3), (1, 1))
-        end = time.monotonic() + 60
-        while (tmp_path / leases.name(3)).stat().st_mtime == 1:
-            assert time.monotonic() < end, "nobody touches it"
-            time.sleep(0.01)
+        until(lambda: (tmp_path / leases.name(3)).stat().st_mtime != 1)
         assert not other.take(3) and leases.holds(3)
         leases.release(3)
         assert other.take(3) and other.holds(3) and not leases.holds(3)
@@ -145,7 +148,7 @@ def test_a_folder_that_another_removes_before_there_is_a_file_in_it(tmp_path):
         thread = threading.Thread(target=remove)
         thread.start()
         while time.monotonic() < end:
-            assert abs(leases._now() - time.time()) < 60
+            assert abs(leases._now() - time.time()) < HANG_SECONDS
         thread.join()
 
 
@@ -175,7 +178,7 @@ def test_a_lease_that_this_process_gave_back_and_could_not_remove_is_taken_at_on
     assert not leases.take(3)
 
 
-@pytest.mark.parametrize("seconds", [10, -60, 60])
+@pytest.mark.parametrize("seconds", [STALE / 2, -2 * STALE, 2 * STALE])
 def test_a_lease_is_alive_by_its_time_whatever_it_holds(leases, tmp_path, seconds):
     """One of the future, which no living process touches, would be waited for until then."""
     (tmp_path / "leases").mkdir()
@@ -184,7 +187,7 @@ def test_a_lease_is_alive_by_its_time_whatever_it_holds(leases, tmp_path, second
     now = time.time()
     os.utime(lease, (now + seconds, now + seconds))
     with leases, leases.mutex:
-        assert leases.take(3) == (abs(seconds) > 30)
+        assert leases.take(3) == (abs(seconds) > STALE)
 
 
 def test_leases_are_seen_although_their_folder_was_removed_meanwhile(leases, tmp_path):
@@ -216,21 +219,20 @@ def test_a_run_waits_for_the_tasks_of_others_and_takes_them_over(tmp_path, src, 
     """A process of another machine has a task and stops touching its lease: the run ends with that task done."""
     monkeypatch.setattr("capacitor_rt.cache.run.POLL_SECONDS", 0.05)
     out = tmp_path / "out"
-    index, _ = task_files(whole, 0)
+    plan8, _ = last_task(whole)
     (out / LEASES).mkdir(parents=True)
-    lease = out / LEASES / f"{index.name[:8]}-000005"
+    lease = out / LEASES / f"{plan8}-000005"
     lease.write_bytes(owner_bytes(me()._replace(host="elsewhere")))
     waited: list[int] = []
 
     def die():
-        while len(commits_of(out)) < len(commits_of(whole)) - 1:
-            time.sleep(0.02)
+        until(lambda: len(commits_of(out)) == len(commits_of(whole)) - 1)
         waited.append(len(commits_of(out)))
         os.utime(lease, (1, 1))
 
-    thread = threading.Thread(target=die)
+    thread = threading.Thread(target=die, daemon=True)
     thread.start()
-    options = RunOptions(workers=0, progress=False, stale=30)
+    options = RunOptions(workers=0, progress=False, stale=STALE)
     report = cache_images(src, out, random_model(), REQUEST, options=options)
     thread.join()
     assert waited and report.exit_code == 3

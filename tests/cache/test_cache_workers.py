@@ -8,14 +8,15 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import image_files as files
 import numpy as np
 import pytest
-from cache_cases import snapshot
+from cache_cases import commits_of, snapshot
+from held import held
 from models import random_model
+from waiting import HANG_SECONDS, runs, until
 
 from capacitor_rt import CapacitorError
 from capacitor_rt.cache import CacheRequest, begin, cache_images, coordinator
@@ -66,26 +67,20 @@ def test_killed_with_its_workers_it_goes_on(src, alone, tmp_path):
         """
     )
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
-    run = subprocess.Popen([sys.executable, "-c", code], env=env)
-    end = time.monotonic() + 60
-    while not (out / "commits.jsonl").exists() and run.poll() is None and time.monotonic() < end:
-        time.sleep(0.01)
-    below = [int(p) for p in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()]
-    run.send_signal(signal.SIGKILL)
-    run.wait()
-    while any(_runs(pid) for pid in below):
-        assert time.monotonic() < end, "the helper outlived its coordinator"
-        time.sleep(0.05)
+    plan8 = next(name for name in alone if name.startswith("index/")).removeprefix("index/")[:8]
+    with held(out, plan8, 2):
+        run = subprocess.Popen([sys.executable, "-c", code], env=env)
+        until(lambda: commits_of(out) or run.poll() is not None)
+        below = [int(p) for p in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()]
+        run.send_signal(signal.SIGKILL)
+        assert run.wait() == -signal.SIGKILL
+        # the helper does not outlive its coordinator
+        assert below
+        until(lambda: not any(map(runs, below)))
+        assert 0 < len(commits_of(out)) < 4
     report = cache_images(src, out, random_model(), REQUEST, options=RunOptions(workers=0, progress=False, stale=0.1))
     assert report.exit_code == 3
     assert snapshot(out) == alone
-
-
-def _runs(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 @pytest.mark.parametrize(
@@ -169,4 +164,4 @@ def test_a_command_starts_the_helper_before_it_has_imported_torch():
         "from capacitor_rt.cache.sources import files, parquet, remote, tar\n"
         "with Helper() as helper: assert helper.pid"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=HANG_SECONDS)

@@ -238,7 +238,7 @@ def many(tmp_path_factory):
 def test_killed_and_shared_the_bytes_are_those_of_an_undisturbed_run(tmp_path, many):
     src, whole = many
     kills = 0
-    # on a busy machine a run may be over before it was disturbed often enough
+    # near its end a run may be over before it was disturbed often enough
     for attempt in range(4):
         seed, out = random.randrange(1 << 30), tmp_path / f"killed-{attempt}"
         kills += len(drive("kill-dedupe", src, out, 8, seed).split())

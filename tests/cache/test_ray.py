@@ -6,13 +6,14 @@ import os
 import shutil
 import signal
 import threading
-import time
 
 import pytest
 from cache_cases import commits_of, snapshot, write_images
+from held import held, last_task
 from kill_driver import REQUEST
 from models import random_model
 from update_cases import COPIES, changed_caches
+from waiting import until
 
 from capacitor_rt.cache import Checkpoint, RunOptions, cache_images, ray_actors
 from capacitor_rt.cache.ray_actors import cache_on_ray
@@ -72,14 +73,15 @@ def test_the_tasks_of_a_dead_actor_are_taken_over(cluster, folder, tmp_path, mon
     monkeypatch.setattr(ray_actors, "_seat", lambda *args: started.append(seat(*args)) or started[-1])
 
     def kill_the_planner():
-        while not commits_of(tmp_path / "out"):
-            time.sleep(0.001)
+        until(lambda: commits_of(tmp_path / "out"))
         os.kill(ray.get(started[0].actor.pid.remote()), signal.SIGKILL)
+        give_back()
 
-    thread = threading.Thread(target=kill_the_planner)
-    thread.start()
-    report = cache(folder, tmp_path / "out", notes)
-    thread.join()
+    with held(tmp_path / "out", *last_task(folder / "whole")) as give_back:
+        thread = threading.Thread(target=kill_the_planner, daemon=True)
+        thread.start()
+        report = cache(folder, tmp_path / "out", notes)
+        thread.join()
     assert report.exit_code == 3
     assert [line for line in notes if "lost" in line] == [
         "the coordinator on Ray (0) was lost (ActorDiedError): its tasks are taken over by the others"
@@ -96,9 +98,11 @@ def test_an_interruption_stops_the_actors_and_keeps_what_is_complete(cluster, fo
         look(*args)
 
     monkeypatch.setattr(ray_actors, "_look", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        cache(folder, tmp_path / "out", [])
-    assert commits_of(tmp_path / "out") and not (tmp_path / "out" / "leases").exists()
+    with held(tmp_path / "out", *last_task(folder / "whole")):
+        with pytest.raises(KeyboardInterrupt):
+            cache(folder, tmp_path / "out", [])
+        # that of this process is the only one left
+        assert commits_of(tmp_path / "out") and len(list((tmp_path / "out" / "leases").iterdir())) == 1
     monkeypatch.undo()
     assert cache(folder, tmp_path / "out", []).exit_code == 3
     assert snapshot(tmp_path / "out") == snapshot(folder / "whole")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shutil
 import threading
-import time
 
 import pytest
 from cache_cases import commits_of, snapshot
+from held import held
 from kill_driver import REQUEST, VIEWS
 from update_cases import COPIES, changed_caches
+from waiting import until
 
 from capacitor_rt.cache import Checkpoint, RunOptions, coordinators
 from capacitor_rt.cache.coordinators import cache_on
@@ -44,14 +45,19 @@ def test_an_update_is_gone_on_with_where_a_coordinator_is_killed(folder, tmp_pat
     monkeypatch.setattr(coordinators, "_start", lambda *args: started.append(start(*args)) or started[-1])
 
     def kill_the_planner():
-        while not any(log.stat().st_size for log in out.glob("commits-*.jsonl")):
-            time.sleep(0.001)
+        until(lambda: any(log.stat().st_size for log in out.glob("commits-*.jsonl")))
         started[0].process.kill()
+        give_back()
 
-    thread = threading.Thread(target=kill_the_planner)
-    thread.start()
-    report, notes = share(folder, out, REQUEST)
-    thread.join()
+    (index, *_) = {p.stem for p in (folder / "whole" / "one" / "index").iterdir()} - {
+        p.stem for p in (out / "index").iterdir()
+    }
+    plan8, _, number = index.partition("-")
+    with held(out, plan8, int(number)) as give_back:
+        thread = threading.Thread(target=kill_the_planner, daemon=True)
+        thread.start()
+        report, notes = share(folder, out, REQUEST)
+        thread.join()
     assert sum("was ended by SIGKILL" in line for line in notes) == 1
     assert (report.cached, report.generation) == (53, 1) and len(commits_of(out)) == report.tasks
     assert snapshot(out) == snapshot(folder / "whole" / "one")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import image_files as files
 import numpy as np
+from waiting import HANG_SECONDS, until
 
 from capacitor_rt.errors import ImageError
 
@@ -65,13 +66,21 @@ class Images:
             os.kill(os.getpid(), 9)
         if word == "hang":
             while True:
-                time.sleep(60)
+                time.sleep(HANG_SECONDS)
         if word == "eio":
             raise ImageError("io_error", f"images/{ordinal} cannot be read: Input/output error")
         if word == "raise":
             raise ZeroDivisionError("unforeseen")
         if word == "sleep":
             time.sleep(0.05)
+        if word == "turn":
+            # of two inputs of a chunk at a time, and of chunks those that come next
+            assert self.marks is not None
+            until(lambda: ordinal // 2 < self._released() + 3)
+
+    def _released(self) -> int:
+        """Chunks that the test says it has done with: bytes of a file."""
+        return (self.marks / "released").stat().st_size
 
 
 @dataclass(frozen=True)

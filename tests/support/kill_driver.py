@@ -9,11 +9,15 @@ Both have forms `-views`, of several views, whose tasks are counted together, an
 `kill-update-compact` copies the rows of hardly needed files instead.
 `signal SRC MODEL OUT NUMBER [OUT NUMBER ...]` runs the command in a child for each OUT, sends it a signal after its
 first task, and prints the exit codes.
+
+When a child is struck is random, and that it is struck is certain: one that gets ahead of whoever is to strike it, as
+on a fast or a busy machine, is held a task later until the blow comes.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import mmap
 import os
 import random
 import signal
@@ -21,16 +25,21 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import MutableSequence
 from pathlib import Path
 
 import torch
 import typer
 from models import random_model
+from waiting import HANG_SECONDS, until
 
 from capacitor_rt import FullCapacitor
-from capacitor_rt.cache import CacheRequest, LatentDataset, RunOptions, cache_images, cache_views, parse_views
+from capacitor_rt.cache import CacheRequest, LatentDataset, RunOptions, cache_images, cache_views, parse_views, store
 from capacitor_rt.cache.compaction import compact
+from capacitor_rt.cache.encoder import BatchEncoder
+from capacitor_rt.cache.plan import Task
 from capacitor_rt.cache.report import Report
+from capacitor_rt.cache.task_queue import TaskQueue
 from capacitor_rt.cli.cache import cache
 from capacitor_rt.cli.verify import verify
 from capacitor_rt.extras import require_extra
@@ -46,13 +55,64 @@ def commits(out: Path) -> int:
     return sum(log.read_bytes().count(b"\n") for log in [*out.glob("commits*.jsonl"), *out.glob("*/commits*.jsonl")])
 
 
-def wait_for_commits(out: Path, count: int, child: int) -> None:
-    """Until so many tasks are committed, or the child that commits them has ended."""
-    deadline = time.monotonic() + 60
+def wait_for_commits(out: Path, count: int, child: int, seconds: float = HANG_SECONDS) -> None:
+    """Until so many tasks are committed, the child that commits them has ended, or `seconds` have passed."""
+    deadline = time.monotonic() + seconds
     # the child stays a zombie, so that its id is its own, and whoever waits for it finds how it ended
     look = os.WEXITED | os.WNOHANG | os.WNOWAIT
     while commits(out) < count and time.monotonic() < deadline and not os.waitid(os.P_PID, child, look):
         time.sleep(0.0005)
+
+
+def hold_commits(count: int) -> None:
+    """In a child: it commits so many tasks, and then stands still until it is killed."""
+    append, done = store.append_commit, []
+
+    def held(*args) -> None:
+        if len(done) == count:
+            time.sleep(HANG_SECONDS)
+        done.append(append(*args))
+
+    store.append_commit = held
+
+
+def hold_writes(count: int) -> None:
+    """In a child: it writes so many tasks, and then stands still until it is killed: with a task, without the lock."""
+    write, done = store.TaskStore.write, []
+
+    def held(self, *args) -> None:
+        if len(done) == count:
+            time.sleep(HANG_SECONDS)
+        done.append(write(self, *args))
+
+    store.TaskStore.write = held
+
+
+def meet(working: MutableSequence[int], rank: int) -> None:
+    """In one of several children: it goes on from its first task when each has one."""
+    take = TaskQueue.take
+
+    def taken(self, task: Task) -> bool:
+        is_taken = take(self, task)
+        if is_taken:
+            working[rank] = 1
+            until(lambda: all(working[:]))
+        return is_taken
+
+    TaskQueue.take = taken
+
+
+def hold_encoder(count: int) -> None:
+    """In a child: its encoder takes so many batches, and then stands still until it is interrupted."""
+    submit, done = BatchEncoder.submit, []
+
+    def held(self, *args):
+        if len(done) == count:
+            time.sleep(HANG_SECONDS)
+        done.append(None)
+        return submit(self, *args)
+
+    BatchEncoder.submit = held
 
 
 def in_child(function) -> int:
@@ -82,9 +142,11 @@ def cache_all(src: Path, out: Path, model: FullCapacitor, how: frozenset[str]) -
     return cache_images(src, out, model, REQUEST, options=options)
 
 
-def cache_at_leisure(src: Path, out: Path, model: FullCapacitor, how: frozenset[str]) -> int:
-    """Exit code of a run that leaves the processor to whoever is to strike it."""
+def cache_at_leisure(src: Path, out: Path, model: FullCapacitor, how: frozenset[str], most: int | None) -> int:
+    """Exit code of a run that leaves the processor to whoever is to strike it, and stands still after `most` tasks."""
     os.nice(10)
+    if most is not None:
+        hold_commits(most)
     if "compact" in how:
         compact(out)
         return 3
@@ -108,11 +170,12 @@ def kill_until_done(src: Path, out: Path, kills: int, seed: int, how: frozenset[
     folders = [out / name for name in VIEWS] if "views" in how else [out]
     old = [(folder, rows_of(folder)) for folder in folders] if "update" in how else []
     while True:
-        before = commits(out)
-        child = in_child(lambda: cache_at_leisure(src, out, model, how))
-        if len(died) < kills:
-            # let it finish between none and three more tasks, then strike within the next one
-            wait_for_commits(out, before + rng.randint(0, 3), child)
+        # let it finish between none and three more tasks, then strike within the next one
+        before, more = commits(out), rng.randint(0, 3)
+        most = more + 1 if len(died) < kills else None
+        child = in_child(lambda most=most: cache_at_leisure(src, out, model, how, most))
+        if most is not None:
+            wait_for_commits(out, before + more, child)
             time.sleep(rng.uniform(0, 0.02))
             os.kill(child, signal.SIGKILL)
         else:
@@ -134,14 +197,33 @@ def check_readable(old: list[tuple[Path, Rows]]) -> None:
 
 
 def share(src: Path, out: Path, count: int, kills: int, seed: int, how: frozenset[str]) -> list[int]:
-    """Exit codes of `count` processes that cache at once, of which `kills` are killed at random moments."""
+    """Exit codes of `count` processes that cache at once, of which `kills` are killed at random moments.
+
+    None commits anything before each has a task, however fast one is.
+    """
     model = random_model()
     rng = random.Random(seed)
-    children = [in_child(lambda rank=rank: cache_at_rank(src, out, model, rank, count, how)) for rank in range(count)]
-    for child in rng.sample(children, kills):
-        wait_for_commits(out, commits(out) + rng.randint(1, 3), child)
+    working = mmap.mmap(-1, count)
+    # those that are to be killed stand still, with a task, before they have done all that there is
+    most = {rank: rng.randint(0, 2) for rank in rng.sample(range(count), kills)}
+
+    def run(rank: int) -> int:
+        meet(working, rank)
+        if rank in most:
+            hold_writes(most[rank])
+        try:
+            return cache_at_rank(src, out, model, rank, count, how)
+        finally:
+            # nobody waits for one that failed
+            working[rank] = 1
+
+    children = [in_child(lambda rank=rank: run(rank)) for rank in range(count)]
+    for rank in most:
+        # the others wait for its task in the end, and then commit no more
+        wait_for_commits(out, commits(out) + rng.randint(1, 3), children[rank], seconds=2)
         time.sleep(rng.uniform(0, 0.03))
-        os.kill(child, signal.SIGKILL)
+        os.kill(children[rank], signal.SIGKILL)
+        working[rank] = 1
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
@@ -167,7 +249,13 @@ def command(*args: str) -> int:
 
 def signal_command(src: Path, out: Path, model: Path, number: int) -> int:
     sizes = ("--size", "32", "--task-inputs", "2", "--workers", "1", "--device", "cpu")
-    child = in_child(lambda: command("cache", str(src), str(out), "--model", str(model), *sizes))
+
+    def run() -> int:
+        # of two images at most: these are of twelve tasks
+        hold_encoder(12)
+        return command("cache", str(src), str(out), "--model", str(model), *sizes)
+
+    child = in_child(run)
     wait_for_commits(out, 1, child)
     os.kill(child, number)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -17,6 +17,7 @@ import torch
 from cache_cases import index_rows, pixels, write_images
 from models import random_model
 from PIL import Image
+from waiting import HANG_SECONDS
 
 from capacitor_rt.cache import CacheRequest, Checkpoint, LatentDataset, RunOptions, cache_images, cache_views
 from capacitor_rt.cache.compare import compare
@@ -151,7 +152,7 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
 
 def drive(*args: object) -> str:
     command = [sys.executable, str(HERE / "kill_driver.py"), *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=2 * HANG_SECONDS)
     assert done.returncode == 0 and not done.stderr, done.stderr
     return done.stdout
 

@@ -375,8 +375,9 @@ class Coordinator:
     def _look_at_the_clock(self) -> None:
         now = time.monotonic()
         for number, seat in enumerate(self._seats):
-            since = float(self._memory.since[number])
+            # a worker notes the time first: of an image that is begun meanwhile this may be that of the next one
             ordinal = int(self._memory.inputs[number])
+            since = float(self._memory.since[number])
             if ordinal >= 0 and since > 0 and seat.late is None and now - since > self._image_timeout:
                 seat.late = ordinal
                 with suppress(OSError):

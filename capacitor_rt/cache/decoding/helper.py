@@ -89,10 +89,10 @@ class Helper:
 
     def end(self) -> None:
         """End it, and its workers with it."""
-        self.control.close()
         if not self._is_set_up:
             # it has no workers, and may be importing yet
             self._process.kill()
+        self.control.close()
         try:
             self._process.wait(_CLOSE_SECONDS)
         except subprocess.TimeoutExpired:
