@@ -134,9 +134,9 @@ def in_child(function) -> int:
         os._exit(code)
 
 
-def cache_all(src: Path, out: Path, model: FullCapacitor, how: frozenset[str]) -> Report:
+def cache_all(src: Path, out: Path, model: FullCapacitor, how: frozenset[str], **more: float) -> Report:
     """A run in this process."""
-    options = RunOptions(workers=0, progress=False, update="update" in how)
+    options = RunOptions(workers=0, progress=False, update="update" in how, **more)
     if "views" in how:
         return cache_views(src, out, model, VIEWS, note=str, options=options)
     return cache_images(src, out, model, REQUEST, options=options)
@@ -150,7 +150,8 @@ def cache_at_leisure(src: Path, out: Path, model: FullCapacitor, how: frozenset[
     if "compact" in how:
         compact(out)
         return 3
-    return cache_all(src, out, model, how).exit_code
+    # a lease whose taker was killed before it wrote its name is waited for; no other process is at work
+    return cache_all(src, out, model, how, stale=1.0, heartbeat=0.2).exit_code
 
 
 Rows = tuple[int, dict[str, bytes]]
