@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from bench_contenders import DyingOpBench
+from waiting import HANG_SECONDS
 
 from bench import _cases as cases
 from bench import _correctness, _timing, gpu, kernels
@@ -36,7 +37,7 @@ def case_of(op: str, images: cases.Images = cases.TINY_IMAGES[0]) -> cases.Case:
 def run(command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     line = [sys.executable, "-m", "bench", command, *arguments]
-    return subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=2 * HANG_SECONDS)
 
 
 @pytest.fixture
@@ -240,12 +241,16 @@ def test_gpu_command_refuses(refusal, tmp_path, arguments, message):
 
 @pytest.mark.parametrize(
     ("program", "limit", "status", "code"),
-    [("pass", 60, "ok", 0), ("raise SystemExit(3)", 60, "failed", 1), ("import time; time.sleep(60)", 1, "timeout", 1)],
+    [
+        ("pass", 600, "ok", 0),
+        ("raise SystemExit(3)", 600, "failed", 1),
+        ("import time; time.sleep(600)", 1, "timeout", 1),
+    ],
 )
 def test_gpu_command_reports_how_stages_end(tmp_path, monkeypatch, program, limit, status, code):
     stage = gpu.Stage("tests", ("-c", program), "tests.log", limit)
     monkeypatch.setattr(gpu, "stages", lambda *_: (stage,))
-    assert gpu.main(["--out", str(tmp_path), "--device", "cpu"]) == code
+    assert gpu.main(["--out", str(tmp_path), "--device", "cpu", "--minutes", "60"]) == code
     assert json.loads((tmp_path / "summary.json").read_text())[0]["status"] == status
 
 

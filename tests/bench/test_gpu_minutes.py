@@ -7,17 +7,17 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from bench_lines import GPU, call, ceilings, check, write
+from waiting import HANG_SECONDS, runs, until
 
-from bench import gpu
+from bench import _processes, gpu
 from bench._records import append_line, read_lines
 
 OK = ("-c", "import sys; print(*sys.argv[1:])")
-SLOW = ("-c", "import time; time.sleep(60)")
+SLOW = ("-c", f"import time; time.sleep({HANG_SECONDS})")
 
 
 @pytest.fixture
@@ -32,7 +32,8 @@ def run(tmp_path, monkeypatch):
     return run
 
 
-def test_a_paced_stage_is_told_its_minutes(run):
+def test_a_paced_stage_is_told_its_minutes(run, monkeypatch):
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: 1000.0)
     code, found = run(gpu.Stage("model", OK, "m.log", 600, share=3, pace=0.75), gpu.Stage("cache", OK, "c.log", 600))
     flag, minutes = found["model"]["detail"].split()
     # three quarters of eight minutes, and of these what the stage may begin in
@@ -40,7 +41,9 @@ def test_a_paced_stage_is_told_its_minutes(run):
     assert found["cache"]["detail"] == ""
 
 
-def test_unused_time_goes_to_later_stages(run):
+def test_unused_time_goes_to_later_stages(run, monkeypatch):
+    # however long the first takes to start and to end
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: 1000.0)
     stages = [gpu.Stage(name, OK, f"{name}.log", 600, pace=0.75) for name in ("model", "flux2")]
     _, found = run(*stages)
     first, second = (float(found[name]["detail"].split()[1]) for name in ("model", "flux2"))
@@ -73,7 +76,7 @@ def test_the_summary_has_the_published_rows(run, tmp_path, capsys):
 def test_a_disagreement_is_told_first_and_stops_nothing(run, tmp_path, capsys):
     rows = [check("expand 2x16x16"), check("grn 2x16x16", ok=False, problem="the error is 31 times its bound")]
     write(tmp_path / "correctness.jsonl", *rows)
-    failing = gpu.Stage("correctness", ("-c", "print('1 of 2 checks disagree'); raise SystemExit(1)"), "c.log", 60)
+    failing = gpu.Stage("correctness", ("-c", "print('1 of 2 checks disagree'); raise SystemExit(1)"), "c.log", 600)
     code, found = run(failing, gpu.Stage("model", OK, "m.log", 600))
     assert code == 1 and found["correctness"]["status"] == "failed" and found["model"]["status"] == "ok"
     assert found["correctness"]["rows"][1] == {
@@ -105,35 +108,32 @@ time.sleep(600)
 """
 
 
-def gone(pid: int) -> bool:
-    """Within a moment."""
-    for _ in range(100):
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-        except (FileNotFoundError, ProcessLookupError):
-            return True
-        if state == "Z":
-            return True
-        time.sleep(0.05)
-    return False
-
-
-def test_a_stage_that_is_ended_leaves_readable_files_and_no_processes(run, tmp_path):
+def test_a_stage_that_is_ended_leaves_readable_files_and_no_processes(run, tmp_path, monkeypatch):
     out, pid = tmp_path / "model.jsonl", tmp_path / "pid"
+
+    def wait(command, seconds: float) -> int | None:
+        # its time is up as soon as it has written all that it will, and not before
+        if not pid.exists() or not pid.read_text():
+            until(lambda: command.poll() is not None or (pid.exists() and pid.read_text()))
+            seconds = 0.01
+        return waited(command, seconds)
+
+    waited = _processes.Command.wait
+    monkeypatch.setattr(_processes.Command, "wait", wait)
     line = call("model", "ours", 7.25)
     program = WRITES.format(root=str(gpu.Path(gpu.__file__).parents[1]), out=str(out), line=line, pid=str(pid))
-    code, found = run(gpu.Stage("model", ("-c", program), "m.log", 9))
+    code, found = run(gpu.Stage("model", ("-c", program), "m.log", 600))
     assert (code, found["model"]["status"]) == (0, "timeout")
     # the half line is no line, and the next one does not stick to it
     assert out.read_text().endswith('{"bench": "mod') and read_lines(out) == [line]
     append_line(out, line | {"ms": 8.0})
     assert [x["ms"] for x in read_lines(out)] == [7.25, 8.0]
-    assert gone(int(pid.read_text()))
+    until(lambda: not runs(int(pid.read_text())))
 
 
 @pytest.mark.parametrize("how", ["os.abort()", "os.kill(os.getpid(), 9)"])
 def test_a_stage_that_crashes_loses_no_other(run, how):
-    crash = gpu.Stage("kernels", ("-c", f"import os; print('row'); {how}"), "k.log", 60)
+    crash = gpu.Stage("kernels", ("-c", f"import os; print('row'); {how}"), "k.log", 600)
     code, found = run(crash, gpu.Stage("model", OK, "m.log", 600))
     assert code == 1 and found["model"]["status"] == "ok"
     assert found["kernels"]["status"] == "failed" and "ended by signal" in found["kernels"]["detail"]
@@ -142,7 +142,7 @@ def test_a_stage_that_crashes_loses_no_other(run, how):
 def test_a_benchmark_without_its_package_is_skipped(run):
     says = "print('caching not measured: pillow not installed')"
     code, found = run(
-        gpu.Stage("cache", ("-c", says), "c.log", 60), gpu.Stage("model", ("-c", "import nope"), "m.log", 9)
+        gpu.Stage("cache", ("-c", says), "c.log", 600), gpu.Stage("model", ("-c", "import nope"), "m.log", 600)
     )
     assert (found["cache"]["status"], found["cache"]["detail"]) == (
         "skipped",
@@ -162,12 +162,10 @@ def test_the_command_ends_what_it_started_when_it_is_asked_to_end(tmp_path):
         f"sys.exit(gpu.main(['--out', {str(tmp_path)!r}, '--device', 'cpu']))"
     )
     command = subprocess.Popen([sys.executable, "-c", program], cwd=Path(gpu.__file__).parents[1])
-    for _ in range(1200):
-        if pid.is_file() and pid.read_text():
-            break
-        time.sleep(0.05)
+    until(lambda: command.poll() is not None or (pid.is_file() and pid.read_text()))
     os.kill(command.pid, signal.SIGTERM)
-    assert command.wait(60) == 128 + signal.SIGTERM and gone(int(pid.read_text()))
+    assert command.wait(HANG_SECONDS) == 128 + signal.SIGTERM
+    until(lambda: not runs(int(pid.read_text())))
 
 
 def test_stages_are_in_order_of_value(tmp_path):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import gpu_marks
 import pytest
+from waiting import HANG_SECONDS
 
 from bench import _gpu_tests as gpu_tests
 from bench._gpu_tests import TestFile
@@ -63,7 +65,7 @@ def test_no_gpu_test_is_forgotten(pytestconfig):
         found = pytestconfig.stash[gpu_marks.FILES]
     else:
         command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
-        done = subprocess.run([*command, "tests"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+        done = subprocess.run([*command, "tests"], cwd=ROOT, capture_output=True, text=True, timeout=2 * HANG_SECONDS)
         found = {line.partition("::")[0] for line in done.stdout.splitlines() if "::" in line}
     assert len(found) > 10 and found <= {*names("gpu")}, found
 
@@ -73,7 +75,7 @@ def test_a_bare_machine_runs_what_needs_no_more(bare, tmp_path):
     command = [sys.executable, "-m", "bench._gpu_tests", "--out", str(tmp_path), "--device", "cpu"]
     for name in files:
         command += ["--file", name]
-    done = subprocess.run(command, cwd=ROOT, env=bare, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=bare, capture_output=True, text=True, timeout=2 * HANG_SECONDS)
     assert done.returncode == 0, done.stdout + done.stderr
     found = {(line["file"], line["which"]): line for line in read_lines(tmp_path / "tests.jsonl")}
     cache = found["tests/cache/test_cache_gpu.py", "gpu"]
@@ -98,7 +100,9 @@ def test_plain_pytest_runs_the_gpu_tests_of_a_bare_machine(bare):
     def run(*more: str) -> subprocess.CompletedProcess[str]:
         # the plugins that are absent are registered all the same
         environment = bare | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-        return subprocess.run([*command, *more], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        return subprocess.run(
+            [*command, *more], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=2 * HANG_SECONDS
+        )
 
     done = run("-m", "gpu", *files)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -114,7 +118,7 @@ def test_plain_pytest_runs_the_gpu_tests_of_a_bare_machine(bare):
 def run(tmp_path):
     """Run files with this text; gives results by name."""
 
-    def run(seconds: float = 60.0, **texts: str) -> dict[str, gpu_tests.FileResult]:
+    def run(seconds: float = 3600.0, **texts: str) -> dict[str, gpu_tests.FileResult]:
         files = []
         for name, text in texts.items():
             path = tmp_path / f"test_{name}.py"
@@ -152,7 +156,10 @@ def test_how_files_end(run, tmp_path):
 
 
 def test_a_hang_costs_its_file_and_its_log_says_where(run, tmp_path, monkeypatch):
+    # what tells where it hangs comes after a third of the time; the time is up when that is written, and not before
     monkeypatch.setattr(gpu_tests, "FILE_SECONDS", 9.0)
+    hangs = property(lambda command: 10.0 if re.search("in test_b$", command.log.read_text(), re.M) else 0.0)
+    monkeypatch.setattr(gpu_tests.Command, "seconds", hangs)
     hang = "import time\n\ndef test_a(): pass\n\ndef test_b(): time.sleep(600)\n"
     found = run(hangs=hang, passes="def test_a(): pass\n")
     assert (found["hangs"].status, found["passes"].status) == ("timeout", "ok")

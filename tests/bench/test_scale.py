@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from bench import scale
+from bench import _memory, scale
 from bench._memory import watched
 from capacitor_rt.errors import ImageError
 from capacitor_rt.images.geometry import Size
@@ -24,18 +24,32 @@ def test_growth_is_from_a_fifth_of_the_run_to_its_end():
     assert scale.growth(flat) == (0, 0)
 
 
-def test_memory_is_that_of_all_processes_and_what_they_share_counts_once(tmp_path):
+def test_memory_is_that_of_all_processes_and_what_they_share_counts_once(tmp_path, monkeypatch):
+    ready, seen = tmp_path / "ready", tmp_path / "seen"
     code = f"""
-import json, os, time
+import json, os, pathlib, time
 held = bytearray(os.urandom(1)) * {60 * MB}
 child = os.fork()
 if not child:
     own = bytearray(os.urandom(1)) * {30 * MB}
-    time.sleep(1.5)
+    pathlib.Path({str(ready)!r}).touch()
+    while not os.path.exists({str(seen)!r}):
+        time.sleep(0.01)
     os._exit(0)
 os.waitpid(child, 0)
 print("said"); print(json.dumps(dict(a=1)))
 """
+    resident, looks = _memory.resident, []
+
+    def looked(pid: int) -> int:
+        """Both processes stay as they are until they have been looked at together."""
+        looks.append(ready.exists())
+        nbytes = resident(pid)
+        if sum(looks) >= 4:
+            seen.touch()
+        return nbytes
+
+    monkeypatch.setattr(_memory, "resident", looked)
     said = []
     found = watched(["-c", code], 0.1, said.append)
     assert found["result"] == {"a": 1} and said == ["said"]

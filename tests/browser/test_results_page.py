@@ -178,7 +178,10 @@ def test_policy_stops_what_would_slip_through(browser, results):
     )
     assert page.evaluate("window.owned") is None
     page.evaluate("document.body.append(Object.assign(new Image(), { src: 'https://127.0.0.1:1/x.png' }))")
-    page.wait_for_timeout(100)
+    for _ in range(600):
+        if any("img-src" in text for text in visit.complaints):
+            break
+        page.wait_for_timeout(100)
     visit.context.close()
     assert any("img-src" in text for text in visit.complaints)
 

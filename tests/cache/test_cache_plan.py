@@ -359,7 +359,7 @@ def test_pyarrow_is_loaded_when_a_cache_is_opened_and_not_before():
         import capacitor_rt.cache.verify
         sys.exit(any(m.split(".")[0] in ("pyarrow", "xxhash") for m in sys.modules))
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=600)
 
 
 def test_an_edited_model_is_another_one():

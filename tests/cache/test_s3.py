@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import io
 import os
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,24 +21,37 @@ for module, extra in (("s3fs", "s3"), ("moto", "test"), ("flask", "test"), ("fla
     pytest.importorskip(module, reason=f"{module} is not installed: pip install '.[{extra}]'")
 
 
+# at a port that is free then, until whoever started it is gone
+SERVER = """
+import sys
+from moto.server import ThreadedMotoServer
+server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+server.start()
+print(server.get_host_and_port()[1], flush=True)
+sys.stdin.read()
+"""
+
+
 @pytest.fixture(scope="module")
 def bucket():
     """A bucket with images, tar and Parquet files; its file system."""
     import s3fs
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (("ACCESS_KEY_ID", "test"), ("SECRET_ACCESS_KEY", "test"), ("DEFAULT_REGION", "us-east-1")):
             patch.setenv(f"AWS_{name}", value)
-        # which the decode workers see as well
-        patch.setenv("AWS_ENDPOINT_URL", url)
-        server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ)
+        server = subprocess.Popen(
+            [sys.executable, "-c", SERVER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=os.environ,
+        )
         try:
-            _wait_for(url, server)
+            # it answers by then
+            port = int(server.stdout.readline())
+            # which the decode workers see as well
+            patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
             s3fs.S3FileSystem.clear_instance_cache()
             store = s3fs.S3FileSystem()
             store.mkdir("photos")
@@ -56,21 +65,8 @@ def bucket():
             yield store
         finally:
             server.kill()
-            server.wait()
+            server.communicate()
             s3fs.S3FileSystem.clear_instance_cache()
-
-
-def _wait_for(url, server):
-    for _ in range(300):
-        assert server.poll() is None, "moto has ended"
-        try:
-            urllib.request.urlopen(url, timeout=1)
-            return
-        except urllib.error.HTTPError:
-            return
-        except OSError:
-            time.sleep(0.1)
-    raise AssertionError("moto does not answer")
 
 
 @pytest.mark.parametrize(

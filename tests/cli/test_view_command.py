@@ -208,11 +208,11 @@ def test_serving_ends_with_an_interrupt(world, tmp_path):
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
             url = process.stderr.readline().split()[0]
-            with urllib.request.urlopen(url, timeout=60) as answer:
+            with urllib.request.urlopen(url, timeout=600) as answer:
                 assert b"capacitor_rt" in answer.read()
         finally:
             process.send_signal(signal.SIGINT)
-            end = threading.Timer(60, process.kill)
+            end = threading.Timer(600, process.kill)
             end.start()
         assert process.wait() == 0
         end.cancel()

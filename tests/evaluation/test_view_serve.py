@@ -37,7 +37,7 @@ def server(folder):
 
 
 def ask(server, path, host=None, method="GET"):
-    connection = HTTPConnection("127.0.0.1", server.server_port, timeout=60)
+    connection = HTTPConnection("127.0.0.1", server.server_port, timeout=600)
     connection.putrequest(method, path, skip_host=True)
     for value in [f"127.0.0.1:{server.server_port}"] if host is None else host:
         connection.putheader("Host", value)

@@ -21,8 +21,10 @@ from capacitor_rt.errors import CapacitorError
 TAKEN, REFUSED = "taken", "refused"
 # of one mutant, CPU time, so that a busy machine finds nothing; a refusal is quicker than what is taken
 SECONDS, REFUSAL_SECONDS = 2.0, 1.0
-# on the clock, for what waits
-WAIT_SECONDS = 10.0
+# that `pace` takes on the machine that these are the limits of: a slower one has more, a faster one no less
+PACE_SECONDS = 0.0045
+# on the clock, for what waits: a busy machine does not take so long
+WAIT_SECONDS = 120.0
 PEAK_BYTES = 200 << 20
 # of address space, above the peak that is asked for, so that a breach is seen and not answered by MemoryError
 ADDRESS_BYTES = 8 << 30
@@ -149,6 +151,7 @@ def _work(surface: Surface, seed: int, batch: list[int], folder: Path, send: int
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         limit = _status("VmSize") + ADDRESS_BYTES
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        slowness = max(1.0, min(pace() for _ in range(5)) / PACE_SECONDS)
         with os.fdopen(send, "wb", buffering=0) as results:
             for number in batch:
                 place = folder / str(number)
@@ -156,7 +159,7 @@ def _work(surface: Surface, seed: int, batch: list[int], folder: Path, send: int
                 try:
                     what = surface.write(seed, number, place)
                     results.write(pickle.dumps(what))
-                    verdict = _read(surface, number, what, place)
+                    verdict = _read(surface, number, what, place, slowness)
                 except Exception as error:
                     verdict = Verdict(number, "?", f"no mutant: {_raw(error)}")
                 results.write(pickle.dumps(verdict))
@@ -168,11 +171,19 @@ def _work(surface: Surface, seed: int, batch: list[int], folder: Path, send: int
         os._exit(code)
 
 
-def _read(surface: Surface, number: int, what: str, place: Path) -> Verdict:
+def pace() -> float:
+    """CPU seconds of a loop that is always the same."""
+    start, total = time.process_time(), 0
+    for i in range(200_000):
+        total += i % 7
+    return time.process_time() - start
+
+
+def _read(surface: Surface, number: int, what: str, place: Path, slowness: float) -> Verdict:
     before = _reset_peak()
     start = time.process_time()
     # not handled, so that it also ends code that never comes back to the interpreter
-    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS * slowness)
     signal.setitimer(signal.ITIMER_REAL, WAIT_SECONDS)
     try:
         surface.read(place)
@@ -184,7 +195,7 @@ def _read(surface: Surface, number: int, what: str, place: Path) -> Verdict:
     signal.setitimer(signal.ITIMER_PROF, 0)
     signal.setitimer(signal.ITIMER_REAL, 0)
     seconds, peak = time.process_time() - start, _status("VmHWM") - before
-    if outcome == REFUSED and seconds > REFUSAL_SECONDS:
+    if outcome == REFUSED and seconds > REFUSAL_SECONDS * slowness:
         outcome = f"refused after {seconds:.1f} s"
     if outcome == REFUSED and peak > PEAK_BYTES:
         outcome = f"refused after {peak >> 20} MiB"

@@ -120,7 +120,7 @@ def ask(hub, home: Path, *calls, stderr: list[str] | None = None, **env) -> list
         capture_output=True,
         text=True,
         env=environment_of(hub, home) | env,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     if stderr is not None:

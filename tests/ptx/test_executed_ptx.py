@@ -20,7 +20,7 @@ NOTICED = 0.9
 def _run(*arguments: str) -> str:
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.ptx", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     failed = [line for line in done.stdout.splitlines() if line.startswith("FAIL")]
     assert done.returncode == 0 and not failed, "\n".join(failed) or done.stderr[-4000:]
     return done.stdout
@@ -123,5 +123,5 @@ def test_a_wrong_golden_output_fails(tmp_path):
 def test_it_refuses_to_compile_under_the_interpreter():
     command = [sys.executable, "-m", "tests.ptx", "--units"]
     env = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 2 and "unset it" in done.stderr

@@ -67,7 +67,7 @@ class Visit:
 
     def __init__(self, browser: Any, **options: Any):
         self.context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}} | options)
-        self.context.set_default_timeout(15_000)
+        self.context.set_default_timeout(120_000)
         self.complaints: list[str] = []
         self.requests: list[str] = []
 
@@ -137,5 +137,6 @@ def page_at(index: Path, **state: object) -> str:
 
 def address(page: Any) -> dict[str, str]:
     """What the address of a page says of what it shows."""
-    page.wait_for_timeout(200)
+    # timers of the page that were set before end before this one, however slow it is
+    page.evaluate("() => new Promise((done) => setTimeout(done, 200))")
     return {key: values[0] for key, values in parse_qs(urlsplit(page.url).fragment).items()}

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from waiting import HANG_SECONDS
+
 FAULTS = ("SlowDown", "InternalError", "AccessDenied", "NoSuchKey", "reset", "short", "refused")
 _STATUS = {"SlowDown": 503, "InternalError": 500, "AccessDenied": 403, "NoSuchKey": 404}
 _BODY = "<?xml version='1.0'?><Error><Code>{0}</Code><Message>{0}</Message></Error>"
@@ -58,7 +60,7 @@ def proxy(port: int) -> Iterator[Faults]:
             if fault in _STATUS:
                 self.reply(_STATUS[fault], [("Content-Type", "application/xml")], _BODY.format(fault).encode())
                 return
-            server = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+            server = http.client.HTTPConnection("127.0.0.1", port, timeout=HANG_SECONDS)
             server.request(self.command, self.path, body, dict(self.headers))
             found = server.getresponse()
             data = found.read()
