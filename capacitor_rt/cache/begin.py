@@ -14,7 +14,6 @@ import torch
 from ..errors import CacheError
 from ..images.load import View
 from .accounts import account, is_current
-from .commits import read_log
 from .decoding import DecodePool, usable_cores
 from .dtype_costs import DtypeCost, describe, measure_dtypes
 from .folder import CacheFolder
@@ -29,9 +28,7 @@ from .report import Report
 from .resizing import RECORD_BYTES
 from .retry import quarantined, reopen, try_again
 from .reuse import Reuse
-from .shared_files import SharedFiles
-from .soundness import Soundness
-from .store import TaskStore, repair_hint
+from .store import TaskStore
 from .task_queue import remove_stale
 from .update import reuse_for
 
@@ -108,7 +105,7 @@ def begun(
                 prepared.source.listing.save(folder, prepared.plan.source_name)
         store = TaskStore(folder, plan, mutex, leases, prepared.source.listing)
         store.is_draft = not is_current(folder, plan)
-        for line in prepared.notes + _check(store, tasks):
+        for line in prepared.notes + store.settle(tasks):
             note(line)
         if options.retry_quarantined:
             note(_retry(prepared, store, workers, options))
@@ -134,49 +131,6 @@ def _measure(prepared: PreparedRun, options: RunOptions, note: Callable[[str], N
     for line in describe(count, costs, dtype):
         note(line)
     return costs
-
-
-def _check(store: TaskStore, tasks: list[Task]) -> list[str]:
-    """Refuse to build on damage; forget what is committed and gone. Notes for the user."""
-    log = read_log(store.folder, store.plan)
-    notes = []
-    if log.bad:
-        lines = ", ".join(map(str, log.bad[:5]))
-        notes.append(f"line {lines} of {store.folder.path / store.plan.log_name} is damaged and counts as lost")
-    for number in [n for n in store.commits if n >= len(tasks)]:
-        raise CacheError(
-            f"{store.folder.path / store.plan.log_name} has task {number}, and the plan has {len(tasks)} tasks: "
-            + repair_hint(store.folder)
-        )
-    damaged: dict[int, str] = {}
-    gone = []
-    shared = SharedFiles(store.folder, store.plan, Soundness(store.folder, store.stamps))
-    if shared.problem is not None:
-        raise CacheError(shared.problem)
-    for task in [task for task in tasks if task.number in store.commits]:
-        if store.is_gone(task):
-            gone.append(task.number)
-        elif problem := store.check(task, shared):
-            damaged[task.number] = problem
-    for file in shared.used():
-        if problem := shared.problem_of(file):
-            damaged |= dict.fromkeys(shared.tasks[file.stem], problem)
-        else:
-            shared.sound.note(file)
-    # only now: rows that lie in a damaged file were not compared
-    store.vouch(number for number in store.commits if number not in damaged and number not in gone)
-    if damaged and store.is_draft:
-        gone += sorted(damaged)
-        with store.mutex:
-            store.set_aside(sorted(damaged))
-        notes += [f"{why}: moved to damaged/ and done again" for why in dict.fromkeys(damaged.values())]
-    elif damaged:
-        found = list(dict.fromkeys(damaged.values()))
-        more = [f"and {len(found) - 5} more"] if len(found) > 5 else []
-        raise CacheError(f"{store.folder.path} is damaged: {repair_hint(store.folder)}", [*found[:5], *more])
-    if gone or log.bad:
-        store.forget(gone)
-    return notes
 
 
 def _reuse(prepared: PreparedRun, folder: CacheFolder, todo: list[Task], note: Callable[[str], None]) -> Reuse | None:

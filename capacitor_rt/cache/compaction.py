@@ -120,7 +120,7 @@ def _compact(
     plan = _planned(folder, mutex, current, kept)
     note(f"{counted(len(left), 'file')} of which less than {min_live:.0%} is needed: their rows are copied")
     with Leases(folder, mutex, plan.plan8) as leases:
-        _write(folder, mutex, leases, current, plan, left)
+        _write(folder, mutex, leases, current, plan, left, note)
     return len(left)
 
 
@@ -175,6 +175,7 @@ def _write(
     current: CachePlan,
     plan: CachePlan,
     left: Carried,
+    note: Callable[[str], None],
 ) -> None:
     listing = load_listing(folder, plan.source_name, plan.fields["source"]["sha256"])
     store = TaskStore(folder, plan, mutex, leases, listing)
@@ -183,6 +184,9 @@ def _write(
         remove_stale(folder, leases)
     commits = read_log(folder, current).commits
     tasks = plan_tasks(plan, listing.tasks(plan.task_inputs))
+    # what one that ended early has left
+    for line in store.settle(tasks):
+        note(line)
     for task in TaskQueue(store, tasks):
         table = read_index(folder, current, commits[task.number])
         store.write(task, _copied(folder, plan, table, current.stem(task.number), left))

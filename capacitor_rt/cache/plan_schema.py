@@ -13,11 +13,21 @@ from .parts import FLOATS, ITEM_SIZE
 FORMAT = "capacitor-latents/2"
 OLD_FORMAT = "capacitor-latents/1"
 KINDS = ("latents", "logsnr", "latents_flip", "logsnr_flip")
+RESERVED = frozenset(
+    (
+        *("input", "id", "status", "reason", "message", "bytes_hash", "width", "height", "orientation", "bucket"),
+        *("resize_height", "resize_width", "crop_top", "crop_left", "row", "row_hash", "min", "max", "mean", "std"),
+        *("file", *KINDS),
+    )
+)
+"""Names that an index has columns of, or a row tensors: nothing is kept under them."""
 
 _SIDE = Number(1, 1 << 24)
 _COUNT = Number(0, 2**48)
 _NUMBERS = ListOf(Number(-1e30, 1e30, whole=False), 1, 4096)
 COLUMN_TYPES = ("int64", "float64", "string", "bool")
+# of columns that have a meaning
+_COLUMNS = {"label": "int64", "caption": "string"}
 COLUMN_NAME = Text(r"[^\x00-\x1f/]{1,200}")
 PLAN_SCHEMA = Record(
     {
@@ -132,5 +142,9 @@ def _check_values(fields: dict[str, Any]) -> None:
     names = [column["name"] for column in fields["columns"]]
     if len(set(names)) < len(names):
         raise Invalid("a column is there twice")
+    for column in fields["columns"]:
+        name, kind = column["name"], column["type"]
+        if name in RESERVED or _COLUMNS.get(name, kind) != kind:
+            raise Invalid(f"a column {name!r} of type {kind} cannot be kept")
     if not fields["source"]["count"] >= fields["source"]["tasks"] >= 1:
         raise Invalid("source.tasks does not fit source.count")

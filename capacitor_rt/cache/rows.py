@@ -47,7 +47,7 @@ class Rows:
     Attributes:
         table: their columns in chunks of `CHUNK_ROWS`: `file` (position of the task among the committed ones; the
             files of earlier generations are numbered behind them, in the order of the list of them),
-            `number` (of the bucket in the plan), `row` (in the file's tensors of that bucket), `row_hash`, `id`, and
+            `bucket` (its number in the plan), `row` (in the file's tensors of that bucket), `row_hash`, `id`, and
             the kept columns.
         is_named: whether it can be opened again by its name.
     """
@@ -55,7 +55,7 @@ class Rows:
     def __init__(self, table: Any, is_named: bool):
         self.table = table
         self.is_named = is_named
-        self._places = [_numpy(table[name]) for name in ("file", "number", "row")]
+        self._places = [_numpy(table[name]) for name in ("file", "bucket", "row")]
         self._hashes = [np.frombuffer(c.buffers()[1], "V16") for c in table["row_hash"].chunks]
 
     def __len__(self) -> int:
@@ -148,7 +148,7 @@ def rows_schema(plan: CachePlan) -> Any:
     pa = require_extra("pyarrow")
     index = index_schema(plan.columns)
     kept = [index.field(column["name"]) for column in plan.columns]
-    fields = [pa.field(name, pa.int32(), nullable=False) for name in ("file", "number", "row")]
+    fields = [pa.field(name, pa.int32(), nullable=False) for name in ("file", "bucket", "row")]
     fields += [pa.field("row_hash", pa.binary(16), nullable=False), pa.field("id", pa.large_string(), nullable=False)]
     # 32-bit offsets would do for a chunk, and end at 2 GiB of texts in all
     return pa.schema([*fields, *(f.with_type(pa.large_string()) if f.type == pa.string() else f for f in kept)])
@@ -195,8 +195,7 @@ def _tables(folder: CacheFolder, plan: CachePlan, commits: Sequence[Commit], is_
         table = table.filter(is_ok(table))
         columns = {
             "file": pa.array(_files(table, number, stems, len(commits))),
-            "number": table["bucket"],
-            **{name: table[name] for name in schema.names[2:]},
+            **{name: table[name] for name in schema.names[1:]},
         }
         yield pa.table([columns[name] for name in schema.names], names=schema.names).cast(schema)
 
@@ -314,14 +313,14 @@ def _checked(file: FileIO, key: str, schema: Any, counts: Sequence[int], buckets
     lengths = [batch.num_rows for batch in table.to_batches()]
     if table.num_rows != sum(counts) or any(n != CHUNK_ROWS for n in lengths[:-1]):
         return None
-    if any(table[name].null_count for name in ("file", "number", "row", "row_hash", "id")):
+    if any(table[name].null_count for name in ("file", "bucket", "row", "row_hash", "id")):
         return None
     return table if _are_places(table, len(counts), buckets) else None
 
 
 def _are_places(table: Any, files: int, buckets: int) -> bool:
     """Whether every row has a file, a bucket and a row that there may be; the file of latents says whether it is so."""
-    most = {"file": files, "number": buckets, "row": 1 << 31}
+    most = {"file": files, "bucket": buckets, "row": 1 << 31}
     return all(
         not len(chunk) or (chunk.min() >= 0 and chunk.max() < stop)
         for name, stop in most.items()

@@ -100,6 +100,58 @@ class TaskStore:
             rewrite_log(self.folder, self.plan.log_name, kept)
             self.refresh()
 
+    def settle(self, tasks: Sequence[Task]) -> list[str]:
+        """Refuse to build on damage; forget what is committed and gone, and of a draft what is damaged.
+
+        Args:
+            tasks: all of the plan.
+
+        Returns:
+            Notes for the user.
+
+        Raises:
+            CacheError: something is damaged that something builds on, or the log has tasks that the plan has not.
+        """
+        log = read_log(self.folder, self.plan)
+        notes = []
+        if log.bad:
+            lines = ", ".join(map(str, log.bad[:5]))
+            notes.append(f"line {lines} of {self.folder.path / self.plan.log_name} is damaged and counts as lost")
+        for number in [n for n in self.commits if n >= len(tasks)]:
+            raise CacheError(
+                f"{self.folder.path / self.plan.log_name} has task {number}, and the plan has {len(tasks)} tasks: "
+                + repair_hint(self.folder)
+            )
+        damaged: dict[int, str] = {}
+        gone = []
+        shared = SharedFiles(self.folder, self.plan, Soundness(self.folder, self.stamps))
+        if shared.problem is not None:
+            raise CacheError(shared.problem)
+        for task in [task for task in tasks if task.number in self.commits]:
+            if self.is_gone(task):
+                gone.append(task.number)
+            elif problem := self.check(task, shared):
+                damaged[task.number] = problem
+        for file in shared.used():
+            if problem := shared.problem_of(file):
+                damaged |= dict.fromkeys(shared.tasks[file.stem], problem)
+            else:
+                shared.sound.note(file)
+        # only now: rows that lie in a damaged file were not compared
+        self.vouch(number for number in self.commits if number not in damaged and number not in gone)
+        if damaged and self.is_draft:
+            gone += sorted(damaged)
+            with self.mutex:
+                self.set_aside(sorted(damaged))
+            notes += [f"{why}: moved to damaged/ and done again" for why in dict.fromkeys(damaged.values())]
+        elif damaged:
+            found = list(dict.fromkeys(damaged.values()))
+            more = [f"and {len(found) - 5} more"] if len(found) > 5 else []
+            raise CacheError(f"{self.folder.path} is damaged: {repair_hint(self.folder)}", [*found[:5], *more])
+        if gone or log.bad:
+            self.forget(gone)
+        return notes
+
     def check(self, task: Task, shared: SharedFiles) -> str | None:
         """What is wrong with a committed task, None if it is sound.
 

@@ -204,3 +204,25 @@ def test_rows_that_inputs_share_and_rows_of_integers(tmp_path, dtype):
     with CacheFolder(out) as folder:
         plan = load_plan(folder)
         assert sum(commit.rows for commit in read_log(folder, plan).commits.values()) == 3
+
+
+def test_damage_of_what_one_that_ended_early_has_left_is_done_again(places, tmp_path, monkeypatch):
+    _, out = places
+    from capacitor_rt.cache import compaction
+
+    whole = Path(shutil.copytree(out, tmp_path / "whole"))
+    compact(whole)
+    with monkeypatch.context() as patch:
+        patch.setattr(compaction, "account", lambda store, tasks: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            compact(out)
+    with CacheFolder(whole) as folder:
+        plan8 = load_plan(folder).plan8
+    victim = max(out.glob(f"tasks/{plan8}-*"), key=lambda p: p.stat().st_size)
+    data = bytearray(victim.read_bytes())
+    data[-3] ^= 1
+    victim.write_bytes(data)
+    notes = []
+    assert compact(out, note=notes.append) > 0 and any("moved to damaged/" in line for line in notes)
+    assert not verify(out).problems and same(rows_of(out), rows_of(whole))
+    assert victim.read_bytes() == (whole / "tasks" / victim.name).read_bytes()

@@ -66,7 +66,7 @@ def test_the_table_is_made_once_and_says_what_the_index_says(root, monkeypatch):
     assert contents(copy) == before and list(copy.ids) == list(first.ids)
     assert copy.column("caption").to_pylist() == [e["caption"] for e in kept]
     np.testing.assert_array_equal(copy.bucket_numbers, first.bucket_numbers)
-    fixed = sum(again._rows.table[name].nbytes for name in ("file", "number", "row", "row_hash"))
+    fixed = sum(again._rows.table[name].nbytes for name in ("file", "bucket", "row", "row_hash"))
     assert fixed == 28 * len(again)
 
 

@@ -314,6 +314,19 @@ def test_labels_captions_and_columns_of_a_table(classes, tmp_path, kind):
     assert kept == (["2.5", "2.5", "3.5", "0.5"] if kind == "csv" else [2.5, 2.5, 3.5, 0.5])
 
 
+def test_columns_may_have_any_name_but_those_of_the_index(classes, tmp_path):
+    path, names = tmp_path / "table.json", ("number", "rows", "n\u00e9")
+    path.write_text(
+        json.dumps({name: {"label": at, **dict.fromkeys(names, at)} for at, (name, *_) in enumerate(TABLE)})
+    )
+    run(classes, tmp_path / "out", labels=str(path), keep=names)
+    dataset = LatentDataset(tmp_path / "out")
+    assert [dataset.column(name).to_pylist() for name in names] == [[2, 1, 0, 3]] * 3 and dataset[0]["number"] == 2
+    for name in ("row", "latents_flip", "logsnr_scale", "label"):
+        with pytest.raises(InputError, match=f"column '{name}' cannot be kept under that name"):
+            ColumnsRequest(keep=(name,))
+
+
 def test_labels_that_are_names_are_numbered_in_their_order(classes, tmp_path):
     path = tmp_path / "labels.json"
     path.write_text(json.dumps({name: text for name, _, text in TABLE} | {"ant/000.png": "c"}))

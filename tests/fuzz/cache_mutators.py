@@ -305,7 +305,7 @@ def row_table(cache: Path, rng: random.Random) -> str:
     data = contents(path)
     fields = json.loads(data[:HEAD].removeprefix(MAGIC).partition(b"\n")[0])
     table = pa.ipc.open_file(pa.py_buffer(data[HEAD:])).read_all()
-    name, at = rng.choice(("file", "number", "row")), rng.randrange(len(table))
+    name, at = rng.choice(("file", "bucket", "row")), rng.randrange(len(table))
     values = table[name].to_pylist()
     # another row of the file, rather than none, is for its writer to answer for, as is an index of other contents
     values[at] = rng.choice((-1, -(2**31)) if name == "row" else (-1, -(2**31), 2**31 - 1, 999, len(table)))

@@ -13,17 +13,14 @@ from typing import Any
 from ...errors import CacheError, InputError
 from ...images.scan import path_to_id
 from ...strict_json import open_regular
+from ..parts import OFFSET, SCALE
+from ..plan_schema import KINDS, RESERVED
 from .listing import Listing, examples
 from .tables import CAPTION, CAPTIONS, LABEL, MAX_CAPTION, Table, parse_json, text_of
 
 MAX_LABEL_NAME = 4096
-RESERVED = frozenset(
-    (
-        *("input", "id", "status", "reason", "message", "bytes_hash", "width", "height", "orientation", "bucket"),
-        *("resize_height", "resize_width", "crop_top", "crop_left", "row", "row_hash", "min", "max", "mean", "std"),
-        *("file", "latents", "logsnr", "latents_flip", "logsnr_flip", LABEL, CAPTION),
-    )
-)
+# by their own options, and of what `raw` rows of int8 hold
+_TAKEN = {*RESERVED, LABEL, CAPTION, *(f"{kind}{suffix}" for kind in KINDS for suffix in (SCALE, OFFSET))}
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,7 @@ class ColumnsRequest:
 
     def __post_init__(self) -> None:
         for name in self.keep:
-            if name in RESERVED or "/" in name or not name.isprintable() or not 0 < len(name) <= 200:
+            if name in _TAKEN or "/" in name or not name.isprintable() or not 0 < len(name) <= 200:
                 raise InputError(f"column {name!r} cannot be kept under that name: rename it in the source")
         if len(set(self.keep)) < len(self.keep):
             raise InputError(f"keep names a column twice: {', '.join(self.keep)}")
