@@ -30,7 +30,7 @@ def test_a_cache_that_believes_everything_is_found():
     """The mutants can fail: with stamps that vouch for any file a run ends well over wrong latents."""
     code = (
         "import sys; from capacitor_rt.cache.stamps import Stamps; Stamps.vouch = lambda *_: True\n"
-        "sys.argv = ['fuzz', '--surface', 'caches', '--mutants', '50', '--seed', '5']\n"
+        "sys.argv = ['fuzz', '--surface', 'caches', '--mutants', '15', '--seed', '5', '--first', '200']\n"
         "from tests.fuzz.__main__ import main; sys.exit(main())"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
