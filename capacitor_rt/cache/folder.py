@@ -92,13 +92,14 @@ class CacheFolder:
         while self._fds:
             os.close(self._fds.popitem()[1])
 
-    def at(self, name: str, *, make: bool = False) -> tuple[int, str]:
-        """Descriptor of the folder that holds `name`, and the name in it. `make` creates a missing subfolder."""
+    def at(self, name: str, *, make: bool = False, sync: bool = True) -> tuple[int, str]:
+        """Descriptor of the folder that holds `name`, and the name in it. `make` creates a missing subfolder and, with
+        `sync`, waits until that is on disk."""
         folder, _, base = name.rpartition("/")
         assert base not in ("", ".", "..") and folder in ("", *SUBFOLDERS), name
-        return self._folder(folder, make), base
+        return self._folder(folder, make, sync), base
 
-    def _folder(self, name: str, make: bool) -> int:
+    def _folder(self, name: str, make: bool, sync: bool = True) -> int:
         if name in self._fds:
             # one that another process has removed meanwhile is empty for ever, whatever has its name now
             if not name or os.fstat(self._fds[name]).st_nlink:
@@ -109,7 +110,8 @@ class CacheFolder:
             if make:
                 with suppress(FileExistsError):
                     os.mkdir(name, 0o777, dir_fd=root)
-                    os.fsync(root)
+                    if sync:
+                        os.fsync(root)
             self._fds[name] = os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=root)
         except FileNotFoundError:
             raise
@@ -131,15 +133,26 @@ class CacheFolder:
     def open(self, name: str, flags: int = _READ, mode: int = 0o644) -> FileIO:
         """An unbuffered regular file."""
         if flags & os.O_CREAT:
-            for _ in range(_TRIES):
-                # whoever finds a subfolder empty may remove it before there is a file in it
+            for attempt in range(_TRIES):
+                # whoever finds a subfolder empty may remove it before there is a file in it, most of all while
+                # the disk is waited for: at a later try that comes last
                 with suppress(FileNotFoundError):
-                    return self._open(name, flags, mode)
+                    file = self._open(name, flags, mode, sync=not attempt)
+                    if attempt:
+                        self._sync_root(name, file)
+                    return file
         return self._open(name, flags, mode)
 
-    def _open(self, name: str, flags: int, mode: int) -> FileIO:
+    def _sync_root(self, name: str, file: FileIO) -> None:
+        try:
+            os.fsync(self._fds[""])
+        except OSError as e:
+            file.close()
+            raise write_error(self.path / name, e) from e
+
+    def _open(self, name: str, flags: int, mode: int, sync: bool = True) -> FileIO:
         writing = flags & os.O_ACCMODE != os.O_RDONLY
-        folder, base = self.at(name, make=bool(flags & os.O_CREAT))
+        folder, base = self.at(name, make=bool(flags & os.O_CREAT), sync=sync)
         try:
             fd = os.open(base, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, mode, dir_fd=folder)
         except FileNotFoundError:

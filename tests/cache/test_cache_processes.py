@@ -147,9 +147,30 @@ def test_a_folder_that_another_removes_before_there_is_a_file_in_it(tmp_path):
 
         thread = threading.Thread(target=remove)
         thread.start()
-        while time.monotonic() < end:
-            assert abs(leases._now() - time.time()) < HANG_SECONDS
-        thread.join()
+        try:
+            while time.monotonic() < end:
+                assert abs(leases._now() - time.time()) < HANG_SECONDS
+        finally:
+            thread.join()
+
+
+def test_a_folder_that_another_removes_whenever_the_disk_is_waited_for(tmp_path, monkeypatch):
+    """As on one busy core, where whoever waits for the disk lets the other run."""
+    (tmp_path / "out").mkdir()
+    with CacheFolder(tmp_path / "out") as folder, CacheFolder(tmp_path / "out") as other:
+        fsync, synced = os.fsync, []
+
+        def removed_meanwhile(fd: int) -> None:
+            other.remove_folder(LEASES)
+            fsync(fd)
+            synced.append(fd)
+
+        monkeypatch.setattr(os, "fsync", removed_meanwhile)
+        leases = Leases(folder, Mutex(folder), "0" * 8)
+        assert leases.take(3) and leases.holds(3)
+        # the folder that stayed, too
+        assert len(synced) == 2
+        leases.release(3)
 
 
 def test_an_untouched_lease_is_taken_over_and_its_holder_knows(leases, tmp_path):

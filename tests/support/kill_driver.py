@@ -171,8 +171,8 @@ def kill_until_done(src: Path, out: Path, kills: int, seed: int, how: frozenset[
     folders = [out / name for name in VIEWS] if "views" in how else [out]
     old = [(folder, rows_of(folder)) for folder in folders] if "update" in how else []
     while True:
-        # let it finish between none and three more tasks, then strike within the next one
-        before, more = commits(out), rng.randint(0, 3)
+        # let it finish between none and three more tasks (of few one), then strike within the next one
+        before, more = commits(out), rng.randint(0, 1 if "compact" in how else 3)
         most = more + 1 if len(died) < kills else None
         child = in_child(lambda most=most: cache_at_leisure(src, out, model, how, most))
         if most is not None:
