@@ -321,7 +321,7 @@ def wrong_samples(path: Path, wanted: dict[str, dict[str, Any]]) -> str:
         if (row := wanted.get(told["id"])) is None:
             return f"{told['id']} was not cached"
         values = {"label": int(members[f"{key}.cls"]), "caption": members[f"{key}.txt"].decode()}
-        values |= {name: told[name] for name in ("n", "score", "good", "who") if name in row}
+        values |= {name: told.get(name) for name in ("n", "score", "good", "who") if name in row}
         missing = {"n": -1, "good": False, "who": ""}
         for name, value in values.items():
             if value is None and name == "score":
