@@ -48,6 +48,9 @@ def plan_changes(old: CachePlan, request: CacheRequest, model: ModelIdentity) ->
         "task_inputs": old.task_inputs,
     }
     placed = {k: v for k, v in fields["geometry"].items() if k not in ("buckets", "multiple")}
+    changed = differences("geometry.", placed, geometry(request))
+    if not changed and old.buckets != request.buckets(model.multiple):
+        changed = ["geometry.buckets are not those that follow from the rest"]
     model_new, model_old = model.fields(), dict(fields["model"])
     if model_new["sha256"] == model_old["sha256"]:
         # the same weights under another name are the same model
@@ -55,7 +58,7 @@ def plan_changes(old: CachePlan, request: CacheRequest, model: ModelIdentity) ->
             model_old.pop(key), model_new.pop(key)
     return [
         *differences("", {"pipeline": fields["pipeline"]}, {"pipeline": PIPELINE}),
-        *differences("geometry.", placed, geometry(request)),
+        *changed,
         *differences("pixels.", fields["pixels"], pixels(request)),
         *differences("model.", model_old, model_new),
         *differences("store.", stored, store),

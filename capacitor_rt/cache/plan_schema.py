@@ -7,6 +7,7 @@ from typing import Any
 from ..images.color import ICC_POLICIES
 from ..images.geometry import UPSCALE_POLICIES
 from ..images.load import CROPS, DECODE_POLICIES
+from ..images.reasons import DEFAULT_MAX_PIXELS
 from ..schema import HEX64, Anything, Choice, Invalid, ListOf, MapOf, Number, Optional, Record, Text
 from .parts import FLOATS, ITEM_SIZE
 
@@ -127,6 +128,11 @@ def _check_values(fields: dict[str, Any]) -> None:
         raise Invalid("a bucket's side is no multiple of the model's stride")
     if len({tuple(b) for b in geometry["buckets"]}) < len(geometry["buckets"]):
         raise Invalid("a bucket is there twice")
+    if geometry["side"] ** 2 > DEFAULT_MAX_PIXELS:
+        raise Invalid(f"no image is brought to {geometry['side']}^2 pixels")
+    for height, width in geometry["buckets"]:
+        if height % geometry["multiple"] or width % geometry["multiple"] or height * width > geometry["side"] ** 2:
+            raise Invalid(f"a bucket of {height}x{width} is not one of side {geometry['side']}")
     square = all(height == width for height, width in geometry["buckets"])
     if geometry["crop"] == "adm" and not (square and fields["pixels"]["decode"] == "exact"):
         raise Invalid("crop adm is square, of images that are decoded exactly")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import InitVar, dataclass
 from typing import Any
 
 from ..errors import InputError
 from ..images.geometry import Size, bucket_table, square_bucket
 from ..images.load import PixelPolicy
+from ..images.reasons import DEFAULT_MAX_PIXELS
 from .parts import INT8
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "int8": INT8}
@@ -57,6 +59,9 @@ class CacheRequest:
     def __post_init__(self, shard_rows: int | None) -> None:
         if shard_rows is not None:
             object.__setattr__(self, "task_inputs", shard_rows)
+        if self.side**2 > DEFAULT_MAX_PIXELS:
+            most = math.isqrt(DEFAULT_MAX_PIXELS)
+            raise InputError(f"side {self.side} is too large: no image is brought to more than {most} x {most} pixels")
         if self.dtype not in DTYPES:
             raise InputError(f"dtype {self.dtype!r} is unknown: use one of {', '.join(DTYPES)}")
         for name in ("batch", "task_inputs"):

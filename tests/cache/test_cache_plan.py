@@ -203,6 +203,8 @@ def test_a_damaged_plan_is_named(cached):
         (lambda f: f["store"].update(tensors=["logsnr"]), r"store\.tensors are not latents"),
         (lambda f: f["geometry"].update(buckets=[[-1, 2]]), r"geometry\.buckets\[0\]\[0\] is -1"),
         (lambda f: f["geometry"].update(buckets=[[7, 9]]), r"no multiple of the model's stride"),
+        (lambda f: f["geometry"].update(buckets=[[64, 1 << 20]]), r"a bucket of 64x1048576 is not one of side"),
+        (lambda f: f["geometry"].update(side=1 << 20), r"no image is brought to 1048576\^2 pixels"),
         (lambda f: f["model"].update(channels=0), r"model\.channels is 0"),
         (lambda f: f.update(whitening={"mean": [0.0], "std": [1.0]}), r"one number per channel"),
         (lambda f: f.update(surprise=1), r"has an unknown 'surprise'"),
@@ -221,6 +223,21 @@ def test_a_plan_that_no_one_wrote_is_refused_although_its_hash_is_right(cached, 
         with pytest.raises(CacheError, match=rf"plan\.json is damaged .*{message}"):
             use()
     assert any("plan.json is damaged" in problem for problem in verify(out).problems)
+
+
+def test_a_plan_of_other_buckets_than_its_size_has_is_refused(cached):
+    src, out, model = cached
+    fields = json.loads((out / "plan.json").read_bytes())
+    del fields["sha256"]
+    fields["geometry"]["buckets"].insert(0, [32, 32])
+    fields["sha256"] = hashlib.sha256(canonical_json(fields)).hexdigest()
+    # with no file whose name tells the plan's identity
+    for name in ("index", "tasks"):
+        shutil.rmtree(out / name)
+    (out / "commits.jsonl").unlink()
+    (out / "plan.json").write_text(json.dumps(fields, indent=1, sort_keys=True) + "\n")
+    with pytest.raises(CacheError, match=r"geometry\.buckets are not those that follow from the rest"):
+        run(src, out, model)
 
 
 def test_a_cache_of_version_0_2_is_left_as_it_is(cached):
@@ -281,6 +298,8 @@ def test_what_is_refused_leaves_no_folder_behind(tmp_path):
     write_images(tmp_path / "src", 1)
     with pytest.raises(InputError, match="100 is not a multiple of 32: use 96 or 128"):
         run(tmp_path / "src", tmp_path / "out", model, CacheRequest(100))
+    with pytest.raises(InputError, match="side 16000 is too large: .* more than 13377 x 13377 pixels"):
+        CacheRequest(16000)
     with pytest.raises(CacheError, match="deterministic"):
         deterministic = random_model(bottleneck_posterior_kind="deterministic")
         run(tmp_path / "src", tmp_path / "out", deterministic, CacheRequest(64, posterior=True))
