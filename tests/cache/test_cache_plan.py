@@ -298,7 +298,7 @@ def test_what_is_refused_leaves_no_folder_behind(tmp_path):
     write_images(tmp_path / "src", 1)
     with pytest.raises(InputError, match="100 is not a multiple of 32: use 96 or 128"):
         run(tmp_path / "src", tmp_path / "out", model, CacheRequest(100))
-    with pytest.raises(InputError, match="side 16000 is too large: .* more than 13377 x 13377 pixels"):
+    with pytest.raises(InputError, match=r"side 16000 is too large: .* more than 13377 x 13377 pixels"):
         CacheRequest(16000)
     with pytest.raises(CacheError, match="deterministic"):
         deterministic = random_model(bottleneck_posterior_kind="deterministic")
