@@ -81,6 +81,8 @@ def another_schema(cache: Path, rng: random.Random) -> str:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from capacitor_rt.cache.index import index_schema
+
     path = rng.choice([*sorted((cache / "index").iterdir()), *sorted(cache.glob("source*.parquet"))])
     table = pq.read_table(pa.BufferReader(contents(path)))
     name, what = rng.choice(table.column_names), rng.randrange(7)
@@ -96,11 +98,14 @@ def another_schema(cache: Path, rng: random.Random) -> str:
             pa.int32(): (pa.uint32(), pa.date32(), pa.float32(), pa.int64()), pa.int64(): (pa.uint64(), pa.float64()),
             pa.float32(): (pa.int32(), pa.float64()), pa.binary(16): (pa.binary(), pa.binary(8)),
             pa.string(): (pa.large_string(), pa.binary()), pa.binary(): (pa.string(), pa.large_binary()),
+            pa.float64(): (pa.float32(), pa.string()), pa.bool_(): (pa.uint8(), pa.string()),
         }  # fmt: skip
         kind = rng.choice(kinds[field.type])
         table = table.set_column(at, pa.field(name, kind), pa.nulls(len(table), kind))
     elif what == 3:
-        if table[name].null_count == len(table):
+        # what was kept from the source nothing else tells
+        is_kept = path.parent.name == "index" and name not in index_schema(is_update=True).names
+        if is_kept or table[name].null_count == len(table):
             raise NothingToDo("nothing in it")
         table = table.set_column(at, name, pa.nulls(len(table), field.type))
     elif what == 4:
@@ -122,6 +127,7 @@ def bomb(cache: Path, rng: random.Random) -> str:
     """A small Parquet file that says a great deal, whose hashes agree."""
     import pyarrow as pa
     import pyarrow.parquet as pq
+
 
     path = rng.choice([*sorted((cache / "index").iterdir()), *sorted(cache.glob("source*.parquet"))])
     table = pq.read_table(pa.BufferReader(contents(path)))
