@@ -128,7 +128,6 @@ def bomb(cache: Path, rng: random.Random) -> str:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-
     path = rng.choice([*sorted((cache / "index").iterdir()), *sorted(cache.glob("source*.parquet"))])
     table = pq.read_table(pa.BufferReader(contents(path)))
     sink, what = pa.BufferOutputStream(), "rows"
