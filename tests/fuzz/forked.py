@@ -24,7 +24,7 @@ SECONDS, REFUSAL_SECONDS = 2.0, 1.0
 # that `pace` takes on the machine that these are the limits of: a slower one has more, a faster one no less
 PACE_SECONDS = 0.0045
 # on the clock, for what waits: a busy machine does not take so long
-WAIT_SECONDS = 120.0
+WAIT_SECONDS = 60.0
 PEAK_BYTES = 200 << 20
 # of address space, above the peak that is asked for, so that a breach is seen and not answered by MemoryError
 ADDRESS_BYTES = 8 << 30
