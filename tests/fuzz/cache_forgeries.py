@@ -320,7 +320,7 @@ def times(cache: Path, rng: random.Random) -> str:
         raise NothingToDo("no files")
     chosen = rng.choices(found, k=3)
     second = rng.choice((-1, -(2**31), 0, 2**31, 2**33, 2**34, 9_223_372_036, 9_223_372_037, 2**40))
-    for path in {*chosen, *(p for p in chosen[:1] for p in cache.glob("source*"))}:
+    for path in dict.fromkeys([*chosen, *(p for p in chosen[:1] for p in sorted(cache.glob("source*")))]):
         with suppress(OSError):
             os.utime(path, (second, second))
     return f"{chosen[0].name}: written at {second}"

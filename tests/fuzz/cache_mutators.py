@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -59,6 +60,21 @@ def one_bit(cache: Path, rng: random.Random) -> str:
     data[at] ^= 1 << rng.randrange(8)
     path.write_bytes(bytes(data))
     return f"{path.name}: a bit of byte {at}"
+
+
+def draft_bit(cache: Path, rng: random.Random) -> str:
+    """A bit of a file of the generation under way, which has fewer than the others; whatever their names are."""
+    names = [p.name for p in sorted((cache / "index").iterdir())]
+    counts = Counter(name[:8] for name in names)
+    draft, count = min(counts.items(), key=lambda item: item[1])
+    if count == max(counts.values()):
+        raise NothingToDo("no draft")
+    path = rng.choice(sorted(cache.glob(f"*/{draft}-*")))
+    data = bytearray(contents(path))
+    at = rng.randrange(len(data))
+    data[at] ^= 1 << rng.randrange(8)
+    path.write_bytes(bytes(data))
+    return f"{path.parent.name}/{path.name}, a draft: a bit of byte {at}"
 
 
 def another_kind(cache: Path, rng: random.Random) -> str:
@@ -361,7 +377,7 @@ MUTATORS: dict[str, Callable[[Path, random.Random], str]] = {
     f.__name__: f
     for f in (
         some_bytes, one_bit, another_kind, gone, without_folder, swapped, renamed, linked, leftovers, lines, log_fields,
-        plan_fields, plan_text, index_cells, uncommitted, row_table,
+        plan_fields, plan_text, index_cells, uncommitted, row_table, draft_bit,
     )
 }  # fmt: skip
-WEIGHTS = (20, 14, 6, 4, 1, 4, 4, 10, 4, 10, 8, 10, 5, 10, 6, 3)
+WEIGHTS = (20, 14, 6, 4, 1, 4, 4, 10, 4, 10, 8, 10, 5, 10, 6, 3, 1)
