@@ -154,8 +154,9 @@ def test_memory_of_files_of_many_workers_is_bounded(known):
         assert reasons == ["not_an_image"] * 200
         assert decoder.meter.queued > 0
         assert not memory.of_files.any() and of_files == 16 * MB
-    # the large ones alone; of lengths that are not known the guesses of those under way may err
-    assert peak <= (31 if known else 31 + 8 * 3) * MB
+    # the large ones alone; lengths that are not known are guessed until a file is read, so that the guesses of those
+    # under way may err, and all three large ones may be under way at once (unbounded it would be 192 MB and more)
+    assert peak <= (31 if known else 31 + 8 * 3 + 2 * 30) * MB
 
 
 def test_a_worker_that_dies_with_files_gives_them_back():
