@@ -9,7 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,17 +17,17 @@ from types import SimpleNamespace
 import image_files as files
 import numpy as np
 import pytest
-import torch
 from decode_sources import Images, contents, mixed, ranges
+from descendants import workers_of
 from waiting import HANG_SECONDS, runs, until
 
-from capacitor_rt.cache.decoding import DecodePool, chunk_schema, ring
+from capacitor_rt.cache.decoding import DecodePool, chunk_schema
 from capacitor_rt.cache.decoding import coordinator as coordinator_module
 from capacitor_rt.cache.decoding.ring import Allocator, Span
 from capacitor_rt.errors import CacheError, InputError
 from capacitor_rt.images import together
 from capacitor_rt.images.decode import decode_image
-from capacitor_rt.images.geometry import Size, apply, bucket_table
+from capacitor_rt.images.geometry import apply, bucket_table
 from capacitor_rt.images.load import PixelPolicy, load_image
 
 BUCKETS = bucket_table(64, 16)
@@ -99,35 +99,10 @@ def expected() -> list[tuple]:
     return rows_of(Images(DATA), workers=0)
 
 
-def processes(parent: int) -> dict[int, str]:
-    """State by pid of a process's descendants."""
-    found: dict[int, str] = {}
-    pending = [parent]
-    everyone = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            try:
-                fields = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            everyone[int(entry)] = (int(fields[1]), fields[0])
-    while pending:
-        above = pending.pop()
-        below = [pid for pid, (ppid, _) in everyone.items() if ppid == above]
-        found |= {pid: everyone[pid][1] for pid in below}
-        pending += below
-    return found
-
-
 def kill(pid: int) -> None:
     # who died of an earlier blow may be gone by now
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-
-
-def workers_of(decoder: DecodePool) -> list[int]:
-    helper = decoder._coordinator._helper.pid
-    return [pid for pid, state in processes(helper).items() if state != "Z"]
 
 
 class TestRows:
@@ -420,52 +395,6 @@ class TestEnd:
         until(lambda: not any(map(runs, pids)))
 
 
-class TestBudget:
-    def test_large_images_are_decoded_one_at_a_time(self):
-        side, few = 3000, 64
-        small, large = (files.encoded(np.full((n, n, 3), 90, np.uint8), "JPEG") for n in (40, side))
-        source = Images((*[small] * few, *[large] * 8))
-        one = 3 * side * side
-        with DecodePool(source, PixelPolicy(), [Size(32, 32)], workers=4, pixel_budget=one) as decoder:
-            until(lambda: len(workers_of(decoder)) == 4)
-            # what a worker takes for itself, once it has worked
-            for chunk in decoder.decode([range(i, i + 1) for i in range(few)]):
-                chunk.release()
-            rest = _memory(workers_of(decoder))
-            peak = 0
-            for chunk in decoder.decode([range(few + i, few + i + 1) for i in range(8)]):
-                peak = max(peak, _memory(workers_of(decoder)))
-                assert chunk.columns["status"][0].as_py() == "ok"
-                chunk.release()
-            assert decoder.meter.queued > 0
-        # four at a time take four; one takes up to two for a moment
-        assert peak - rest < 2.5 * one
-
-    def test_a_narrow_strip_is_not_enlarged_in_whole(self):
-        data = (files.encoded(files.texture(1300, 2), "PNG"),)
-        with DecodePool(Images(data), PixelPolicy(), [Size(512, 512)], workers=1) as decoder:
-            (row, pixels) = contents(decoder.decode([range(1)]))[0]
-            assert row["resize_height"] == 332_800 and pixels[0] == (512, 512, 3)
-            assert _peak(workers_of(decoder)[0]) < 500 << 20
-
-
-def _memory(pids: list[int]) -> int:
-    """Private memory of processes in bytes."""
-    total = 0
-    for pid in pids:
-        try:
-            text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-        except OSError:
-            continue
-        total += sum(int(line.split()[1]) << 10 for line in text.splitlines() if line.startswith("Private_"))
-    return total
-
-
-def _peak(pid: int) -> int:
-    text = Path(f"/proc/{pid}/status").read_text()
-    return next(int(line.split()[1]) << 10 for line in text.splitlines() if line.startswith("VmHWM"))
-
-
 @pytest.mark.parametrize(
     "option", [{"workers": -1}, {"image_timeout": 0}, {"pixel_budget": 0}, {"ring_bytes": 0}, {"readers": 0}]
 )
@@ -487,52 +416,6 @@ def test_a_source_that_cannot_be_pickled_is_refused_in_words():
 def test_a_closed_pool_is_refused():
     with pytest.raises(InputError, match="with statement"):
         next(pool(Images(DATA)).decode([range(1)]))
-
-
-class Cudart:
-    """CUDA's runtime as torch gives it: memory is registered for the current device, unless it is to be for all."""
-
-    def __init__(self, monkeypatch, code: int = 0):
-        self.code, self.calls, self.current, self.cleared = code, [], [], []
-        monkeypatch.setattr(torch.cuda, "cudart", lambda: self)
-        monkeypatch.setattr(torch.cuda, "device", self._device)
-        monkeypatch.setattr(torch, "empty", self._empty)
-
-    @contextmanager
-    def _device(self, device):
-        self.current.append(str(device))
-        yield
-        self.current.append("cuda:0")
-
-    def _empty(self, *_, device=None):
-        # the next kernel's launch is told of the error, once
-        self.cleared.append(str(device))
-        raise RuntimeError("CUDA error: operation not supported")
-
-    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
-        assert all(isinstance(n, int) for n in (address, nbytes, flags))
-        self.calls.append((address, nbytes, flags, self.current[-1]))
-        return self.code
-
-    def cudaHostUnregister(self, address: int) -> int:
-        self.calls.append(("unregister", address))
-        return 0
-
-
-def test_a_ring_is_page_locked_for_every_gpu_and_no_other_gets_a_context(monkeypatch):
-    cudart, memory = Cudart(monkeypatch), np.zeros(8192, np.uint8)
-    assert ring.pin(memory, torch.device("cuda:1"))
-    ring.unpin(memory)
-    assert cudart.calls == [(memory.ctypes.data, 8192, 1, "cuda:1"), ("unregister", memory.ctypes.data)]
-    assert cudart.cleared == []
-
-
-def test_memory_that_the_driver_does_not_lock_is_used_as_it_is(monkeypatch, caplog):
-    """As in some containers: a run goes on, and the error is not left for the next kernel."""
-    cudart = Cudart(monkeypatch, code=801)
-    assert not ring.pin(np.zeros(1 << 20, np.uint8), torch.device("cuda:0"))
-    assert cudart.cleared == ["cuda:0"]
-    assert caplog.messages == ["1 MiB cannot be page-locked (CUDA error 801): copies to the GPU go through the host"]
 
 
 def test_a_pool_that_ends_before_its_helper_is_ready_says_nothing(capfd):
