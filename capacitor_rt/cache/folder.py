@@ -231,12 +231,13 @@ class CacheFolder:
         except OSError as e:
             raise CacheError(f"{self.path / name} cannot be removed: {e.strerror or e}") from e
 
-    def rename(self, name: str, other: str) -> None:
-        """Give a file another name, in place of what has it."""
+    def rename(self, name: str, other: str, *, sync: bool = True) -> None:
+        """Give a file another name, in place of what has it. `sync` waits until the names are on disk."""
         (a, old), (b, new) = self.at(name), self.at(other, make=True)
         os.rename(old, new, src_dir_fd=a, dst_dir_fd=b)
-        self.sync(name)
-        self.sync(other)
+        if sync:
+            self.sync(name)
+            self.sync(other)
 
     def sync(self, name: str) -> None:
         """Wait until the names in the folder of `name` are on disk."""

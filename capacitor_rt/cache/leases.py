@@ -11,7 +11,7 @@ from contextlib import suppress
 from io import FileIO
 
 from ..errors import CacheError
-from .folder import LEASES, CacheFolder
+from .folder import LEASES, TMP, CacheFolder, write_error
 from .hashing import canonical_json
 from .mutex import Mutex, Owner, me, parse_owner
 
@@ -64,8 +64,11 @@ class Leases:
             for task in list(self._held):
                 self.release(task)
             for base in self.folder.names(LEASES):
-                if base != CLOCK and self._is_dead(f"{LEASES}/{base}"):
-                    self.folder.unlink(f"{LEASES}/{base}")
+                # drafts get their names under the mutex, so one that is seen here is of a process that was killed; so
+                # may be the clock, and who is asking it does so by its descriptor
+                if base == CLOCK or TMP in base or self._is_dead(f"{LEASES}/{base}"):
+                    with suppress(FileNotFoundError):
+                        self.folder.unlink(f"{LEASES}/{base}")
             self.folder.remove_folder(LEASES)
         # of those that could not be given back
         for file in self._held.values():
@@ -87,15 +90,34 @@ class Leases:
             if not self._is_dead(name):
                 return False
             self.folder.unlink(name)
-        file = self.folder.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         token = uuid.uuid4().hex
         _mine.add(token)
-        with suppress(OSError):
-            # without its contents, on a full disk, a lease is dead when it is stale
-            os.pwrite(file.fileno(), canonical_json({**me()._asdict(), "token": token}) + b"\n", 0)
+        try:
+            file = self._write(name, token)
+        except BaseException:
+            _mine.discard(token)
+            raise
         with self._lock:
             self._held[task], self._tokens[task] = file, token
         return True
+
+    def _write(self, name: str, token: str) -> FileIO:
+        """A lease gets its name with its holder's in it: one that named nobody would be waited for until it is stale."""
+        draft = f"{name}{TMP}{token}"
+        file = self.folder.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        try:
+            with suppress(OSError):
+                # on a full disk there is none such in it
+                os.pwrite(file.fileno(), canonical_json({**me()._asdict(), "token": token}) + b"\n", 0)
+            self.folder.rename(draft, name, sync=False)
+        except BaseException as e:
+            file.close()
+            with suppress(OSError):
+                self.folder.unlink(draft)
+            if isinstance(e, OSError):
+                raise write_error(self.folder.path / name, e) from e
+            raise
+        return file
 
     def holds(self, task: int) -> bool:
         """Whether the lease is still this process's: another may have thought it dead and taken it over."""
@@ -135,7 +157,7 @@ class Leases:
 
     def living_stems(self, touch: bool = True) -> set[str]:
         """The stems of the files of all tasks, of whatever generation, that living processes have."""
-        bases = [base for base in self.folder.names(LEASES) if base != CLOCK]
+        bases = [base for base in self.folder.names(LEASES) if base != CLOCK and TMP not in base]
         return {base for base in bases if not self._is_dead(f"{LEASES}/{base}", touch)}
 
     def _read(self, name: str) -> bytes:

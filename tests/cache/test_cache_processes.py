@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -14,14 +15,15 @@ from pathlib import Path
 import pytest
 from cache_cases import commits_of, snapshot, write_images
 from held import last_task
-from kill_driver import REQUEST
+from kill_driver import REQUEST, in_child
 from models import random_model
 from waiting import HANG_SECONDS, until
 
 from capacitor_rt.cache import LatentDataset, RunOptions, cache_images
-from capacitor_rt.cache.folder import LEASES, CacheFolder
+from capacitor_rt.cache.folder import LEASES, TMP, CacheFolder
 from capacitor_rt.cache.leases import Leases
-from capacitor_rt.cache.mutex import Mutex, me, owner_bytes
+from capacitor_rt.cache.mutex import LOCK, Mutex, me, owner_bytes
+from capacitor_rt.cache.task_queue import remove_stale
 from capacitor_rt.cache.verify import verify
 
 HERE = Path(__file__).parents[1] / "support"
@@ -134,24 +136,24 @@ def test_a_lease_is_one_process_s_while_it_is_touched(leases, tmp_path):
 
 
 def test_a_folder_that_another_removes_before_there_is_a_file_in_it(tmp_path):
-    """The clock of leases is asked without the mutex, and whoever gives its last lease back removes the folder."""
+    """Whoever gives the last lease back removes the folder, and another process may want it at that moment."""
     (tmp_path / "out").mkdir()
-    with CacheFolder(tmp_path / "out") as folder, CacheFolder(tmp_path / "out") as other:
-        mutex, end = Mutex(folder), time.monotonic() + 1.0
-        leases = Leases(folder, mutex, "0" * 8)
+    end = time.monotonic() + 1.0
 
-        def remove() -> None:
+    def remove() -> int:
+        with CacheFolder(tmp_path / "out") as folder:
             while time.monotonic() < end:
-                other.remove_folder(LEASES)
+                folder.remove_folder(LEASES)
                 time.sleep(0.0002)
+        return 0
 
-        thread = threading.Thread(target=remove)
-        thread.start()
-        try:
-            while time.monotonic() < end:
-                assert abs(leases._now() - time.time()) < HANG_SECONDS
-        finally:
-            thread.join()
+    # no thread: it would take turns with this one, and find the folder empty each time
+    child = in_child(remove)
+    with CacheFolder(tmp_path / "out") as folder:
+        leases = Leases(folder, Mutex(folder), "0" * 8)
+        while time.monotonic() < end:
+            assert abs(leases._now() - time.time()) < HANG_SECONDS
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_a_folder_that_another_removes_whenever_the_disk_is_waited_for(tmp_path, monkeypatch):
@@ -234,6 +236,42 @@ def test_the_lease_of_a_dead_process_of_this_host_is_taken_at_once(leases, tmp_p
     # of one that has this number now and was started later
     (tmp_path / leases.name(4)).write_bytes(owner_bytes(me()._replace(start=1)))
     assert leases.take(4)
+
+
+@pytest.mark.parametrize("call", ["open", "pwrite", "rename", "utime"])
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_whoever_is_killed_as_it_takes_a_lease_is_not_waited_for(leases, tmp_path, call, moment):
+    """Or as it asks for the time: at whichever call, and nothing of it is left."""
+    child = in_child(lambda: killed_at(leases, call, moment))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    with leases:
+        with leases.mutex:
+            assert leases.living_stems() == set()
+            assert leases.take(3)
+        assert [path.name for path in (tmp_path / LEASES).glob("*-*") if TMP not in path.name] == ["01234567-000003"]
+    assert not (tmp_path / LEASES).exists()
+    with leases.mutex:
+        assert remove_stale(leases.folder, leases) == 0
+
+
+def killed_at(leases, call, moment):
+    """In a child: take a lease, ask for the time, and be killed at the first call of that name on a file of leases."""
+    real = getattr(os, call)
+
+    def killed(*args, **kwargs):
+        mine = call != "open" or (args[1] & os.O_CREAT and args[0] != LOCK)
+        if mine and moment == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = real(*args, **kwargs)
+        if mine:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    with leases.mutex:
+        setattr(os, call, killed)
+        leases.take(3)
+        leases._now()
+    return 0
 
 
 def test_a_run_waits_for_the_tasks_of_others_and_takes_them_over(tmp_path, src, whole, monkeypatch):
