@@ -24,7 +24,7 @@ demo: $(VENV)/.demo
 install: $(VENV)/.test $(VENV)/.lint
 
 test: $(VENV)/.test
-	$(TEST_ENV) $(RUN) -m pytest -n $(CORES) --dist worksteal -q -m 'not slow'
+	$(TEST_ENV) $(RUN) -m pytest -n $(CORES) --dist worksteal -q --force-short-summary -m 'not slow'
 
 # the compiled kernels executed on the CPU, every config row on every GPU: long, `make test` runs a part of it
 test-ptx: $(VENV)/.test
@@ -39,7 +39,7 @@ test-newest: $(VENV)/.test
 	$(PYTHON) -m venv $(VENV)-newest
 	$(MAKE) VENV=$(VENV)-newest $(VENV)-newest/.test
 	$(VENV)-newest/bin/python -m pip install -q --no-deps 'triton>=3.6,<3.10' --upgrade
-	$(TEST_ENV) $(VENV)-newest/bin/python -m pytest -n $(CORES) --dist worksteal -q -m 'not slow' tests/kernels
+	$(TEST_ENV) $(VENV)-newest/bin/python -m pytest -n $(CORES) --dist worksteal -q --force-short-summary -m 'not slow' tests/kernels
 
 # the exporters once more with the extra `trainers` as the index resolves it; checkouts under CAPACITOR_TRAINERS join in
 test-trainers:
@@ -61,7 +61,7 @@ test-pairs:
 	  $(MAKE) test-pair VENV=$(VENV)-$$torch-$$triton TORCH=torch==$$torch TRITON=triton==$$triton; done
 
 test-pair: $(VENV)/.test
-	$(TEST_ENV) $(RUN) -m pytest -n $(CORES) --dist worksteal -q -m 'not slow' $(PAIR_TESTS)
+	$(TEST_ENV) $(RUN) -m pytest -n $(CORES) --dist worksteal -q --force-short-summary -m 'not slow' $(PAIR_TESTS)
 
 # the tests' environment too: types are checked against the packages that are used
 lint: $(VENV)/.test $(VENV)/.lint

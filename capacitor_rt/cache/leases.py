@@ -102,7 +102,7 @@ class Leases:
         return True
 
     def _write(self, name: str, token: str) -> FileIO:
-        """A lease gets its name with its holder's in it: one that named nobody would be waited for until it is stale."""
+        """A lease gets its name with its holder's in it: one that names nobody is waited for until it is stale."""
         draft = f"{name}{TMP}{token}"
         file = self.folder.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         try:

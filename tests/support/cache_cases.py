@@ -12,10 +12,13 @@ from PIL import Image
 from capacitor_rt import FullCapacitor
 from capacitor_rt.cache.commits import Commit, read_log
 from capacitor_rt.cache.folder import CacheFolder
+from capacitor_rt.cache.hashing import xxh3
 from capacitor_rt.cache.index import cached_counts
 from capacitor_rt.cache.latent_files import Layout, layout
 from capacitor_rt.cache.plan import CachePlan, load_plan
 from capacitor_rt.cache.store import read_index
+
+SHOWN_BYTES = 60
 
 
 class Forbidden:
@@ -49,7 +52,17 @@ def write_images(folder: Path, count: int, sizes=((48, 64), (64, 48), (40, 40)),
     return paths
 
 
-def snapshot(folder: Path) -> dict[str, bytes]:
+class FileBytes(bytes):
+    """The bytes of a file, which a failed comparison tells of in a line: what CI keeps of its output is short."""
+
+    def __repr__(self) -> str:
+        shown = bytes(self[:SHOWN_BYTES])
+        return (
+            repr(shown) if len(shown) == len(self) else f"<{len(self)} bytes, {xxh3(self).hexdigest()}: {shown!r}...>"
+        )
+
+
+def snapshot(folder: Path) -> dict[str, FileBytes]:
     """Every file under `folder`: relative name -> bytes. What a machine notes for itself in a cache is left out."""
     root = os.fsencode(folder)
     files = {}
@@ -59,7 +72,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
                 continue
             path = os.path.join(where, name)
             with open(path, "rb") as f:
-                files[os.fsdecode(os.path.relpath(path, root))] = f.read()
+                files[os.fsdecode(os.path.relpath(path, root))] = FileBytes(f.read())
     return files
 
 
