@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -26,7 +25,7 @@ from .folder import LEASES, CacheFolder
 from .generations import record, recorded, unfinished
 from .index import is_ok, is_own
 from .latent_files import read_rows, row_hashes
-from .leases import Leases
+from .leases import Leases, clear
 from .mutex import Mutex
 from .plan import CachePlan, load_plan, new_plan, plan_tasks
 from .sources import load_listing
@@ -97,16 +96,21 @@ def compact(
         current = load_plan(folder)
         if current is None:
             raise CacheError(no_cache(folder.path))
-        if all(use.live >= min_live for use in usage(folder, current)):
-            return 0
         mutex = Mutex(folder, note)
         try:
+            if all(use.live >= min_live for use in usage(folder, current)):
+                _sweep(folder, mutex, current)
+                return 0
             return _compact(folder, mutex, current, min_live, note)
         finally:
-            # others may be at work, and what went wrong is said already
-            with suppress(CacheError, OSError), mutex:
-                if not folder.names(LEASES):
-                    mutex.remove()
+            clear(folder, mutex)
+
+
+def _sweep(folder: CacheFolder, mutex: Mutex, current: CachePlan) -> None:
+    """Remove what one has left that was killed when all was done."""
+    if folder.names(LEASES) or any(folder.temporary()):
+        with Leases(folder, mutex, current.plan8) as leases, mutex:
+            remove_stale(folder, leases)
 
 
 def _compact(

@@ -203,3 +203,14 @@ def _token(data: bytes) -> str | None:
     """Of the lease of a process that is known, which of its leases it is."""
     token = json.loads(data).get("token")
     return token if isinstance(token, str) else None
+
+
+def clear(folder: CacheFolder, mutex: Mutex) -> None:
+    """Remove the lock's file, unless other processes are at work, as one that has the lock is."""
+    with suppress(CacheError, OSError):
+        if mutex.acquire(blocking=False):
+            try:
+                if not folder.names(LEASES):
+                    mutex.remove()
+            finally:
+                mutex.release()

@@ -20,6 +20,7 @@ from .encoder import BatchEncoder, IdleEncoder
 from .folder import CacheFolder, make_dir
 from .gpu_decoding import resizer_of
 from .kept_configs import kept
+from .leases import clear
 from .meters import Meters
 from .model_source import Loaded, ModelSource
 from .mutex import Mutex
@@ -272,14 +273,3 @@ def encoder_of(
     if seconds > 1:
         note(f"kernels for {len(sizes)} sizes of batches were made ready in {seconds:.1f} s")
     return encoder
-
-
-def clear(folder: CacheFolder, mutex: Mutex) -> None:
-    """Remove the lock's file, unless other processes are at work, as one that has the lock is."""
-    with suppress(CacheError, OSError):
-        if mutex.acquire(blocking=False):
-            try:
-                if not folder.names("leases"):
-                    mutex.remove()
-            finally:
-                mutex.release()

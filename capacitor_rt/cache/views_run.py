@@ -21,6 +21,7 @@ from .dtype_costs import as_json
 from .encoder import BatchEncoder, IdleEncoder
 from .folder import CacheFolder
 from .kept_configs import kept_together
+from .leases import clear
 from .meters import Meters
 from .model_source import ModelIdentity, ModelSource
 from .mutex import Mutex
@@ -33,7 +34,7 @@ from .prepare import PreparedRun, as_source, check_folder, planned_listing, prep
 from .report import DryRun, Report, after, of_views
 from .request import CacheRequest
 from .resizing import Resizer, by_device
-from .run import POLL_SECONDS, clear, encoder_of, opened, planned
+from .run import POLL_SECONDS, encoder_of, opened, planned
 from .sources import Listing, Source
 from .sources.open import open_source
 from .span_queue import SpanQueue

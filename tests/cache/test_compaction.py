@@ -15,8 +15,9 @@ from update_cases import OLD, assert_as_fresh, cache, drive, image, rows_of, run
 from capacitor_rt.cache import CacheRequest
 from capacitor_rt.cache.commits import read_log
 from capacitor_rt.cache.compaction import compact, usage
-from capacitor_rt.cache.folder import CacheFolder
+from capacitor_rt.cache.folder import TMP, CacheFolder
 from capacitor_rt.cache.garbage import collect, used_in_part
+from capacitor_rt.cache.mutex import me, owner_bytes
 from capacitor_rt.cache.plan import load_plan
 from capacitor_rt.cache.status import status
 from capacitor_rt.cache.verify import verify
@@ -92,6 +93,20 @@ def test_nothing_is_done_where_all_is_needed(places):
     fresh = out.parent / "fresh"
     cache(src, fresh)
     assert compact(fresh, 1.0) == 0 and used_in_part(fresh) == []
+
+
+def test_what_one_has_left_that_was_killed_at_its_end_is_removed(places):
+    _, out = places
+    compact(out)
+    whole = snapshot(out)
+    (out / "leases").mkdir()
+    lost = [".lock", "leases/.clock", "leases/01234567-000001", f"quarantine.jsonl{TMP}{'0' * 32}"]
+    for name in lost:
+        (out / name).write_bytes(owner_bytes(me()._replace(start=1)))
+    assert compact(out) == 0 and snapshot(out) == whole and not (out / "leases").exists()
+    # the lock alone, too
+    (out / ".lock").touch()
+    assert compact(out) == 0 and snapshot(out) == whole
 
 
 def test_the_old_generation_is_whole_until_it_is_removed(places):

@@ -7,9 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from capacitor_rt.cache.folder import CacheFolder
-from capacitor_rt.cache.leases import Leases
+from capacitor_rt.cache.leases import Leases, clear
 from capacitor_rt.cache.mutex import Mutex
-from capacitor_rt.cache.run import clear
 
 
 @contextmanager

@@ -25,7 +25,8 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import MutableSequence
+from collections.abc import Iterator, MutableSequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -52,7 +53,9 @@ VIEWS = parse_views(["32", "64@area+flip"], CacheRequest(32, dtype="fp32", task_
 
 def commits(out: Path) -> int:
     """Committed tasks of a cache, or of all views in a folder."""
-    return sum(log.read_bytes().count(b"\n") for log in [*out.glob("commits*.jsonl"), *out.glob("*/commits*.jsonl")])
+    # no other folder is looked into: that of the leases comes and goes
+    logs = [log for folder in (out, *(out / name for name in VIEWS)) for log in folder.glob("commits*.jsonl")]
+    return sum(log.read_bytes().count(b"\n") for log in logs)
 
 
 def wait_for_commits(out: Path, count: int, child: int, seconds: float = HANG_SECONDS) -> None:
@@ -134,6 +137,17 @@ def in_child(function) -> int:
         os._exit(code)
 
 
+@contextmanager
+def killed_on_failure(*children: int) -> Iterator[None]:
+    """A child that stands still would be waited for long after this process has failed."""
+    try:
+        yield
+    except BaseException:
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+        raise
+
+
 def cache_all(src: Path, out: Path, model: FullCapacitor, how: frozenset[str], **more: float) -> Report:
     """A run in this process."""
     options = RunOptions(workers=0, progress=False, update="update" in how, **more)
@@ -175,12 +189,13 @@ def kill_until_done(src: Path, out: Path, kills: int, seed: int, how: frozenset[
         before, more = commits(out), rng.randint(0, 1 if "compact" in how else 3)
         most = more + 1 if len(died) < kills else None
         child = in_child(lambda most=most: cache_at_leisure(src, out, model, how, most))
-        if most is not None:
-            wait_for_commits(out, before + more, child)
-            time.sleep(rng.uniform(0, 0.02))
-            os.kill(child, signal.SIGKILL)
-        else:
-            check_readable(old)
+        with killed_on_failure(child):
+            if most is not None:
+                wait_for_commits(out, before + more, child)
+                time.sleep(rng.uniform(0, 0.02))
+                os.kill(child, signal.SIGKILL)
+            else:
+                check_readable(old)
         _, status = os.waitpid(child, 0)
         check_readable(old)
         if os.WIFSIGNALED(status):
@@ -219,12 +234,13 @@ def share(src: Path, out: Path, count: int, kills: int, seed: int, how: frozense
             working[rank] = 1
 
     children = [in_child(lambda rank=rank: run(rank)) for rank in range(count)]
-    for rank in most:
-        # the others wait for its task in the end, and then commit no more
-        wait_for_commits(out, commits(out) + rng.randint(1, 3), children[rank], seconds=2)
-        time.sleep(rng.uniform(0, 0.03))
-        os.kill(children[rank], signal.SIGKILL)
-        working[rank] = 1
+    with killed_on_failure(*children):
+        for rank in most:
+            # the others wait for its task in the end, and then commit no more
+            wait_for_commits(out, commits(out) + rng.randint(1, 3), children[rank], seconds=2)
+            time.sleep(rng.uniform(0, 0.03))
+            os.kill(children[rank], signal.SIGKILL)
+            working[rank] = 1
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
@@ -257,8 +273,9 @@ def signal_command(src: Path, out: Path, model: Path, number: int) -> int:
         return command("cache", str(src), str(out), "--model", str(model), *sizes)
 
     child = in_child(run)
-    wait_for_commits(out, 1, child)
-    os.kill(child, number)
+    with killed_on_failure(child):
+        wait_for_commits(out, 1, child)
+        os.kill(child, number)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
