@@ -76,7 +76,7 @@ class LatentReader:
         """The rows at `places`, those of each bucket in memory of their own; runs of a file are read at once.
 
         Raises:
-            CacheError: a file is missing, damaged or cut short.
+            CacheError: a file is missing, damaged or cut short, or there is no memory for the rows.
         """
         by_bucket: dict[int, list[int]] = {}
         for position, (_, number, _) in enumerate(places):
@@ -115,12 +115,21 @@ class LatentReader:
 
     def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Memory for a batch; that of a data loader's worker is shared, as its batches go to another process."""
-        if get_worker_info() is None:
-            return torch.empty(shape, dtype=dtype)
-        tensor = self.shared.empty(shape, dtype) if self.shared is not None else None
-        if tensor is not None:
-            return tensor
-        storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)
+        nbytes, in_worker = math.prod(shape) * dtype.itemsize, get_worker_info() is not None
+        try:
+            if not in_worker:
+                return torch.empty(shape, dtype=dtype)
+            tensor = self.shared.empty(shape, dtype) if self.shared is not None else None
+            if tensor is not None:
+                return tensor
+            storage = torch.UntypedStorage._new_shared(nbytes)
+        except RuntimeError as e:
+            # torch has no kind of its own for it
+            kind = "shared memory" if in_worker else "memory"
+            also = ", or give the container more of it (--shm-size)" if in_worker else ""
+            raise CacheError(
+                f"no {kind} for a batch of {shape[0]} rows, {nbytes / 2**20:,.0f} MiB: take smaller batches{also}"
+            ) from e
         return torch.empty(0, dtype=dtype).set_(storage, 0, shape, torch.empty(shape, device="meta").stride())
 
     def _placed(self, opened: dict[int, tuple[FileIO, Any]], place: Place, part: str) -> Placed:

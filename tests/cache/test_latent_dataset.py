@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from capacitor_rt.cache import BucketBatchSampler, CacheRequest, LatentDataset, cache_images, latent_reader
+from capacitor_rt.cache.latent_reader import LatentReader
 from capacitor_rt.errors import CacheError, InputError
 
 
@@ -142,6 +143,16 @@ def test_a_damaged_row_is_found_when_it_is_read_and_others_are_not_blamed(cache,
     for i in set(range(23)) - {9}:
         rows[i]
     LatentDataset(root)[9]
+
+
+@pytest.mark.parametrize("in_worker", [False, True])
+def test_a_batch_that_finds_no_memory_says_so(monkeypatch, in_worker):
+    reader = LatentReader(lambda: pytest.fail("no file is needed"), (), str, str)
+    if in_worker:
+        monkeypatch.setattr(latent_reader, "get_worker_info", object)
+    where = "no shared memory .*--shm-size" if in_worker else "no memory .*take smaller batches$"
+    with pytest.raises(CacheError, match=where.replace(".*", r"for a batch of 3 rows, 3,221,225,472 MiB.*")):
+        reader._empty((3, 1 << 49), torch.bfloat16)
 
 
 def test_damaged_files_are_named(cache, tmp_path):
