@@ -67,6 +67,7 @@ def null_gpu(decode: str, resize: str) -> Iterator[None]:
     import capacitor_rt.cache.prepare as prepare
     import capacitor_rt.cache.resizing as resizing
     import capacitor_rt.cache.run as run
+    from capacitor_rt.cache.decoding import DecodedChunk
     from capacitor_rt.cache.gpu_decoding import GpuDecoder
 
     class NullDecoder(GpuDecoder):
@@ -87,6 +88,11 @@ def null_gpu(decode: str, resize: str) -> Iterator[None]:
             pass
 
     class NullResizer(resizing.Resizer):
+        def take(self, chunk: DecodedChunk) -> None:
+            # a GPU copies records up by itself, out of the page-locked ring
+            begins, pixels = chunk.records()
+            self._host = self._records = torch.from_numpy(pixels[: resizing.end_of(begins, pixels)])
+
         def _resize(self, records: Tensor, table: np.ndarray, batch: Tensor) -> None:
             pass
 
