@@ -18,7 +18,9 @@ from .hashing import canonical_json
 from .latent_files import Layout, layout
 from .plan import CachePlan
 
-MAX_BYTES = 1 << 30
+_MAX_BYTES = 1 << 30
+_INPUT_BYTES = 64 << 10
+"""Of the list for each input: one that has a file of its own adds a line, which names each bucket of that file."""
 _COUNT = Number(0, 2**48)
 _LINE = Record(
     {
@@ -100,7 +102,7 @@ def load_carried(folder: CacheFolder, plan: CachePlan) -> Carried:
         return Carried()
     path = folder.path / plan.carried_name
     try:
-        data = folder.read(plan.carried_name, MAX_BYTES)
+        data = folder.read(plan.carried_name, most_bytes(plan))
     except FileNotFoundError:
         raise CacheError(f"{path} is missing: {_way_out(folder)}") from None
     if hashlib.sha256(data).hexdigest() != plan.fields["generation"]["carried"]:
@@ -114,6 +116,11 @@ def load_carried(folder: CacheFolder, plan: CachePlan) -> Carried:
     if any(bucket >= len(plan.buckets) for file in files for bucket, _ in file.rows):
         raise CacheError(f"{path} is damaged: it has a bucket that is not of the plan")
     return Carried(files)
+
+
+def most_bytes(plan: CachePlan) -> int:
+    """Of the list, whatever size its file is said to have."""
+    return min(_MAX_BYTES, (1 << 20) + _INPUT_BYTES * plan.count)
 
 
 def parse_carried(line: bytes) -> CarriedFile:

@@ -15,7 +15,7 @@ from contextlib import suppress
 from ..errors import CacheError
 from ..schema import Invalid
 from ..strict_json import StrictJSONError
-from .carried import MAX_BYTES, Carried, CarriedFile, load_carried, parse_carried
+from .carried import Carried, CarriedFile, load_carried, most_bytes, parse_carried
 from .commits import read_log
 from .folder import TASKS, CacheFolder
 from .generations import recorded
@@ -56,7 +56,7 @@ def _listed(folder: CacheFolder, plan: CachePlan) -> dict[str, CarriedFile]:
     """What can be read of the list as it is."""
     files = {}
     with suppress(FileNotFoundError, CacheError):
-        for line in folder.read(plan.carried_name, MAX_BYTES).split(b"\n"):
+        for line in folder.read(plan.carried_name, most_bytes(plan)).split(b"\n"):
             with suppress(StrictJSONError, Invalid):
                 file = parse_carried(line)
                 files[file.stem] = file

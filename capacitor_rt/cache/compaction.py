@@ -161,7 +161,9 @@ def _planned(folder: CacheFolder, mutex: Mutex, current: CachePlan, kept: Carrie
                 f"an update of {folder.path} is under way: finish it by its command, or give it up by "
                 f"`capacitor-rt gc --drop-updates {folder.path}`"
             )
-        load_listing(folder, current.source_name, current.fields["source"]["sha256"]).save(folder, plan.source_name)
+        load_listing(folder, current.source_name, current.fields["source"]["sha256"], current.count).save(
+            folder, plan.source_name
+        )
         kept.save(folder, plan)
         # the plan comes last: without it none of the others counts
         record(folder, plan)
@@ -181,7 +183,7 @@ def _write(
     left: Carried,
     note: Callable[[str], None],
 ) -> None:
-    listing = load_listing(folder, plan.source_name, plan.fields["source"]["sha256"])
+    listing = load_listing(folder, plan.source_name, plan.fields["source"]["sha256"], plan.count)
     store = TaskStore(folder, plan, mutex, leases, listing)
     store.is_draft = True
     with mutex:

@@ -200,7 +200,7 @@ def restricted(folder: CacheFolder, plan: CachePlan, source: Source) -> Source |
     if plan.fields["source"].get("distinct_of") != fields:
         return None
     try:
-        planned = load_listing(folder, plan.source_name, plan.fields["source"]["sha256"])
+        planned = load_listing(folder, plan.source_name, plan.fields["source"]["sha256"], plan.count)
     except CacheError:
         return None
     pc = require_extra("pyarrow.compute")

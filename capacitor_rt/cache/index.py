@@ -9,7 +9,7 @@ import numpy as np
 
 from ..errors import CacheError
 from ..extras import require_extra
-from .parquet_files import MOST_BYTES, parquet_bytes, parse_table
+from .parquet_files import parquet_bytes, parse_table
 from .plan import FORMAT, CachePlan, Task
 from .statuses import DECODED, OK, QUARANTINED
 
@@ -183,6 +183,3 @@ def cached_counts(table: Any) -> dict[int, int]:
 def cached_rows(table: Any) -> int:
     """Number of rows with latents, wherever they lie."""
     return int(is_ok(table).sum())
-
-
-INDEX_BYTES = MOST_BYTES

@@ -15,6 +15,11 @@ LEAST_ROOM, ROW_ROOM = 64 << 20, 256 << 10
 _MANY, _PATH = 1 << 16, 4096
 
 
+def most_bytes(rows: int) -> int:
+    """Of a file: as many as `parquet_bytes` writes for a table of so many rows, and 8 GiB."""
+    return min(MOST_BYTES, LEAST_ROOM + ROW_ROOM * rows)
+
+
 def parquet_bytes(table: Any) -> memoryview:
     """A table as Parquet with page checksums.
 

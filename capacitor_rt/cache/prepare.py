@@ -199,7 +199,7 @@ def planned_listing(folder: CacheFolder | None, plan: CachePlan | None) -> Listi
     if folder is None or plan is None:
         return None
     with suppress(CacheError):
-        return load_listing(folder, plan.source_name, plan.fields["source"]["sha256"])
+        return load_listing(folder, plan.source_name, plan.fields["source"]["sha256"], plan.count)
     return None
 
 
@@ -216,7 +216,7 @@ def _check_inputs(folder: CacheFolder, plan: CachePlan, source: Source, is_check
             f"{', '.join(now) or 'none'}: use the old ones, add --update, or cache into a new OUT"
         )
     try:
-        listing = load_listing(folder, plan.source_name, planned["sha256"])
+        listing = load_listing(folder, plan.source_name, planned["sha256"], planned["count"])
     except CacheError:
         if fields == planned:
             return True

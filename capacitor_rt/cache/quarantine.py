@@ -12,21 +12,20 @@ from .plan import CachePlan
 from .store import read_index
 
 QUARANTINE = "quarantine.jsonl"
-MOST_BYTES = 64 << 30
 
 
 def write_quarantine(folder: CacheFolder, plan: CachePlan, commits: dict[int, Commit]) -> None:
     """Make `quarantine.jsonl` anew from the index. A file that is right already is left untouched. Under the mutex."""
     data = quarantine_bytes(folder, plan, commits)
-    if read_quarantine(folder) != data:
+    if not is_quarantine(folder, data):
         PendingFile(folder, QUARANTINE, [data]).replace()
 
 
-def read_quarantine(folder: CacheFolder) -> bytes | None:
-    """The file as it is; None where it is missing or no regular file."""
+def is_quarantine(folder: CacheFolder, data: bytes) -> bool:
+    """Whether these bytes are those of the file, of which no more is read."""
     with suppress(OSError, CacheError):
-        return folder.read(QUARANTINE, MOST_BYTES)
-    return None
+        return folder.read(QUARANTINE, len(data)) == data
+    return False
 
 
 def quarantine_bytes(folder: CacheFolder, plan: CachePlan, commits: dict[int, Commit]) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from contextlib import suppress
 
 from ..errors import CacheError
@@ -12,13 +13,13 @@ from .carried_repair import restore_carried
 from .commits import COMMITS, Commit, read_log, read_log_named, rewrite_log
 from .folder import INDEX, TASKS, CacheFolder
 from .generations import damaged_records, record, recorded
-from .hashing import xxh3
-from .index import INDEX_BYTES, plan_in_index
+from .index import plan_in_index
 from .latent_files import index_hash_in_header
 from .leases import Leases
 from .mutex import Mutex
+from .parquet_files import MOST_BYTES
 from .plan import PLAN, CachePlan, load_plan, parse_plan, plan_tasks
-from .quarantine import QUARANTINE, read_quarantine, write_quarantine
+from .quarantine import QUARANTINE, write_quarantine
 from .sources import load_listing
 from .store import TaskStore, strange_plan
 from .verify import Verification, verify
@@ -70,7 +71,7 @@ def repair(root: str | os.PathLike[str], found: Verification) -> list[str]:
             done.append(f"{plan.log_name}: {len(sound)} sound lines kept")
         _uncommitted(folder, plan, mutex, leases, done)
         with suppress(OSError):
-            if read_quarantine(folder) is None and folder.stat(QUARANTINE) is not None:
+            if (info := folder.stat(QUARANTINE)) is not None and not stat.S_ISREG(info.st_mode):
                 folder.set_aside(QUARANTINE)
             write_quarantine(folder, plan, read_log(folder, plan).commits)
         mutex.remove()
@@ -149,12 +150,12 @@ def _plan_of_an_index(folder: CacheFolder, plan8: str | None = None) -> CachePla
             if _is_readable(folder, log, len(names)):
                 commits |= read_log_named(folder, log, len(names)).commits
         with suppress(OSError, CacheError):
-            body = folder.read(f"{INDEX}/{base}", INDEX_BYTES)
             commit = commits.get(int(named[2]))
-            hashes = {commit.index_xxh3 if commit else None, _named_by_latents(folder, base)}
-            if xxh3(body).hexdigest() not in hashes:
+            hashes = {commit.index_xxh3 if commit else None, _named_by_latents(folder, base)} - {None}
+            # hashed first, piece by piece: how large it may be follows from the plan that is looked for
+            if not hashes or folder.hash(f"{INDEX}/{base}") not in hashes:
                 continue
-            plan = parse_plan(plan_in_index(body) or b"", folder)
+            plan = parse_plan(plan_in_index(folder.read(f"{INDEX}/{base}", MOST_BYTES)) or b"", folder)
             if plan.plan8 == named[1]:
                 return plan
     raise CacheError(
@@ -190,7 +191,7 @@ def _set_aside(folder: CacheFolder, plan: CachePlan, tasks: list[int], done: lis
 def _uncommitted(folder: CacheFolder, plan: CachePlan, mutex: Mutex, leases: Leases, done: list[str]) -> None:
     """Commit what is whole, and move away what is not."""
     try:
-        listing = load_listing(folder, plan.source_name, plan.fields["source"]["sha256"])
+        listing = load_listing(folder, plan.source_name, plan.fields["source"]["sha256"], plan.count)
     except CacheError:
         return
     store = TaskStore(folder, plan, mutex, leases, listing)

@@ -11,10 +11,11 @@ import stat
 from contextlib import suppress
 
 from ..errors import CacheError
-from .folder import CacheFolder, write_all
+from .folder import TASKS, CacheFolder, write_all
 
 STAMPS = ".stamps"
-MOST_BYTES = 1 << 30
+_LEAST_BYTES, _FILE_BYTES = 1 << 20, 4096
+"""The most of the file: in any case, and for each file of latents. A stamp takes 200 bytes, and is of one copy."""
 
 
 class Stamps:
@@ -28,8 +29,12 @@ class Stamps:
         self.folder = folder
         self.is_kept = is_kept
         self._known: set[bytes] = set()
+        self._outgrown = False
         with suppress(OSError, CacheError):
-            self._known = set(folder.read(STAMPS, MOST_BYTES).split(b"\n"))
+            most = _LEAST_BYTES + _FILE_BYTES * len(folder.names(TASKS))
+            info = folder.stat(STAMPS)
+            self._outgrown = info is not None and stat.S_ISREG(info.st_mode) and info.st_size > most
+            self._known = set(folder.read(STAMPS, most).split(b"\n"))
 
     def vouch(self, name: str, digest: str) -> bool:
         """Whether the file of this name is one that had this hash."""
@@ -44,8 +49,13 @@ class Stamps:
         self._known.add(line)
         if not self.is_kept:
             return
-        with suppress(OSError, CacheError), self.folder.open(STAMPS, os.O_WRONLY | os.O_CREAT | os.O_APPEND) as file:
-            write_all(file.fileno(), line + b"\n")
+        with suppress(OSError, CacheError):
+            if self._outgrown:
+                # it is begun again
+                self.folder.discard(STAMPS)
+                self._outgrown = False
+            with self.folder.open(STAMPS, os.O_WRONLY | os.O_CREAT | os.O_APPEND) as file:
+                write_all(file.fileno(), line + b"\n")
 
     def _line(self, name: str, digest: str) -> bytes | None:
         info = self.folder.stat(name)

@@ -18,10 +18,11 @@ from .commits import Commit, LogFollower, append_commit, read_log, rewrite_log
 from .folder import INDEX, TASKS, CacheFolder, PendingFile
 from .generations import recorded_names
 from .hashing import xxh3
-from .index import INDEX_BYTES, bucket_counts, cached_counts, cached_rows, index_bytes, parse_index, plan_in_index
+from .index import bucket_counts, cached_counts, cached_rows, index_bytes, parse_index, plan_in_index
 from .latent_files import file_chunks, has_header, index_hash_in_header, layout, row_hashes
 from .leases import Leases
 from .mutex import Mutex
+from .parquet_files import most_bytes
 from .plan import CachePlan, Task
 from .shared_files import SharedFiles, own_file
 from .soundness import Soundness
@@ -215,7 +216,7 @@ class TaskStore:
             raise CacheError(problem + f"its index {index} is missing: {repair_hint(self.folder)}")
         with self.folder.open(data) as file:
             named = index_hash_in_header(file.fileno())
-        body = self.folder.read(index, INDEX_BYTES)
+        body = self.folder.read(index, most_bytes(len(task)))
         if named is None or xxh3(body).hexdigest() != named:
             raise CacheError(problem + f"its index {index} is not the one that it names: {repair_hint(self.folder)}")
         table = parse_index(body, self.folder.path / index, self.plan, task.number)
@@ -299,7 +300,7 @@ def read_index(folder: CacheFolder, plan: CachePlan, commit: Commit) -> Any:
         with folder.open(name) as file:
             # before anything is read: a file may be said to have any size
             whole = os.fstat(file.fileno()).st_size == commit.index_bytes
-        body = folder.read(name, INDEX_BYTES) if whole else b""
+        body = folder.read(name, most_bytes(min(commit.inputs, plan.count))) if whole else b""
     except FileNotFoundError:
         raise CacheError(f"{folder.path / name} is missing") from None
     if not whole or xxh3(body).hexdigest() != commit.index_xxh3:
@@ -311,7 +312,7 @@ def is_forged(folder: CacheFolder, plan: CachePlan) -> bool:
     """Whether an index that the log vouches for holds another plan of the same identity, with another model's name."""
     for commit in read_log(folder, plan).commits.values():
         with suppress(OSError, CacheError):
-            body = folder.read(plan.index_name(commit.task), INDEX_BYTES)
+            body = folder.read(plan.index_name(commit.task), most_bytes(min(commit.inputs, plan.count)))
             if xxh3(body).hexdigest() == commit.index_xxh3:
                 return plan_in_index(body) not in (None, plan.text())
     return False

@@ -177,7 +177,7 @@ def _interim(folder: CacheFolder, plan: CachePlan, source: Source) -> Source | N
 def _is_listed(folder: CacheFolder, plan: CachePlan) -> bool:
     """Whether the list of a plan's inputs is there and sound; it follows from the inputs, whose hash is the plan's."""
     try:
-        load_listing(folder, plan.source_name, plan.fields["source"]["sha256"])
+        load_listing(folder, plan.source_name, plan.fields["source"]["sha256"], plan.count)
     except CacheError:
         return False
     return True
@@ -190,7 +190,7 @@ def _is_complete(folder: CacheFolder, plan: CachePlan) -> bool:
 def _unseen(folder: CacheFolder, current: CachePlan, source: Source) -> np.ndarray:
     """Ordinals of the inputs that are not known to be in the current plan already."""
     try:
-        planned = load_listing(folder, current.source_name, current.fields["source"]["sha256"])
+        planned = load_listing(folder, current.source_name, current.fields["source"]["sha256"], current.count)
     except CacheError:
         return np.arange(len(source.listing))
     info = folder.stat(current.source_name)
@@ -205,7 +205,7 @@ def is_of(folder: CacheFolder, plan: CachePlan, source: Source, rehash: bool) ->
     if plan.fields["label_names"] != source.columns.label_names:
         return False
     try:
-        listing = load_listing(folder, plan.source_name, fields["sha256"])
+        listing = load_listing(folder, plan.source_name, fields["sha256"], fields["count"])
     except CacheError:
         return True
 
@@ -299,7 +299,7 @@ def _by_time(
     """Find the rows of inputs that the lists of these plans have as they are now."""
     for other in plans:
         try:
-            planned = load_listing(folder, other.source_name, other.fields["source"]["sha256"])
+            planned = load_listing(folder, other.source_name, other.fields["source"]["sha256"], other.count)
         except CacheError:
             continue
         info = folder.stat(other.source_name)

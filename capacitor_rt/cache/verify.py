@@ -20,7 +20,7 @@ from .index import cached_rows, is_own
 from .latent_files import has_header, read_rows, row_hashes
 from .mutex import HELD, LOCK
 from .plan import PLAN, CachePlan, OtherFormat, Task, load_plan, plan_tasks
-from .quarantine import QUARANTINE, quarantine_bytes, read_quarantine
+from .quarantine import QUARANTINE, is_quarantine, quarantine_bytes
 from .rows import ROWS
 from .shared_files import SharedFiles, own_file
 from .soundness import Soundness
@@ -156,7 +156,7 @@ class _Check:
 
     def _listing(self, plan: CachePlan) -> Listing | None:
         try:
-            listing = load_listing(self.folder, plan.source_name, plan.fields["source"]["sha256"])
+            listing = load_listing(self.folder, plan.source_name, plan.fields["source"]["sha256"], plan.count)
             fits = len(listing) == plan.count and len(listing.tasks(plan.task_inputs)) == plan.task_count
             if not fits:
                 raise CacheError(f"{self.folder.path / plan.source_name} does not fit plan.json")
@@ -185,7 +185,7 @@ class _Check:
     def _quarantine(self, plan: CachePlan, log: Log) -> None:
         if self.found.unfinished:
             return
-        if read_quarantine(self.folder) != quarantine_bytes(self.folder, plan, log.commits):
+        if not is_quarantine(self.folder, quarantine_bytes(self.folder, plan, log.commits)):
             path = self.folder.path / QUARANTINE
             self._problem(f"{path} is missing or does not match the index: the cache command writes it anew")
 

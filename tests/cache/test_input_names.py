@@ -58,7 +58,7 @@ def test_lists_are_read_as_they_were_written(tmp_path, containers):
     made = listing(100, containers)
     with CacheFolder(tmp_path) as folder:
         made.save(folder)
-        read = load_listing(folder, "source.parquet", made.digest())
+        read = load_listing(folder, "source.parquet", made.digest(), len(made))
     for name in ("sizes", "mtimes", "offsets", "containers"):
         assert (
             np.array_equal(getattr(read, name), getattr(made, name))
@@ -79,7 +79,7 @@ def test_a_list_takes_little_memory(tmp_path):
             made.save(folder)
             before = tracemalloc.get_traced_memory()[0]
             tracemalloc.reset_peak()
-            read = load_listing(folder, "source.parquet", made.digest())
+            read = load_listing(folder, "source.parquet", made.digest(), len(made))
             current, peak = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()

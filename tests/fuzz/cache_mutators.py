@@ -81,6 +81,17 @@ def another_kind(cache: Path, rng: random.Random) -> str:
     return special(rng.choice(files(cache)), rng)
 
 
+def stretched(cache: Path, rng: random.Random) -> str:
+    """A file with a hole at its end: of any size up to that of the largest caches' files."""
+    path = rng.choice([*files(cache), *(cache / name for name in (".stamps", ".rows", "quarantine.jsonl"))])
+    if path.exists() and (not is_plain(path) or path.stat().st_nlink > 1):
+        raise NothingToDo(path.name)
+    size = int(2 ** rng.uniform(12, 33))
+    with open(path, "ab") as file:
+        file.truncate(max(size, file.tell() + 1))
+    return f"{path.name} has {size} bytes"
+
+
 def gone(cache: Path, rng: random.Random) -> str:
     done = []
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
@@ -377,7 +388,7 @@ MUTATORS: dict[str, Callable[[Path, random.Random], str]] = {
     f.__name__: f
     for f in (
         some_bytes, one_bit, another_kind, gone, without_folder, swapped, renamed, linked, leftovers, lines, log_fields,
-        plan_fields, plan_text, index_cells, uncommitted, row_table, draft_bit,
+        plan_fields, plan_text, index_cells, uncommitted, row_table, draft_bit, stretched,
     )
 }  # fmt: skip
-WEIGHTS = (20, 14, 6, 4, 1, 4, 4, 10, 4, 10, 8, 10, 5, 10, 6, 3, 1)
+WEIGHTS = (20, 14, 6, 4, 1, 4, 4, 10, 4, 10, 8, 10, 5, 10, 6, 3, 1, 3)

@@ -14,7 +14,7 @@ from ...extras import require_extra
 from ...images.packed_names import Names
 from ...images.scan import path_to_id
 from ..folder import CacheFolder, PendingFile
-from ..parquet_files import MOST_BYTES, parquet_bytes, parse_columns
+from ..parquet_files import most_bytes, parquet_bytes, parse_columns
 
 SOURCE = "source.parquet"
 MISSING = -1
@@ -108,8 +108,8 @@ class Listing:
         PendingFile(folder, name, [parquet_bytes(pa.table(columns))]).replace()
 
 
-def load_listing(folder: CacheFolder, name: str, sha256: str) -> Listing:
-    """Read the list back.
+def load_listing(folder: CacheFolder, name: str, sha256: str, count: int) -> Listing:
+    """Read the list of `count` inputs back.
 
     Raises:
         CacheError: it is missing, damaged, or does not match `sha256`, the plan's hash of it.
@@ -117,7 +117,7 @@ def load_listing(folder: CacheFolder, name: str, sha256: str) -> Listing:
     path = folder.path / name
     way_out = "the cache command writes it anew from the same inputs"
     try:
-        listing = _listing(parse_columns(folder.read(name, MOST_BYTES), path, _schema()))
+        listing = _listing(parse_columns(folder.read(name, most_bytes(count)), path, _schema()))
     except (CacheError, OSError, ValueError) as e:
         why = "it is missing" if isinstance(e, FileNotFoundError) else str(e)
         raise CacheError(f"{path} is damaged ({why}): {way_out}") from e
