@@ -235,6 +235,14 @@ class _Check:
             if names:
                 self.found.notes.append(f"{sub}/ holds {counted(len(names), 'file')}, which `capacitor-rt gc` removes")
 
+    def _done(self, update: CachePlan) -> str:
+        """How far an update is. Nothing of the cache lies in it yet, so damage of its log is none of the cache's."""
+        try:
+            done = len(read_log(self.folder, update).commits)
+        except CacheError as e:
+            return f"how far is not known ({e}); `capacitor-rt gc --drop-updates {self.folder.path}` gives it up"
+        return f"{done} of {counted(update.task_count, 'task')} done"
+
     def _generations(self, plan: CachePlan) -> set[str]:
         """Names of the files of updates under way and of earlier generations, whose being there is noted."""
         try:
@@ -248,9 +256,7 @@ class _Check:
             if other.id == plan.id:
                 continue
             if other.number > plan.number:
-                done = len(read_log(self.folder, other).commits)
-                tasks = f"{done} of {counted(other.task_count, 'task')} done"
-                what = f"an update to {counted(other.count, 'input')} is under way, {tasks}"
+                what = f"an update to {counted(other.count, 'input')} is under way, {self._done(other)}"
             else:
                 what = f"generation {other.number}, an earlier one, is kept until `capacitor-rt gc`"
             self.found.notes.append(what)

@@ -134,6 +134,30 @@ def test_unfinished_updates_can_be_given_up(src, out, tmp_path, monkeypatch):
     assert snapshot(out) == before
 
 
+@pytest.mark.parametrize("kind", ["link", "folder", "large"])
+def test_the_log_of_an_unfinished_update_is_none_of_the_cache(src, out, monkeypatch, kind):
+    """Damage that keeps it from being read: the cache is sound, and what is under way can be given up."""
+    before = snapshot(out)
+    plan8 = begun(src, out, monkeypatch)
+    log = out / f"commits-{plan8}.jsonl"
+    log.unlink()
+    if kind == "link":
+        log.symlink_to("/dev/zero")
+    elif kind == "folder":
+        log.mkdir()
+    else:
+        log.write_bytes(bytes(3 << 20))
+    found = verify(out)
+    assert found.problems == [] and not found.unfinished
+    (note,) = [note for note in found.notes if "is under way" in note]
+    assert log.name in note and "gc --drop-updates" in note
+    if kind == "folder":
+        # it may hold anything
+        log.rmdir()
+    collect(out, drop_updates=True)
+    assert snapshot(out) == before and verify(out).notes == []
+
+
 def damaged_shared_file(out: Path) -> Path:
     ds = LatentDataset(out)
     return out / ds._carried[0].name
