@@ -146,7 +146,8 @@ def bomb(cache: Path, rng: random.Random) -> str:
         what = rng.choice(texts)
         field = table.schema.get_field_index(what)
         kind = table.schema.field(field).type
-        one = pa.array([b"x" * (24 << 20)]).cast(kind)
+        # more than any table of so few rows may take: a smaller one could be what was cached
+        one = pa.array([b"x" * (66 << 20)]).cast(kind)
         column = pa.chunked_array([one] * len(table))
         table = table.set_column(field, table.schema.field(field), column)
         pq.write_table(table, sink, compression="zstd", write_statistics=False)
